@@ -1,0 +1,58 @@
+# Everything runs in .venv, which is made on first use and brought up to date whenever
+# pyproject.toml or constraints.txt change. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+# CORE and DEV are stamps: removed before an installation, written after it. A .venv made here (OURS)
+# without CORE was left by an installation cut short, which pip may take for a whole one, so it is
+# made anew. A .venv made by somebody else is only ever added to.
+OURS := $(VENV)/.nearfold-made
+CORE := $(VENV)/.nearfold-core
+DEV := $(VENV)/.nearfold-dev
+
+.PHONY: help demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(CORE) ## the main job on the embedded data: nearfold study spectrum
+	$(BIN)/nearfold study spectrum
+
+test: $(DEV) ## all tests and doctests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(DEV) ## formatting, lint rules and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(DEV) ## rewrite the sources into the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(CORE) ## time and memory against the naive formulation
+	$(BIN)/python -m benchmarks
+
+clean: ## remove caches and build products; keep .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs \) -prune \
+		-o -type d -name __pycache__ -exec rm -rf {} +
+
+$(CORE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "nearfold needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name another one, as in: make PYTHON=python3.12 test" >&2; exit 1; }
+	@if [ -e $(OURS) ] && [ ! -e $(CORE) ]; then \
+		echo "$(VENV) was left by an unfinished installation; starting over."; rm -rf $(VENV); fi
+	@[ -x $(BIN)/python ] || { mkdir -p $(VENV) && touch $(OURS) && $(PYTHON) -m venv $(VENV); }
+	@rm -f $(CORE)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	@rm -f $(CORE)
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $(CORE) $@

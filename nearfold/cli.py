@@ -1,0 +1,308 @@
+"""The command line: `nearfold ops`, `explain`, `train` and `study spectrum`.
+
+Exit codes: 0 done, 1 a study some of whose runs failed, 2 bad input (one clear message on stderr), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nearfold import __version__
+from nearfold.grammar import CATALOGUE, parse
+
+INTRODUCTION = """\
+Convolution and self-attention are two ends of one operator: look somewhere (path), in some
+form (shape), and value what is found (weight). An operator is written in these three words:
+
+    window(3) | box | kernel                   a 3x3 convolution
+    all | row | softmax(heads=4)               self-attention
+    nearest(9, cosine, self) | ranked | kernel  in between: read the 9 most similar positions"""
+
+EXAMPLES = {
+    "": """\
+start here:
+  nearfold study spectrum        the main job: a few minutes on a laptop, ends with an HTML report
+  nearfold ops                   the operators that have a name
+  nearfold explain "all | row | softmax(heads=4)" --shape 8,64,32,32""",
+    "ops": """\
+examples:
+  nearfold ops
+  nearfold ops | grep -A 4 convnn""",
+    "explain": """\
+examples:
+  nearfold explain "window(3) | box | kernel" --shape 16,64,32,32
+  nearfold explain "nearest(9, cosine, self) | ranked | kernel" --shape 16x64x32x32 --dtype bfloat16
+  nearfold explain convnn --shape 8,32,100 --no-grad""",
+    "train": """\
+examples:
+  nearfold train
+  nearfold train --op convnn --epochs 30 --out runs/convnn
+  nearfold train --op "all | row | softmax(heads=4)" --data path/to/cifar10 --augment crop_flip
+  nearfold train --op convnn --epochs 30 --out runs/convnn --resume
+  torchrun --nproc-per-node 2 -m nearfold train --batch-size 256""",
+    "study": """\
+example:
+  nearfold study spectrum --help""",
+    "study spectrum": """\
+examples:
+  nearfold study spectrum
+  nearfold study spectrum --only conv,convnn,attention --seeds 5
+  nearfold study spectrum --data path/to/cifar10 --limit 5000 --epochs 20
+
+A finished run is never run again: interrupt it when you like, the same command goes on. More
+seeds or operators are added to what is there; failed runs are tried again.""",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+
+    >>> main(["explain", "window(3) | box | kernel", "--shape", "nonsense"])
+    2
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse's way to say that help was shown (0) or an argument was wrong (2)
+        return int(stop.code or 0)
+    try:
+        return int(args.command(args))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, ImportError, OSError) as error:  # the library's errors for users
+        print(f"nearfold: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nnearfold: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _new(_Parser, "", description=INTRODUCTION, prog="nearfold")
+    parser.add_argument("--version", action="version", version=f"nearfold {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    ops = _new(commands.add_parser, "ops", "list the operators that have a name: notation, words, backends")
+    ops.set_defaults(command=_ops)
+
+    explain = _new(commands.add_parser, "explain", "say how an operator would run on inputs of one shape")
+    explain.add_argument(
+        "notation", metavar="NOTATION", help="an operator in the notation, or its name in `ops`"
+    )
+    explain.add_argument(
+        "--shape", type=_shape, required=True, metavar="B,C,H,W",
+        help="shape of the input: batch, channels and the grid (B,C,N for sequences)",
+    )  # fmt: skip
+    explain.add_argument("--out-channels", type=_positive, metavar="C", help="default: as many as come in")
+    explain.add_argument("--dtype", default="float32", help="of the input, as in torch (default: float32)")
+    explain.add_argument("--device", default="cpu", help="where it would run (default: cpu)")
+    explain.add_argument(
+        "--grad",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with gradients (default) or without",
+    )
+    explain.set_defaults(command=_explain)
+
+    train = _new(commands.add_parser, "train", "train the small network around one operator")
+    _data_arguments(train)
+    train.add_argument(
+        "--op", default="conv", metavar="NOTATION",
+        help="the mixing layer, in the notation or by its name in `ops` (default: conv)",
+    )  # fmt: skip
+    train.add_argument("--width", type=_positive, default=32, metavar="C", help="channels (default: 32)")
+    train.add_argument("--depth", type=_positive, default=2, metavar="N", help="blocks (default: 2)")
+    train.add_argument("--out", type=Path, metavar="DIR", help="keep metrics, checkpoint and weights here")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    train.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
+    _recipe_arguments(train)
+    train.set_defaults(command=_train)
+
+    study = _new(commands.add_parser, "study", "many runs, one table, one report")
+    studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
+    spectrum = _new(studies.add_parser, "study spectrum", "from convolution to attention: what changes?")
+    _data_arguments(spectrum)
+    spectrum.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training images")
+    spectrum.add_argument("--seeds", type=_positive, metavar="N", help="runs of every operator (default: 3)")
+    spectrum.add_argument(
+        "--only", type=_names, metavar="A,B", help="only these operators, see the table below"
+    )
+    spectrum.add_argument(
+        "--width", type=_positive, metavar="C", help="channels of the network (default: 32)"
+    )
+    spectrum.add_argument("--out", type=Path, metavar="DIR", help="default: runs/spectrum-DATA")
+    spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
+    spectrum.set_defaults(command=_study_spectrum)
+    return parser
+
+
+def _new(make: Any, name: str, summary: str = "", **options: Any) -> argparse.ArgumentParser:
+    """A parser with a description, and the examples of its command below."""
+    if summary:
+        options |= {"help": summary, "description": f"{summary[0].upper()}{summary[1:]}."}
+    args = (name.split()[-1],) if name else ()
+    parser: argparse.ArgumentParser = make(
+        *args, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES[name], **options
+    )
+    return parser
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", default="digits", metavar="SOURCE",
+        help="digits (8x8 handwriting, comes along; default), a folder with Hugging Face parquet files, or a "
+        "folder of images: train/CLASS/*.png",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N training and N test images")
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag a field of the recipe, with the field's own type, default and documentation."""
+    from nearfold.train import Recipe
+
+    group = parser.add_argument_group("recipe")
+    types = typing.get_type_hints(Recipe)
+    documented = attribute_docs(Recipe)
+    for field in dataclasses.fields(Recipe):
+        text = f"{documented[field.name]} (default: {field.default})".replace("%", "%%")
+        how: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction}
+            if types[field.name] is bool
+            else {"type": types[field.name], "metavar": types[field.name].__name__.upper()}
+        )
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **how)
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The `Attributes:` section of a class's docstring: name to text, one line each.
+
+    >>> class Pair:
+    ...     '''Two.
+    ...
+    ...     Attributes:
+    ...         left: The first
+    ...             of two.
+    ...         right: The other.
+    ...     '''
+    >>> attribute_docs(Pair)
+    {'left': 'The first of two.', 'right': 'The other.'}
+    """
+    section = re.search(r"^Attributes:\n((?:(?: {4}.*)?\n)+)", f"{inspect.getdoc(cls)}\n", re.MULTILINE)
+    assert section is not None, f"{cls.__name__} documents no attributes"
+    items = re.findall(r"^ {4}(\w+): (.*\n(?: {8}.*\n)*)", section.group(1), re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").replace("`", "").split()) for name, text in items}
+
+
+def _notation(text: str) -> str:
+    """The notation, where `text` is a name of the catalogue."""
+    return CATALOGUE[text].notation if text in CATALOGUE else text
+
+
+def _ops(_: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _explain(args: argparse.Namespace) -> int:
+    import torch
+
+    from nearfold.lower import explain
+
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64"
+        )
+    operation = parse(_notation(args.notation))
+    print(
+        explain(operation, args.shape, args.out_channels, dtype=dtype, device=args.device, grad=args.grad)
+    )  # fmt: skip
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nearfold.models import SpectrumNet, stem_stride
+    from nearfold.train import Recipe, fit, load_data
+
+    if args.out is None and (args.resume or args.tensorboard):
+        flag = "--resume" if args.resume else "--tensorboard"
+        raise ValueError(f"{flag} needs --out DIR, the folder of the run")
+    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+    operation = parse(_notation(args.op))
+    data = load_data(args.data, limit=args.limit)
+    import torch
+
+    torch.manual_seed(recipe.seed)
+    model = SpectrumNet(
+        operation, data.channels, len(data.classes),
+        width=args.width, depth=args.depth, stride=stem_stride(data.size),
+    )  # fmt: skip
+    result = fit(model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+        print(
+            f"{operation}\n{data.name}: test accuracy {100 * result.test_accuracy:.1f} % (weights of epoch "
+            f"{result.best_epoch}, the best on the validation images: {100 * result.val_accuracy:.1f} %), "
+            f"{result.images_per_second:,.0f} images/s, {result.seconds:.0f} s"
+            + (f"\nin {args.out}" if args.out else "")
+        )
+    return 0
+
+
+def _study_spectrum(args: argparse.Namespace) -> int:
+    from nearfold.study import spectrum
+    from nearfold.study.publish import publish
+    from nearfold.study.table import COLUMNS, cells, text_table
+
+    given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
+    settings = spectrum.Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
+    study = spectrum.open_study(settings)
+    try:
+        spectrum.run(study, say=lambda line: print(line, flush=True))
+    finally:  # also when interrupted: what has finished is worth a report
+        if study.finished:
+            paths = publish(study)
+            print("\n" + text_table(COLUMNS, (cells(row) for row in study.rows())))
+            print("\n" + "\n".join(str(path) for path in paths))
+    for label, error in study.failures:
+        print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
+    return 1 if study.failures else 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*){2,}", text):
+        raise argparse.ArgumentTypeError(
+            f"wanted batch, channels and grid, such as 16,64,32,32; got {text!r}"
+        )
+    return tuple(int(number) for number in re.split("[,x]", text))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

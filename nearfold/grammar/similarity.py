@@ -1,0 +1,230 @@
+"""Similarities: what "near" means.
+
+Each one reduces to a metric on embedded vectors: ``similarity(q_i, k_j) = metric(query_i, key_j)`` with
+``metric`` dot, or minus the euclidean or chebyshev distance. The embedding costs O(N d), so the oracle and
+every fast lowering share it, and a new similarity is one class here.
+
+Shape legend: B batch, H heads, N positions, d features of one head, a grid axes, e embedded features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar.word import Word, check, number, positive
+
+
+@dataclass(frozen=True)
+class Place:
+    """The grid that queries and keys live on, as coordinates."""
+
+    grid: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def index(self) -> Tensor:
+        """Integer coordinates (N, a), raster order."""
+        axes = [torch.arange(n, device=self.device) for n in self.grid]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
+
+    def exact(self) -> Tensor:
+        """Centred coordinates (N, a) in about [-1, 1]: one power-of-two scale for all axes keeps ties exact."""
+        largest, scale = max(self.grid), 1
+        while scale < largest:
+            scale *= 2
+        centre = torch.tensor([(n - 1) / 2 for n in self.grid], device=self.device, dtype=self.dtype)
+        return (self.index().to(self.dtype) - centre) * (2 / scale)
+
+    def unit(self) -> Tensor:
+        """Coordinates (N, a), each axis from -1 to 1, last axis first (x before y), as ConvNN and ACmix do."""
+        axes = [torch.linspace(-1, 1, n, device=self.device, dtype=self.dtype) for n in self.grid]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(self.grid))
+
+
+def _append(x_BHNd: Tensor, place: Place) -> Tensor:
+    unit_Na = place.unit().to(x_BHNd.dtype)
+    return torch.cat([x_BHNd, unit_Na.expand(*x_BHNd.shape[:2], *unit_Na.shape)], -1)
+
+
+def _deviation(x_BHNd: Tensor) -> Tensor:
+    """Unbiased standard deviation over positions and features (B, H, 1, 1), blind to NaN entries."""
+    missing = x_BHNd.isnan()
+    count = (~missing).sum((-2, -1), keepdim=True)
+    filled = x_BHNd.masked_fill(missing, 0)
+    mean = filled.sum((-2, -1), keepdim=True) / count.clamp(min=1)
+    square = (filled - mean).masked_fill(missing, 0).square().sum((-2, -1), keepdim=True)
+    # the floor under the root keeps the gradient finite when every feature is equal
+    return (square / (count - 1).clamp(min=1)).clamp(min=1e-30).sqrt() + 1e-6
+
+
+class Similarity(Word):
+    """How alike a query and a key are: larger is nearer."""
+
+    kind = "similarity"
+    squared: bool = False
+    uses_features: ClassVar[bool] = True
+
+    @property
+    def reduced(self) -> str:
+        """The metric on embedded vectors: dot, euclidean or chebyshev."""
+        return "dot"
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors whose metric is this similarity: query (B|1, H|1, N, e) and key (B|1, H|1, N, e)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dot(Similarity):
+    """q . k. ``coordinates`` appends the positions (each axis in [-1, 1]) to query and key."""
+
+    word = "dot"
+    coordinates: bool = False
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self.coordinates:
+            return _append(q_BHNd, place), _append(k_BHNd, place)
+        return q_BHNd, k_BHNd
+
+
+@dataclass(frozen=True)
+class Scaled(Similarity):
+    """q . k / sqrt(d), d the features of one head.
+
+    ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
+    q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer).
+    """
+
+    word = "scaled"
+    coordinates: bool = False
+    relative: bool = False
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        scale = q_BHNd.shape[-1] ** -0.5
+        if self.coordinates:
+            q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
+        q_BHNd = q_BHNd * scale
+        if self.relative:
+            weight_da = params["position_weight"]
+            p_Nd = F.linear(place.unit().to(weight_da.dtype), weight_da, params.get("position_bias"))
+            p_Nd = p_Nd.to(q_BHNd.dtype)
+            own_BHN1 = (q_BHNd * p_Nd).sum(-1, keepdim=True)
+            q_BHNd = torch.cat([q_BHNd, own_BHN1], -1)
+            k_BHNd = torch.cat([k_BHNd - p_Nd, torch.ones_like(k_BHNd[..., :1])], -1)
+        return q_BHNd, k_BHNd
+
+
+@dataclass(frozen=True)
+class Cosine(Similarity):
+    """q . k / (|q| |k|); a zero vector has similarity 0 to everything."""
+
+    word = "cosine"
+    coordinates: bool = False
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        same = q_BHNd is k_BHNd
+        if self.coordinates:
+            q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
+        q_BHNd = F.normalize(q_BHNd, dim=-1)
+        return q_BHNd, q_BHNd if same else F.normalize(k_BHNd, dim=-1)
+
+
+@dataclass(frozen=True)
+class Euclidean(Similarity):
+    """-|q - k|, or -|q - k|^2 when ``squared``."""
+
+    word = "euclidean"
+    squared: bool = False
+    coordinates: bool = False
+
+    @property
+    def reduced(self) -> str:
+        return "euclidean"
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self.coordinates:
+            return _append(q_BHNd, place), _append(k_BHNd, place)
+        return q_BHNd, k_BHNd
+
+
+@dataclass(frozen=True)
+class Position(Similarity):
+    """Minus the distance between the positions themselves; features play no part.
+
+    ``metric`` is euclidean or chebyshev (the metric whose balls are square windows). With ``dilation`` d
+    only positions whose offset is a multiple of d on every axis are candidates, as in a dilated convolution.
+    """
+
+    word = "position"
+    uses_features = False
+    metric: str = field(default="euclidean", metadata={"positional": True})
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        check(
+            self.metric in ("euclidean", "chebyshev"), self, "metric", self.metric, "euclidean or chebyshev"
+        )
+        positive(self, dilation=self.dilation)
+
+    @property
+    def reduced(self) -> str:
+        return self.metric
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        exact_11Na = place.exact()[None, None]
+        return exact_11Na, exact_11Na
+
+
+@dataclass(frozen=True)
+class Blend(Similarity):
+    """From space (lam = 0) to features (lam = 1): the metric of [lam * f / std(f), (1 - lam) * position].
+
+    ``std`` is over channels and positions of one sample and head (ConvNN's Loc_Col, arXiv 2511.14137).
+    ``unit`` scales every axis to [-1, 1] on its own, as the public code does; by default the grid keeps
+    its proportions, so that lam = 0 is `position` exactly, ties included.
+    """
+
+    word = "blend"
+    lam: float
+    metric: str = field(default="euclidean", metadata={"positional": True})
+    unit: bool = False
+
+    def __post_init__(self) -> None:
+        number(self, "lam", self.lam)
+        check(0 <= self.lam <= 1, self, "lam", self.lam, "between 0 (space) and 1 (features)")
+        check(self.metric in ("euclidean", "cosine"), self, "metric", self.metric, "euclidean or cosine")
+        object.__setattr__(self, "lam", float(self.lam))
+
+    @property
+    def reduced(self) -> str:
+        return "dot" if self.metric == "cosine" else "euclidean"
+
+    def embed(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        where_Na = ((1 - self.lam) * (place.unit() if self.unit else place.exact())).to(q_BHNd.dtype)
+
+        def joined(x_BHNd: Tensor) -> Tensor:
+            features = self.lam * (x_BHNd / _deviation(x_BHNd))
+            both = torch.cat([features, where_Na.expand(*x_BHNd.shape[:2], *where_Na.shape)], -1)
+            return F.normalize(both, dim=-1) if self.metric == "cosine" else both
+
+        query = joined(q_BHNd)
+        return query, query if q_BHNd is k_BHNd else joined(k_BHNd)

@@ -1,0 +1,68 @@
+"""What a word is: a frozen dataclass whose fields are its arguments, registered under its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+WORDS: dict[str, dict[str, type[Word]]] = {}
+
+
+class Word:
+    """Base of all words: knows its notation and registers itself under its kind."""
+
+    kind: ClassVar[str]
+    word: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "word" in cls.__dict__:
+            WORDS.setdefault(cls.kind, {})[cls.word] = cls
+
+    def __str__(self) -> str:
+        parts = []
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            name = f.metadata.get("notation", f.name)
+            if f.default is dataclasses.MISSING or f.metadata.get("always"):
+                parts.append(_value(value))
+            elif value == f.default and type(value) is type(f.default):
+                continue
+            elif value is True:
+                parts.append(name)
+            elif f.metadata.get("positional"):
+                parts.append(_value(value))
+            else:
+                parts.append(f"{name}={_value(value)}")
+        return self.word + (f"({', '.join(parts)})" if parts else "")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_value, value)) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def check(ok: bool, word: Word, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={value!r}")
+
+
+def positive(word: Word, **values: Any) -> None:
+    for name, value in values.items():
+        check(type(value) is int and value >= 1, word, name, value, "a positive integer")
+
+
+def sizes(word: Word, **values: Any) -> None:
+    for name, value in values.items():
+        entries = value if isinstance(value, tuple) else (value,)
+        ok = len(entries) > 0 and all(type(v) is int and v >= 1 for v in entries)
+        check(ok, word, name, value, "a positive integer or a tuple of them, one per axis")
+
+
+def number(word: Word, name: str, value: object) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    check(ok, word, name, value, "a finite number")

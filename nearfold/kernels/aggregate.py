@@ -1,0 +1,206 @@
+"""`nearfold::aggregate`: sum over slots of alpha * W_s * value[index], without holding (B, C, N, k).
+
+A tile of neighbours is gathered into cache and multiplied there (an implicit GEMM); the backward gathers it
+again instead of storing it.
+
+Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), d = C / H, M outputs,
+S slots, O output channels, G groups of the kernel, c = C / G, o = O / G, r rows of a tile (outputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+TILE_BYTES = 2 << 20  # of gathered neighbours held at once
+
+
+def _tiles(value: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """(rows, flat index into value's B*N*H rows of d, missing slots or None, neighbours (r, S, C))."""
+    B, N, C = value.shape
+    _, M, S, H = index.shape
+    table = value.reshape(B * N * H, C // H)
+    rows = max(1, TILE_BYTES // (S * C * value.element_size()))
+    flat = index.reshape(B * M, S, H)
+    some_missing = bool((index < 0).any())
+    head = torch.arange(H, device=value.device)
+    sample = torch.arange(B, device=value.device).repeat_interleave(M)[:, None, None] * N
+    for start in range(0, B * M, rows):
+        part = slice(start, min(start + rows, B * M))
+        local = flat[part]
+        missing = local < 0 if some_missing else None
+        at = ((local.clamp(min=0) if some_missing else local) + sample[part]) * H + head
+        at = at.reshape(-1)
+        near = table.index_select(0, at).view(-1, S, H, C // H)
+        if missing is not None and missing.any():
+            near.masked_fill_(missing[..., None], 0)
+        else:
+            missing = None
+        yield part, at, missing, near.view(-1, S, C)
+
+
+def _scaled(near: Tensor, alpha: Tensor | None) -> Tensor:
+    if alpha is None:
+        return near
+    r, S, C = near.shape
+    return (near.view(r, S, alpha.shape[-1], -1) * alpha[..., None]).view(r, S, C)
+
+
+def _matrix(weight: Tensor, groups: int) -> Tensor:
+    """Dense kernel (O, C / G, S) -> (G, S * c, o)."""
+    O, c, S = weight.shape
+    return weight.view(groups, O // groups, c, S).permute(0, 3, 2, 1).reshape(groups, S * c, O // groups)
+
+
+def _grouped(near: Tensor, groups: int) -> Tensor:
+    """(r, S, C) -> (G, r, S * c)."""
+    r, S, C = near.shape
+    return near.view(r, S, groups, C // groups).permute(2, 0, 1, 3).reshape(groups, r, -1)
+
+
+def _out_channels(value: Tensor, weight: Tensor | None) -> int:
+    return value.shape[2] if weight is None else weight.shape[0]
+
+
+@torch.library.custom_op("nearfold::aggregate", mutates_args=())
+def aggregate(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+) -> Tensor:
+    """y (B, M, O) = sum over slots s of alpha[.., s] * W_s value[index[.., s]].
+
+    Args:
+        value: (B, N, C).
+        index: (B, M, S, H) int64 positions; -1 reads nothing.
+        alpha: (B, M, S, H) in value's dtype, or None for ones.
+        weight: (O, C / groups, S) in value's dtype; (C, 1, S) with groups = C is depthwise; None for ones.
+        groups: groups of the kernel.
+    """
+    with torch.autocast(value.device.type, enabled=False):
+        B, _, C = value.shape
+        M = index.shape[1]
+        O = _out_channels(value, weight)
+        out = value.new_empty(B * M, O)
+        depthwise = weight is not None and weight.shape[1] == 1 and groups == C
+        matrix = None if weight is None or depthwise else _matrix(weight, groups)
+        flat_alpha = None if alpha is None else alpha.reshape(B * M, *alpha.shape[2:])
+        for part, _, _, near in _tiles(value, index):
+            near = _scaled(near, None if flat_alpha is None else flat_alpha[part])
+            if weight is None:
+                out[part] = near.sum(1)
+            elif matrix is None:
+                out[part] = (near * weight[:, 0].T).sum(1)
+            elif groups == 1:
+                torch.mm(near.view(len(near), -1), matrix[0], out=out[part])
+            else:
+                out[part] = torch.bmm(_grouped(near, groups), matrix).transpose(0, 1).reshape(-1, O)
+        return out.view(B, M, O)
+
+
+@aggregate.register_fake
+def _(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
+    return value.new_empty(value.shape[0], index.shape[1], _out_channels(value, weight))
+
+
+@torch.library.custom_op("nearfold::aggregate_backward", mutates_args=())
+def aggregate_backward(
+    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at value, alpha and weight (empty tensors for those that are None)."""
+    with torch.autocast(value.device.type, enabled=False):
+        return _backward_tiles(grad, value, index, alpha, weight, groups)
+
+
+def _backward_tiles(
+    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, C = value.shape
+    _, M, S, H = index.shape
+    wide = torch.promote_types(value.dtype, torch.float32)  # sums over many outputs
+    d_value = torch.zeros(B * N * H, C // H, dtype=wide, device=value.device)
+    d_alpha = value.new_empty((B * M, S, H) if alpha is not None else 0)
+    depthwise = weight is not None and weight.shape[1] == 1 and groups == C
+    matrix = None if weight is None or depthwise else _matrix(weight, groups)
+    d_matrix = None if matrix is None else torch.zeros(matrix.shape, dtype=wide, device=value.device)
+    d_slots = torch.zeros(S, C, dtype=wide, device=value.device) if depthwise else None
+    grad = grad.reshape(B * M, -1)
+    flat_alpha = None if alpha is None else alpha.reshape(B * M, S, H)
+    for part, at, missing, near in _tiles(value, index):
+        g, r = grad[part], len(near)
+        tile_alpha = None if flat_alpha is None else flat_alpha[part]
+        read = _scaled(near, tile_alpha)
+        if matrix is None:
+            d_read = g[:, None, :].expand(r, S, C)
+            if d_slots is not None and weight is not None:
+                d_slots += (read * d_read).sum(0)
+                d_read = d_read * weight[:, 0].T
+        elif groups == 1:
+            assert d_matrix is not None
+            d_matrix[0].addmm_(read.view(r, -1).T.to(wide), g.to(wide))
+            d_read = (g @ matrix[0].T).view(r, S, C)
+        else:
+            assert d_matrix is not None
+            g_G = g.view(r, groups, -1).transpose(0, 1)
+            d_matrix += torch.bmm(_grouped(read, groups).transpose(1, 2), g_G).to(wide)
+            d_read = torch.bmm(g_G, matrix.transpose(1, 2)).view(groups, r, S, C // groups)
+            d_read = d_read.permute(1, 2, 0, 3).reshape(r, S, C)
+        if tile_alpha is not None:
+            d_alpha[part] = (near * d_read).view(r, S, H, -1).sum(-1)
+            d_read = _scaled(d_read.reshape(r, S, C), tile_alpha)
+        d_near = d_read.reshape(-1, C // H).to(wide)
+        if missing is not None:
+            d_near = d_near.masked_fill(missing.reshape(-1, 1), 0)
+        d_value.index_add_(0, at, d_near)
+    if weight is None:
+        d_weight = value.new_empty(0)
+    elif d_slots is not None:
+        d_weight = d_slots.T.reshape(C, 1, S).to(weight.dtype)
+    else:
+        assert d_matrix is not None
+        d_weight = d_matrix.view(groups, S, C // groups, -1).permute(0, 3, 2, 1).reshape(weight.shape)
+        d_weight = d_weight.to(weight.dtype).contiguous()
+    return (
+        d_value.view(B, N, C).to(value.dtype),
+        d_alpha.view(B, M, S, H) if alpha is not None else d_alpha,
+        d_weight,
+    )
+
+
+@aggregate_backward.register_fake
+def _(
+    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = value.new_empty(0)
+    d_alpha = none if alpha is None else value.new_empty(alpha.shape)
+    d_weight = none.clone() if weight is None else weight.new_empty(weight.shape)
+    return value.new_empty(value.shape), d_alpha, d_weight
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    value, index, alpha, weight, groups = inputs
+    ctx.save_for_backward(value, index, alpha, weight)
+    ctx.groups = groups
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    value, index, alpha, weight = ctx.saved_tensors
+    d_value, d_alpha, d_weight = aggregate_backward(grad, value, index, alpha, weight, ctx.groups)
+    return d_value, None, None if alpha is None else d_alpha, None if weight is None else d_weight, None
+
+
+aggregate.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.nearfold.aggregate)
+def _flops(value_shape, index_shape, alpha_shape, weight_shape, groups, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    B, _, C = value_shape
+    _, M, S, _ = index_shape
+    out = 1 if weight_shape is None else weight_shape[0] // groups
+    return int(2 * B * M * S * C * out)
+
+
+@register_flop_formula(torch.ops.nearfold.aggregate_backward)
+def _backward_flops(grad_shape, value_shape, index_shape, alpha_shape, weight_shape, groups, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * _flops(value_shape, index_shape, alpha_shape, weight_shape, groups)

@@ -1,0 +1,31 @@
+"""Random candidates from a counter-based generator: the state is a tensor (seed, draws), so that it is part of
+the state dict, resumes exactly, is the same on every device and is traced by torch.compile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A 32-bit integer mixer (xor-shift-multiply) in int64 arithmetic that never overflows."""
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        x = x ^ (x >> 16)
+        x = (x * multiplier) & _MASK
+    return x ^ (x >> 16)
+
+
+def draw_positions(state: Tensor, total: int, count: int) -> Tensor:
+    """``count`` distinct positions of 0 .. total-1, ascending, drawn by state = (seed, draws), int64 of shape (2,).
+
+    >>> draw_positions(torch.tensor([0, 1]), 10, 3).numel()
+    3
+    """
+    stream = _scramble((state[0] & _MASK) ^ _scramble(state[1] & _MASK))
+    keys = _scramble(_scramble(torch.arange(total, device=state.device) ^ stream) + stream & _MASK)
+    # the position in the low bits makes the keys distinct, whatever order equal ones would be sorted in
+    chosen = (keys * total + torch.arange(total, device=state.device)).topk(count, sorted=False).indices
+    return chosen.sort().values

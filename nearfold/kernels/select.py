@@ -1,0 +1,265 @@
+"""`nearfold::select`: the k best keys of every query, without ever holding all M x R scores.
+
+In plain PyTorch, by blocks of a few MiB of scores: the GEMM writes a block that stays in cache, and topk reads it
+there. The backward needs only the k chosen keys of a row.
+
+Shape legend: P problems (batch x heads), M queries, R keys, e embedded features, k slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BLOCK_BYTES = 4 << 20  # of scores held at once
+INVALID = -1
+
+
+def _bits(score: Tensor) -> Tensor:
+    """Float32 -> int64, in the same order; the two zeros are one."""
+    bits = (score + 0.0).view(torch.int32).long()
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last axis, ties by the lowest index. NaN must be gone."""
+    R = score.shape[-1]
+    best, index = score.topk(min(k + 1, R), -1)
+    # topk leaves the order of equal values open: rows with any are ranked again, exactly
+    tied = (best[..., 1:] == best[..., :-1]).any(-1)
+    best, index = best[..., :k], index[..., :k]
+    if tied.any():
+        rows = score[tied]
+        if score.dtype == torch.float32:
+            place = torch.arange(R, device=score.device)
+            key = (_bits(rows) << 31) | (R - 1 - place)
+            found = R - 1 - (key.topk(k, -1).values & 0x7FFFFFFF)
+        else:
+            found = rows.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        index[tied], best[tied] = found, rows.gather(-1, found)
+    return best, index
+
+
+def _mask(
+    score: Tensor, own: Tensor | None, again: float, allowed: Tensor | None, clean: bool, rows: slice
+) -> Tensor:
+    if allowed is not None:
+        score.masked_fill_(~allowed[rows], float("-inf"))
+    if own is not None:
+        score.masked_fill_(own[rows], again)
+    if not clean:
+        score.masked_fill_(score.isnan(), float("-inf"))
+    return score
+
+
+def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+    """A block of scores (p, m, R): dot, minus squared euclidean or minus chebyshev distance."""
+    if metric == "dot":
+        return torch.bmm(q, k.transpose(1, 2))
+    if metric == "chebyshev":
+        return -torch.cdist(q, k, p=float("inf"))
+    assert q_norm is not None and k_norm is not None
+    norms = q_norm[:, :, None] + k_norm[:, None, :]
+    return torch.baddbmm(norms, q, k.transpose(1, 2), beta=-1, alpha=2)
+
+
+@torch.library.custom_op("nearfold::select", mutates_args=())
+def select(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    allowed: Tensor | None,
+    own: bool,
+    again: float,
+) -> tuple[Tensor, Tensor]:
+    """Scores (P, M, k) and indices (P, M, k) into the keys of the k best, best first, ties by the lowest index.
+
+    Args:
+        query: (P, M, e) float32 or float64.
+        key: (P, R, e), same dtype.
+        k: how many, at least 1; slots beyond the keys there are have index -1 and score -inf.
+        metric: "dot", "euclidean" (minus the distance, or its square with ``squared``) or "chebyshev".
+        squared: minus the squared distance instead.
+        query_index: (M,) int64 position of every query; key_index: (R,) of every key.
+        key_index: positions of the keys.
+        allowed: (M, R) bool, which keys a query may choose; None for all.
+        own: whether the query's own position gets the score ``again`` instead of its similarity.
+        again: that score; -inf takes it out of the search.
+
+    A NaN key is never chosen; a NaN query has NaN scores.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return _select(query, key, k, metric, squared, query_index, key_index, allowed, own, again)
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    allowed: Tensor | None,
+    own: bool,
+    again: float,
+) -> tuple[Tensor, Tensor]:
+    P, M, _ = query.shape
+    R = key.shape[1]
+    kept = min(k, R)
+    score = query.new_full((P, M, k), float("-inf"))
+    index = torch.full((P, M, k), INVALID, dtype=torch.long, device=query.device)
+    if score.numel() == 0 or R == 0:
+        return score, index
+    mine = (query_index[:, None] == key_index[None, :]) if own else None
+    clean = bool(query.isfinite().all() and key.isfinite().all())
+    q_norm = k_norm = None
+    if metric == "euclidean":
+        q_norm, k_norm = query.square().sum(-1), key.square().sum(-1)
+    row_bytes = R * query.element_size()
+    m = max(1, min(M, BLOCK_BYTES // row_bytes))
+    p = max(1, BLOCK_BYTES // (row_bytes * M)) if m == M else 1
+    for p0 in range(0, P, p):
+        ps = slice(p0, min(p0 + p, P))
+        for m0 in range(0, M, m):
+            ms = slice(m0, min(m0 + m, M))
+            norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
+            block = _score(metric, query[ps, ms], key[ps], *norms)
+            block = _mask(block, mine, again, allowed, clean, ms)
+            best, found = _ranked(block, kept)
+            score[ps, ms, :kept] = best
+            index[ps, ms, :kept] = found.masked_fill(best == float("-inf"), INVALID)
+    if metric == "euclidean":
+        score = _distances(query, key, score, index, squared, again if own else None, mine)
+    if not clean:
+        score.masked_fill_(query.isnan().any(-1, keepdim=True), float("nan"))
+    return score, index
+
+
+def _distances(
+    query: Tensor,
+    key: Tensor,
+    score: Tensor,
+    index: Tensor,
+    squared: bool,
+    again: float | None,
+    mine: Tensor | None,
+) -> Tensor:
+    """Minus the (squared) distances of the chosen, from differences: the GEMM's form cancels digits."""
+    exact = torch.empty_like(score)
+    for block, _, apart in _chosen(query, key, index):
+        square = apart.square().sum(-1)
+        exact[block] = -(square if squared else square.sqrt())
+    fixed = index == INVALID
+    exact.masked_fill_(fixed, float("-inf"))
+    if mine is not None and again is not None:
+        exact.masked_fill_(_is_mine(mine, index), again)
+    return exact
+
+
+def _is_mine(mine: Tensor, index: Tensor) -> Tensor:
+    """Which slots (P, M, k) hold the query's own position."""
+    return mine.expand(index.shape[0], -1, -1).gather(2, index.clamp(min=0)) & (index != INVALID)
+
+
+def _chosen(query: Tensor, key: Tensor, index: Tensor):  # type: ignore[no-untyped-def]
+    """Blocks of (slices, chosen keys (p, m, k, e), query - chosen): never all of them at once."""
+    P, M, k = index.shape
+    m = max(1, BLOCK_BYTES // (k * query.shape[-1] * query.element_size()))
+    for p0 in range(P):
+        for m0 in range(0, M, m):
+            block = (slice(p0, p0 + 1), slice(m0, min(m0 + m, M)))
+            rows = key[p0].index_select(0, index[block].clamp(min=0).flatten())
+            rows = rows.view(1, -1, k, key.shape[-1])
+            yield block, rows, query[block].unsqueeze(2) - rows
+
+
+@select.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    allowed: Tensor | None,
+    own: bool,
+    again: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], query.shape[1], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.long)
+
+
+@torch.library.custom_op("nearfold::select_backward", mutates_args=())
+def select_backward(
+    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squared: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `select`'s scores at query and key; ``grad`` is zero where the score was a constant."""
+    with torch.autocast(query.device.type, enabled=False):
+        d_query, d_key = torch.empty_like(query), torch.zeros_like(key)
+        for block, rows, apart in _chosen(query, key, index):
+            g = grad[block].masked_fill(index[block] == INVALID, 0)
+            at = index[block].clamp(min=0).flatten()
+            if metric == "dot":
+                d_query[block] = torch.einsum("pmk,pmke->pme", g, rows)
+                d_rows = g[..., None] * query[block].unsqueeze(2)
+            else:
+                d_apart = _metric_grad(g, apart, metric, squared)
+                d_query[block], d_rows = d_apart.sum(2), -d_apart
+            d_key[block[0]][0].index_add_(0, at, d_rows.reshape(-1, key.shape[-1]))
+        return d_query, d_key
+
+
+def _metric_grad(g: Tensor, apart: Tensor, metric: str, squared: bool) -> Tensor:
+    """Gradient of -|apart| (zero at zero distance), -|apart|^2 or -max|apart|."""
+    if metric == "chebyshev":
+        largest = apart.abs().amax(-1, keepdim=True)
+        hit = (apart.abs() == largest) & (largest > 0)
+        return -g[..., None] * apart.sign() * hit / hit.sum(-1, keepdim=True).clamp(min=1)
+    if squared:
+        return -2 * g[..., None] * apart
+    length = apart.square().sum(-1, keepdim=True).sqrt()
+    return -g[..., None] * torch.where(length > 0, apart / length, 0)
+
+
+@select_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squared: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, _, metric, squared, query_index, key_index, _, own, _ = inputs
+    ctx.save_for_backward(query, key, output[1], query_index, key_index)
+    ctx.metric, ctx.squared, ctx.own = metric, squared, own
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    query, key, index, query_index, key_index = ctx.saved_tensors
+    if ctx.own:  # the own position's score is a constant
+        grad = grad.masked_fill(key_index[index.clamp(min=0)] == query_index[:, None], 0)
+    d_query, d_key = select_backward(grad, query, key, index, ctx.metric, ctx.squared)
+    return d_query, d_key, None, None, None, None, None, None, None, None
+
+
+select.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.nearfold.select)
+def _select_flops(query_shape, key_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    P, M, e = query_shape
+    return int(2 * P * M * key_shape[1] * e)
+
+
+@register_flop_formula(torch.ops.nearfold.select_backward)
+def _select_backward_flops(grad_shape, query_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    P, M, k = grad_shape
+    return int(4 * P * M * k * query_shape[-1])

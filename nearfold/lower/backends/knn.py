@@ -1,0 +1,130 @@
+"""`knn`: nearest neighbours, selected and aggregated by tiles; O(N k) memory, forward and backward.
+
+Shape legend: B batch, H heads, N positions, R candidates, M outputs, S slots, e embedded features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar.words import Box, Nearest, Ones, Rho
+from nearfold.kernels.aggregate import aggregate
+from nearfold.kernels.select import INVALID, select
+from nearfold.lower import oracle
+from nearfold.lower.call import Call, autocast_dtype
+from nearfold.lower.selection import allowed
+from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.weighting import alpha_of
+
+NAME = "knn"
+
+
+def supports(facts: Facts) -> Verdict:
+    """Path nearest, with anything."""
+    if not isinstance(facts.op.path, Nearest):
+        return Verdict.no(f"path is {facts.op.path.word}, not nearest")
+    return Verdict.yes("tiled selection and aggregation in PyTorch", "roundoff")
+
+
+def _select(call: Call) -> tuple[Tensor, Tensor]:
+    """Score and position (B|1, H|1, M, S); position -1 where there is none."""
+    path = call.op.path
+    assert isinstance(path, Nearest)
+    query, key = call.embedded()
+    B, H = query.shape[:2]
+    query_M, key_R = call.query_index(), call.candidate_index()
+    every = key_R is None
+    own = path.include_self is not False
+    if key_R is None:
+        key_R = torch.arange(key.shape[2], device=key.device)
+    mask = allowed(call, query_M, key_R)
+    whole = query.shape[2] == len(query_M)
+    query_m = query if whole else query[:, :, query_M]
+    k = path.k - own
+    score = query_m.new_empty(B, H, len(query_M), 0)
+    at = torch.empty(B, H, len(query_M), 0, dtype=torch.long, device=key.device)
+    if k:
+        chosen = key if every else key[:, :, key_R]
+        again = float("-inf") if path.again is None else path.again
+        flat_score, found = select(
+            query_m.flatten(0, 1),
+            chosen.flatten(0, 1),
+            k,
+            call.similarity.reduced,
+            call.similarity.squared,
+            query_M,
+            key_R,
+            mask,
+            own,
+            again,
+        )
+        score, at = flat_score.unflatten(0, (B, H)), found.unflatten(0, (B, H))
+        if not every:
+            at = torch.where(at < 0, INVALID, key_R[at.clamp(min=0)])
+    if own:
+        score = torch.cat([_own_score(call, query_m, key if whole else key[:, :, query_M]), score], -1)
+        at = torch.cat([query_M[:, None].expand(B, H, -1, 1), at], -1)
+    return score, at
+
+
+def _own_score(call: Call, query: Tensor, key: Tensor) -> Tensor:
+    """The score of slot 0 (B, H, M, 1): the position's similarity with itself, or the number asked for."""
+    given = call.op.path.include_self  # type: ignore[attr-defined]
+    lost = query.isnan().any(-1, keepdim=True)
+    if given is not True:
+        return torch.full_like(query[..., :1], given).masked_fill(lost, float("nan"))
+    if call.similarity.reduced == "dot":
+        return (query * key).sum(-1, keepdim=True)
+    if call.similarity.squared:
+        return -(query - key).square().sum(-1, keepdim=True)
+    order = 2 if call.similarity.reduced == "euclidean" else float("inf")
+    return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True)
+
+
+def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Slots in raster order of their positions, missing ones last."""
+    order = at.masked_fill(at < 0, positions).sort(dim=-1, stable=True).indices
+    return score.gather(-1, order), at.gather(-1, order)
+
+
+def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
+    """None where alpha is one in every slot that reads anything."""
+    return None if isinstance(rho, Ones) else alpha_of(rho, score, at >= 0)
+
+
+def run(call: Call) -> Tensor:
+    """(B, O, *out)."""
+    weight_word = call.op.weight
+    value = oracle.values(call).transpose(1, 2)
+    score, at = _select(call)
+    if isinstance(call.op.shape, Box):
+        score, at = _raster(score, at, value.shape[1])
+    B, H = value.shape[0], call.heads
+    alpha = _alpha(weight_word.rho, score, at)
+    kernel = oracle.kernel_weight(call)
+    weight, groups = (None, 1) if kernel is None else kernel
+    dtype = autocast_dtype(value) or value.dtype
+    if dtype != value.dtype and weight is not None:
+        weight = weight.to(dtype)
+    y = aggregate(
+        value.to(dtype).contiguous(),
+        _slots_last(at, B, H),
+        None if alpha is None else _slots_last(alpha.to(dtype), B, H),
+        weight,
+        groups,
+    )
+    if alpha is None:
+        lost = score[..., :1].isnan().expand(B, H, -1, 1)
+        y = _spoil(y, lost)
+    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
+
+
+def _slots_last(x: Tensor, B: int, H: int) -> Tensor:
+    """(B|1, H|1, M, S) -> (B, M, S, H), contiguous."""
+    return x.expand(B, H, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def _spoil(y: Tensor, lost_BHM1: Tensor) -> Tensor:
+    """NaN where the query was NaN in any head."""
+    return y.masked_fill(lost_BHM1.any(1), float("nan"))

@@ -1,0 +1,54 @@
+"""`sdpa`: softmax over every position is F.scaled_dot_product_attention.
+
+Shape legend: B batch, H heads, N positions, M outputs, e embedded features, d value features of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar.similarity import Cosine, Dot, Scaled
+from nearfold.grammar.words import All, Causal, Softmax
+from nearfold.lower.call import Call, split_heads
+from nearfold.lower.selection import allowed
+from nearfold.lower.verdict import Facts, Verdict
+
+NAME = "sdpa"
+
+
+def supports(facts: Facts) -> Verdict:
+    """Path all under softmax of a dot-like similarity."""
+    op = facts.op
+    if not isinstance(op.path, All):
+        return Verdict.no(f"path is {op.path.word}, not all")
+    if not isinstance(op.weight.rho, Softmax):
+        return Verdict.no(f"rho is {op.weight.rho.word}, not softmax")
+    if not isinstance(op.path.similarity, Dot | Scaled | Cosine):
+        return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
+    return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
+
+
+def run(call: Call) -> Tensor:
+    """(B, C, *out)."""
+    rho, value = call.op.weight.rho, split_heads(call.value, call.heads)
+    assert isinstance(rho, Softmax)
+    if isinstance(call.similarity, Scaled) and not (call.similarity.coordinates or call.similarity.relative):
+        # the scale is SDPA's own; embedding would only copy the query
+        assert call.query is not None and call.key is not None
+        query, key = split_heads(call.query, call.heads), split_heads(call.key, call.heads)
+        scale = rho.scale * query.shape[-1] ** -0.5
+    else:
+        query, key = (t.to(value.dtype) for t in call.embedded())
+        scale = rho.scale
+    every = all(s == 1 for s in call.stride)
+    query_M = call.query_index()
+    if not every:
+        query = query[:, :, query_M]
+    causal = isinstance(call.op.shape, Causal) and every
+    mask = None
+    if not causal:
+        mask = allowed(call, query_M, torch.arange(value.shape[2], device=value.device))
+    y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)

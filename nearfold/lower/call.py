@@ -1,0 +1,152 @@
+"""What every backend is handed: one `Basic` operation on one input, projected and padded.
+
+Shape legend: B batch, C channels, H heads, d features of a head, N positions (padded grid), M outputs, a axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar import Basic
+from nearfold.grammar.similarity import Place, Similarity
+from nearfold.grammar.words import Grid, Nearest, Random, Window
+from nearfold.kernels.sample import draw_positions
+from nearfold.lower.geometry import WindowGeometry, out_grid, padding_of, query_index
+from nearfold.lower.parameters import LETTERS, as_tuple
+
+
+@dataclass
+class Call:
+    """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them."""
+
+    op: Basic
+    params: dict[str, Tensor]
+    grid: tuple[int, ...]
+    value: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    draw: Tensor | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Grid axes."""
+        return len(self.grid)
+
+    @property
+    def heads(self) -> int:
+        """Heads of the weight."""
+        return self.op.weight.heads
+
+    @property
+    def similarity(self) -> Similarity:
+        """The similarity of the path."""
+        return self.op.path.similarity  # type: ignore[attr-defined]
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """The grid that values, keys and queries live on."""
+        p = padding_of(self.op)
+        return tuple(n + 2 * p for n in self.grid)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Output stride per axis."""
+        return as_tuple(self.op.path.stride, self.ndim, "stride")  # type: ignore[attr-defined]
+
+    @property
+    def out_grid(self) -> tuple[int, ...]:
+        """Output grid."""
+        if isinstance(self.op.path, Window):
+            return WindowGeometry.of(self.op, self.ndim).output(self.grid)
+        return out_grid(self.grid, self.stride)
+
+    def query_index(self) -> Tensor:
+        """Positions (M,) of the padded grid that `all` and `nearest` answer for."""
+        return query_index(self.grid, padding_of(self.op), self.stride, self.value.device)
+
+    def candidate_index(self) -> Tensor | None:
+        """Ascending positions (R,) among which `nearest` searches; None for every position."""
+        assert isinstance(self.op.path, Nearest)
+        candidates, total = self.op.path.candidates, _count(self.padded)
+        if isinstance(candidates, Random) and self.draw is not None and candidates.r < total:
+            return draw_positions(self.draw, total, candidates.r)
+        if isinstance(candidates, Grid):
+            return _grid_positions(candidates, self.grid, padding_of(self.op), self.value.device)
+        return None
+
+    def embedded(self) -> tuple[Tensor, Tensor]:
+        """Query (B|1, H|1, N, e) and key for the similarity's metric, in float32 at least."""
+        like = self.value
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        place = Place(self.padded, like.device, dtype)
+        if not self.similarity.uses_features:
+            empty = torch.empty(1, 1, 0, 0, device=like.device, dtype=dtype)
+            return self.similarity.embed(empty, empty, place, self.params)
+        assert self.query is not None and self.key is not None
+        query = split_heads(self.query, self.heads).to(dtype)
+        key = query if self.key is self.query else split_heads(self.key, self.heads).to(dtype)
+        return self.similarity.embed(query, key, place, self.params)
+
+
+def _count(grid: tuple[int, ...]) -> int:
+    total = 1
+    for n in grid:
+        total *= n
+    return total
+
+
+def _grid_positions(
+    candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device
+) -> Tensor | None:
+    """None when the grid is as fine as the map on every axis: then all positions are candidates."""
+    if all(candidates.r >= n - 2 * candidates.inset for n in grid) and candidates.inset == 0:
+        return None
+    flat = torch.zeros(1, dtype=torch.long, device=device)
+    for n in grid:
+        inset = min(candidates.inset, (n - 1) // 2)
+        room = n - 2 * inset
+        if candidates.r >= room:
+            axis = torch.arange(inset, inset + room, device=device)
+        else:
+            axis = torch.linspace(inset, inset + room - 1, candidates.r, device=device).long()
+        flat = (flat[:, None] * (n + 2 * padding) + axis + padding).reshape(-1)
+    return flat
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would run a convolution of x in; None where it is off."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, C, *grid) -> (B, H, N, d)."""
+    return x.flatten(2).unflatten(1, (heads, x.shape[1] // heads)).transpose(2, 3)
+
+
+def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None) -> Tensor:
+    """A pointwise map of the channels: (B, C, *grid) -> (B, O, *grid)."""
+    y = F.linear(x.flatten(2).transpose(1, 2), weight_oc, bias_o)
+    return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def project(op: Basic, letter: str, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """f_Q, f_K or f_V of the input: learned, or the identity."""
+    if letter not in op.weight.projections:
+        return x
+    name = LETTERS[letter]
+    return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"))
+
+
+def reads_features(op: Basic) -> bool:
+    """Whether query and key matter: some scores are computed from features."""
+    if isinstance(op.path, Nearest) and op.path.similarity.uses_features:
+        return True
+    similarity = op.path.similarity  # type: ignore[attr-defined]
+    return op.weight.rho.needs_score and similarity.uses_features

@@ -1,0 +1,144 @@
+"""`explain`: which backend runs an operation, why the others do not, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nearfold.grammar import Basic, Operation, parse
+from nearfold.lower.parameters import parameters
+from nearfold.lower.plan import apply, lower, verdicts
+from nearfold.lower.verdict import Facts, Verdict
+
+
+@dataclass(frozen=True)
+class Part:
+    """One `Basic` operation: the backend that runs it and every verdict."""
+
+    operation: Basic
+    backend: str
+    verdicts: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; ``str()`` is a table.
+
+    FLOPs count a multiply and an add as two. ``bytes`` is the least traffic: input, parameters and output, once.
+    """
+
+    operation: Operation
+    shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    parts: tuple[Part, ...]
+    parameters: int
+    forward_flops: int
+    backward_flops: int
+    bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            str(self.operation),
+            f"{'x'.join(map(str, self.shape))} -> {'x'.join(map(str, self.out_shape))}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+        ]
+        for part in self.parts:
+            if len(self.parts) > 1:
+                lines.append(f"\n  {part.operation}")
+            for name, verdict in part.verdicts.items():
+                mark = "->" if name == part.backend else "  "
+                can = verdict.exactness if verdict.ok else "no"
+                lines.append(f"  {mark} {name:<7} {can:<9} {verdict.reason}")
+        lines.append(
+            f"\n  parameters {self.parameters:,}   FLOPs forward {_si(self.forward_flops)}, backward "
+            f"{_si(self.backward_flops)}   least traffic {_si(self.bytes)}B"
+        )
+        return "\n".join(lines)
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {unit}".strip() + ("" if unit else " ")
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def _facts(op: Basic, ndim: int, dtype: torch.dtype, device: str, grad: bool) -> Facts:
+    return Facts(op, ndim, dtype, device, grad)
+
+
+def backend(op: Operation | str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
+    """Names of the backends that run an operation on CPU, joined by "+" where its parts differ.
+
+    >>> backend("window(3) | box | kernel", (1, 8, 4, 4))
+    'conv'
+    """
+    op = parse(op) if isinstance(op, str) else op
+    names = [lower(_facts(part, len(shape) - 2, dtype, "cpu", True)) for part in op.parts]
+    return "+".join(dict.fromkeys(names))
+
+
+def explain(
+    op: Operation | str,
+    shape: tuple[int, ...],
+    out_channels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    grad: bool = True,
+) -> Explanation:
+    """Why an operation runs the way it does, and what one call costs.
+
+    Args:
+        op: an operation or its notation.
+        shape: of the input, (B, C, *grid).
+        out_channels: default C.
+        dtype: of the input.
+        device: type of the device it would run on; nothing is run there.
+        grad: whether gradients are wanted.
+
+    Raises:
+        ValueError: when the shape does not fit the operation.
+
+    >>> print(explain("window(3) | box | kernel", (1, 8, 4, 4)).parts[0].backend)
+    conv
+    """
+    op = parse(op) if isinstance(op, str) else op
+    if len(shape) < 3 or any(type(n) is not int or n < 1 for n in shape):
+        raise ValueError(f"shape must be (batch, channels, *grid), positive integers, got {tuple(shape)}")
+    ndim, channels = len(shape) - 2, shape[1]
+    out_channels = channels if out_channels is None else out_channels
+    parts = []
+    for part in op.parts:
+        facts = _facts(part, ndim, dtype, device, grad)
+        parts.append(Part(part, lower(facts), verdicts(facts)))
+    specs = parameters(op, channels, out_channels, ndim)
+    params = {
+        name: torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=grad)
+        for name, spec in specs.items()
+    }
+    x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+    with FlopCounterMode(display=False) as forward:
+        y = apply(op, params, x)
+    with FlopCounterMode(display=False) as backward:
+        if grad and y.requires_grad:
+            y.sum().backward()
+    count = sum(math.prod(spec.shape) for spec in specs.values())
+    traffic = (x.numel() + y.numel() + count) * x.element_size()
+    return Explanation(
+        op,
+        tuple(shape),
+        tuple(y.shape),
+        dtype,
+        device,
+        tuple(parts),
+        count,
+        forward.get_total_flops(),
+        backward.get_total_flops(),
+        traffic,
+    )

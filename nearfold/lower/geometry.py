@@ -1,0 +1,112 @@
+"""Grids: padding, output sizes, which positions are queries. Plain integers; no tensors of data.
+
+Shape legend: N input positions (of the padded grid), M output positions, S slots, a grid axes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar import Basic
+from nearfold.grammar.words import Causal, Nearest, Window
+from nearfold.lower.parameters import as_tuple
+
+
+@dataclass(frozen=True)
+class WindowGeometry:
+    """A window on a grid: per axis the size, stride, dilation, and positions added before and after."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    anchor: tuple[int, ...]  # where in the window the query sits: its centre, or its end when causal
+
+    @staticmethod
+    def of(op: Basic, ndim: int) -> WindowGeometry:
+        """The geometry of a window operation on ndim axes."""
+        path = op.path
+        assert isinstance(path, Window)
+        size = as_tuple(path.size, ndim, "size")
+        dilation = as_tuple(path.dilation, ndim, "dilation")
+        reach = tuple(d * (s - 1) for s, d in zip(size, dilation, strict=True))
+        anchor = tuple(r // 2 for r in reach)
+        if isinstance(op.shape, Causal):
+            if ndim != 1:
+                raise ValueError(f"window | causal is for sequences (one grid axis), got {ndim} axes")
+            before, after, anchor = reach, (0,) * ndim, reach
+        elif path.padding == "same":
+            before = tuple(r // 2 for r in reach)
+            after = tuple(r - b for r, b in zip(reach, before, strict=True))
+        else:
+            assert not isinstance(path.padding, str)
+            before = after = as_tuple(path.padding, ndim, "padding")
+        if op.weight.rho.needs_score and any(b > a for b, a in zip(before, anchor, strict=True)):
+            raise ValueError(f"{op}: padding={before} leaves outputs without a query; at most {anchor} here")
+        return WindowGeometry(size, as_tuple(path.stride, ndim, "stride"), dilation, before, after, anchor)
+
+    def home(self) -> tuple[int, ...]:
+        """Position of the first query, per axis; the others follow at the stride."""
+        return tuple(a - b for a, b in zip(self.anchor, self.before, strict=True))
+
+    def output(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Output grid; ValueError when the window does not fit."""
+        out = []
+        for axis, n in enumerate(grid):
+            room = n + self.before[axis] + self.after[axis] - self.dilation[axis] * (self.size[axis] - 1) - 1
+            if room < 0:
+                raise ValueError(
+                    f"window of size {self.size[axis]} with dilation {self.dilation[axis]} does not fit into {n} "
+                    f"positions padded by {self.before[axis]} and {self.after[axis]} (axis {axis}); use padding=same"
+                )
+            out.append(room // self.stride[axis] + 1)
+        return tuple(out)
+
+    def offsets(self) -> list[tuple[int, ...]]:
+        """Offset of every slot in the padded grid, raster order."""
+        axes = [[i * d for i in range(s)] for s, d in zip(self.size, self.dilation, strict=True)]
+        return list(itertools.product(*axes))
+
+    def pad(self, x: Tensor, mode: str) -> Tensor:
+        """Pad the grid axes (all but the first two) with zeros, or by reflection at any size."""
+        if not any(self.before) and not any(self.after):
+            return x
+        if mode == "zeros":
+            amounts = [v for b, a in zip(self.before, self.after, strict=True) for v in (a, b)]
+            return F.pad(x, amounts[::-1])
+        for axis, (b, a) in enumerate(zip(self.before, self.after, strict=True)):
+            n = x.shape[2 + axis]
+            x = x.index_select(2 + axis, reflect(torch.arange(-b, n + a, device=x.device), n))
+        return x
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Mirror positions outside 0..n-1 back inside, as often as it takes."""
+    period = max(2 * (n - 1), 1)
+    index = index.remainder(period)
+    return torch.where(index >= n, period - index, index) if n > 1 else torch.zeros_like(index)
+
+
+def padding_of(op: Basic) -> int:
+    """Zero inputs that `nearest` adds on every side of the grid."""
+    return op.path.padding if isinstance(op.path, Nearest) else 0
+
+
+def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positions (M,) of the padded grid that are queries: the strided positions of the unpadded one."""
+    flat = torch.zeros(1, dtype=torch.long, device=device)
+    for n, s in zip(grid, stride, strict=True):
+        axis = torch.arange(padding, padding + n, s, device=device)
+        flat = (flat[:, None] * (n + 2 * padding) + axis).reshape(-1)
+    return flat
+
+
+def out_grid(grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """Output grid of `all` and `nearest`: every stride-th position."""
+    return tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))

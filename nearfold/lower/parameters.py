@@ -1,0 +1,167 @@
+"""Which parameters an operation owns: names, shapes and initial values, as data.
+
+`Basic` owns query/key/value/out projections (Linear's layout), a kernel `weight` (torch's convolution layout),
+`pointwise_weight`, `shift_weight`, `position_weight` and biases. `Sum` and `Branch` prefix their operands' names
+with "0.", "1." ...; a sum hoists the query, key and value projections that operands ask for alike, so that
+they share them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nearfold.grammar import Basic, Branch, Operation, Sum
+from nearfold.grammar.words import Dense, Depthwise, Nearest, Separable, Shift, Window
+
+LETTERS = {"q": "query", "k": "key", "v": "value", "o": "out"}
+SHARED = tuple(f"{LETTERS[c]}_{part}" for c in "qkv" for part in ("weight", "bias"))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Shape and initial values; ``fan_in`` sets the bound of uniform ones."""
+
+    shape: tuple[int, ...]
+    init: str
+    fan_in: int = 1
+
+
+def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
+    """One entry per axis; ValueError when a tuple has another length."""
+    if isinstance(value, int):
+        return (value,) * ndim
+    if len(value) != ndim:
+        raise ValueError(f"{name}={value} has {len(value)} entries, but the input has {ndim} grid axes")
+    return value
+
+
+def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
+    """Channels of query, key and value after their projections."""
+    own = isinstance(op.weight.kernel, Dense | Separable)
+    return out_channels if "v" in op.weight.projections and not own else in_channels
+
+
+def slot_shape(op: Basic, ndim: int) -> tuple[int, ...]:
+    """The kernel's slot axes: one per grid axis for a window, one for `nearest`."""
+    if isinstance(op.path, Window):
+        return as_tuple(op.path.size, ndim, "size")
+    assert isinstance(op.path, Nearest)
+    return (op.path.k,)
+
+
+def parameters(
+    op: Operation, in_channels: int, out_channels: int, ndim: int = 2, bias: bool = True
+) -> dict[str, Parameter]:
+    """Every parameter of an operation from in_channels to out_channels on ndim grid axes.
+
+    Raises:
+        ValueError: when channels, heads and groups do not divide as the operation needs.
+
+    >>> from nearfold import parse
+    >>> parameters(parse("window(3) | box | kernel"), 4, 8)["weight"].shape
+    (8, 4, 3, 3)
+    """
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels), ("ndim", ndim)):
+        if type(channels) is not int or channels < 1:
+            raise ValueError(f"{name} must be a positive integer, got {channels!r}")
+    if isinstance(op, Basic):
+        return _basic(op, in_channels, out_channels, ndim, bias)
+    if isinstance(op, Branch):
+        found: dict[str, Parameter] = {}
+        for i, (operand, channels) in enumerate(
+            zip((op.first, op.second), op.split(out_channels), strict=True)
+        ):
+            if channels:
+                own = parameters(operand, in_channels, channels, ndim, bias)
+                found |= {f"{i}.{name}": p for name, p in own.items()}
+        if op.mix:
+            found["mix_weight"] = Parameter((out_channels, out_channels), "uniform", out_channels)
+            if bias:
+                found["mix_bias"] = Parameter((out_channels,), "uniform", out_channels)
+        return found
+    assert isinstance(op, Sum)
+    operands = [parameters(term, in_channels, out_channels, ndim, bias) for _, term in op.terms]
+    hoisted = {}
+    for name in SHARED:
+        owners = [o for o in operands if name in o]
+        if len(owners) > 1 and len({o[name] for o in owners}) == 1:
+            hoisted[name] = owners[0][name]
+            for o in owners:
+                del o[name]
+    learnable = sum(isinstance(rate, str) for rate, _ in op.terms)
+    rates = {"rates": Parameter((learnable,), f"constant:{1 / len(op.terms)}")} if learnable else {}
+    return (
+        rates
+        | hoisted
+        | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
+    )
+
+
+def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool) -> dict[str, Parameter]:
+    weight, kernel = op.weight, op.weight.kernel
+    inner = inner_channels(op, in_channels, out_channels)
+    _divides(op, "heads", weight.heads, inner, "channels of query, key and value")
+    found: dict[str, Parameter] = {}
+    for letter in weight.projections.replace("o", ""):
+        found[f"{LETTERS[letter]}_weight"] = Parameter((inner, in_channels), "uniform", in_channels)
+        if bias:
+            found[f"{LETTERS[letter]}_bias"] = Parameter((inner,), "uniform", in_channels)
+    if ("q" in weight.projections) != ("k" in weight.projections) and inner != in_channels:
+        raise ValueError(f"{op}: query and key have {inner} and {in_channels} channels; project both or none")
+    if getattr(getattr(op.path, "similarity", None), "relative", False) and weight.rho.needs_score:
+        found["position_weight"] = Parameter((inner // weight.heads, ndim), "uniform", ndim)
+        found["position_bias"] = Parameter((inner // weight.heads,), "uniform", ndim)
+
+    values, made = inner, inner  # channels the kernel reads, and makes
+    if kernel is not None:
+        slots = slot_shape(op, ndim)
+        count = math.prod(slots)
+        if isinstance(kernel, Dense | Separable):
+            made = out_channels
+            if kernel.coordinates:
+                values = inner + weight.heads * ndim
+            _divides(op, "groups", kernel.groups, values, "value channels")
+            _divides(op, "groups", kernel.groups, out_channels, "out_channels")
+        if isinstance(kernel, Dense):
+            fan_in = values // kernel.groups * count
+            found["weight"] = Parameter((out_channels, values // kernel.groups, *slots), "uniform", fan_in)
+        elif isinstance(kernel, Depthwise | Separable):
+            # next to softmax the kernel starts as ones: exactly k-NN attention
+            plain = "uniform" if not weight.rho.needs_score else "constant:1"
+            found["weight"] = Parameter((values, 1, *slots), plain, count)
+            if isinstance(kernel, Separable):
+                shape = (out_channels, values // kernel.groups, *(1 for _ in slots))
+                found["pointwise_weight"] = Parameter(shape, "uniform", values // kernel.groups)
+        elif isinstance(kernel, Shift):
+            _divides(op, "heads", kernel.heads, inner, "channels of query, key and value")
+            found["weight"] = Parameter((count, 3 * kernel.heads), "uniform", 3 * kernel.heads)
+            found["shift_weight"] = Parameter((inner, count, *slots), "shift")
+    last = out_channels if "o" in weight.projections else made
+    if last != out_channels:
+        raise ValueError(
+            f"{op}: makes {made} channels, but out_channels={out_channels}; add an output projection (project=...o)"
+            " or a dense kernel, or let in_channels equal out_channels"
+        )
+    if "o" in weight.projections:
+        found["out_weight"] = Parameter((out_channels, made), "uniform", made)
+        if bias:
+            found["out_bias"] = Parameter((out_channels,), "uniform", made)
+    elif bias and kernel is not None and not isinstance(kernel, Shift):
+        kernel_fan = found["pointwise_weight" if isinstance(kernel, Separable) else "weight"].fan_in
+        found["bias"] = Parameter((out_channels,), "uniform", kernel_fan)
+    return found
+
+
+def _divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:
+    if whole % parts:
+        raise ValueError(f"{op}: {name}={parts} must divide the {whole} {what}")
+
+
+def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """The parameters the i-th operand sees: its own, and the parent's shared projections."""
+    prefix = f"{i}."
+    own = {name[len(prefix) :]: p for name, p in params.items() if name.startswith(prefix)}
+    return {name: params[name] for name in SHARED if name in params} | own

@@ -1,0 +1,92 @@
+"""`lower`: choose the backend of every `Basic` operation, from static facts only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar import Basic, Operation, parse
+from nearfold.lower import oracle
+from nearfold.lower.backends import conv, knn, local, sdpa
+from nearfold.lower.call import Call
+from nearfold.lower.execute import execute
+from nearfold.lower.verdict import Facts, Verdict
+
+BACKENDS: dict[str, ModuleType] = {m.NAME: m for m in (conv, sdpa, knn, local)}  # in order of preference
+ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
+
+
+def verdicts(facts: Facts) -> dict[str, Verdict]:
+    """Every backend's verdict, in order of preference; the oracle last."""
+    return {name: module.supports(facts) for name, module in BACKENDS.items()} | {"oracle": ORACLE}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(facts: Facts, wanted: str) -> str:
+    found = verdicts(facts)
+    if wanted == "auto":
+        return next(name for name, verdict in found.items() if verdict.ok)
+    if wanted not in found:
+        raise ValueError(f"backend={wanted!r} is not one of: auto, {', '.join(found)}")
+    if not found[wanted].ok:
+        others = ", ".join(name for name, verdict in found.items() if verdict.ok)
+        raise ValueError(
+            f"backend={wanted!r} cannot run {facts.op}: {found[wanted].reason}. Those that can: {others}"
+        )
+    return wanted
+
+
+def lower(facts: Facts, backend: str = "auto") -> str:
+    """Name of the backend that runs these facts.
+
+    A backend asked for by name never falls back: ValueError with the reason and those that can.
+
+    >>> from nearfold import parse
+    >>> lower(Facts(parse("window(3) | box | kernel"), 2, torch.float32, "cpu", True))
+    'conv'
+    """
+    return _choose(facts, backend)
+
+
+def runner(name: str) -> Callable[[Call], Tensor]:
+    """The function behind a backend's name."""
+    return oracle.run if name == "oracle" else BACKENDS[name].run
+
+
+def apply(
+    op: Operation | str,
+    params: dict[str, Tensor],
+    x: Tensor,
+    *,
+    backend: str = "auto",
+    draw: Tensor | None = None,
+) -> Tensor:
+    """Run an operation on x (B, C, *grid) with parameters as `parameters` names them: (B, O, *out).
+
+    Args:
+        op: an operation or its notation.
+        params: tensors by name.
+        x: the input; its dtype and device are the output's.
+        backend: "auto", or a backend's name for every part.
+        draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
+    """
+    if isinstance(op, str):
+        op = parse(op)
+    if x.dim() < 3:
+        raise ValueError(f"x must be (batch, channels, *grid), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
+    if min(x.shape[1:]) == 0:
+        raise ValueError(f"x must have channels and positions, got shape {tuple(x.shape)}")
+    ndim, dtype, device, grad = x.dim() - 2, x.dtype, x.device.type, torch.is_grad_enabled()
+
+    def choose(basic: Basic) -> Callable[[Call], Tensor]:
+        facts = Facts(basic, ndim, dtype, device, grad)
+        chosen = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
+        return runner(chosen(facts, backend))
+
+    return execute(op, params, x, choose, draw)

@@ -1,0 +1,179 @@
+"""Path with Shape -> Selection: for every output position an ordered list of slots and what they read.
+
+This is the meaning, for the oracle and for pictures; fast backends never build the dense scores.
+
+Shape legend: B batch, H heads, M outputs, N positions, S slots, e embedded features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar.similarity import Place, Position
+from nearfold.grammar.words import All, Box, Causal, Nearby, Nearest, Strided, Window
+from nearfold.lower.call import Call
+from nearfold.lower.geometry import WindowGeometry, reflect
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``index`` (B|1, H|1, M, S) into the input positions, ``valid`` the same shape, ``score`` or None.
+
+    A slot that is not valid reads nothing; its index is 0 and its score -inf. A NaN score marks a query that
+    was NaN: its output is NaN.
+    """
+
+    index: Tensor
+    valid: Tensor
+    score: Tensor | None
+    positions: int
+
+    def __post_init__(self) -> None:
+        assert self.index.dtype == torch.long and self.valid.dtype == torch.bool
+        assert self.index.shape[-2:] == self.valid.shape[-2:], (self.index.shape, self.valid.shape)
+        if not torch.compiler.is_compiling() and self.index.numel() and not self.index.is_meta:
+            low, high = self.index.min().item(), self.index.max().item()
+            assert low >= 0 and high < self.positions, (low, high, self.positions)
+
+
+def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
+    """Scores (B, H, M, N) of embedded queries (B, H, M, e) and keys (B, H, N, e)."""
+    if metric == "dot":
+        return q @ k.transpose(-1, -2)
+    if squared:
+        return -(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
+    if metric == "euclidean":
+        return -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist")
+    return -torch.cdist(q, k, p=float("inf"))
+
+
+def select(call: Call) -> Selection:
+    """The selection of one call, from dense scores."""
+    path = call.op.path
+    if isinstance(path, Window):
+        return _window(call)
+    if isinstance(path, All):
+        return _all(call)
+    return _nearest(call)
+
+
+def _window(call: Call) -> Selection:
+    geometry = WindowGeometry.of(call.op, call.ndim)
+    path, device = call.op.path, call.value.device
+    assert isinstance(path, Window)
+    out = geometry.output(call.grid)
+    offset_Sa = torch.tensor(geometry.offsets(), device=device)
+    start_Ma = Place(out, device, torch.long).index() * torch.tensor(geometry.stride, device=device)
+    at_MSa = start_Ma[:, None] + offset_Sa - torch.tensor(geometry.before, device=device)
+    valid_MS = torch.ones(at_MSa.shape[:2], dtype=torch.bool, device=device)
+    flat_MS = torch.zeros_like(valid_MS, dtype=torch.long)
+    for axis, n in enumerate(call.grid):
+        at_MS = at_MSa[..., axis]
+        if path.mode == "reflect":
+            at_MS = reflect(at_MS, n)
+        valid_MS = valid_MS & (at_MS >= 0) & (at_MS < n)
+        flat_MS = flat_MS * n + at_MS
+    flat_MS = flat_MS.masked_fill(~valid_MS, 0)
+    score = None
+    if call.op.weight.rho.needs_score:
+        q, k = call.embedded()
+        home_Ma = start_Ma + torch.tensor(geometry.home(), device=device)
+        q_M = q[:, :, _flatten(home_Ma, call.grid)]
+        k_MS = k[:, :, flat_MS]
+        rows = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS)
+        score = rows.squeeze(-2).masked_fill(~valid_MS, float("-inf"))
+    return Selection(flat_MS[None, None], valid_MS[None, None], score, _count(call.grid))
+
+
+def _flatten(at_Ma: Tensor, grid: tuple[int, ...]) -> Tensor:
+    flat = torch.zeros_like(at_Ma[:, 0])
+    for axis, n in enumerate(grid):
+        flat = flat * n + at_Ma[:, axis]
+    return flat
+
+
+def _count(grid: tuple[int, ...]) -> int:
+    return int(torch.tensor(grid).prod())
+
+
+def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
+    """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
+    mask = None
+    if isinstance(call.op.shape, Causal):
+        mask = key_N[None, :] <= query_M[:, None]
+    elif isinstance(call.op.shape, Strided):
+        mask = (key_N[None, :] - query_M[:, None]) % call.op.shape.step == 0
+    path = call.op.path
+    near = path.candidates if isinstance(path, Nearest) and isinstance(path.candidates, Nearby) else None
+    dilation = call.similarity.dilation if isinstance(call.similarity, Position) else 1
+    if near is not None or dilation > 1:
+        at_Na = Place(call.padded, query_M.device, torch.long).index()
+        apart_MNa = at_Na[query_M][:, None] - at_Na[key_N][None]
+        close = (apart_MNa % dilation == 0).all(-1)
+        if near is not None:
+            close = close & (apart_MNa.abs() <= near.size // 2).all(-1)
+        mask = close if mask is None else mask & close
+    return mask
+
+
+def _all(call: Call) -> Selection:
+    q, k = call.embedded() if call.op.weight.rho.needs_score else (None, None)
+    query_M = call.query_index()
+    key_N = torch.arange(_count(call.padded), device=query_M.device)
+    mask = allowed(call, query_M, key_N)
+    valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
+    valid_MN = valid_MN if mask is None else mask
+    index_MN = key_N.expand(len(query_M), -1).masked_fill(~valid_MN, 0)
+    score = None
+    if q is not None and k is not None:
+        score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
+        score = score.masked_fill(~valid_MN, float("-inf"))
+    return Selection(index_MN[None, None], valid_MN[None, None], score, len(key_N))
+
+
+def _nearest(call: Call) -> Selection:
+    path = call.op.path
+    assert isinstance(path, Nearest)
+    q, k = call.embedded()
+    query_M = call.query_index()
+    chosen = call.candidate_index()
+    key_R = torch.arange(_count(call.padded), device=query_M.device) if chosen is None else chosen
+    q_M = q[:, :, query_M]
+    metric, squared = call.similarity.reduced, call.similarity.squared
+    score = metric_scores(metric, squared, q_M, k[:, :, key_R])
+    mask = allowed(call, query_M, key_R)
+    if mask is not None:
+        score = score.masked_fill(~mask, float("-inf"))
+    k_slots = path.k
+    if path.include_self is not False:
+        own_MR = key_R[None, :] == query_M[:, None]
+        score = score.masked_fill(own_MR, float("-inf") if path.again is None else path.again)
+        k_slots -= 1
+    # a key that is NaN is never chosen, a query that is NaN gives NaN (below)
+    score = score.masked_fill(score.isnan(), float("-inf"))
+    ranked, order = score.sort(dim=-1, descending=True, stable=True)
+    ranked, order = ranked[..., :k_slots], order[..., :k_slots]
+    index = key_R[order]
+    missing = k_slots - index.shape[-1]
+    if missing > 0:
+        ranked = torch.cat([ranked, ranked.new_full((*ranked.shape[:-1], missing), float("-inf"))], -1)
+        index = torch.cat([index, index.new_zeros((*index.shape[:-1], missing))], -1)
+    if path.include_self is not False:
+        own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0]
+        if path.include_self is not True:
+            own = torch.full_like(own, path.include_self)
+        ranked = torch.cat([own, ranked], -1)
+        index = torch.cat([query_M[:, None].expand_as(own), index], -1)
+    valid = ranked > float("-inf")
+    if path.include_self is not False:
+        valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
+    index = index.masked_fill(~valid, 0)
+    if isinstance(call.op.shape, Box):
+        order = index.masked_fill(~valid, len(key_R) + _count(call.padded)).sort(dim=-1, stable=True).indices
+        index, valid, ranked = index.gather(-1, order), valid.gather(-1, order), ranked.gather(-1, order)
+    lost_M1 = q_M.isnan().any(-1, keepdim=True)
+    ranked = ranked.masked_fill(lost_M1, float("nan"))
+    return Selection(index, valid, ranked, _count(call.padded))

@@ -1,0 +1,39 @@
+"""Facts that decide, and the verdict of a backend about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nearfold.grammar import Basic
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a backend may look at: static, never the data."""
+
+    op: Basic
+    ndim: int
+    dtype: torch.dtype
+    device: str
+    grad: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a backend runs an operation, why, and how exactly: "bitwise" or "roundoff" of the oracle."""
+
+    ok: bool
+    reason: str
+    exactness: str = ""
+
+    @staticmethod
+    def yes(reason: str, exactness: str) -> Verdict:
+        """It runs."""
+        return Verdict(True, reason, exactness)
+
+    @staticmethod
+    def no(reason: str) -> Verdict:
+        """It does not."""
+        return Verdict(False, reason)

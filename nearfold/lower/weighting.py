@@ -1,0 +1,42 @@
+"""Weight: scores -> alpha, one number per slot. Shared by the oracle and the fast backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar.words import Identity, Inverse, Ones, Rho, Softmax
+
+
+def _softmax(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    assert isinstance(rho, Softmax)
+    # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
+    masked = (score.masked_fill(~valid, 0) * rho.scale).masked_fill(~valid, torch.finfo(score.dtype).min)
+    return torch.softmax(masked, -1).masked_fill(~valid, 0)
+
+
+def _ones(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    return valid.to(score.dtype).masked_fill(score.isnan(), float("nan"))
+
+
+def _identity(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    return score.masked_fill(~valid, 0)
+
+
+def _inverse(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    return (1 / (1e-8 - score.masked_fill(~valid, 0))).masked_fill(~valid, 0)
+
+
+_RULES: dict[type[Rho], Callable[[Rho, Tensor, Tensor], Tensor]] = {
+    Ones: _ones,
+    Identity: _identity,
+    Softmax: _softmax,
+    Inverse: _inverse,
+}
+
+
+def alpha_of(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    """Alpha (B, H, M, S): zero in slots that are not valid, NaN where the score is."""
+    return _RULES[type(rho)](rho, score, valid)

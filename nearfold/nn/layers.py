@@ -1,0 +1,412 @@
+"""The names people type. Each builds an `Operation` and hands it to the general layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar import Basic, Branch, Operation, Sum, Weight
+from nearfold.grammar.notation import parse_word
+from nearfold.grammar.similarity import Cosine, Scaled, Similarity
+from nearfold.grammar.word import WORDS
+from nearfold.grammar.words import (
+    All,
+    AllCandidates,
+    Box,
+    Candidates,
+    Dense,
+    Kernel,
+    Nearest,
+    Ranked,
+    Rho,
+    Row,
+    Shape,
+    Shift,
+    Softmax,
+    Window,
+)
+from nearfold.nn.mixer import Mixer, TokenMixer
+
+SHUFFLES = ("none", "before", "after", "both")
+
+
+def _nearest(
+    k: int,
+    similarity: str | Similarity,
+    candidates: str | Candidates,
+    rho: str | Rho,
+    kernel: str | Kernel | None,
+    *,
+    include_self: bool | float = False,
+    shape: str | Shape = "ranked",
+    stride: int | tuple[int, ...] = 1,
+    padding: int = 0,
+) -> Basic:
+    """One k-nearest-neighbour operation from the arguments the layers share."""
+    path = Nearest(
+        k,
+        parse_word("similarity", similarity),
+        parse_word("candidates", candidates),
+        include_self=include_self,
+        stride=stride,
+        padding=padding,
+    )
+    weight = Weight(
+        parse_word("rho", rho), None if kernel in (None, "none") else parse_word("kernel", kernel)
+    )
+    return Basic(path, parse_word("shape", shape), weight)
+
+
+class _ConvNN(Mixer):
+    """ConvNN over any grid; see `ConvNN2d`."""
+
+    _ndim = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int = 9,
+        *,
+        stride: int | tuple[int, ...] = 1,
+        padding: int = 0,
+        bias: bool = True,
+        similarity: str | Similarity = "cosine",
+        candidates: str | Candidates = "all",
+        rho: str | Rho = "ones",
+        kernel: str | Kernel = "kernel",
+        shape: str | Shape = "ranked",
+        include_self: bool = True,
+        shuffle: str = "none",
+        shuffle_scale: int = 2,
+        backend: str = "auto",
+    ) -> None:
+        if shuffle not in SHUFFLES:
+            raise ValueError(f"shuffle must be one of {', '.join(SHUFFLES)}, got {shuffle!r}")
+        if type(shuffle_scale) is not int or shuffle_scale < 1:
+            raise ValueError(f"shuffle_scale must be a positive integer, got {shuffle_scale!r}")
+        many = shuffle_scale**self._ndim
+        operation = _nearest(
+            k,
+            similarity,
+            candidates,
+            rho,
+            kernel,
+            include_self=include_self,
+            shape=shape,
+            stride=stride,
+            padding=padding,
+        )
+        super().__init__(
+            operation,
+            in_channels * (many if shuffle in ("before", "both") else 1),
+            out_channels * (many if shuffle in ("after", "both") else 1),
+            ndim=self._ndim,
+            bias=bias,
+            backend=backend,
+        )
+        self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+        if self.shuffle in ("before", "both"):
+            if any(n % self.shuffle_scale for n in x.shape[2:]):
+                raise ValueError(
+                    f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "
+                    f"got {tuple(x.shape[2:])}; pad the input first"
+                )
+            x = _unshuffle(x, self.shuffle_scale)
+        y = super().forward(x)
+        return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
+
+
+def _unshuffle(x: Tensor, scale: int) -> Tensor:
+    """Space to channels: nn.PixelUnshuffle on images; on sequences the flat reshape of the ConvNN code."""
+    if x.dim() == 4:
+        return F.pixel_unshuffle(x, scale)
+    return x.reshape(x.shape[0], x.shape[1] * scale, -1)
+
+
+def _shuffle(x: Tensor, scale: int) -> Tensor:
+    if x.dim() == 4:
+        return F.pixel_shuffle(x, scale)
+    return x.reshape(x.shape[0], x.shape[1] // scale, -1)
+
+
+class ConvNN2d(_ConvNN):
+    """Convolution over the k most similar positions instead of a window: stands where an nn.Conv2d stood.
+
+    Args:
+        in_channels: channels of the input (B, in_channels, H, W).
+        out_channels: channels of the output.
+        k: neighbours, the position itself included.
+        stride: outputs on a strided grid; int or (rows, columns).
+        padding: border of zero positions that are candidates like any other.
+        bias: a learned bias.
+        similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
+            cosine(coordinates) ...
+        candidates: all, random(64), grid(8), window(7).
+        rho: ones, identity, softmax, inverse; with heads and projections: softmax(heads=4).
+        kernel: kernel, kernel(groups=4), depthwise, separable, kernel(coordinates).
+        shape: ranked (slots by similarity) or box (slots in raster order).
+        include_self: the position itself is slot 0.
+        shuffle: none, before, after or both: pixel-unshuffle before, pixel-shuffle after.
+        shuffle_scale: its factor.
+        backend: "auto", or a backend's name.
+
+    The defaults are the public ConvNN layer's (arXiv 2511.14137): no projections, cosine, the position itself in
+    slot 0, rho = 1, a dense kernel (out_channels, in_channels, k) with bias.
+
+    >>> import torch
+    >>> ConvNN2d(16, 32, k=9)(torch.randn(1, 16, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+
+class ConvNN1d(_ConvNN):
+    """`ConvNN2d` over sequences (B, C, N).
+
+    >>> import torch
+    >>> ConvNN1d(16, 32, k=5, stride=2)(torch.randn(1, 16, 9)).shape
+    torch.Size([1, 32, 5])
+    """
+
+    _ndim = 1
+
+
+class ConvNNAttention(TokenMixer):
+    """ConvNN attention: the k best keys of every query, softmaxed, times a kernel over ranks. (B, N, D) -> (B, N, D).
+
+    Args:
+        embed_dim: D.
+        num_heads: heads; each selects its own neighbours.
+        k: neighbours.
+        bias: biases on the projections.
+        similarity: scaled (default), dot, cosine, euclidean, scaled(coordinates) ...
+        candidates: all, random(32), grid(12), window(7).
+        rho: softmax, identity, inverse or ones, without arguments: heads come from num_heads.
+        kernel: depthwise (starts as ones: exactly k-NN attention), separable, kernel, or none.
+        include_self: the token itself is slot 0.
+        backend: "auto", or a backend's name.
+
+    Source: arXiv 2606.14725. The public code exchanges query and key: see `nearfold.compat`.
+
+    >>> import torch
+    >>> ConvNNAttention(32, 4, k=9)(torch.randn(2, 17, 32)).shape
+    torch.Size([2, 17, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        k: int = 9,
+        *,
+        bias: bool = True,
+        similarity: str | Similarity = "scaled",
+        candidates: str | Candidates = "all",
+        rho: str = "softmax",
+        kernel: str | Kernel | None = "depthwise",
+        include_self: bool | float = False,
+        backend: str = "auto",
+    ) -> None:
+        operation = _attention(num_heads, k, similarity, candidates, rho, kernel, include_self)
+        super().__init__(operation, embed_dim, bias=bias, backend=backend)
+
+
+def _attention(
+    num_heads: int,
+    k: int,
+    similarity: str | Similarity,
+    candidates: str | Candidates,
+    rho: str,
+    kernel: str | Kernel | None,
+    include_self: bool | float,
+) -> Basic:
+    if rho not in WORDS["rho"]:
+        raise ValueError(f"rho must be one of {', '.join(WORDS['rho'])}, got {rho!r}")
+    weight = WORDS["rho"][rho](heads=num_heads, project="qkvo")  # type: ignore[call-arg]
+    if kernel == "kernel":
+        kernel = Dense(groups=num_heads)  # heads stay apart, as in attention
+    assert isinstance(weight, Rho)
+    return _nearest(k, similarity, candidates, weight, kernel, include_self=include_self)
+
+
+class KVTAttention(TokenMixer):
+    """k-NN attention: softmax over the k best keys only (arXiv 2106.00515). (B, N, D) -> (B, N, D).
+
+    Args:
+        embed_dim: D.
+        num_heads: heads.
+        k: keys kept for every query; all of them where there are fewer.
+        bias: biases on the projections.
+        backend: "auto", or a backend's name.
+
+    >>> import torch
+    >>> KVTAttention(32, 4, k=100)(torch.randn(2, 17, 32)).shape
+    torch.Size([2, 17, 32])
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, k: int = 100, *, bias: bool = True, backend: str = "auto"
+    ) -> None:
+        operation = Basic(Nearest(k, Scaled()), Ranked(), Weight(Softmax(heads=num_heads)))
+        super().__init__(operation, embed_dim, bias=bias, backend=backend)
+
+
+class BranchingConv2d(Mixer):
+    """Hybrid layer: ``ratio`` of the output channels from ConvNN, the others from a convolution, then mixed 1x1.
+
+    Args:
+        in_channels: channels both halves read.
+        out_channels: int(ratio * out_channels) from ConvNN, the others from the convolution.
+        kernel_size: of the convolution; int or (rows, columns).
+        k: neighbours of ConvNN.
+        ratio: 0 (convolution) to 1 (ConvNN).
+        stride: outputs on a strided grid.
+        padding: border of zero candidates for ConvNN; the convolution always keeps the size.
+        dilation: of the convolution.
+        groups: of both kernels.
+        bias: learned biases.
+        similarity: as in `ConvNN2d`.
+        candidates: as in `ConvNN2d`.
+        mix: the pointwise map after the two, which the public layer always has (arXiv 2511.14137).
+        backend: "auto", or a backend's name.
+
+    >>> import torch
+    >>> BranchingConv2d(16, 32, ratio=0.25)(torch.randn(1, 16, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        k: int = 9,
+        ratio: float = 0.5,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        similarity: str | Similarity = Cosine(),
+        candidates: str | Candidates = AllCandidates(),
+        mix: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        near = _nearest(
+            k,
+            similarity,
+            candidates,
+            "ones",
+            Dense(groups),
+            include_self=True,
+            stride=stride,
+            padding=padding,
+        )
+        window = Basic(
+            Window(kernel_size, stride=stride, dilation=dilation), Box(), Weight(kernel=Dense(groups))
+        )
+        operation = Branch(ratio, near, window, mix)
+        super().__init__(operation, in_channels, out_channels, bias=bias, backend=backend)
+
+
+class BranchingAttention(TokenMixer):
+    """``ratio`` of the channels from ConvNN attention, the others from attention, then mixed. (B, N, D) -> (B, N, D).
+
+    Args:
+        embed_dim: D; both halves read all of it, and num_heads must divide each half.
+        num_heads: heads of each half.
+        k: neighbours of the ConvNN half.
+        ratio: 0 (attention) to 1 (ConvNN attention).
+        bias: learned biases.
+        similarity: as in `ConvNNAttention`.
+        candidates: as in `ConvNNAttention`.
+        kernel: as in `ConvNNAttention`.
+        mix: the linear map after the two.
+        backend: "auto", or a backend's name.
+
+    >>> import torch
+    >>> BranchingAttention(32, 4, ratio=0.5)(torch.randn(2, 17, 32)).shape
+    torch.Size([2, 17, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        k: int = 9,
+        ratio: float = 0.5,
+        *,
+        bias: bool = True,
+        similarity: str | Similarity = "scaled",
+        candidates: str | Candidates = "all",
+        kernel: str | Kernel | None = "depthwise",
+        mix: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        near = _attention(num_heads, k, similarity, candidates, "softmax", kernel, False)
+        dense = Basic(All(), Row(), Weight(Softmax(heads=num_heads)))
+        super().__init__(Branch(ratio, near, dense, mix), embed_dim, bias=bias, backend=backend)
+
+
+class ACmix2d(Mixer):
+    """Attention in a window plus a convolution, over the same three 1x1 projections (arXiv 2111.14556).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; num_heads must divide them.
+        attention_kernel: window of the attention half; int or (rows, columns).
+        conv_kernel: window of the convolution half.
+        num_heads: heads of both.
+        stride: outputs on a strided grid.
+        dilation: of both windows.
+        bias: biases on the projections.
+        backend: "auto", or a backend's name.
+
+    Output = rates[0] * attention + rates[1] * convolution, rates learnable, 0.5 each at the start. Any size: also
+    odd with a stride, and smaller than the window (reflection repeats).
+
+    >>> import torch
+    >>> ACmix2d(16, 32, num_heads=4, stride=2)(torch.randn(1, 16, 5, 7)).shape
+    torch.Size([1, 32, 3, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        attention_kernel: int | tuple[int, int] = 7,
+        conv_kernel: int | tuple[int, int] = 3,
+        num_heads: int = 4,
+        *,
+        stride: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        operation = _acmix(attention_kernel, conv_kernel, num_heads, stride, dilation)
+        super().__init__(operation, in_channels, out_channels, bias=bias, backend=backend)
+
+
+def _acmix(
+    attention_kernel: int | tuple[int, int],
+    conv_kernel: int | tuple[int, int],
+    num_heads: int,
+    stride: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    interleaved: bool = False,
+) -> Operation:
+    attention = Basic(
+        Window(attention_kernel, Scaled(relative=True), stride=stride, dilation=dilation, mode="reflect"),
+        Box(),
+        Weight(Softmax(heads=num_heads, project="qkv")),
+    )
+    convolution = Basic(
+        Window(conv_kernel, stride=stride, dilation=dilation),
+        Box(),
+        Weight(kernel=Shift(num_heads, interleaved)),
+    )
+    return Sum((("a", attention), ("b", convolution)))

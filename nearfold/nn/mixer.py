@@ -1,0 +1,128 @@
+"""`Mixer`: the general layer over any operation. It owns parameters; the meaning lives in `nearfold.lower`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nearfold.grammar import Operation, parse
+from nearfold.grammar.words import Nearest, Random
+from nearfold.lower.parameters import Parameter, parameters
+from nearfold.lower.plan import apply
+
+
+def _initial(spec: Parameter) -> Tensor:
+    kind, _, number = spec.init.partition(":")
+    tensor = torch.empty(spec.shape)
+    if kind == "uniform":  # as nn.Linear and nn.Conv2d do
+        bound = 1 / math.sqrt(spec.fan_in)
+        return tensor.uniform_(-bound, bound)
+    if kind == "constant":
+        return tensor.fill_(float(number))
+    assert kind == "shift"
+    slots = math.prod(spec.shape[2:])
+    return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()
+
+
+class Mixer(nn.Module):
+    """Any operation as a layer: (B, in_channels, *grid) -> (B, out_channels, *out_grid).
+
+    Args:
+        operation: an `Operation` or its notation.
+        in_channels: channels of the input.
+        out_channels: channels of the output; default in_channels.
+        ndim: grid axes (1 sequence, 2 image, 3 volume).
+        bias: learned biases on projections and kernels.
+        backend: "auto", or a backend's name, which then never falls back.
+
+    Parameters keep torch's layout and names where torch has them: a window kernel loads nn.Conv2d's state dict.
+    Any grid size, a new one at every call; dtype and device follow the input. With random candidates the buffer
+    ``sampler`` (seed, draws) is the layer's own generator; it draws in training only.
+
+    >>> layer = Mixer("nearest(9, cosine) | ranked | kernel", 8, 16)
+    >>> layer(torch.randn(2, 8, 5, 7)).shape
+    torch.Size([2, 16, 5, 7])
+    """
+
+    sampler: Tensor | None
+
+    def __init__(
+        self,
+        operation: Operation | str,
+        in_channels: int,
+        out_channels: int | None = None,
+        *,
+        ndim: int = 2,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.operation = parse(operation) if isinstance(operation, str) else operation
+        if not isinstance(self.operation, Operation):
+            raise ValueError(f"operation must be an Operation or its notation, got {operation!r}")
+        self.in_channels = in_channels
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.ndim, self.backend = ndim, backend
+        self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias)
+        self._places: list[tuple[str, nn.Module, str]] = []
+        for name, spec in self._specs.items():
+            owner: nn.Module = self
+            *path, attribute = name.split(".")
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(attribute, nn.Parameter(_initial(spec)))
+            self._places.append((name, owner, attribute))
+        paths = [p.path for p in self.operation.parts]
+        draws = any(isinstance(p, Nearest) and isinstance(p.candidates, Random) for p in paths)
+        seed = torch.randint(2**31, (1,)).item() if draws else 0
+        self.register_buffer("sampler", torch.tensor([seed, 0]) if draws else None)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        with torch.no_grad():
+            for name, owner, attribute in self._places:
+                getattr(owner, attribute).copy_(_initial(self._specs[name]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters by the names that `nearfold.lower` knows."""
+        return {name: getattr(owner, attribute) for name, owner, attribute in self._places}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
+            axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
+            raise ValueError(
+                f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
+                f"ndim={self.ndim}), got shape {tuple(x.shape)}"
+            )
+        draw = None
+        if self.sampler is not None and self.training:
+            self.sampler[1] += 1
+            draw = self.sampler.clone()
+        return apply(self.operation, self.tensors(), x, backend=self.backend, draw=draw)
+
+    def extra_repr(self) -> str:
+        """The notation and the channels."""
+        backend = "" if self.backend == "auto" else f", backend={self.backend}"
+        return f"{self.operation}, {self.in_channels}, {self.out_channels}, ndim={self.ndim}{backend}"
+
+
+class TokenMixer(Mixer):
+    """The same over sequences of tokens: (B, N, D) -> (B, N, D)."""
+
+    def __init__(
+        self, operation: Operation | str, embed_dim: int, *, bias: bool = True, backend: str = "auto"
+    ) -> None:
+        super().__init__(operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        if x.dim() != 3 or x.shape[2] != self.in_channels:
+            raise ValueError(
+                f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}"
+            )
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)

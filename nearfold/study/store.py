@@ -1,0 +1,103 @@
+"""Results of single runs on disk: one JSON file a run, named after a hash of everything that decides it.
+
+A finished run lies under `runs/`, written in one step, and is never run again. A failed run leaves its error
+under `failed/`; it counts as not done. Both may be deleted by hand at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nearfold.train.checkpoint import replacing
+
+
+def run_key(config: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that name a configuration; the order of its fields does not matter.
+
+    >>> run_key({"lr": 0.1, "seed": 0}) == run_key({"seed": 0, "lr": 0.1})
+    True
+    """
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file, and its folder, so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The runs of one study under the folder `root`.
+
+    >>> import tempfile
+    >>> store = Store(Path(tempfile.mkdtemp()))
+    >>> store.save({"seed": 0}, {"accuracy": 0.5})
+    >>> store.load({"seed": 0})
+    {'accuracy': 0.5}
+    >>> store.load({"seed": 1}) is None
+    True
+    """
+
+    root: Path
+
+    def result_path(self, config: Mapping[str, Any]) -> Path:
+        """Where the result of a finished run lies."""
+        return self.root / "runs" / f"{run_key(config)}.json"
+
+    def failure_path(self, config: Mapping[str, Any]) -> Path:
+        """Where the error of a failed run lies."""
+        return self.root / "failed" / f"{run_key(config)}.json"
+
+    def weights_path(self, config: Mapping[str, Any]) -> Path:
+        """Where the trained weights of a run lie, if they were kept."""
+        return self.root / "weights" / f"{run_key(config)}.safetensors"
+
+    def load(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of a finished run, or None if it has not finished.
+
+        Raises:
+            ValueError: the file is there but is not a result; the message says what to do.
+        """
+        path = self.result_path(config)
+        if not path.exists():
+            return None
+        try:
+            result = json.loads(path.read_text())["result"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a run's result ({error}); delete it to run it again") from error
+        return result
+
+    def save(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Record a finished run; an error recorded for the same run is forgotten."""
+        write_whole(
+            self.result_path(config), json.dumps({"config": config, "result": result}, indent=1) + "\n"
+        )
+        self.failure_path(config).unlink(missing_ok=True)
+
+    def save_failure(self, config: Mapping[str, Any], error: Exception) -> None:
+        """Record that a run failed, with its traceback. The run stays to be done."""
+        record = {
+            "config": config,
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        write_whole(self.failure_path(config), json.dumps(record, indent=1) + "\n")
+
+    def failure(self, config: Mapping[str, Any]) -> str | None:
+        """The error recorded for a failed run, or None."""
+        path = self.failure_path(config)
+        if not path.exists():
+            return None
+        try:
+            return str(json.loads(path.read_text())["error"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a run's error ({error}); delete it") from error

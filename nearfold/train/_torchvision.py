@@ -1,0 +1,38 @@
+"""Import of torchvision, also where its compiled operators do not load.
+
+A torchvision wheel built for another torch (CUDA wheel beside a CPU torch) stops its own import with
+"operator torchvision::nms does not exist". The transforms need none of those operators, so declaring the
+missing one lets the import pass; calling it would still fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_declared: list[torch.library.Library] = []  # the declarations end with the object that made them
+
+
+def transforms() -> ModuleType:
+    """Return ``torchvision.transforms.v2``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision.transforms.v2")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "augment='randaugment' needs torchvision: pip install 'nearfold[vision]', "
+            "or choose augment='crop_flip'"
+        ) from error
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+    return importlib.import_module("torchvision.transforms.v2")

@@ -1,0 +1,173 @@
+"""The recipe: everything that decides how a model is trained, and nothing about where the results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from nearfold.train.augment import AUGMENTATIONS
+
+PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("cosine", "constant"),
+    "augment": tuple(AUGMENTATIONS),
+    "precision": tuple(PRECISIONS),
+}
+_INTEGERS: dict[str, tuple[Callable[[int], bool], str]] = {
+    "epochs": (lambda v: v >= 1, "an integer of at least 1"),
+    "batch_size": (lambda v: v >= 1, "an integer of at least 1"),
+    "seed": (lambda v: v >= 0, "an integer of at least 0"),
+}
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda v: v > 0, "a number above 0"),
+    "weight_decay": (lambda v: v >= 0, "a number of at least 0"),
+    "momentum": (lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    "warmup_epochs": (lambda v: v >= 0, "a number of at least 0"),
+    "label_smoothing": (lambda v: 0 <= v < 1, "a number in [0, 1)"),
+    "clip_grad_norm": (lambda v: v >= 0, "a number of at least 0 (0 switches clipping off)"),
+    "ema": (lambda v: 0 <= v < 1, "a decay in [0, 1) (0 switches averaging off)"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a model. Two runs of equal recipe, data and initial weights are the same run.
+
+    Attributes:
+        epochs: Passes over the training images. Each leaves out the images, other ones in every epoch,
+            that do not fill a batch.
+        batch_size: Images a step, over all processes together; all of them where there are fewer.
+        optimizer: ``"adamw"`` (betas 0.9 and 0.999) or ``"sgd"`` (Nesterov momentum where it is not 0).
+        lr: Highest learning rate, reached after the warmup.
+        weight_decay: Decay of every parameter: decoupled for adamw, L2 for sgd.
+        momentum: Momentum of sgd; adamw ignores it.
+        warmup_epochs: Epochs, also a fraction, over which the rate rises linearly to `lr`.
+        schedule: After the warmup: ``"cosine"``, half a cosine from `lr` to 0, or ``"constant"``.
+        label_smoothing: Share of the target spread evenly over all classes.
+        clip_grad_norm: Gradients are scaled down to this global 2-norm; 0: never.
+        augment: ``"none"``, ``"crop_flip"`` (random shift and horizontal mirroring) or ``"randaugment"``
+            (both, then RandAugment; needs the extra `vision`). Mirroring is wrong for digits and letters.
+        ema: Decay per step of an exponential moving average of weights and buffers, which is then what is
+            validated and saved; 0: none. It ramps up, min(ema, (1 + step) / (10 + step)), so that a
+            short run does not average in its initial weights.
+        precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"`` (with loss scaling).
+        device: ``"auto"`` (CUDA where there is a device, else the CPU) or a torch device such as
+            ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Under torchrun ``"cuda"`` is each process's own device.
+        seed: Decides order, augmentation, dropout and sampled candidates. The initial weights are the
+            caller's.
+        deterministic: Refuse operations without a deterministic implementation, so that a run on CUDA
+            can be repeated to the bit too (slower; torch asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 in the
+            environment). A run on the CPU can be repeated anyway, with as many threads.
+
+    Raises:
+        ValueError: A field is of the wrong type, out of range or not among the choices.
+
+    Example:
+        >>> Recipe(epochs=5, lr=3e-4).epochs
+        5
+        >>> Recipe(optimizer="adam")
+        Traceback (most recent call last):
+        ...
+        ValueError: Recipe.optimizer must be one of 'adamw', 'sgd'; got 'adam'
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    warmup_epochs: float = 1.0
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
+    clip_grad_norm: float = 1.0
+    augment: str = "none"
+    ema: float = 0.0
+    precision: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                self._refuse(name, f"one of {', '.join(map(repr, choices))}")
+        for name, (holds, wanted) in _INTEGERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not holds(value):
+                self._refuse(name, wanted)
+        for name, (valid, wanted) in _NUMBERS.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not valid(value):
+                self._refuse(name, wanted)
+        if self.warmup_epochs > self.epochs:
+            self._refuse("warmup_epochs", f"at most epochs={self.epochs}")
+        if not isinstance(self.deterministic, bool):
+            self._refuse("deterministic", "True or False")
+        if self.device != "auto":
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError):
+                self._refuse("device", "'auto' or a torch device such as 'cpu', 'cuda' or 'cuda:0'")
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise ValueError(f"Recipe.{name} must be {wanted}; got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name: numbers, strings and booleans only, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from fields by name; the others keep their defaults.
+
+        Raises:
+            ValueError: A name is not a field, or a value does not fit.
+
+        Example:
+            >>> Recipe.from_dict({"epochs": 3}) == Recipe(epochs=3)
+            True
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Recipe has no field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
+            )
+        return cls(**fields)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of one step: linear warmup, then the recipe's schedule.
+
+    Args:
+        recipe: The recipe.
+        step: Steps done before this one, over all epochs.
+        steps_per_epoch: Steps an epoch.
+
+    Returns:
+        The rate. The first warmup step has already one part of it, the last one all of it.
+
+    Example:
+        >>> recipe = Recipe(epochs=4, lr=1.0, warmup_epochs=1)
+        >>> [round(learning_rate(recipe, step, 2), 2) for step in range(8)]
+        [0.5, 1.0, 1.0, 0.93, 0.75, 0.5, 0.25, 0.07]
+    """
+    warmup = recipe.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * min(1.0, (step + 1) / warmup)
+    if recipe.schedule == "constant":
+        return recipe.lr
+    progress = (step - warmup) / (recipe.epochs * steps_per_epoch - warmup)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,131 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import nearfold
+from nearfold.cli import attribute_docs, main
+from nearfold.grammar import CATALOGUE
+from nearfold.train import Recipe
+
+
+def fails(capsys, *argv):
+    """Run, expect exit code 2 and nothing but one message on stderr; return the message."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert ": error: " in err.splitlines()[0]
+    return err
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nearfold {nearfold.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["ops"], ["explain"], ["train"], ["study"], ["study", "spectrum"]], ids=" ".join
+)
+def test_help_teaches_by_examples(command, capsys):
+    assert main([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "nearfold " + " ".join(command) in out
+    assert "example" in out or "start here" in out
+
+
+def test_help_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "nearfold", "ops", "--nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "--nonsense" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    script = f"{sys.executable} -m nearfold ops | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_ops_lists_the_catalogue(capsys):
+    assert main(["ops"]) == 0
+    out = capsys.readouterr().out
+    for entry in CATALOGUE.values():
+        for part in (entry.name, entry.title, entry.notation, *entry.words):
+            assert part in out
+
+
+@pytest.mark.parametrize("notation", ["window(3) | box | kernel", "conv"])
+def test_explain_takes_a_notation_or_a_name(notation, capsys):
+    assert main(["explain", notation, "--shape", "2x8x8x8"]) == 0
+    out = capsys.readouterr().out
+    assert "window(3) | box | kernel" in out and "oracle" in out
+
+
+@pytest.mark.parametrize("shape", ["", "3", "2,3", "2,3,0", "a,b,c", "2,3,4,", "2;3;4"])
+def test_explain_refuses_a_wrong_shape_in_one_line(shape, capsys):
+    err = fails(capsys, "explain", "conv", "--shape", shape)
+    assert "--shape" in err and err.count("\n") == 1
+
+
+def test_a_wrong_notation_is_pointed_at(capsys):
+    err = fails(capsys, "explain", "windw(3) | box | kernel", "--shape", "2,8,8,8")
+    assert "windw(3) | box | kernel" in err and "^" in err and "window" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["explain", "conv", "--shape", "2,8,8,8", "--dtype", "float99"], ["--dtype", "float99"]),
+        (["explain", "conv"], ["--shape"]),
+        (["train", "--data", "nowhere"], ["nowhere", "does not exist"]),
+        (["train", "--lr", "-1"], ["lr", "-1"]),
+        (["train", "--lr", "fast"], ["--lr", "fast"]),
+        (["train", "--optimizer", "adam"], ["optimizer", "adamw", "adam"]),
+        (["train", "--resume"], ["--resume", "--out"]),
+        (["train", "--width", "0"], ["--width", "0"]),
+        (["train", "--op", "conv", "--device", "cuda:97"], ["cuda:97"]),
+        (["study", "spectrum", "--only", "conv,nothing"], ["nothing", "choose from", "convnn"]),
+        (["study", "spectrum", "--seeds", "0"], ["--seeds", "0"]),
+        (["study", "spectrum", "--data", "nowhere"], ["nowhere", "does not exist"]),
+        (["study"], ["STUDY"]),
+        (["study", "everything"], ["everything", "spectrum"]),
+        ([], ["COMMAND"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(argv, words, capsys):
+    err = fails(capsys, *argv)
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_every_recipe_field_is_a_documented_flag(capsys):
+    main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    documented = attribute_docs(Recipe)
+    for field in dataclasses.fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in out
+        assert documented[field.name].split(".")[0].split(",")[0] in out
+
+
+def test_train_trains_saves_and_resumes(tmp_path, capsys):
+    argv = ["train", "--limit", "60", "--epochs", "1", "--width", "8", "--depth", "1", "--device", "cpu",
+            "--op", "convnn", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out and CATALOGUE["convnn"].notation in out
+    assert (tmp_path / "run" / "weights.safetensors").exists()
+    assert "holds a run already" in fails(capsys, *argv)
+    assert main([*argv, "--resume"]) == 0
+
+
+def test_study_ends_with_a_table_and_a_report(tmp_path, capsys):
+    argv = ["study", "spectrum", "--limit", "60", "--epochs", "1", "--seeds", "1", "--width", "8",
+            "--only", "conv, kvt", "--out", str(tmp_path), "--device", "cpu"]  # fmt: skip
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "convolution 3x3" in out and str(tmp_path / "report.html") in out
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert main(argv) == 0
+    assert "2 of 2 runs have finished before" in capsys.readouterr().out

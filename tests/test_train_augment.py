@@ -1,0 +1,116 @@
+import importlib
+
+import pytest
+import torch
+
+from nearfold.train import _torchvision
+from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment
+from nearfold.train.seeds import derive
+
+
+def images(count=6, channels=3, height=16, width=24):
+    draws = torch.Generator().manual_seed(0)
+    shape = (count, channels, height, width)
+    return torch.randint(1, 256, shape, generator=draws, dtype=torch.uint8)
+
+
+def shifts(image, border_y, border_x):
+    """Every image that crop_flip may make of one, by (top, left, mirrored)."""
+    _, height, width = image.shape
+    padded = torch.zeros(image.shape[0], height + 2 * border_y, width + 2 * border_x, dtype=torch.uint8)
+    padded[:, border_y : border_y + height, border_x : border_x + width] = image
+    for top in range(2 * border_y + 1):
+        for left in range(2 * border_x + 1):
+            crop = padded[:, top : top + height, left : left + width]
+            yield (top, left, False), crop
+            yield (top, left, True), crop.flip(2)
+
+
+def test_crop_flip_makes_one_shift_of_each_image_and_uses_them_all():
+    batch = images(1, 1, 8, 16).expand(400, 1, 8, 16).contiguous()
+    results = crop_flip(batch, 7, 400, slice(None))
+    possible = {crop.numpy().tobytes(): place for place, crop in shifts(batch[0], 1, 2)}
+    assert len(possible) == 3 * 5 * 2
+    seen = {possible[result.numpy().tobytes()] for result in results}
+    assert seen == set(possible.values())
+
+
+@pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
+def test_shares_together_are_the_whole_batch(name):
+    batch, augment = images(), AUGMENTATIONS[name]
+    whole = augment(batch, 3, 6, slice(None))
+    parts = [augment(batch[share], 3, 6, share) for share in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole.dtype == torch.uint8 and whole.shape == batch.shape
+    if name != "none":
+        assert not torch.equal(whole, batch)
+        assert not torch.equal(whole, augment(batch, 4, 6, slice(None)))
+
+
+@pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
+def test_augmentation_leaves_global_randomness_alone(name):
+    batch = images()
+    before = batch.clone()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = AUGMENTATIONS[name](batch, 3, 6, slice(None))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert torch.equal(AUGMENTATIONS[name](batch, 3, 6, slice(None)), first)
+    assert torch.equal(batch, before)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_treats_every_image_on_its_own(channels):
+    pytest.importorskip("PIL")
+    one = images(1, channels, 8, 8).expand(12, channels, 8, 8).contiguous()
+    results = randaugment(one, 0, 12, slice(None))
+    assert len({result.numpy().tobytes() for result in results}) > 6
+
+
+def fail_with(monkeypatch, error):
+    """Make the import of the transforms fail once, as `error`, then succeed with a stand-in."""
+    outcomes = [error, "module"]
+
+    def imported(name):
+        assert name == "torchvision.transforms.v2"
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    monkeypatch.setattr(_torchvision, "_declared", [])
+    declared = []
+
+    class Library:
+        def __init__(self, name, kind):
+            assert (name, kind) == ("torchvision", "DEF")
+
+        def define(self, schema):
+            declared.append(schema.split("(")[0])
+
+    monkeypatch.setattr(torch.library, "Library", Library)
+    return declared
+
+
+def test_missing_operators_are_declared_only_on_that_very_error(monkeypatch):
+    declared = fail_with(monkeypatch, RuntimeError("operator torchvision::nms does not exist"))
+    assert _torchvision.transforms() == "module"
+    assert declared == ["nms", "qnms"]
+    declared = fail_with(monkeypatch, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        _torchvision.transforms()
+    assert declared == []
+
+
+def test_without_torchvision_the_extra_is_named(monkeypatch):
+    fail_with(monkeypatch, ModuleNotFoundError("No module named 'torchvision'"))
+    with pytest.raises(ImportError, match=r"nearfold\[vision\].*crop_flip"):
+        _torchvision.transforms()
+
+
+def test_derived_seeds_depend_on_every_part():
+    seeds = [derive(*place) for place in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 1, 1))]
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,602 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nearfold.train import (
+    Diverged,
+    ImageData,
+    Recipe,
+    Split,
+    evaluate,
+    fit,
+    load_data,
+    load_weights,
+    loop,
+    prepare,
+    save_weights,
+    trainer,
+)
+
+RECIPE = Recipe(epochs=3, batch_size=32, lr=3e-3, device="cpu", warmup_epochs=0.5)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(limit=200)
+
+
+class Net(nn.Module):
+    """Everything a run must carry: dropout, batch statistics, an index table, a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+        self.register_buffer("table", torch.arange(11))
+        self.sampler = torch.Generator()
+        self.dies_at = None  # training calls after which a call raises
+        self.calls = 0
+
+    def forward(self, images):
+        if self.training:
+            self.calls += 1
+            if self.calls == self.dies_at:
+                raise KeyboardInterrupt
+            images = images + 0.05 * torch.randn(images.shape, generator=self.sampler)
+        return self.layers(images)
+
+
+def net(dies_at=None):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Net()
+    model.dies_at = dies_at
+    return model
+
+
+def same_weights(one, other):
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(things):
+    return [{k: v for k, v in thing.items() if k != "images_per_second"} for thing in things]
+
+
+# Learning, and what is measured.
+
+
+def test_a_small_network_learns_the_digits(tmp_path):
+    data = load_data()
+    model = net()
+    result = fit(model, data, replace(RECIPE, epochs=4), out=tmp_path / "run", progress=False, log_every=10)
+    assert result.test_accuracy > 0.9 and result.train_accuracy > 0.93 and result.train_loss < 0.3
+    assert (result.epochs, result.steps) == (4, 4 * (len(data.train) // 32))
+    assert result.images_per_second > 0 and result.seconds > 0 and result.peak_memory_mib >= 0
+    assert not model.training
+
+    assert result.test_accuracy == evaluate(model, data.test, data)[1]
+    loss, accuracy = evaluate(model, data.train, data)
+    assert (loss, accuracy) == (pytest.approx(result.train_loss, rel=1e-5), result.train_accuracy)
+    best = result.history[result.best_epoch - 1]
+    assert result.val_accuracy == best["val_accuracy"] == max(r["val_accuracy"] for r in result.history)
+
+    out = tmp_path / "run"
+    files = {"recipe.json", "metrics.jsonl", "checkpoint.pt", "weights.safetensors", "result.json"}
+    assert {path.name for path in out.iterdir()} == files
+    assert Recipe.from_dict(json.loads((out / "recipe.json").read_text())) == replace(RECIPE, epochs=4)
+    assert json.loads((out / "result.json").read_text()) == result.__dict__
+    assert [r for r in records(out) if r["kind"] == "epoch"] == result.history
+    steps = [r["step"] for r in records(out) if r["kind"] == "step"]
+    assert steps == list(range(10, result.steps + 1, 10))
+    other = Net()
+    load_weights(other, out / "weights.safetensors")
+    assert same_weights(other, model)
+
+
+def test_prepare_and_evaluate_by_hand(data):
+    model = net()
+    model.train()
+    images = prepare(data.test.images, data)
+    expected = (data.test.images.float() / 255 - data.mean[:, None, None]) / data.std[:, None, None]
+    torch.testing.assert_close(images, expected)
+    loss, accuracy = evaluate(model, data.test, data, batch_size=7)
+    assert model.training
+    model.eval()
+    logits = model(images)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, data.test.labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == data.test.labels).float().mean().item())
+
+
+def test_the_same_run_twice_is_the_same_and_leaves_global_randomness_alone(data):
+    one, other = net(), net()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = fit(one, data, RECIPE, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = fit(other, data, RECIPE, progress=False)
+    assert same_weights(one, other)
+    assert without_times(first.history) == without_times(second.history)
+    third = net()
+    fit(third, data, replace(RECIPE, seed=1), progress=False)
+    assert not same_weights(one, third)
+
+
+def test_the_test_images_decide_nothing_and_are_looked_at_once(data, monkeypatch):
+    seen = []
+
+    def spy(model, split, *rest, **options):
+        seen.append(len(split))
+        return evaluate(model, split, *rest, **options)
+
+    monkeypatch.setattr(trainer, "evaluate", spy)
+    wrong = Split(data.test.images, (data.test.labels + 1) % 10)
+    one, other = net(), net()
+    first = fit(one, data, RECIPE, progress=False)
+    second = fit(other, replace(data, test=wrong), RECIPE, progress=False)
+    assert same_weights(one, other)
+    assert first.best_epoch == second.best_epoch and first.test_accuracy != second.test_accuracy
+    before_the_end = seen[: RECIPE.epochs]
+    assert set(before_the_end) == {len(data.val)}
+    assert len(data.val) != len(data.test) != len(data.train)
+
+
+def test_the_best_epoch_by_accuracy_then_loss_is_kept(data, monkeypatch):
+    outcomes = iter([(0.9, 0.5), (0.8, 0.7), (0.6, 0.7), (0.6, 0.7), (0.5, 0.6)])
+    kept = []
+
+    def told(model, split, *rest, **options):
+        if len(split) != len(data.val):
+            return evaluate(model, split, *rest, **options)
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(outcomes)
+
+    monkeypatch.setattr(trainer, "evaluate", told)
+    model = net()
+    result = fit(model, data, replace(RECIPE, epochs=5), progress=False)
+    assert (result.best_epoch, result.val_accuracy) == (3, 0.7)
+    assert all(torch.equal(value, kept[2][name]) for name, value in model.state_dict().items())
+    last = net()
+    last.load_state_dict(kept[4])
+    assert result.test_accuracy_last == evaluate(last, data.test, data)[1]
+    assert result.test_accuracy == evaluate(model, data.test, data)[1]
+
+
+def test_one_step_is_the_textbook_step(data):
+    recipe = Recipe(
+        epochs=1, batch_size=len(data.train), optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0,
+        warmup_epochs=0, label_smoothing=0.1, clip_grad_norm=0.5, device="cpu",
+    )  # fmt: skip
+    model, expected = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.Linear(64, 10)
+    expected.load_state_dict(model[1].state_dict())
+    logits = expected(prepare(data.train.images, data).flatten(1))
+    loss = nn.functional.cross_entropy(logits, data.train.labels, label_smoothing=0.1)
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum() for p in expected.parameters()))
+    assert norm > 0.5, "clipping must have something to do"
+    result = fit(model, data, recipe, progress=False)
+    assert result.history[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for trained, before in zip(model[1].parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(trained, before - 0.1 * before.grad * 0.5 / norm, rtol=1e-5, atol=1e-6)
+
+
+def test_every_image_is_seen_once_an_epoch_in_another_order(data):
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, images):
+            if self.training:
+                seen.append(images.detach().flatten(1))
+            return super().forward(images.flatten(1))
+
+    recipe = replace(RECIPE, epochs=2, batch_size=20)
+    fit(Spy(64, 10), data, recipe, progress=False)
+    first, second = torch.cat(seen[:9]), torch.cat(seen[9:])
+    assert len(first) == len(second) == 180 == len(data.train)
+    assert not torch.equal(first, second)
+    for epoch in (first, second):
+        assert sorted(epoch.sum(1).tolist()) == pytest.approx(
+            sorted(prepare(data.train.images, data).flatten(1).sum(1).tolist()), abs=1e-3
+        )
+
+
+def test_averaged_weights_are_those_that_are_kept(data):
+    """One epoch: what is kept is the average of the weights after every step, by hand."""
+    snapshots = []
+
+    class Spy(nn.Linear):
+        def __init__(self):
+            super().__init__(64, 10)
+            self.register_buffer("table", torch.arange(500))
+
+        def forward(self, images):
+            if self.training:
+                snapshots.append(self.weight.detach().clone())
+            return super().forward(images.flatten(1))
+
+    recipe = replace(RECIPE, epochs=1, ema=0.5, batch_size=18)
+    model, live = Spy(), Spy()
+    live.load_state_dict(model.state_dict())
+    fit(live, data, replace(recipe, ema=0.0), progress=False)
+    snapshots.clear()
+    fit(model, data, recipe, progress=False)
+    weights = [*snapshots[1:], live.weight.detach()]
+    average = weights[0]
+    for step, weight in enumerate(weights[1:], start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(model.weight.detach(), average)
+    assert torch.equal(model.table, torch.arange(500)), "integers are not averaged"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_computes_in_it_and_learns(data, precision):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    types = set()
+    model[1].register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    result = fit(model, data, replace(RECIPE, precision=precision, lr=0.03), progress=False)
+    assert types == {getattr(torch, precision)}
+    assert model[1].weight.dtype == torch.float32
+    assert result.train_accuracy > 0.9
+
+
+def test_fewer_images_than_a_batch_are_one_batch(data):
+    result = fit(net(), data, replace(RECIPE, batch_size=4096), progress=False)
+    assert result.steps == RECIPE.epochs
+
+
+# Going on after an interruption.
+
+VARIANTS = {
+    "plain": {},
+    "sgd, averaged, augmented": {
+        "optimizer": "sgd",
+        "ema": 0.9,
+        "augment": "crop_flip",
+        "label_smoothing": 0.1,
+    },
+    "float16": {"precision": "float16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dies_at", [3, 6, 9])
+def test_resumed_runs_reach_the_same_weights(data, tmp_path, variant, dies_at):
+    recipe = replace(RECIPE, **VARIANTS[variant])
+    whole, broken, resumed = net(), net(dies_at), net()
+    expected = fit(whole, data, recipe, out=tmp_path / "whole", progress=False, log_every=2)
+    out = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, data, recipe, out=out, progress=False, checkpoint_every=2, log_every=1)
+    assert not same_weights(broken, whole)
+    with torch.no_grad():  # what the new process starts with must not matter
+        for weight in resumed.parameters():
+            weight.fill_(math.nan)
+    result = fit(resumed, data, recipe, out=out, resume=True, progress=False, checkpoint_every=2, log_every=1)
+    assert same_weights(resumed, whole)
+    assert without_times(result.history) == without_times(expected.history)
+    for name in (
+        "steps",
+        "best_epoch",
+        "train_accuracy",
+        "val_accuracy",
+        "test_accuracy",
+        "test_accuracy_last",
+    ):
+        assert getattr(result, name) == getattr(expected, name)
+    steps = [(r["kind"], r["step"]) for r in records(out)]
+    assert len(steps) == len(set(steps)) == result.steps + recipe.epochs
+    regular = [r for r in records(out) if r["kind"] == "epoch" or r["step"] % 2 == 0]
+    assert without_times(regular) == without_times(records(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_not_trained_again(data, tmp_path):
+    first = fit(net(), data, RECIPE, out=tmp_path, progress=False)
+    model = net(dies_at=1)
+    again = fit(model, data, RECIPE, out=tmp_path, resume=True, progress=False)
+    assert without_times([replace_times(again)]) == without_times([replace_times(first)])
+    assert model.calls == 0
+
+
+def replace_times(result):
+    return {**result.__dict__, "seconds": 0, "peak_memory_mib": 0}
+
+
+def test_resume_without_a_checkpoint_starts_and_old_records_go(data, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    result = fit(net(), data, RECIPE, out=tmp_path, resume=True, progress=False, log_every=1)
+    assert len(records(tmp_path)) == result.steps + RECIPE.epochs
+
+
+def test_a_record_cut_short_is_dropped(data, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(dies_at=8), data, RECIPE, out=tmp_path, progress=False, log_every=1)
+    path = tmp_path / "metrics.jsonl"
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 5, 6, 7]
+    path.write_text(path.read_text()[:-9])
+    result = fit(net(), data, RECIPE, out=tmp_path, resume=True, progress=False, log_every=1)
+    assert len(records(tmp_path)) == result.steps + RECIPE.epochs
+
+
+KILLED = """
+import sys, torch
+from test_train_loop import RECIPE, net
+from nearfold.train import fit, load_data
+torch.set_num_threads(1)
+fit(net(), load_data(limit=200), RECIPE, out=sys.argv[1], progress=False, checkpoint_every=1, log_every=1)
+print("finished")
+"""
+SLOW = "import time\nfrom nearfold.train.trainer import Trainer\ntake = Trainer.take_step\n" + (
+    "def slow(self, order):\n    take(self, order)\n    time.sleep(0.2)\nTrainer.take_step = slow\n"
+)
+
+
+def test_a_killed_process_loses_nothing(data, tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW + KILLED, str(out)], env=environment, stdout=subprocess.PIPE
+    )
+    try:
+        give_up = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or len(records_so_far(out)) < 7:
+            assert process.poll() is None and time.monotonic() < give_up
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        printed, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL and b"finished" not in printed
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole, resumed = net(), net()
+        fit(whole, data, RECIPE, progress=False)
+        result = fit(
+            resumed, data, RECIPE, out=out, resume=True, progress=False, checkpoint_every=1, log_every=1
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < resumed.calls < result.steps
+    assert same_weights(resumed, whole)
+    steps = [(r["kind"], r["step"]) for r in records(out)]
+    assert len(steps) == len(set(steps)) == result.steps + RECIPE.epochs
+    assert not list(out.glob("*.partial"))
+
+
+def records_so_far(out):
+    return (out / "metrics.jsonl").read_bytes().splitlines()
+
+
+# Errors.
+
+
+def damage_recipe(out):
+    return {"recipe": replace(RECIPE, lr=0.5, epochs=9)}
+
+
+def damage_data(out):
+    data = load_data(limit=200)
+    images = data.train.images.clone()
+    images[0, 0, 0, 0] += 1
+    return {"data": replace(data, train=Split(images, data.train.labels))}
+
+
+def damage_model(out):
+    return {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}
+
+
+def truncate(out):
+    content = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    return {}
+
+
+def empty(out):
+    (out / "checkpoint.pt").write_bytes(b"")
+    return {}
+
+
+def another_file(out):
+    torch.save({"weights": torch.ones(2)}, out / "checkpoint.pt")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            damage_recipe,
+            r"of another recipe: epochs is 9, was 3; lr is 0.5, was 0.003\. Resume with the same",
+        ),
+        (damage_data, r"of another data set: train is \[180, 1, 8, 8, \d+\], was"),
+        (damage_model, r"checkpoint\.pt is of another model: (.|\n)*Resume with the same model"),
+        (truncate, r"checkpoint\.pt cannot be read \(.*\); to start afresh, delete .*checkpoint\.pt"),
+        (empty, r"checkpoint\.pt cannot be read"),
+        (another_file, r"checkpoint\.pt is no checkpoint of this version; to start afresh, delete"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(data, tmp_path, damage, says):
+    fit(net(), data, replace(RECIPE), out=tmp_path, progress=False)
+    arguments = {"model": net(), "data": data, "recipe": RECIPE, **damage(tmp_path)}
+    with pytest.raises(ValueError, match=says):
+        fit(**arguments, out=tmp_path, resume=True, progress=False)
+
+
+def test_a_finished_or_interrupted_run_is_not_overwritten(data, tmp_path):
+    fit(net(), data, RECIPE, out=tmp_path, progress=False)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
+        fit(net(), data, RECIPE, out=tmp_path, progress=False)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resume": True}, "resume=True needs a folder: pass out="),
+        ({"tensorboard": True}, "tensorboard=True needs a folder"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be an integer of at least 0; got -1"),
+        ({"log_every": 0}, "log_every must be an integer of at least 1; got 0"),
+        ({"out": __file__}, "is a file: name a folder"),
+        ({"model": nn.Flatten()}, "no trainable parameter"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 9))},
+            r"must return logits \(32, 10\); it returned \(32, 9\)",
+        ),
+    ],
+)
+def test_bad_arguments(data, options, says):
+    with pytest.raises(ValueError, match=says):
+        fit(**{"model": net(), "data": data, "recipe": RECIPE, "progress": False, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(data):
+    with pytest.raises(ValueError, match=r"Recipe.device='cuda' needs cuda:0, but torch sees 0 CUDA devices"):
+        fit(net(), data, replace(RECIPE, device="cuda"), progress=False)
+
+
+def test_a_precision_that_the_device_lacks(data, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(nn.functional, "conv2d", refuse)
+    with pytest.raises(ValueError, match=r"precision='bfloat16' cannot be used on cpu \(no such kernel\)"):
+        fit(net(), data, replace(RECIPE, precision="bfloat16"), progress=False)
+
+
+class Poisoned(nn.Module):
+    """Its loss, or else only its weight, stops being finite at the call `at`."""
+
+    def __init__(self, at, weight):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+        self.calls, self.at, self.weight = 0, at, weight
+
+    def forward(self, images):
+        self.calls += self.training
+        logits = self.linear(images.flatten(1))
+        if self.training and self.calls == self.at:
+            if not self.weight:
+                return logits * math.nan
+            self.linear.weight.register_hook(lambda gradient: gradient * math.nan)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [(False, "the loss is nan at epoch 2, step 7: lower lr"), (True, "a weight is not finite after step 7")],
+)
+def test_divergence_stops_the_run_and_leaves_the_last_good_checkpoint(data, tmp_path, weight, says):
+    recipe = replace(RECIPE, clip_grad_norm=0.0)
+    with pytest.raises(Diverged, match=says):
+        fit(Poisoned(7, weight), data, recipe, out=tmp_path, progress=False, checkpoint_every=1)
+    state = torch.load(tmp_path / "checkpoint.pt")
+    assert state["run"]["step"] == 6
+    assert all(value.isfinite().all() for value in state["model"].values())
+    fit(Poisoned(-1, weight), data, recipe, out=tmp_path, resume=True, progress=False)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    save_weights(net(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="holds the weights of another model"):
+        load_weights(nn.Linear(2, 2), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="there are no weights at"):
+        load_weights(net(), tmp_path / "none.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_weights(net(), tmp_path / "broken.safetensors")
+
+
+def test_deterministic_is_undone(data, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: calls.append(on))
+    fit(net(), data, replace(RECIPE, epochs=1, warmup_epochs=0, deterministic=True), progress=False)
+    assert calls == [True, False]
+
+
+# What is shown.
+
+
+def test_one_line_an_epoch_where_there_is_no_terminal(data, capsys):
+    result = fit(net(), data, RECIPE)
+    printed, shown = capsys.readouterr()
+    assert printed == ""
+    lines = shown.splitlines()
+    assert len(lines) == RECIPE.epochs
+    last = result.history[-1]
+    assert lines[-1].startswith(
+        f"epoch 3/3  loss {last['train_loss']:.4f}  accuracy {last['train_accuracy']:.1%}"
+    )
+    assert lines[-1].endswith("images/s")
+    fit(net(), data, RECIPE, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal(data, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(loop, "_READ_SECONDS", 0.0)
+    fit(net(), data, RECIPE)
+    shown = capsys.readouterr().err
+    for part in ("15/15", "epoch 3/3", "loss", "accuracy", "images/s"):
+        assert part in shown
+
+
+def test_tensorboard(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = replace(RECIPE, epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(dies_at=8), data, recipe, out=tmp_path, progress=False, tensorboard=True, log_every=1)
+    fit(net(), data, recipe, out=tmp_path, resume=True, progress=False, tensorboard=True, log_every=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("epoch/val_accuracy")] == [5, 10]
+    assert [event.step for event in events.Scalars("step/train_loss")] == list(range(1, 11))
+
+
+def test_nothing_heavy_is_imported_for_a_plain_run():
+    code = (
+        "import sys, nearfold.train\n"
+        "heavy = 'torchvision sklearn matplotlib pyarrow PIL rich tensorboard safetensors'.split()\n"
+        "found = [name for name in heavy if name in sys.modules]\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_image_data_of_ones_own():
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    images = torch.randint(0, 100, (60, 3, 5, 7), generator=draws) + 100 * labels[:, None, None, None]
+    split = Split(images.to(torch.uint8), labels)
+    data = ImageData("bright", ("no", "yes"), split, split, split)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(105, 2))
+    result = fit(model, data, replace(RECIPE, lr=0.03), progress=False)
+    assert result.test_accuracy == 1.0
