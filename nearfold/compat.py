@@ -8,6 +8,8 @@ an explicit option of the operation reproduces it, or `UnsupportedReference` say
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,7 @@ class Conversion:
     layer: Mixer
     mapping: Callable[[State], State]
     check: Callable[[Tensor], None] = lambda x: None
+    after: Callable[[Tensor, State], Tensor] | None = None  # a fault that no operation expresses
 
 
 class ReferenceLayer(nn.Module):
@@ -89,12 +92,21 @@ class ReferenceLayer(nn.Module):
         conversion = self._conversion[0]
         conversion.check(x)
         y: Tensor = torch.func.functional_call(conversion.layer, self._mapped(), (x,))
-        return y
+        if conversion.after is None:
+            return y
+        return conversion.after(y, {name: self.get_parameter(name) for name in self._names})
 
     def to_nearfold(self) -> Mixer:
-        """The Nearfold layer itself, weights copied; it no longer follows this module's parameters."""
-        import copy
+        """The Nearfold layer itself, weights copied; it no longer follows this module's parameters.
 
+        Raises:
+            UnsupportedReference: where the public layer does something no operation expresses.
+        """
+        if self._conversion[0].after is not None:
+            raise UnsupportedReference(
+                "with several heads the public ConvNN attention mixes up positions and channels when it puts the "
+                "heads together; no operation does that, so the weights only work in this ReferenceLayer"
+            )
         layer = copy.deepcopy(self._conversion[0].layer)
         mapped = self._mapped()
         with torch.no_grad():
@@ -185,6 +197,12 @@ def _convnn_path(c: _Config, ndim: int) -> tuple[Nearest, Ranked | Box, bool]:
         },
     )
     coordinates = c.choose("aggregation_type", {"Col": False, "Loc_Col": True})
+    tie = _ties(c, metric)
+    if tie:
+        raise UnsupportedReference(
+            f"{c.layer}: {tie}; the public code leaves the choice among equals to torch.topk, which does not define "
+            "it. nearfold.nn.ConvNN2d takes the lowest index"
+        )
     candidates: Candidates = AllCandidates()
     if c["sampling_type"] == "spatial":
         if c["padding"]:
@@ -196,6 +214,22 @@ def _convnn_path(c: _Config, ndim: int) -> tuple[Nearest, Ranked | Box, bool]:
     path = Nearest(c["K"], similarity, candidates, include_self=True, padding=c["padding"])
     # similarity by location alone takes its neighbours in raster order, so that it is a convolution
     return path, Box() if c["similarity_type"] == "Loc" else Ranked(), coordinates
+
+
+def _ties(c: _Config, metric: str) -> str:
+    """Why positions are equally near for this configuration whatever the input is; empty when they are not."""
+    unshuffled = int(c["shuffle_scale"]) ** 2 if c["shuffle_pattern"] in ("B", "BA") else 1
+    kind, lam = c["similarity_type"], c["lambda_param"]
+    if kind == "Loc" and c["sampling_type"] == "spatial":
+        return "sampled positions are equally far from others in space (similarity_type='Loc')"
+    if kind == "Loc_Col" and lam == 0:
+        return "lambda_param=0 compares positions only, and many are equally far"
+    features_only = kind == "Col" or (kind == "Loc_Col" and lam == 1)
+    if features_only and metric == "cosine" and c["in_channels"] * unshuffled == 1:
+        return "the cosine of one channel is 1 or -1"
+    if features_only and metric == "euclidean" and c["padding"] and c["aggregation_type"] == "Loc_Col":
+        return "border positions are equally far in features but differ in the coordinates they contribute"
+    return ""
 
 
 def _grid_check(c: _Config, shuffled: int) -> Callable[[Tensor], None]:
@@ -414,8 +448,10 @@ def _convnn_attention_operation(c: _Config) -> Basic:
     }
     if kind not in similarities:
         raise ValueError(f"{c.layer}: magnitude_type={kind!r} is not one of: {', '.join(similarities)}")
-    plain: Rho = Inverse(heads, "qkvo") if kind == "euclidean" else Identity(heads, "qkvo")
-    rho = Softmax(heads, project="qkvo") if c.get("softmax_topk_val", True) else plain
+    # where heads are put together wrongly, the output projection follows outside the operation
+    project = "qkv" if _scrambles(c) else "qkvo"
+    plain: Rho = Inverse(heads, project) if kind == "euclidean" else Identity(heads, project)
+    rho = Softmax(heads, project=project) if c.get("softmax_topk_val", True) else plain
     convolution = c.get("convolution_type", "standard")
     if convolution == "depthwise" and coordinates:
         raise UnsupportedReference(
@@ -445,6 +481,18 @@ def _convnn_attention_operation(c: _Config) -> Basic:
     return Basic(path, Ranked(), Weight(rho, kernels[convolution]))
 
 
+def _scrambles(c: _Config) -> bool:
+    """The layer with a choice of similarity reads its (N, d) outputs as (d, N) when there are several heads."""
+    return "magnitude_type" in c.values and c["num_heads"] > 1
+
+
+def _scramble(y_BND: Tensor, heads: int) -> Tensor:
+    B, N, D = y_BND.shape
+    y_BHNd = y_BND.view(B, N, heads, D // heads).transpose(1, 2)
+    wrong_BHNd = y_BHNd.reshape(B, heads, D // heads, N).transpose(2, 3)
+    return wrong_BHNd.transpose(1, 2).reshape(B, N, D)
+
+
 def _convnn_attention_mapping(c: _Config, s: State, prefix: str = "") -> State:
     # older layers compute K^T Q, a key per row: their query is our key; the later ones do not
     swapped = "magnitude_type" in c.values
@@ -456,7 +504,12 @@ def _convnn_attention_mapping(c: _Config, s: State, prefix: str = "") -> State:
     found["weight"] = s[f"{prefix}{first}"].repeat(heads, 1, 1)
     if f"{prefix}conv.1.weight" in s:
         found["pointwise_weight"] = s[f"{prefix}conv.1.weight"].repeat(heads, 1, 1)
-    if f"{prefix}conv.bias" in s:  # before the output projection: folded into its bias
+    if _scrambles(c):
+        found = {name: p for name, p in found.items() if not name.startswith("out")}
+        if "query_bias" in found:
+            made = found["weight"].new_zeros(c["d_hidden"])
+            found["bias"] = s[f"{prefix}conv.bias"].repeat(heads) if f"{prefix}conv.bias" in s else made
+    elif f"{prefix}conv.bias" in s:  # before the output projection: folded into its bias
         found["out_bias"] = found.get("out_bias", 0) + found["out_weight"] @ s[f"{prefix}conv.bias"].repeat(
             heads
         )
@@ -475,7 +528,11 @@ def _convnn_attention(c: _Config, state: State) -> Conversion:
                     "public code; use fewer samples"
                 )
 
-    return Conversion(layer, lambda s: _convnn_attention_mapping(c, s), check)
+    def after(y: Tensor, s: State) -> Tensor:
+        return nn.functional.linear(_scramble(y, c["num_heads"]), s["W_o.weight"], s.get("W_o.bias"))
+
+    mapping = functools.partial(_convnn_attention_mapping, c)
+    return Conversion(layer, mapping, check, after if _scrambles(c) else None)
 
 
 def _branching_attention(c: _Config, state: State) -> Conversion:
@@ -485,6 +542,11 @@ def _branching_attention(c: _Config, state: State) -> Conversion:
         raise UnsupportedReference(
             f"{c.layer}: branch_ratio={ratio} runs the branch that was not built in the public code; use the layer "
             "that remains"
+        )
+    if _scrambles(c):
+        raise UnsupportedReference(
+            f"{c.layer}: with num_heads={c['num_heads']} the ConvNN branch mixes up positions and channels in the "
+            "public code; only num_heads=1 is converted"
         )
     near = _convnn_attention_operation(c)
     dense = Basic(All(), Row(), Weight(Softmax(heads=c["num_heads"])))

@@ -26,6 +26,8 @@ from nearfold.train import (
     save_weights,
     trainer,
 )
+from nearfold.train.distributed import Team
+from nearfold.train.trainer import Trainer
 
 RECIPE = Recipe(epochs=3, batch_size=32, lr=3e-3, device="cpu", warmup_epochs=0.5)
 
@@ -184,10 +186,12 @@ def test_the_best_epoch_by_accuracy_then_loss_is_kept(data, monkeypatch):
     assert result.test_accuracy == evaluate(model, data.test, data)[1]
 
 
-def test_one_step_is_the_textbook_step(data):
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-6), ("float16", 1e-4)])
+def test_one_step_is_the_textbook_step(data, precision, error):
     recipe = Recipe(
         epochs=1, batch_size=len(data.train), optimizer="sgd", lr=0.1, momentum=0.0, weight_decay=0.0,
         warmup_epochs=0, label_smoothing=0.1, clip_grad_norm=0.5, device="cpu",
+        precision=precision,
     )  # fmt: skip
     model, expected = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.Linear(64, 10)
     expected.load_state_dict(model[1].state_dict())
@@ -197,9 +201,10 @@ def test_one_step_is_the_textbook_step(data):
     norm = math.sqrt(sum(p.grad.square().sum() for p in expected.parameters()))
     assert norm > 0.5, "clipping must have something to do"
     result = fit(model, data, recipe, progress=False)
-    assert result.history[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert result.history[0]["train_loss"] == pytest.approx(loss.item(), rel=100 * error)
     for trained, before in zip(model[1].parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(trained, before - 0.1 * before.grad * 0.5 / norm, rtol=1e-5, atol=1e-6)
+        textbook = before - 0.1 * before.grad * 0.5 / norm
+        torch.testing.assert_close(trained, textbook, rtol=10 * error, atol=error)
 
 
 def test_every_image_is_seen_once_an_epoch_in_another_order(data):
@@ -229,7 +234,6 @@ def test_averaged_weights_are_those_that_are_kept(data):
     class Spy(nn.Linear):
         def __init__(self):
             super().__init__(64, 10)
-            self.register_buffer("table", torch.arange(500))
 
         def forward(self, images):
             if self.training:
@@ -248,7 +252,13 @@ def test_averaged_weights_are_those_that_are_kept(data):
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(model.weight.detach(), average)
-    assert torch.equal(model.table, torch.arange(500)), "integers are not averaged"
+
+
+def test_integers_are_not_averaged():
+    """Torch's average of 3 and 3 is 2, at this decay: fatal to a table of indices."""
+    averaged, current = [torch.arange(9)], [torch.arange(9)]
+    trainer._average(0.9)(averaged, current, 1)
+    assert torch.equal(averaged[0], torch.arange(9))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -319,6 +329,33 @@ def test_a_finished_run_is_not_trained_again(data, tmp_path):
     again = fit(model, data, RECIPE, out=tmp_path, resume=True, progress=False)
     assert without_times([replace_times(again)]) == without_times([replace_times(first)])
     assert model.calls == 0
+
+
+def test_an_epoch_counts_as_done_only_with_its_validation(data, tmp_path, monkeypatch):
+    """Interrupted between the last step of an epoch and the end of its validation."""
+    expected = fit(net(), data, RECIPE, progress=False)
+    calls = []
+
+    def dies(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), data, RECIPE, out=tmp_path, progress=False, checkpoint_every=1)
+    result = fit(net(), data, RECIPE, out=tmp_path, resume=True, progress=False)
+    assert without_times(result.history) == without_times(expected.history)
+
+
+def test_the_loss_scale_is_resumed(data, tmp_path):
+    recipe, team = replace(RECIPE, precision="float16"), Team(0, 1, torch.device("cpu"))
+    one, other = Trainer(net(), data, recipe, team), Trainer(net(), data, recipe, team)
+    one._scaler.scale(torch.ones(1))  # it makes its state at first use
+    one._scaler.update(new_scale=32.0)
+    other.restore(one.state(), tmp_path)
+    assert other._scaler.scale(torch.ones(1)).item() == 32.0
 
 
 def replace_times(result):
@@ -600,3 +637,21 @@ def test_image_data_of_ones_own():
     model = nn.Sequential(nn.Flatten(), nn.Linear(105, 2))
     result = fit(model, data, replace(RECIPE, lr=0.03), progress=False)
     assert result.test_accuracy == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_on_cuda(data, tmp_path, precision):
+    def model():
+        return nn.Sequential(net().layers, nn.Dropout(0.1))
+
+    recipe = replace(RECIPE, precision=precision, device="cuda", ema=0.9, augment="crop_flip")
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    result = fit(model(), data, recipe, out=tmp_path, progress=False, checkpoint_every=2)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert result.images_per_second > 0 and result.peak_memory_mib > 0
+    again = fit(model(), data, recipe, out=tmp_path, resume=True, progress=False)
+    assert again.test_accuracy == result.test_accuracy

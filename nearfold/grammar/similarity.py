@@ -10,7 +10,6 @@ Shape legend: B batch, H heads, N positions, d features of one head, a grid axes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +66,15 @@ class Similarity(Word):
 
     kind = "similarity"
     squared: bool = False
-    uses_features: ClassVar[bool] = True
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether query and key features play a part."""
+        return True
 
     @property
     def reduced(self) -> str:
-        """The metric on embedded vectors: dot, euclidean or chebyshev."""
+        """The metric on embedded vectors: dot, cosine (of unit vectors: dot within [-1, 1]), euclidean, chebyshev."""
         return "dot"
 
     def embed(
@@ -171,7 +174,6 @@ class Position(Similarity):
     """
 
     word = "position"
-    uses_features = False
     metric: str = field(default="euclidean", metadata={"positional": True})
     dilation: int = 1
 
@@ -180,6 +182,10 @@ class Position(Similarity):
             self.metric in ("euclidean", "chebyshev"), self, "metric", self.metric, "euclidean or chebyshev"
         )
         positive(self, dilation=self.dilation)
+
+    @property
+    def uses_features(self) -> bool:
+        return False
 
     @property
     def reduced(self) -> str:
@@ -213,13 +219,21 @@ class Blend(Similarity):
         object.__setattr__(self, "lam", float(self.lam))
 
     @property
+    def uses_features(self) -> bool:
+        return self.lam > 0
+
+    @property
     def reduced(self) -> str:
-        return "dot" if self.metric == "cosine" else "euclidean"
+        return self.metric
 
     def embed(
         self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         where_Na = ((1 - self.lam) * (place.unit() if self.unit else place.exact())).to(q_BHNd.dtype)
+        if self.lam == 0:
+            if self.metric == "cosine":  # normalised along the first axis: rounds as the public code does
+                where_Na = F.normalize(where_Na.T.contiguous(), dim=0).T.contiguous()
+            return where_Na[None, None], where_Na[None, None]
 
         def joined(x_BHNd: Tensor) -> Tensor:
             features = self.lam * (x_BHNd / _deviation(x_BHNd))

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 BLOCK_BYTES = 4 << 20  # of scores held at once
 INVALID = -1
+DOT_LIKE = ("dot", "cosine")
 
 
 def _bits(score: Tensor) -> Tensor:
@@ -55,8 +56,9 @@ def _mask(
 
 def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
     """A block of scores (p, m, R): dot, minus squared euclidean or minus chebyshev distance."""
-    if metric == "dot":
-        return torch.bmm(q, k.transpose(1, 2))
+    if metric in DOT_LIKE:
+        dot = torch.bmm(q, k.transpose(1, 2))
+        return dot.clamp_(-1, 1) if metric == "cosine" else dot
     if metric == "chebyshev":
         return -torch.cdist(q, k, p=float("inf"))
     assert q_norm is not None and k_norm is not None
@@ -83,7 +85,7 @@ def select(
         query: (P, M, e) float32 or float64.
         key: (P, R, e), same dtype.
         k: how many, at least 1; slots beyond the keys there are have index -1 and score -inf.
-        metric: "dot", "euclidean" (minus the distance, or its square with ``squared``) or "chebyshev".
+        metric: "dot", "cosine" (of unit vectors), "euclidean" (minus the distance, or its square with ``squared``) or "chebyshev".
         squared: minus the squared distance instead.
         query_index: (M,) int64 position of every query; key_index: (R,) of every key.
         key_index: positions of the keys.
@@ -206,7 +208,7 @@ def select_backward(
         for block, rows, apart in _chosen(query, key, index):
             g = grad[block].masked_fill(index[block] == INVALID, 0)
             at = index[block].clamp(min=0).flatten()
-            if metric == "dot":
+            if metric in DOT_LIKE:
                 d_query[block] = torch.einsum("pmk,pmke->pme", g, rows)
                 d_rows = g[..., None] * query[block].unsqueeze(2)
             else:

@@ -43,6 +43,8 @@ def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
     """Scores (B, H, M, N) of embedded queries (B, H, M, e) and keys (B, H, N, e)."""
     if metric == "dot":
         return q @ k.transpose(-1, -2)
+    if metric == "cosine":
+        return (q @ k.transpose(-1, -2)).clamp(-1, 1)
     if squared:
         return -(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
     if metric == "euclidean":

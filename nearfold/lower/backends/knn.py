@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearfold.grammar.words import Box, Nearest, Ones, Rho
 from nearfold.kernels.aggregate import aggregate
-from nearfold.kernels.select import INVALID, select
+from nearfold.kernels.select import DOT_LIKE, INVALID, select
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype
 from nearfold.lower.selection import allowed
@@ -74,7 +74,7 @@ def _own_score(call: Call, query: Tensor, key: Tensor) -> Tensor:
     lost = query.isnan().any(-1, keepdim=True)
     if given is not True:
         return torch.full_like(query[..., :1], given).masked_fill(lost, float("nan"))
-    if call.similarity.reduced == "dot":
+    if call.similarity.reduced in DOT_LIKE:
         return (query * key).sum(-1, keepdim=True)
     if call.similarity.squared:
         return -(query - key).square().sum(-1, keepdim=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.words import Ones, Window
+from nearfold.kernels.select import DOT_LIKE
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import WindowGeometry
@@ -28,7 +29,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not window")
     if isinstance(op.weight.rho, Ones):
         return Verdict.no("weight does not look at the scores: conv does it")
-    if op.path.similarity.reduced not in ("dot", "euclidean"):
+    if op.path.similarity.reduced not in (*DOT_LIKE, "euclidean"):
         return Verdict.no(f"similarity {op.path.similarity} is neither a dot product nor euclidean")
     return Verdict.yes("shifted views, one slot at a time", "roundoff")
 
@@ -73,7 +74,7 @@ def _scores(call: Call, geometry: WindowGeometry, q: Tensor, k: Tensor, out: tup
     found = []
     for offset in geometry.offsets():
         k_s = _shifted(k, offset, geometry.stride, out)
-        if call.similarity.reduced == "dot":
+        if call.similarity.reduced in DOT_LIKE:
             found.append((q * k_s).sum(1))
         else:
             square = (q - k_s).square().sum(1)
