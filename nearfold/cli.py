@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +24,8 @@ INTRODUCTION = """\
 Convolution and self-attention are two ends of one operator: look somewhere (path), in some
 form (shape), and value what is found (weight). An operator is written in these three words:
 
-    window(3) | box | kernel                   a 3x3 convolution
-    all | row | softmax(heads=4)               self-attention
+    window(3) | box | kernel                    a 3x3 convolution
+    all | row | softmax(heads=4)                self-attention
     nearest(9, cosine, self) | ranked | kernel  in between: read the 9 most similar positions"""
 
 EXAMPLES = {
@@ -33,7 +33,9 @@ EXAMPLES = {
 start here:
   nearfold study spectrum        the main job: a few minutes on a laptop, ends with an HTML report
   nearfold ops                   the operators that have a name
-  nearfold explain "all | row | softmax(heads=4)" --shape 8,64,32,32""",
+  nearfold explain "all | row | softmax(heads=4)" --shape 8,64,32,32
+                                 which code would run, why, and what it costs
+  nearfold train --op convnn     train one network around one operator""",
     "ops": """\
 examples:
   nearfold ops
@@ -141,20 +143,32 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(train)
     train.set_defaults(command=_train)
 
+    from nearfold.study.spectrum import RECIPE, SPECTRUM
+
     study = _new(commands.add_parser, "study", "many runs, one table, one report")
     studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
-    spectrum = _new(studies.add_parser, "study spectrum", "from convolution to attention: what changes?")
-    _data_arguments(spectrum)
-    spectrum.add_argument("--epochs", type=_positive, metavar="N", help="passes over the training images")
-    spectrum.add_argument("--seeds", type=_positive, metavar="N", help="runs of every operator (default: 3)")
-    spectrum.add_argument(
-        "--only", type=_names, metavar="A,B", help="only these operators, see the table below"
+    spectrum = _new(
+        studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention"
     )
+    spectrum.epilog = f"{spectrum.epilog}\n\noperators:\n" + "\n".join(
+        f"  {stop.name:<14} {stop.notation}" for stop in SPECTRUM
+    )
+    _data_arguments(spectrum)
+    spectrum.add_argument(
+        "--epochs", type=_positive, metavar="N",
+        help=f"passes over the training images (default: {RECIPE.epochs})",
+    )  # fmt: skip
+    spectrum.add_argument("--seeds", type=_positive, metavar="N", help="runs of every operator (default: 3)")
+    spectrum.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
     spectrum.add_argument(
         "--width", type=_positive, metavar="C", help="channels of the network (default: 32)"
     )
     spectrum.add_argument("--out", type=Path, metavar="DIR", help="default: runs/spectrum-DATA")
     spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
+    spectrum.add_argument(
+        "--jobs", type=_positive, metavar="N",
+        help="runs side by side (default: one a core up to 8 on the CPU, one on CUDA)",
+    )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
     return parser
 
@@ -222,7 +236,26 @@ def _notation(text: str) -> str:
 
 
 def _ops(_: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from nearfold.lower import explain
+
+    for entry in CATALOGUE.values():
+        path, shape, weight = entry.words
+        grid = (64,) if "1-D" in entry.title else (8, 8)
+        parts = explain(entry.notation, (1, 16, *grid)).parts
+        runs = " + ".join(dict.fromkeys(_backends(part.backend, part.verdicts) for part in parts))
+        print(
+            f"{entry.name}: {entry.title} ({entry.source})\n"
+            f"    {entry.notation}\n"
+            f"    path: {path} | shape: {shape} | weight: {weight}\n"
+            f"    backends: {runs}\n"
+        )
+    print("The first backend of each list runs by default on a CPU; `nearfold explain` says why.")
+    return 0
+
+
+def _backends(chosen: str, verdicts: Mapping[str, Any]) -> str:
+    """The backends that can run one part, the chosen one first."""
+    return ", ".join([chosen, *(name for name, verdict in verdicts.items() if verdict.ok and name != chosen)])
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -271,15 +304,16 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _study_spectrum(args: argparse.Namespace) -> int:
-    from nearfold.study import spectrum
     from nearfold.study.publish import publish
+    from nearfold.study.runner import default_jobs, run
+    from nearfold.study.spectrum import Settings, open_study
     from nearfold.study.table import COLUMNS, cells, text_table
 
     given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
-    settings = spectrum.Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
-    study = spectrum.open_study(settings)
+    settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
+    study = open_study(settings)
     try:
-        spectrum.run(study, say=lambda line: print(line, flush=True))
+        run(study, jobs=args.jobs or default_jobs(study.device))
     finally:  # also when interrupted: what has finished is worth a report
         if study.finished:
             paths = publish(study)

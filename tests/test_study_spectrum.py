@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study import spectrum
+from nearfold.study import runner
 from nearfold.study.plots import FAMILIES
 from nearfold.study.publish import publish
-from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
+from nearfold.study.runner import run
+from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study
 from nearfold.train import Result
 
 SMALL = Settings(limit=100, epochs=1, seeds=2, only=("conv", "convnn", "attention"), width=8, device="cpu")
@@ -28,7 +29,7 @@ def trained(monkeypatch):
         calls.append((recipe.seed, recipe.epochs, str(model.mixers[0].operation)))
         return Result(recipe.epochs, 1, 0.1, 0.9, 0.8, 1, 0.7 + 0.01 * recipe.seed, 0.7, 1.0, 2.0, 3.0, [])
 
-    monkeypatch.setattr(spectrum, "fit", fit)
+    monkeypatch.setattr(runner, "fit", fit)
     return calls
 
 
@@ -115,14 +116,14 @@ def test_another_configuration_is_another_run(settings, trained, change):
 
 
 def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, monkeypatch):
-    works = spectrum.fit
+    works = runner.fit
 
     def fails_for_attention(model, data, recipe, **options):
         if "softmax" in str(model.mixers[0].operation):
             raise RuntimeError("no memory left\nsecond line")
         return works(model, data, recipe, **options)
 
-    monkeypatch.setattr(spectrum, "fit", fails_for_attention)
+    monkeypatch.setattr(runner, "fit", fails_for_attention)
     study = open_study(settings)
     lines = []
     run(study, say=lines.append)
@@ -132,20 +133,20 @@ def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, mo
     assert [row.name for row in study.rows()] == ["conv", "convnn"]
     page = publish(study)[-1].read_text()
     assert "self-attention, seed 1" in page and "4 of 6 runs have finished" in page
-    monkeypatch.setattr(spectrum, "fit", works)
+    monkeypatch.setattr(runner, "fit", works)
     run(study, say=quiet)
     assert study.failures == [] and len(study.finished) == 6 and len(trained) == 6
 
 
 def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
-    works = spectrum.fit
+    works = runner.fit
 
     def interrupted(model, data, recipe, **options):
         if len(trained) == 2:
             raise KeyboardInterrupt
         return works(model, data, recipe, **options)
 
-    monkeypatch.setattr(spectrum, "fit", interrupted)
+    monkeypatch.setattr(runner, "fit", interrupted)
     study = open_study(settings)
     with pytest.raises(KeyboardInterrupt):
         run(study, say=quiet)
@@ -155,8 +156,9 @@ def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
 def test_progress_counts_and_estimates(settings, trained):
     lines = []
     run(open_study(settings), say=lines.append)
-    assert [line.split("]")[0] for line in lines] == [f"[{i}/6" for i in range(1, 7)]
-    assert all("about" in line and "left" in line for line in lines[:-1]) and "left" not in lines[-1]
+    assert "0 of 6 runs have finished before, 6 to do, 1 at a time" in lines[0]
+    assert [line.split("]")[0] for line in lines[1:]] == [f"[{i}/6" for i in range(1, 7)]
+    assert all("about" in line and "left" in line for line in lines[1:-1]) and "left" not in lines[-1]
 
 
 @pytest.mark.parametrize(

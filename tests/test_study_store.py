@@ -19,7 +19,7 @@ def test_key_depends_on_every_value_and_not_on_order():
 
 def test_a_failure_is_not_a_result_and_success_forgets_it(tmp_path):
     store, config = Store(tmp_path), {"seed": 0}
-    store.save_failure(config, RuntimeError("no memory"))
+    store.save_failure(config, "RuntimeError: no memory", "Traceback: RuntimeError")
     assert store.load(config) is None
     assert store.failure(config) == "RuntimeError: no memory"
     assert "RuntimeError" in json.loads(store.failure_path(config).read_text())["traceback"]

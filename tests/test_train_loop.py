@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from nearfold.nn import Mixer
 from nearfold.train import (
     Diverged,
     ImageData,
@@ -321,6 +322,33 @@ def test_resumed_runs_reach_the_same_weights(data, tmp_path, variant, dies_at):
     assert len(steps) == len(set(steps)) == result.steps + recipe.epochs
     regular = [r for r in records(out) if r["kind"] == "epoch" or r["step"] % 2 == 0]
     assert without_times(regular) == without_times(records(tmp_path / "whole"))
+
+
+def test_sampled_candidates_are_resumed(data, tmp_path):
+    """The library's own random layer, averaged: its sampler is a buffer of integers."""
+    recipe = replace(RECIPE, epochs=2, ema=0.9)
+
+    def model():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            mixer = Mixer("nearest(4, cosine, random(9)) | ranked | kernel", 4, 8)
+            return nn.Sequential(nn.Conv2d(1, 4, 1), mixer, nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+
+    whole, broken, resumed = model(), model(), model()
+    expected = fit(whole, data, recipe, out=tmp_path / "whole", progress=False)
+    assert whole[1].sampler[1] == expected.best_epoch * 5, "one draw a step, counted exactly"
+    calls = []
+
+    def dies(*_):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+
+    broken[0].register_forward_pre_hook(dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, data, recipe, out=tmp_path / "broken", progress=False, checkpoint_every=2)
+    fit(resumed, data, recipe, out=tmp_path / "broken", resume=True, progress=False)
+    assert same_weights(resumed, whole)
 
 
 def test_a_finished_run_is_not_trained_again(data, tmp_path):

@@ -24,6 +24,8 @@ from nearfold.grammar.operation import Basic, Branch, Operation, Sum, Weight
 from nearfold.grammar.word import WORDS, Word
 from nearfold.grammar.words import Ones
 
+MAX_DEPTH = 50  # far from Python's recursion limit
+
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))"
 )
@@ -33,11 +35,13 @@ class NotationError(ValueError):
     """The text is not an operation. ``position`` is the offset of the place in ``text``."""
 
     def __init__(self, message: str, text: str, position: int) -> None:
-        self.text, self.position = text, position
+        self.message, self.text, self.position = message, text, position
         super().__init__(f"{message}\n  {text}\n  {' ' * position}^")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses process boundaries
+        return type(self), (self.message, self.text, self.position)
 
-@functools.lru_cache(maxsize=1024)
+
 def parse(text: str) -> Operation:
     """Read an operation from its notation.
 
@@ -62,6 +66,11 @@ def parse(text: str) -> Operation:
         raise NotationError(
             "empty notation; write path | shape | weight, such as window(3) | box | kernel", flat, 0
         )
+    return _parse(flat)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(flat: str) -> Operation:
     return _Parser(flat).whole()
 
 
@@ -73,7 +82,7 @@ class _Parser:
             kind = m.lastgroup or "sign"
             self.tokens.append((kind, m.group(kind), m.start(kind)))
         self.tokens.append(("end", "", len(text)))
-        self.at = 0
+        self.at = self.depth = 0
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         raise NotationError(message, self.text, self.tokens[self.at][2] if position is None else position)
@@ -95,10 +104,14 @@ class _Parser:
 
     def operation(self) -> Operation:
         start = self.tokens[self.at][2]
+        if self.depth == MAX_DEPTH:
+            self.fail(f"operations inside operations go at most {MAX_DEPTH} deep")
+        self.depth += 1
         terms = [self.term()]
         while self.peek() == "+":
             self.at += 1
             terms.append(self.term())
+        self.depth -= 1
         if len(terms) > 1:
             return self.build(start, Sum, tuple(terms))
         rate, op = terms[0]
@@ -217,6 +230,8 @@ class _Parser:
             name, parsed = value, True
             self.at += 1
         else:
+            if kind == "name" and value in fields:
+                self.fail(f"{cls.word}: {value} needs a value: {value}=...")
             open_names = [n for n in order if fields[n].name not in found]
             if not open_names:
                 self.fail(
@@ -244,22 +259,35 @@ class _Parser:
             return self.word((word_kind,))
         if value == "(":
             self.at += 1
-            items = [self.value(int)]
+            items = [self.entry()]
             while self.peek() == ",":
                 self.at += 1
                 if self.peek() != ")":
-                    items.append(self.value(int))
+                    items.append(self.entry())
             self.take(")", "to close the tuple")
             return tuple(items)
         self.at += 1
         if kind == "number":
-            number = float(value) if re.search(r"[.eE]", value) else int(value)
-            return number
+            return self.number(value, start)
         if kind == "name" and value in ("true", "false") and _accepts(hint, bool):
             return value == "true"
         if kind == "name" and _accepts(hint, str):
             return value
         self.fail(f"expected {_describe(hint)}, found {value or 'the end'!r}", start)
+
+    def entry(self) -> int | float:
+        """One number of a tuple."""
+        kind, value, start = self.tokens[self.at]
+        if kind != "number":
+            self.fail(f"expected an integer, found {value or 'the end'!r}")
+        self.at += 1
+        return self.number(value, start)
+
+    def number(self, value: str, start: int) -> int | float:
+        try:
+            return float(value) if re.search(r"[.eE]", value) else int(value)
+        except ValueError:  # Python's limit on the digits of an integer
+            self.fail(f"a number of {len(value)} digits is too long", start)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nearfold.grammar.words import (
@@ -129,6 +130,14 @@ class Sum(Operation):
     def __post_init__(self) -> None:
         if len(self.terms) < 2:
             raise ValueError(f"a sum needs at least two terms, got {len(self.terms)}")
+        terms = []
+        for rate, term in self.terms:
+            plain = isinstance(rate, int | float) and not isinstance(rate, bool) and math.isfinite(rate)
+            name = isinstance(rate, str) and rate.isascii() and rate.isidentifier()
+            if not (rate is None or plain or name):
+                raise ValueError(f"a sum's rate must be a name, a finite number or None, got {rate!r}")
+            terms.append((float(rate) if plain else rate, term))  # type: ignore[arg-type]
+        object.__setattr__(self, "terms", tuple(terms))
         names = [r for r, _ in self.terms if isinstance(r, str)]
         if len(set(names)) != len(names):
             raise ValueError(f"each learnable rate needs a name of its own, got {', '.join(names)}")

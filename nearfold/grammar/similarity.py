@@ -213,6 +213,7 @@ class Blend(Similarity):
     unit: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number(self, "lam", self.lam)
         check(0 <= self.lam <= 1, self, "lam", self.lam, "between 0 (space) and 1 (features)")
         check(self.metric in ("euclidean", "cosine"), self, "metric", self.metric, "euclidean or cosine")

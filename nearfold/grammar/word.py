@@ -20,6 +20,12 @@ class Word:
         if "word" in cls.__dict__:
             WORDS.setdefault(cls.kind, {})[cls.word] = cls
 
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if f.type in ("bool", bool):
+                value = getattr(self, f.name)
+                check(type(value) is bool, self, f.metadata.get("notation", f.name), value, "true or false")
+
     def __str__(self) -> str:
         parts = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ class Window(Path):
         sizes(self, size=self.size, stride=self.stride, dilation=self.dilation)
         check(isinstance(self.similarity, Similarity), self, "similarity", self.similarity, "a similarity")
         pads = self.padding if isinstance(self.padding, tuple) else (self.padding,)
-        ok = self.padding == "same" or all(type(p) is int and p >= 0 for p in pads)
+        ok = self.padding == "same" or (len(pads) > 0 and all(type(p) is int and p >= 0 for p in pads))
         check(ok, self, "padding", self.padding, '"same", an integer >= 0 or a tuple of them')
         check(self.mode in ("zeros", "reflect"), self, "mode", self.mode, "zeros or reflect")
         lengths = {len(v) for v in (self.size, self.stride, self.dilation, self.padding) if type(v) is tuple}
@@ -158,6 +158,10 @@ class Nearest(Path):
         check(type(self.padding) is int and self.padding >= 0, self, "padding", self.padding, "an int >= 0")
         if getattr(self.similarity, "relative", False):
             raise ValueError("nearest: scaled(relative) is a window's position term; use scaled(coordinates)")
+
+    def __eq__(self, other: object) -> bool:
+        # by the notation: self=1.0 fixes a score and self does not, but Python says 1.0 == True
+        return isinstance(other, Nearest) and str(self) == str(other)
 
 
 # --- Shape: which slots exist, in which order
@@ -222,8 +226,11 @@ class Rho(Word):
 def _rho(word: Any) -> None:
     positive(word, heads=word.heads)
     if word.project is not None:
-        letters = "" if word.project == "none" else word.project
-        ok = letters == "".join(c for c in "qkvo" if c in letters)
+        ok = word.project == "none" or (
+            isinstance(word.project, str)
+            and word.project != ""
+            and word.project == "".join(c for c in "qkvo" if c in word.project)
+        )
         check(ok, word, "project", word.project, "none or letters of qkvo in this order")
 
 
@@ -295,6 +302,7 @@ class Dense(Kernel):
     coordinates: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, groups=self.groups)
 
 
@@ -314,6 +322,7 @@ class Separable(Kernel):
     coordinates: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, groups=self.groups)
 
 
@@ -330,4 +339,5 @@ class Shift(Kernel):
     interleaved: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, heads=self.heads)

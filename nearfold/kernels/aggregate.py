@@ -65,6 +65,10 @@ def _out_channels(value: Tensor, weight: Tensor | None) -> int:
     return value.shape[2] if weight is None else weight.shape[0]
 
 
+def _is_depthwise(weight: Tensor | None, groups: int, channels: int) -> bool:
+    return weight is not None and weight.shape[0] == groups == channels
+
+
 @torch.library.custom_op("nearfold::aggregate", mutates_args=())
 def aggregate(
     value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
@@ -83,7 +87,7 @@ def aggregate(
         M = index.shape[1]
         O = _out_channels(value, weight)
         out = value.new_empty(B * M, O)
-        depthwise = weight is not None and weight.shape[1] == 1 and groups == C
+        depthwise = _is_depthwise(weight, groups, C)
         matrix = None if weight is None or depthwise else _matrix(weight, groups)
         flat_alpha = None if alpha is None else alpha.reshape(B * M, *alpha.shape[2:])
         for part, _, _, near in _tiles(value, index):
@@ -121,7 +125,7 @@ def _backward_tiles(
     wide = torch.promote_types(value.dtype, torch.float32)  # sums over many outputs
     d_value = torch.zeros(B * N * H, C // H, dtype=wide, device=value.device)
     d_alpha = value.new_empty((B * M, S, H) if alpha is not None else 0)
-    depthwise = weight is not None and weight.shape[1] == 1 and groups == C
+    depthwise = _is_depthwise(weight, groups, C)
     matrix = None if weight is None or depthwise else _matrix(weight, groups)
     d_matrix = None if matrix is None else torch.zeros(matrix.shape, dtype=wide, device=value.device)
     d_slots = torch.zeros(S, C, dtype=wide, device=value.device) if depthwise else None

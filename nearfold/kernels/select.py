@@ -42,13 +42,21 @@ def _ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, index
 
 
+def _own_column(query_index: Tensor, key_index: Tensor) -> Tensor:
+    """Column (M,) of every query's own position among the ascending keys; -1 where it is not one of them."""
+    column = torch.searchsorted(key_index, query_index).clamp(max=len(key_index) - 1)
+    return torch.where(key_index[column] == query_index, column, INVALID)
+
+
 def _mask(
-    score: Tensor, own: Tensor | None, again: float, allowed: Tensor | None, clean: bool, rows: slice
+    score: Tensor, column: Tensor | None, again: float, allowed: Tensor | None, clean: bool, rows: slice
 ) -> Tensor:
     if allowed is not None:
         score.masked_fill_(~allowed[rows], float("-inf"))
-    if own is not None:
-        score.masked_fill_(own[rows], again)
+    if column is not None:
+        at = column[rows]
+        here = (at != INVALID).nonzero()[:, 0]
+        score[:, here, at[here]] = again
     if not clean:
         score.masked_fill_(score.isnan(), float("-inf"))
     return score
@@ -118,8 +126,8 @@ def _select(
     index = torch.full((P, M, k), INVALID, dtype=torch.long, device=query.device)
     if score.numel() == 0 or R == 0:
         return score, index
-    mine = (query_index[:, None] == key_index[None, :]) if own else None
-    clean = bool(query.isfinite().all() and key.isfinite().all())
+    column = _own_column(query_index, key_index) if own else None
+    clean = bool((query.sum() + key.sum()).isfinite())  # an overflow here only costs the careful path
     q_norm = k_norm = None
     if metric == "euclidean":
         q_norm, k_norm = query.square().sum(-1), key.square().sum(-1)
@@ -132,12 +140,12 @@ def _select(
             ms = slice(m0, min(m0 + m, M))
             norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
             block = _score(metric, query[ps, ms], key[ps], *norms)
-            block = _mask(block, mine, again, allowed, clean, ms)
+            block = _mask(block, column, again, allowed, clean, ms)
             best, found = _ranked(block, kept)
             score[ps, ms, :kept] = best
             index[ps, ms, :kept] = found.masked_fill(best == float("-inf"), INVALID)
     if metric == "euclidean":
-        score = _distances(query, key, score, index, squared, again if own else None, mine)
+        score = _distances(query, key, score, index, squared, again, column)
     if not clean:
         score.masked_fill_(query.isnan().any(-1, keepdim=True), float("nan"))
     return score, index
@@ -149,24 +157,18 @@ def _distances(
     score: Tensor,
     index: Tensor,
     squared: bool,
-    again: float | None,
-    mine: Tensor | None,
+    again: float,
+    column: Tensor | None,
 ) -> Tensor:
     """Minus the (squared) distances of the chosen, from differences: the GEMM's form cancels digits."""
     exact = torch.empty_like(score)
     for block, _, apart in _chosen(query, key, index):
         square = apart.square().sum(-1)
         exact[block] = -(square if squared else square.sqrt())
-    fixed = index == INVALID
-    exact.masked_fill_(fixed, float("-inf"))
-    if mine is not None and again is not None:
-        exact.masked_fill_(_is_mine(mine, index), again)
-    return exact
-
-
-def _is_mine(mine: Tensor, index: Tensor) -> Tensor:
-    """Which slots (P, M, k) hold the query's own position."""
-    return mine.expand(index.shape[0], -1, -1).gather(2, index.clamp(min=0)) & (index != INVALID)
+    missing = index == INVALID
+    if column is not None:
+        exact.masked_fill_(index == column[:, None], again)
+    return exact.masked_fill_(missing, float("-inf"))
 
 
 def _chosen(query: Tensor, key: Tensor, index: Tensor):  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ def _softmax(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
 
 
 def _ones(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
-    return valid.to(score.dtype).masked_fill(score.isnan(), float("nan"))
+    return valid.to(score.dtype)
 
 
 def _identity(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
@@ -39,4 +39,6 @@ _RULES: dict[type[Rho], Callable[[Rho, Tensor, Tensor], Tensor]] = {
 
 def alpha_of(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
     """Alpha (B, H, M, S): zero in slots that are not valid, NaN where the score is."""
-    return _RULES[type(rho)](rho, score, valid)
+    alpha = _RULES[type(rho)](rho, score, valid)
+    # a query that was NaN has no valid slot, and its output is NaN all the same
+    return alpha.masked_fill(score.isnan(), float("nan"))

@@ -120,7 +120,7 @@ def picture(image: Tensor, found: Sequence[Look], colours: Sequence[str]) -> Fig
         _image(panel, image, faded=True)
         share = look.weights / look.weights.max()
         panel.imshow(
-            share, cmap=heat, vmin=0, vmax=1, alpha=(0.9 * share.clamp(min=0).sqrt()).numpy(),
+            share.numpy(), cmap=heat, vmin=0, vmax=1, alpha=(0.9 * share.clamp(min=0).sqrt()).numpy(),
             extent=_extent(image), interpolation="nearest",
         )  # fmt: skip
         _mark(panel, image, look)

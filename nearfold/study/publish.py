@@ -15,7 +15,8 @@ import torch
 import nearfold
 from nearfold.study.looks import Look, first_look
 from nearfold.study.report import Report, html
-from nearfold.study.spectrum import DEPTH, Settings, Study, build, duration
+from nearfold.study.runner import duration
+from nearfold.study.spectrum import DEPTH, Settings, Study
 from nearfold.study.store import write_whole
 from nearfold.study.table import Row, markdown_table, mean, spread
 from nearfold.train import load_weights, prepare
@@ -134,7 +135,7 @@ def _all_looks(study: Study, rows: list[Row]) -> tuple[dict[str, Look], list[tup
     image = study.data.test.images[0]
     for row in rows:
         run = first[row.name]
-        model = build(run.stop, study.data, study.settings.width)
+        model = study.build(run.stop)
         try:
             load_weights(model, study.store.weights_path(run.config))
             found[row.name] = first_look(model, prepare(image[None], study.data), image, row.title)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import itertools
+import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,9 @@ import torch
 import nearfold
 from nearfold.grammar import CATALOGUE, parse
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study.measure import measure
 from nearfold.study.store import Store
 from nearfold.study.table import Row, make_row
-from nearfold.train import ImageData, Recipe, fit, load_data, prepare, save_weights
+from nearfold.train import ImageData, Recipe, load_data
 from nearfold.train.checkpoint import fingerprint
 from nearfold.train.distributed import join
 
@@ -60,7 +61,7 @@ SPECTRUM: tuple[Stop, ...] = (
 )
 """The operators in their order along the spectrum, from space to features; last, those that do both."""
 
-RECIPE = Recipe(epochs=15, batch_size=64, lr=3e-3, weight_decay=0.05, warmup_epochs=1.0)
+RECIPE = Recipe(epochs=8, batch_size=32, lr=4e-3, weight_decay=0.05, warmup_epochs=1.0)
 """Equal for every operator and every data set. No augmentation: it would hide the gap that is measured."""
 
 DEPTH = 2
@@ -145,13 +146,31 @@ class Study:
         settings: what was asked.
         data: the images.
         store: the results.
-        runs: all that was asked for, all operators with seed 0 first: an interrupted study is of use.
+        device: where the networks are trained.
     """
 
     settings: Settings
     data: ImageData
     store: Store
-    runs: tuple[Run, ...]
+    device: torch.device
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All that was asked for, seed by seed."""
+        data = fingerprint(self.data)
+        runs = []
+        for seed, stop in itertools.product(range(self.settings.seeds), self.settings.stops):
+            recipe = replace(self.settings.recipe, seed=seed)
+            config = {
+                "study": "spectrum",
+                "version": nearfold.__version__,
+                "operation": str(parse(stop.notation)),
+                "recipe": recipe.to_dict(),
+                "data": data,
+                "model": self.model,
+            }
+            runs.append(Run(stop, seed, recipe, config))
+        return tuple(runs)
 
     @property
     def finished(self) -> list[Run]:
@@ -160,127 +179,57 @@ class Study:
 
     @property
     def failures(self) -> list[tuple[str, str]]:
-        """Label and error of runs that failed and have not succeeded since."""
-        errors = ((run.label, self.store.failure(run.config)) for run in self.runs)
+        """Label and error of what failed and has not succeeded since: measurements, then runs."""
+        tried = [(f"{stop.title}, cost", self.cost_config(stop)) for stop in self.settings.stops]
+        tried += [(run.label, dict(run.config)) for run in self.runs]
+        errors = ((label, self.store.failure(config)) for label, config in tried)
         return [(label, error) for label, error in errors if error is not None]
 
+    def cost_config(self, stop: Stop) -> dict[str, Any]:
+        """What decides the cost of an operator: neither seed nor epochs, but the machine."""
+        cuda = self.device.type == "cuda"
+        return {
+            "study": "spectrum, cost",
+            "version": nearfold.__version__,
+            "operation": str(parse(stop.notation)),
+            "model": self.model,
+            "batch": [self.settings.recipe.batch_size, self.data.channels, *self.data.size],
+            "classes": len(self.data.classes),
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+    @property
+    def model(self) -> dict[str, int]:
+        """What decides the network, but for the operator."""
+        return {"width": self.settings.width, "depth": DEPTH, "stride": stem_stride(self.data.size)}
+
+    def build(self, stop: Stop) -> SpectrumNet:
+        """The network of the study around one operator, freshly initialised from torch's generator."""
+        return SpectrumNet(parse(stop.notation), self.data.channels, len(self.data.classes), **self.model)
+
     def rows(self) -> list[Row]:
-        """One row an operator that has a result."""
+        """One row an operator that has a cost and a result."""
         rows = []
         for order, stop in enumerate(SPECTRUM, start=1):
             loaded = (self.store.load(run.config) for run in self.runs if run.stop == stop)
             results = [result for result in loaded if result is not None]
-            if results:
-                rows.append(make_row(results, order=order, **asdict(stop)))
+            if results and (cost := self.store.load(self.cost_config(stop))) is not None:
+                rows.append(make_row(results, cost, order=order, **asdict(stop)))
         return rows
 
 
 def open_study(settings: Settings) -> Study:
-    """Load the data and list the runs; nothing is trained.
+    """Load the data and look for what is missing before any training; nothing is trained.
 
     Raises:
         ValueError: the data cannot be read, the device is not there, or an operator does not work at this
             width: found out now, and not in one run after the other.
         ImportError: the package that reads this data is not installed.
     """
-    join(settings.device)
+    device = join(settings.device).device
     data = load_data(settings.data, limit=settings.limit)
+    study = Study(settings, data, Store(settings.folder), device)
     for stop in settings.stops:
-        build(stop, data, settings.width)
-    return Study(settings, data, Store(settings.folder), tuple(_runs(settings, data)))
-
-
-def run(study: Study, say: Callable[[str], None] = print) -> None:
-    """Do the runs of a study that have not finished, one after the other.
-
-    A run that fails leaves its error in the store and the study goes on. What has finished stays, however
-    the study ends.
-
-    Args:
-        study: from `open_study`.
-        say: gets one line a run.
-    """
-    todo = [run for run in study.runs if study.store.load(run.config) is None]
-    if len(todo) < len(study.runs):
-        say(
-            f"{len(study.runs) - len(todo)} of {len(study.runs)} runs have finished before; {len(todo)} to do"
-        )
-    seconds: dict[str, list[float]] = {}
-    for number, one in enumerate(todo, start=1):
-        start = time.perf_counter()
-        try:
-            result = _train(one, study.data, study.store)
-        except Exception as error:  # whatever an operator dies of: recorded, reported, and the others go on
-            study.store.save_failure(one.config, error)
-            outcome = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            study.store.save(one.config, result)
-            outcome = f"test {100 * result['test_accuracy']:5.1f} %"
-        taken = time.perf_counter() - start
-        seconds.setdefault(one.stop.name, []).append(taken)
-        left = _time_left(todo[number:], seconds)
-        say(
-            f"[{number:{len(str(len(todo)))}}/{len(todo)}] {one.stop.title:22} seed {one.seed}  {outcome}"
-            f"  {taken:5.1f} s" + (f"   about {duration(left)} left" if left else "")
-        )
-
-
-def build(stop: Stop, data: ImageData, width: int) -> SpectrumNet:
-    """The network of the study around one operator, for images of one data set."""
-    return SpectrumNet(
-        parse(stop.notation), data.channels, len(data.classes),
-        width=width, depth=DEPTH, stride=stem_stride(data.size),
-    )  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """Seconds as one says them.
-
-    >>> duration(8.2), duration(95), duration(5400)
-    ('8 s', '1.6 min', '1.5 h')
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _runs(settings: Settings, data: ImageData) -> Iterator[Run]:
-    for seed in range(settings.seeds):
-        for stop in settings.stops:
-            recipe = replace(settings.recipe, seed=seed)
-            config = {
-                "study": "spectrum",
-                "version": nearfold.__version__,
-                "operation": str(parse(stop.notation)),
-                "recipe": recipe.to_dict(),
-                "data": fingerprint(data),
-                "model": {"width": settings.width, "depth": DEPTH, "stride": stem_stride(data.size)},
-            }
-            yield Run(stop, seed, recipe, config)
-
-
-def _train(one: Run, data: ImageData, store: Store) -> dict[str, Any]:
-    """Train one network, measure it, and keep the weights of seed 0 for the picture."""
-    torch.manual_seed(one.seed)
-    model = build(one.stop, data, one.config["model"]["width"])
-    done = fit(model, data, one.recipe, progress=False)
-    device = next(model.parameters()).device
-    rows = slice(one.recipe.batch_size)
-    images = prepare(data.train.images[rows].to(device), data)
-    cost = measure(model, images, data.train.labels[rows].to(device))
-    if one.seed == 0:
-        store.weights_path(one.config).parent.mkdir(parents=True, exist_ok=True)
-        save_weights(model, store.weights_path(one.config))
-    kept = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_last", "train_loss",
-            "best_epoch", "steps", "seconds", "history")  # fmt: skip
-    return {**{name: getattr(done, name) for name in kept}, "cost": asdict(cost)}
-
-
-def _time_left(todo: Sequence[Run], seconds: Mapping[str, Sequence[float]]) -> float:
-    """Seconds that the runs will take, from runs of the same operator, or of all where there was none."""
-    all_seconds = [s for each in seconds.values() for s in each]
-    average = sum(all_seconds) / len(all_seconds)
-    return sum(
-        sum(seconds[r.stop.name]) / len(seconds[r.stop.name]) if r.stop.name in seconds else average
-        for r in todo
-    )
+        study.build(stop)
+    return study

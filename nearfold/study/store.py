@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +82,9 @@ class Store:
         )
         self.failure_path(config).unlink(missing_ok=True)
 
-    def save_failure(self, config: Mapping[str, Any], error: Exception) -> None:
-        """Record that a run failed, with its traceback. The run stays to be done."""
-        record = {
-            "config": config,
-            "error": f"{type(error).__name__}: {error}",
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+    def save_failure(self, config: Mapping[str, Any], error: str, traceback: str) -> None:
+        """Record that a run failed: its error in a line, and the traceback. The run stays to be done."""
+        record = {"config": config, "error": error, "traceback": traceback}
         write_whole(self.failure_path(config), json.dumps(record, indent=1) + "\n")
 
     def failure(self, config: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ class Row:
         train: accuracy of the same weights on the images they were trained on, without augmentation.
         parameters: trainable numbers.
         flops: per image, forward.
-        images_per_second: median over the seeds.
-        peak_memory_mib: median over the seeds.
+        images_per_second: forward and backward, as `nearfold.study.measure.Cost` has it.
+        peak_memory_mib: of one training step, likewise.
     """
 
     name: str
@@ -64,10 +64,16 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def make_row(
-    results: Sequence[dict[str, Any]], *, name: str, title: str, notation: str, family: str, order: int
+    results: Sequence[Mapping[str, Any]],
+    cost: Mapping[str, Any],
+    *,
+    name: str,
+    title: str,
+    notation: str,
+    family: str,
+    order: int,
 ) -> Row:
-    """The row of one operator from the results of its finished runs (at least one), in the order of seeds."""
-    costs = [result["cost"] for result in results]
+    """The row of one operator from its finished runs (at least one, in the order of seeds) and its cost."""
     return Row(
         name=name,
         title=title,
@@ -76,10 +82,7 @@ def make_row(
         order=order,
         test=tuple(r["test_accuracy"] for r in results),
         train=tuple(r["train_accuracy"] for r in results),
-        parameters=costs[0]["parameters"],
-        flops=costs[0]["flops"],
-        images_per_second=statistics.median(c["images_per_second"] for c in costs),
-        peak_memory_mib=statistics.median(c["peak_memory_mib"] for c in costs),
+        **cost,
     )
 
 

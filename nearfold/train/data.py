@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ def _digits() -> dict[str, Split]:
     """Scikit-learn's digits, 0..16 stretched to 0..255, with a fifth of each class for testing."""
     from sklearn.datasets import load_digits
 
-    raw = load_digits()
+    raw: Any = load_digits()  # its type depends on an argument
     images = (torch.from_numpy(raw.images).float() * (255 / 16)).round().to(torch.uint8)[:, None]
     everything = Split(images, torch.from_numpy(raw.target).long())
     in_test = _share_of_each(everything.labels, _TEST_SHARE, generator(0, "digits"))

@@ -89,8 +89,10 @@ def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
-    """None where alpha is one in every slot that reads anything."""
-    return None if isinstance(rho, Ones) else alpha_of(rho, score, at >= 0)
+    """None where alpha is one in every slot that reads anything; several heads may be NaN one by one."""
+    if isinstance(rho, Ones) and rho.heads == 1:
+        return None
+    return alpha_of(rho, score, at >= 0)
 
 
 def run(call: Call) -> Tensor:
@@ -104,9 +106,10 @@ def run(call: Call) -> Tensor:
     alpha = _alpha(weight_word.rho, score, at)
     kernel = oracle.kernel_weight(call)
     weight, groups = (None, 1) if kernel is None else kernel
-    dtype = autocast_dtype(value) or value.dtype
-    if dtype != value.dtype and weight is not None:
-        weight = weight.to(dtype)
+    auto = autocast_dtype(value)
+    dtype = auto or value.dtype
+    if auto is not None and weight is not None:
+        weight = weight.to(auto)
     y = aggregate(
         value.to(dtype).contiguous(),
         _slots_last(at, B, H),
@@ -115,16 +118,10 @@ def run(call: Call) -> Tensor:
         groups,
     )
     if alpha is None:
-        lost = score[..., :1].isnan().expand(B, H, -1, 1)
-        y = _spoil(y, lost)
+        y = y.masked_fill(score[:, 0, :, :1].isnan(), float("nan"))  # where the query was NaN
     return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
 
 
 def _slots_last(x: Tensor, B: int, H: int) -> Tensor:
     """(B|1, H|1, M, S) -> (B, M, S, H), contiguous."""
     return x.expand(B, H, -1, -1).permute(0, 2, 3, 1).contiguous()
-
-
-def _spoil(y: Tensor, lost_BHM1: Tensor) -> Tensor:
-    """NaN where the query was NaN in any head."""
-    return y.masked_fill(lost_BHM1.any(1), float("nan"))

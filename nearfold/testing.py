@@ -1,0 +1,282 @@
+"""The conformance suite: every lowering equals the oracle, forward and every gradient.
+
+Shipped with the package, so that a new lowering, similarity or path is tested without touching a test file:
+`CASES` spans the vocabulary by hand, `operations` draws from the registry, `conform` compares one backend with
+the oracle, `check_*` test what else a layer promises. Needs the extra `dev` for the generated part only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar import CATALOGUE, Basic, Operation, Weight, parse
+from nearfold.grammar.operation import SHAPES
+from nearfold.grammar.similarity import Blend, Similarity
+from nearfold.grammar.word import WORDS
+from nearfold.grammar.words import Candidates, Nearest
+from nearfold.lower.plan import verdicts
+from nearfold.lower.verdict import Facts
+from nearfold.nn.mixer import Mixer
+
+# largest relative error, root mean square over a tensor, of a backend against the oracle in the same dtype;
+# measured over CASES (float32 2e-6, bfloat16 9e-3, float16 1.2e-3) and given a factor of two to four
+BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+# beyond the catalogue: every similarity, candidate, shape, rho and kernel at least once
+CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items()} | {
+    "window_even": "window(2) | box | kernel(groups=2)",
+    "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
+    "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
+    "window_euclidean": "window(3, euclidean, stride=2) | box | softmax(heads=2)*kernel",
+    "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box | identity(heads=2)*separable(coordinates)",
+    "window_blend": "window(3, blend(0.5, cosine), padding=0) | box | softmax(heads=2)*depthwise",
+    "window_inverse": "window(3, euclidean(squared)) | box | inverse(project=qkv)",
+    "window_position": "window(3, position) | box | softmax(project=none)",
+    "all_cosine": "all(cosine(coordinates), stride=2) | causal | softmax(heads=2)",
+    "all_euclidean": "all(euclidean) | row | softmax(heads=2)",
+    "all_identity": "all(dot) | strided(3) | identity(heads=2)",
+    "all_ones": "all | row | ones",
+    "nearest_euclidean": "nearest(5, euclidean) | ranked | softmax(heads=2)*separable",
+    "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
+    "nearest_blend": "nearest(50, blend(0.3, cosine), padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
+    "nearest_chebyshev": "nearest(7, position(chebyshev), stride=2) | box | softmax(project=none)*depthwise",
+    "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
+    " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
+    "nearest_scaled": "nearest(6, scaled(coordinates), random(9)) | ranked | softmax(heads=2)",
+    "nearest_itself": "nearest(1, self) | ranked | kernel",
+    "nearest_dilated": "nearest(4, position(dilation=2)) | box | depthwise",
+    "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
+    "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
+    "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
+    "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
+    "branch_nested": "branch(0.25, all | row | softmax(heads=2), a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
+}
+GRIDS: tuple[tuple[int, ...], ...] = ((7, 6), (1, 1), (2, 1), (3, 8))
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().nan_to_num().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave: output, gradients at x and at every parameter."""
+
+    tensors: dict[str, Tensor]
+
+    def errors(self, other: Outcome) -> dict[str, float]:
+        """Relative error of every tensor against the other's, NaN-aware: NaN must be in the same places."""
+        found = {}
+        # a gradient that is zero in exact arithmetic is rounding noise of the size of the others
+        floor = 0.1 * max([_rms(t) for t in other.tensors.values()] + [1.0])
+        for name, truth in other.tensors.items():
+            mine = self.tensors[name].double()
+            truth = truth.double()
+            if not torch.equal(mine.isnan(), truth.isnan()) or mine.shape != truth.shape:
+                found[name] = float("inf")
+                continue
+            gap = (mine - truth).nan_to_num()
+            scale = max(_rms(truth), floor)
+            found[name] = _rms(gap) / scale
+        return found
+
+
+def run(layer: Mixer, x: Tensor, backend: str) -> Outcome:
+    """Output and every gradient of a layer on one backend, for a fixed upstream gradient."""
+    layer.backend = backend
+    if layer.sampler is not None:
+        layer.sampler[1] = 7
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    steps = torch.arange(y.numel(), dtype=torch.float64)
+    y.backward((torch.cos(steps) + 0.5).to(y.dtype).view_as(y))
+    found = {"y": y.detach(), "x": x.grad}
+    for name, p in layer.named_parameters():
+        found[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    return Outcome({name: t for name, t in found.items() if t is not None})
+
+
+def grid_for(op: Operation, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Causal windows are for sequences: their grid keeps the first axis only."""
+    one = any(p.path.word == "window" and p.shape.word == "causal" for p in op.parts)
+    return grid[:1] if one else grid
+
+
+def make(
+    op: Operation | str,
+    grid: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    channels: int = 8,
+    batch: int = 2,
+    seed: int = 0,
+) -> tuple[Mixer, Tensor]:
+    """A layer in training mode, and an input for it."""
+    op = parse(op) if isinstance(op, str) else op
+    grid = grid_for(op, grid)
+    generator = torch.Generator().manual_seed(seed)
+    layer = Mixer(op, channels, channels, ndim=len(grid))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5 + (p.dim() > 1) * 0.1)
+    x = torch.randn(batch, channels, *grid, generator=generator)
+    return layer.to(dtype).train(), x.to(dtype)
+
+
+def backends_of(op: Operation, ndim: int, dtype: torch.dtype) -> list[str]:
+    """Backends that run every part of an operation, and "auto"; the oracle is the truth, not a candidate."""
+    able = [
+        {n for n, v in verdicts(Facts(p, ndim, dtype, "cpu", True)).items() if v.ok and n != "oracle"}
+        for p in op.parts
+    ]
+    return ["auto", *sorted(set.intersection(*able))]
+
+
+def conform(
+    op: Operation | str, grid: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
+) -> float:
+    """Compare every backend of an operation with the oracle; the largest error over all tensors.
+
+    Raises:
+        AssertionError: naming operation, backend, dtype, tensor, error and budget.
+
+    >>> conform("window(3) | box | kernel", (5, 4)) < 1e-12
+    True
+    """
+    layer, x = make(op, grid, dtype, seed=seed)
+    truth = run(layer, x, "oracle")
+    worst = 0.0
+    for backend in backends_of(layer.operation, x.dim() - 2, dtype):
+        for name, error in run(layer, x, backend).errors(truth).items():
+            worst = max(worst, error)
+            if not error <= BUDGET[dtype]:
+                raise AssertionError(
+                    f"{layer.operation} on {backend}, grid {tuple(x.shape[2:])}, {dtype}: {name} is off by "
+                    f"{error:.2e} (budget {BUDGET[dtype]:.0e})"
+                )
+    return worst
+
+
+@contextlib.contextmanager
+def poisoned_empties() -> Iterator[None]:
+    """Inside, memory that torch.empty leaves unset is NaN, so that reading it shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def tie_prone(op: Operation) -> bool:
+    """Whether positions are equally near in exact arithmetic only, so that rounding decides which comes first.
+
+    The zero border of ``padding`` differs in coordinates alone, and mirrored ones are equally far from a query.
+    """
+    for part in op.parts:
+        if isinstance(part.path, Nearest) and part.path.padding:
+            near = part.path.similarity
+            if getattr(near, "coordinates", False) or (isinstance(near, Blend) and 0 < near.lam < 1):
+                return True
+    return False
+
+
+def check_gradients(op: Operation | str, grid: tuple[int, ...] = (3, 4)) -> None:
+    """torch.autograd.gradcheck of output against input and every parameter, float64, on the chosen backend."""
+    layer, x = make(op, grid, batch=1)
+    names = [n for n, _ in layer.named_parameters()]
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        if layer.sampler is not None:
+            layer.sampler[1] = 7
+        params = dict(zip(names, values, strict=True))
+        y: Tensor = torch.func.functional_call(layer, params, (x,))
+        return y
+
+    values = [p.detach().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True, atol=1e-6)
+
+
+def check_compiled(layer: torch.nn.Module, inputs: list[Tensor], backend: str = "aot_eager") -> None:
+    """torch.compile(fullgraph=True) gives the eager output and input gradient, at every size in turn."""
+    layer.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for x in inputs:
+        a, b = (x.detach().clone().requires_grad_() for _ in range(2))
+        y, z = layer(a), compiled(b)
+        torch.testing.assert_close(z, y, rtol=1e-4, atol=1e-5)
+        y.sum().backward()
+        z.sum().backward()
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+
+
+def operations() -> Any:
+    """A hypothesis strategy over valid `Basic` operations, drawn from the registry of words."""
+    from hypothesis import strategies as st
+
+    def value(hint: Any, name: str) -> Any:
+        members = typing.get_args(hint) or (hint,)
+        for kind, word in (("similarity", Similarity), ("candidates", Candidates)):
+            if word in members:
+                return words(kind)
+        table: dict[str, Any] = {
+            "k": st.integers(1, 12),
+            "size": st.sampled_from([1, 2, 3, 5]),
+            "dilation": st.integers(1, 2),
+            "stride": st.integers(1, 3),
+            "lam": st.sampled_from([0.0, 0.3, 1.0]),
+            "mode": st.sampled_from(["zeros", "reflect"]),
+            "heads": st.sampled_from([1, 2, 4]),
+            "groups": st.sampled_from([1, 2]),
+            "r": st.integers(1, 5),
+            "inset": st.integers(0, 1),
+            "step": st.integers(1, 3),
+            "scale": st.sampled_from([1.0, 0.5, -1.0]),
+            "project": st.sampled_from([None, "none", "v", "qk", "qkv", "qkvo"]),
+            "metric": st.sampled_from(["euclidean", "cosine", "chebyshev"]),
+            "padding": st.sampled_from([0, 1, 2, "same"]),
+            "include_self": st.sampled_from([False, True, 0.5]),
+            "again": st.sampled_from([None, -0.1]),
+        }
+        return table.get(name, st.booleans())
+
+    def words(kind: str) -> Any:
+        def build(cls: type) -> Any:
+            hints = typing.get_type_hints(cls)
+            fields = {f.name: value(hints[f.name], f.name) for f in dataclasses.fields(cls)}
+            return st.fixed_dictionaries(fields).map(lambda kwargs: _attempt(cls, **kwargs))
+
+        return st.sampled_from(sorted(WORDS[kind].values(), key=lambda c: c.word)).flatmap(build).filter(bool)
+
+    def assemble(parts: tuple[Any, ...]) -> Operation | None:
+        path, shape, rho, kernel = parts
+        if not isinstance(shape, SHAPES[type(path)]):
+            return None
+        op = _attempt(Basic, path, shape, _attempt(Weight, rho, kernel))
+        return op if op is not None and _attempt(Mixer, op, 8) is not None else None
+
+    kernels = st.one_of(st.none(), words("kernel"))
+    parts = st.tuples(words("path"), words("shape"), words("rho"), kernels)
+    return parts.map(assemble).filter(lambda op: op is not None)
+
+
+def _attempt(make_it: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return make_it(*args, **kwargs)
+    except ValueError:
+        return None

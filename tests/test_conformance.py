@@ -1,0 +1,223 @@
+"""Every lowering equals the oracle: over the hand-written cases, generated operations, sizes and dtypes."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from nearfold import parse
+from nearfold.grammar.word import WORDS
+from nearfold.lower import lower
+from nearfold.lower.plan import BACKENDS
+from nearfold.lower.verdict import Facts
+from nearfold.nn import (
+    ACmix2d,
+    BranchingAttention,
+    BranchingConv2d,
+    ConvNN1d,
+    ConvNN2d,
+    ConvNNAttention,
+    KVTAttention,
+    Mixer,
+)
+from nearfold.testing import (
+    BUDGET,
+    CASES,
+    GRIDS,
+    check_compiled,
+    check_gradients,
+    conform,
+    grid_for,
+    make,
+    operations,
+    poisoned_empties,
+    run,
+    tie_prone,
+)
+
+
+def small_enough(text: str, grid: tuple[int, ...]) -> bool:
+    """A window without padding needs room."""
+    return not (("padding=0" in text or "padding=1" in text) and "window" in text and min(grid) < 3)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_float64(name, grid):
+    if not small_enough(CASES[name], grid):
+        with pytest.raises(ValueError, match="does not fit"):
+            conform(CASES[name], grid)
+        return
+    with poisoned_empties():
+        conform(CASES[name], grid)
+
+
+@pytest.mark.parametrize("dtype", [d for d in BUDGET if d != torch.float64], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_low_precision(name, dtype):
+    conform(CASES[name], (6, 7), dtype)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(op=operations(), grid=st.tuples(st.integers(1, 7), st.integers(1, 6)), seed=st.integers(0, 99))
+def test_generated(op, grid, seed):
+    try:
+        make(op, grid)[0](make(op, grid)[1])
+    except ValueError as e:  # a combination that cannot be: refused in words, on both sides alike
+        assert any(w in str(e) for w in ("does not fit", "padding", "axis", "axes")), e
+        return
+    assume(not tie_prone(op))
+    conform(op, grid, seed=seed)
+
+
+def test_cases_cover_the_vocabulary():
+    used = " ".join(str(parse(text)) for text in CASES.values())
+    missing = [w for kind in WORDS.values() for w in kind if w not in used]
+    assert not missing, f"CASES lacks {missing}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name):
+    # at a tie the order of slots jumps, and there is no derivative to compare with
+    text = CASES[name].replace("padding=1, self", "self")
+    assert not tie_prone(parse(text))
+    check_gradients(text, (4, 4) if "padding=0" in text else (3, 4))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_in_one_graph(name):
+    layer, x = make(CASES[name], (6, 5), torch.float32)
+    check_compiled(layer, [x, make(CASES[name], (7, 9), torch.float32)[1]])
+
+
+LAYERS = {
+    "ConvNN1d": (lambda: ConvNN1d(8, 8, candidates="random(6)"), (2, 8, 11)),
+    "ConvNN2d": (lambda: ConvNN2d(8, 8, shuffle="both", stride=2), (2, 8, 6, 4)),
+    "ConvNNAttention": (lambda: ConvNNAttention(8, 2), (2, 13, 8)),
+    "KVTAttention": (lambda: KVTAttention(8, 2, k=5), (2, 13, 8)),
+    "BranchingConv2d": (lambda: BranchingConv2d(8, 8), (2, 8, 5, 4)),
+    "BranchingAttention": (lambda: BranchingAttention(8, 2), (2, 13, 8)),
+    "ACmix2d": (lambda: ACmix2d(8, 8, num_heads=2), (2, 8, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_named_layers_compile(name):
+    build, shape = LAYERS[name]
+    torch.manual_seed(0)
+    check_compiled(build(), [torch.randn(shape)])
+
+
+def test_compiles_with_inductor():
+    torch.manual_seed(0)
+    check_compiled(ConvNN2d(8, 8), [torch.randn(2, 8, 6, 5)], backend="inductor")
+
+
+def test_random_candidates_compile_in_training():
+    layer = ConvNN2d(4, 4, candidates="random(6)").train()
+    x = torch.randn(1, 4, 5, 5)
+    layer.sampler[1] = 0
+    eager = [layer(x) for _ in range(2)]
+    layer.sampler[1] = 0
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for y in eager:
+        torch.testing.assert_close(compiled(x), y)
+    assert layer.sampler[1] == 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast(name):
+    layer, x = make(CASES[name], (6, 5), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.requires_grad_())
+    y.float().square().sum().backward()
+    assert y.dtype in (torch.bfloat16, torch.float32)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
+    layer.eval()
+    if layer.sampler is None and "nearest" not in CASES[name]:  # rounded queries may choose other neighbours
+        with torch.no_grad():
+            truth = layer(x)
+        assert (y - truth).norm() <= 0.05 * truth.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_and_single_batches(name):
+    layer, x = make(CASES[name], (5, 4), torch.float32)
+    layer.eval()
+    assert layer(x[:0]).shape == (0, *layer(x[:1]).shape[1:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_sample_does_not_depend_on_the_others(name):
+    layer, x = make(CASES[name], (5, 4))
+    layer.eval()
+    torch.testing.assert_close(layer(x)[1:], layer(x[1:]), rtol=1e-11, atol=1e-12)
+
+
+def test_asking_for_a_backend_never_falls_back():
+    for name in BACKENDS:
+        facts = Facts(parse("nearest(3, cosine) | ranked | kernel"), 2, torch.float32, "cpu", True)
+        if name == "knn":
+            assert lower(facts, name) == name
+        else:
+            with pytest.raises(
+                ValueError, match=f"backend='{name}' cannot run .* Those that can: knn, oracle"
+            ):
+                lower(facts, name)
+    with pytest.raises(ValueError, match="backend='cudnn' is not one of"):
+        Mixer("window(3) | box | kernel", 4, backend="cudnn")(torch.randn(1, 4, 5, 5))
+
+
+def test_ops_pass_opcheck():
+    from nearfold.kernels.aggregate import aggregate
+    from nearfold.kernels.select import select
+
+    q, k = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 7, 3, requires_grad=True)
+    at = torch.arange(7)
+    torch.library.opcheck(select, (q, k, 3, "dot", False, at[:5], at, None, True, float("-inf")))
+    torch.library.opcheck(select, (q, k, 3, "euclidean", False, at[:5], at, None, False, 0.0))
+    index = torch.randint(-1, 6, (2, 5, 3, 2))
+    value = torch.randn(2, 6, 4, requires_grad=True)
+    alpha, weight = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(6, 2, 3, requires_grad=True)
+    torch.library.opcheck(aggregate, (value, index, alpha, weight, 2))
+    torch.library.opcheck(aggregate, (value, index, None, None, 1))
+
+
+def test_the_suite_sees_a_wrong_kernel(monkeypatch):
+    """Break the tie rule, the stride of a view and a gradient: each must show."""
+    import nearfold.kernels.select as kernel
+    import nearfold.lower.backends.local as local
+
+    def backwards(score, k):
+        best, index = score.flip(-1).topk(k, -1)
+        return best, score.shape[-1] - 1 - index
+
+    with monkeypatch.context() as m:
+        m.setattr(kernel, "_ranked", backwards)
+        with pytest.raises(AssertionError, match="is off by"):
+            conform("nearest(5, position) | ranked | kernel", (5, 4))
+    with monkeypatch.context() as m:
+        right = local._shifted
+        m.setattr(local, "_shifted", lambda p, o, s, out: right(p, tuple(0 for _ in o), s, out))
+        with pytest.raises(AssertionError, match="is off by"):
+            conform("window(3) | box | softmax", (5, 4))
+    with monkeypatch.context() as m:
+        m.setattr(kernel, "_metric_grad", lambda g, apart, metric, squared: -g[..., None] * apart)
+        with pytest.raises(AssertionError, match="is off by"):
+            conform("nearest(5, euclidean) | ranked | softmax", (5, 4))
+
+
+def test_poison_reaches_empty_memory():
+    with poisoned_empties():
+        assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["convnn", "kvt", "branch"])
+def test_runs_are_deterministic(name):
+    layer, x = make(CASES[name], (9, 8), torch.float32)
+    first, second = run(layer, x, "auto"), run(layer, x, "auto")
+    assert all(torch.equal(t, second.tensors[n]) for n, t in first.tensors.items())
+
+
+def test_grid_for_sequences():
+    assert grid_for(parse("window(3) | causal | kernel"), (5, 4)) == (5,)

@@ -1,0 +1,162 @@
+"""Imports run downward only, and `import nearfold` stays light. Read from the syntax tree of every module."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nearfold
+
+PACKAGE = Path(nearfold.__file__).parent
+# A part may import the parts with a smaller number; "" is the package itself, its public face.
+RANK = {
+    "grammar": 0,
+    "kernels": 0,
+    "lower": 1,
+    "nn": 2,
+    "": 3,
+    "testing": 3,
+    "surgery": 3,
+    "compat": 3,
+    "models": 4,
+    "train": 5,
+    "study": 6,
+    "cli": 7,
+    "app": 7,
+    "__main__": 8,
+}
+HEAVY = (
+    "triton",
+    "torchvision",
+    "timm",
+    "gradio",
+    "ray",
+    "sklearn",
+    "matplotlib",
+    "pyarrow",
+    "PIL",
+    "rich",
+    "tensorboard",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str, module: str, is_package: bool) -> set[str]:
+    """Full names of everything of nearfold that a module's code imports, wherever in it."""
+    found = set()
+    base = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            anchor = base[: len(base) - node.level + 1] if node.level else []
+            origin = ".".join(anchor + ([node.module] if node.module else []))
+            # `from nearfold.a import b` imports the module nearfold.a.b where there is one
+            names = {f"{origin}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if name in MODULES}
+            found |= modules
+            if modules != names:
+                found.add(origin)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.add(node.args[0].value)
+    return {name for name in found if name.split(".")[0] == "nearfold"}
+
+
+def part(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def upward(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What a module imports although it is not below it."""
+    own = part(module)
+    return sorted(
+        name
+        for name in imported(source, module, is_package)
+        if part(name) != own and RANK[part(name)] >= RANK[own]
+    )
+
+
+def test_every_part_of_the_package_has_a_place():
+    assert {part(module) for module in MODULES} <= RANK.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downward(module):
+    path = MODULES[module]
+    assert upward(path.read_text(), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("nearfold.lower.plan", "from nearfold.nn import Mixer", ["nearfold.nn"]),
+        ("nearfold.lower.plan", "from nearfold import nn", ["nearfold.nn"]),
+        ("nearfold.lower.plan", "import nearfold.nn.mixer as m", ["nearfold.nn.mixer"]),
+        ("nearfold.lower.plan", "def f():\n    from ..nn.mixer import Mixer", ["nearfold.nn.mixer"]),
+        ("nearfold.grammar.words", "import nearfold", ["nearfold"]),
+        ("nearfold.grammar.words", "from nearfold.kernels.select import select", ["nearfold.kernels.select"]),
+        ("nearfold.kernels.select", "from nearfold.grammar import parse", ["nearfold.grammar"]),
+        (
+            "nearfold.kernels.select",
+            "import importlib\nimportlib.import_module('nearfold.cli')",
+            ["nearfold.cli"],
+        ),
+        ("nearfold.compat", "from nearfold import surgery_of_another_kind", ["nearfold"]),
+        ("nearfold.models.small", "import nearfold\nimport torch", []),
+        ("nearfold.models.small", "from .small import x\nfrom nearfold.nn import Mixer", []),
+    ],
+)
+def test_the_reader_sees_upward_imports(module, source, found):
+    assert upward(source, module) == found
+
+
+BACKENDS = [m for m in MODULES if m.startswith("nearfold.lower.backends.")]
+
+
+@pytest.mark.parametrize("module", BACKENDS)
+def test_backends_do_not_import_each_other(module):
+    others = set(BACKENDS) - {module}
+    assert imported(MODULES[module].read_text(), module, False).isdisjoint(others)
+
+
+def test_there_are_backends():
+    assert len(BACKENDS) >= 4
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level modules that importing this one loads, beyond those of torch alone."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        f"import {module}\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["nearfold", "nearfold.cli"])
+def test_import_loads_nothing_heavy(module):
+    loaded = loaded_by(module)
+    assert "nearfold" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_a_heavy_import_would_be_seen():
+    assert "rich" in loaded_by("rich")
