@@ -106,6 +106,7 @@ CONV2D = [
 BACKENDS = ["auto", "oracle"]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("notation", "arguments"), CONV2D, ids=[notation for notation, _ in CONV2D])

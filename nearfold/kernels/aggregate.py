@@ -129,7 +129,7 @@ def _backward_tiles(
     matrix = None if weight is None or depthwise else _matrix(weight, groups)
     d_matrix = None if matrix is None else torch.zeros(matrix.shape, dtype=wide, device=value.device)
     d_slots = torch.zeros(S, C, dtype=wide, device=value.device) if depthwise else None
-    grad = grad.reshape(B * M, -1)
+    grad = grad.reshape(B * M, grad.shape[-1])
     flat_alpha = None if alpha is None else alpha.reshape(B * M, S, H)
     for part, at, missing, near in _tiles(value, index):
         g, r = grad[part], len(near)

@@ -102,6 +102,9 @@ def parameters(
 
 def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool) -> dict[str, Parameter]:
     weight, kernel = op.weight, op.weight.kernel
+    for name in ("size", "stride", "dilation", "padding"):
+        if isinstance(value := getattr(op.path, name, None), tuple):
+            as_tuple(value, ndim, name)
     inner = inner_channels(op, in_channels, out_channels)
     _divides(op, "heads", weight.heads, inner, "channels of query, key and value")
     found: dict[str, Parameter] = {}

@@ -62,14 +62,13 @@ def select(call: Call) -> Selection:
     return _nearest(call)
 
 
-def _window(call: Call) -> Selection:
+def window_index(call: Call) -> tuple[Tensor, Tensor]:
+    """Positions (M, S) that a window's slots read, and which of them are inside (index 0 where not)."""
     geometry = WindowGeometry.of(call.op, call.ndim)
     path, device = call.op.path, call.value.device
     assert isinstance(path, Window)
-    out = geometry.output(call.grid)
     offset_Sa = torch.tensor(geometry.offsets(), device=device)
-    start_Ma = Place(out, device, torch.long).index() * torch.tensor(geometry.stride, device=device)
-    at_MSa = start_Ma[:, None] + offset_Sa - torch.tensor(geometry.before, device=device)
+    at_MSa = _starts(call, geometry)[:, None] + offset_Sa - torch.tensor(geometry.before, device=device)
     valid_MS = torch.ones(at_MSa.shape[:2], dtype=torch.bool, device=device)
     flat_MS = torch.zeros_like(valid_MS, dtype=torch.long)
     for axis, n in enumerate(call.grid):
@@ -78,11 +77,22 @@ def _window(call: Call) -> Selection:
             at_MS = reflect(at_MS, n)
         valid_MS = valid_MS & (at_MS >= 0) & (at_MS < n)
         flat_MS = flat_MS * n + at_MS
-    flat_MS = flat_MS.masked_fill(~valid_MS, 0)
+    return flat_MS.masked_fill(~valid_MS, 0), valid_MS
+
+
+def _starts(call: Call, geometry: WindowGeometry) -> Tensor:
+    out = geometry.output(call.grid)
+    device = call.value.device
+    return Place(out, device, torch.long).index() * torch.tensor(geometry.stride, device=device)
+
+
+def _window(call: Call) -> Selection:
+    flat_MS, valid_MS = window_index(call)
     score = None
     if call.op.weight.rho.needs_score:
         q, k = call.embedded()
-        home_Ma = start_Ma + torch.tensor(geometry.home(), device=device)
+        geometry = WindowGeometry.of(call.op, call.ndim)
+        home_Ma = _starts(call, geometry) + torch.tensor(geometry.home(), device=flat_MS.device)
         q_M = q[:, :, _flatten(home_Ma, call.grid)]
         k_MS = k[:, :, flat_MS]
         rows = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS)

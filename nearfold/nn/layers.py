@@ -110,6 +110,7 @@ class _ConvNN(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         if self.shuffle in ("before", "both"):
+            self._require(x, self.in_channels // self.shuffle_scale**self._ndim)
             if any(n % self.shuffle_scale for n in x.shape[2:]):
                 raise ValueError(
                     f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "

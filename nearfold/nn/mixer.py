@@ -93,17 +93,20 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
-        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
-            axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
-            raise ValueError(
-                f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
-                f"ndim={self.ndim}), got shape {tuple(x.shape)}"
-            )
+        self._require(x, self.in_channels)
         draw = None
         if self.sampler is not None and self.training:
             self.sampler[1] += 1
             draw = self.sampler.clone()
         return apply(self.operation, self.tensors(), x, backend=self.backend, draw=draw)
+
+    def _require(self, x: Tensor, channels: int) -> None:
+        if x.dim() != self.ndim + 2 or x.shape[1] != channels:
+            axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
+            raise ValueError(
+                f"x must be (B, {channels}, {axes}) for this layer (in_channels={channels}, "
+                f"ndim={self.ndim}), got shape {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """The notation and the channels."""

@@ -1,0 +1,189 @@
+"""`nearfold::local_scores` and `nearfold::local_sum`: windows by shifted views, no unfold.
+
+Every slot of a window reads the padded map through a strided view, so nothing of size slots x channels x
+positions exists, forward or backward: the backward adds each slot's gradient into the view it came from.
+
+Shape legend: P problems (batch x heads), e embedded features, d value features, S slots, `*grid` the padded map,
+`*out` the output grid. ``offsets`` holds the slots' first positions, one after the other, ``stride`` one per axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def shifted(x: Tensor, offset: tuple[int, ...], stride: list[int], out: tuple[int, ...]) -> Tensor:
+    """The view (P, c, *out) of a padded map (P, c, *grid) that one slot reads."""
+    index: list[slice] = [slice(None), slice(None)]
+    for start, step, n in zip(offset, stride, out, strict=True):
+        index.append(slice(start, start + (n - 1) * step + 1, step))
+    return x[tuple(index)]
+
+
+def _slots(offsets: list[int], axes: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    for s in range(len(offsets) // axes):
+        yield s, tuple(offsets[s * axes : (s + 1) * axes])
+
+
+@torch.library.custom_op("nearfold::local_scores", mutates_args=())
+def local_scores(
+    query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool
+) -> Tensor:
+    """Scores (P, S, *out) of queries (P, e, *out) with the keys their window reads in (P, e, *grid).
+
+    ``metric`` is "dot", or "euclidean" for minus the distance (its square with ``squared``).
+    """
+    out = tuple(query.shape[2:])
+    score = query.new_empty(query.shape[0], len(offsets) // len(stride), *out)
+    with torch.autocast(query.device.type, enabled=False):
+        for s, offset in _slots(offsets, len(stride)):
+            near = shifted(key, offset, stride, out)
+            if metric == "dot":
+                score[:, s] = (query * near).sum(1)
+            else:
+                square = (query - near).square_().sum(1)
+                score[:, s] = -square if squared else -square.sqrt()
+    return score
+
+
+@local_scores.register_fake
+def _(
+    query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool
+) -> Tensor:
+    return query.new_empty(query.shape[0], len(offsets) // len(stride), *query.shape[2:])
+
+
+@torch.library.custom_op("nearfold::local_scores_backward", mutates_args=())
+def local_scores_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    score: Tensor,
+    offsets: list[int],
+    stride: list[int],
+    metric: str,
+    squared: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients at query and key; at distance zero the distance's gradient is zero."""
+    out = tuple(query.shape[2:])
+    d_query, d_key = torch.zeros_like(query), torch.zeros_like(key)
+    with torch.autocast(query.device.type, enabled=False):
+        for s, offset in _slots(offsets, len(stride)):
+            near, g = shifted(key, offset, stride, out), grad[:, s]
+            d_near = shifted(d_key, offset, stride, out)
+            if metric == "dot":
+                d_query.addcmul_(g.unsqueeze(1), near)
+                d_near.addcmul_(g.unsqueeze(1), query)
+                continue
+            if not squared:  # score is minus the length
+                g = torch.where(score[:, s] < 0, g / score[:, s], 0)
+            else:
+                g = -2 * g
+            apart = (query - near).mul_(g.unsqueeze(1))
+            d_query += apart
+            d_near -= apart
+    return d_query, d_key
+
+
+@local_scores_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    score: Tensor,
+    offsets: list[int],
+    stride: list[int],
+    metric: str,
+    squared: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key)
+
+
+@torch.library.custom_op("nearfold::local_sum", mutates_args=())
+def local_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> Tensor:
+    """Sum over slots of alpha (P, S, *out) times the values its window reads in (P, d, *grid): (P, d, *out)."""
+    out = tuple(alpha.shape[2:])
+    total = value.new_zeros(value.shape[0], value.shape[1], *out)
+    with torch.autocast(value.device.type, enabled=False):
+        for s, offset in _slots(offsets, len(stride)):
+            total.addcmul_(alpha[:, s].unsqueeze(1), shifted(value, offset, stride, out))
+    return total
+
+
+@local_sum.register_fake
+def _(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> Tensor:
+    return value.new_empty(value.shape[0], value.shape[1], *alpha.shape[2:])
+
+
+@torch.library.custom_op("nearfold::local_sum_backward", mutates_args=())
+def local_sum_backward(
+    grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients at alpha and value."""
+    out = tuple(alpha.shape[2:])
+    d_alpha, d_value = torch.empty_like(alpha), torch.zeros_like(value)
+    with torch.autocast(value.device.type, enabled=False):
+        for s, offset in _slots(offsets, len(stride)):
+            d_alpha[:, s] = (grad * shifted(value, offset, stride, out)).sum(1)
+            shifted(d_value, offset, stride, out).addcmul_(alpha[:, s].unsqueeze(1), grad)
+    return d_alpha, d_value
+
+
+@local_sum_backward.register_fake
+def _(
+    grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(alpha), torch.empty_like(value)
+
+
+def _setup_scores(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, output)
+
+
+def _backward_scores(ctx, grad):  # type: ignore[no-untyped-def]
+    return *local_scores_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+def _setup_sum(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    alpha, value, *ctx.rest = inputs
+    ctx.save_for_backward(alpha, value)
+
+
+def _backward_sum(ctx, grad):  # type: ignore[no-untyped-def]
+    return *local_sum_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None
+
+
+local_scores.register_autograd(_backward_scores, setup_context=_setup_scores)
+local_sum.register_autograd(_backward_sum, setup_context=_setup_sum)
+
+
+def _count(shape: tuple[int, ...], slots: int) -> int:
+    total = 2 * slots
+    for n in shape:
+        total *= n
+    return int(total)
+
+
+@register_flop_formula(torch.ops.nearfold.local_scores)
+def _score_flops(query, key, offsets, stride, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _count(query, len(offsets) // len(stride))
+
+
+@register_flop_formula(torch.ops.nearfold.local_scores_backward)
+def _score_backward_flops(grad, query, key, score, offsets, stride, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * _count(query, len(offsets) // len(stride))
+
+
+@register_flop_formula(torch.ops.nearfold.local_sum)
+def _sum_flops(alpha, value, offsets, stride, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _count((value[0], value[1], *alpha[2:]), len(offsets) // len(stride))
+
+
+@register_flop_formula(torch.ops.nearfold.local_sum_backward)
+def _sum_backward_flops(grad, alpha, value, offsets, stride, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * _count(grad, len(offsets) // len(stride))
