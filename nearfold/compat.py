@@ -59,6 +59,18 @@ class Conversion:
     after: Callable[[Tensor, State], Tensor] | None = None  # a fault that no operation expresses
 
 
+class _Read(dict[str, Tensor]):
+    """A state that remembers which tensors were asked for."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
 class ReferenceLayer(nn.Module):
     """The public layer's parameters (same names and shapes), computed by a Nearfold layer."""
 
@@ -75,7 +87,12 @@ class ReferenceLayer(nn.Module):
         # kept out of the module tree: its own parameters are never used
         self._conversion = (conversion,)
         self._names = tuple(state)
-        self._mapped()  # shapes are checked now, not at the first call
+        read = _Read(state)
+        conversion.mapping(read)  # names and shapes are checked now, not at the first call
+        self._mapped()
+        unread = [name for name in state if name not in read.names]
+        if unread:
+            raise ValueError(f"state has {', '.join(unread)}, which config does not; pass the state dict alone")
 
     def _mapped(self) -> State:
         mapped = self._conversion[0].mapping({name: self.get_parameter(name) for name in self._names})
@@ -135,10 +152,11 @@ def from_reference(layer: str, config: dict[str, Any], state: State) -> Referenc
     if layer not in LAYERS:
         raise ValueError(f"layer={layer!r} is not known; choose from: {', '.join(LAYERS)}")
     try:
-        conversion = LAYERS[layer](_Config(layer, config), state)
+        return ReferenceLayer(LAYERS[layer](_Config(layer, config), state), state)
     except KeyError as e:
         raise ValueError(f"state of {layer} lacks {e.args[0]!r}; it has: {', '.join(state)}") from None
-    return ReferenceLayer(conversion, state)
+    except RuntimeError as e:  # shapes that do not multiply
+        raise ValueError(f"state of {layer} does not fit config ({e})") from e
 
 
 class _Config:
@@ -157,9 +175,7 @@ class _Config:
 
     def choose(self, name: str, choices: dict[str, Any]) -> Any:
         if self[name] not in choices:
-            raise ValueError(
-                f"config of {self.layer}: {name}={self[name]!r} is not one of: {', '.join(choices)}"
-            )
+            raise ValueError(f"config of {self.layer}: {name}={self[name]!r} is not one of: {', '.join(choices)}")
         return choices[self[name]]
 
     def no_dropout(self) -> None:
@@ -272,9 +288,7 @@ def _convnn(ndim: int) -> Callable[[_Config, State], Conversion]:
         )
 
         def mapping(s: State) -> State:
-            return {
-                name: s[f"conv1d_layer.{name}"] for name in ("weight", "bias") if f"conv1d_layer.{name}" in s
-            }
+            return {name: s[f"conv1d_layer.{name}"] for name in ("weight", "bias") if f"conv1d_layer.{name}" in s}
 
         shrink = scale if shuffle in ("before", "both") else 1
         return Conversion(layer, mapping, _grid_check(c, shrink))
@@ -402,15 +416,11 @@ def _kvt(c: _Config, state: State) -> Conversion:
     scale = 1.0 if not c.get("qk_scale", None) else c["qk_scale"] * (dim // heads) ** 0.5
     op = Basic(Nearest(c.get("topk", 100), Scaled()), Ranked(), Weight(Softmax(heads=heads, scale=scale)))
     if any(c.get(name, 0.0) for name in ("attn_drop", "proj_drop")):
-        raise UnsupportedReference(
-            f"{c.layer}: dropout has no counterpart here; pass 0.0 (evaluation is the same)"
-        )
+        raise UnsupportedReference(f"{c.layer}: dropout has no counterpart here; pass 0.0 (evaluation is the same)")
     layer = TokenMixer(op, dim, bias="proj.bias" in state or "qkv.bias" in state)
 
     def mapping(s: State) -> State:
-        found = dict(
-            zip(("query_weight", "key_weight", "value_weight"), s["qkv.weight"].chunk(3), strict=True)
-        )
+        found = dict(zip(("query_weight", "key_weight", "value_weight"), s["qkv.weight"].chunk(3), strict=True))
         found["out_weight"] = s["proj.weight"]
         if "out_bias" in layer.tensors():
             biases = s["qkv.bias"] if "qkv.bias" in s else s["qkv.weight"].new_zeros(3 * dim)
@@ -510,9 +520,7 @@ def _convnn_attention_mapping(c: _Config, s: State, prefix: str = "") -> State:
             made = found["weight"].new_zeros(c["d_hidden"])
             found["bias"] = s[f"{prefix}conv.bias"].repeat(heads) if f"{prefix}conv.bias" in s else made
     elif f"{prefix}conv.bias" in s:  # before the output projection: folded into its bias
-        found["out_bias"] = found.get("out_bias", 0) + found["out_weight"] @ s[f"{prefix}conv.bias"].repeat(
-            heads
-        )
+        found["out_bias"] = found.get("out_bias", 0) + found["out_weight"] @ s[f"{prefix}conv.bias"].repeat(heads)
     return found
 
 

@@ -134,15 +134,12 @@ def make(
 def backends_of(op: Operation, ndim: int, dtype: torch.dtype) -> list[str]:
     """Backends that run every part of an operation, and "auto"; the oracle is the truth, not a candidate."""
     able = [
-        {n for n, v in verdicts(Facts(p, ndim, dtype, "cpu", True)).items() if v.ok and n != "oracle"}
-        for p in op.parts
+        {n for n, v in verdicts(Facts(p, ndim, dtype, "cpu", True)).items() if v.ok and n != "oracle"} for p in op.parts
     ]
     return ["auto", *sorted(set.intersection(*able))]
 
 
-def conform(
-    op: Operation | str, grid: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
-) -> float:
+def conform(op: Operation | str, grid: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> float:
     """Compare every backend of an operation with the oracle; the largest error over all tensors.
 
     Raises:

@@ -160,9 +160,7 @@ def test_asking_for_a_backend_never_falls_back():
         if name == "knn":
             assert lower(facts, name) == name
         else:
-            with pytest.raises(
-                ValueError, match=f"backend='{name}' cannot run .* Those that can: knn, oracle"
-            ):
+            with pytest.raises(ValueError, match=f"backend='{name}' cannot run .* Those that can: knn, oracle"):
                 lower(facts, name)
     with pytest.raises(ValueError, match="backend='cudnn' is not one of"):
         Mixer("window(3) | box | kernel", 4, backend="cudnn")(torch.randn(1, 4, 5, 5))
@@ -185,8 +183,8 @@ def test_ops_pass_opcheck():
 
 def test_the_suite_sees_a_wrong_kernel(monkeypatch):
     """Break the tie rule, the stride of a view and a gradient: each must show."""
-    import nearfold.kernels.select as kernel
     import nearfold.kernels.local as local
+    import nearfold.kernels.select as kernel
 
     def backwards(score, k):
         best, index = score.flip(-1).topk(k, -1)

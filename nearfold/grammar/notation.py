@@ -26,9 +26,7 @@ from nearfold.grammar.words import Ones
 
 MAX_DEPTH = 50  # far from Python's recursion limit
 
-_TOKEN = re.compile(
-    r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))"
-)
+_TOKEN = re.compile(r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))")
 
 
 class NotationError(ValueError):
@@ -63,9 +61,7 @@ def parse(text: str) -> Operation:
         raise ValueError(f"parse: text must be a str in the notation, got {type(text).__name__}")
     flat = " ".join(text.split())
     if not flat:
-        raise NotationError(
-            "empty notation; write path | shape | weight, such as window(3) | box | kernel", flat, 0
-        )
+        raise NotationError("empty notation; write path | shape | weight, such as window(3) | box | kernel", flat, 0)
     return _parse(flat)
 
 
@@ -190,9 +186,7 @@ class _Parser:
     def arguments(self, cls: type[Word]) -> dict[str, Any]:
         fields = {f.metadata.get("notation", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         hints = typing.get_type_hints(cls)
-        order = [
-            n for n, f in fields.items() if f.default is dataclasses.MISSING or f.metadata.get("positional")
-        ]
+        order = [n for n, f in fields.items() if f.default is dataclasses.MISSING or f.metadata.get("positional")]
         found: dict[str, Any] = {}
         opened = self.peek() == "("
         if opened:
@@ -206,23 +200,17 @@ class _Parser:
             self.at += 1
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.name not in found]
         if required:
-            self.fail(
-                f"{cls.word} needs {required[0]}: {cls.word}({', '.join(order)})", self.tokens[self.at - 1][2]
-            )
+            self.fail(f"{cls.word} needs {required[0]}: {cls.word}({', '.join(order)})", self.tokens[self.at - 1][2])
         return found
 
-    def argument(
-        self, cls: type[Word], fields: Any, hints: Any, order: list[str], found: dict[str, Any]
-    ) -> None:
+    def argument(self, cls: type[Word], fields: Any, hints: Any, order: list[str], found: dict[str, Any]) -> None:
         kind, value, start = self.tokens[self.at]
         flag = kind == "name" and value in fields and _accepts(hints[fields[value].name], bool)
         if kind == "name" and self.peek(1) == "=":
             if value not in fields:
                 close = difflib.get_close_matches(value, fields, 1)
                 hint = f" (did you mean {close[0]}?)" if close else ""
-                self.fail(
-                    f"{cls.word} has no argument {value!r}{hint}; it takes: {', '.join(fields) or 'none'}"
-                )
+                self.fail(f"{cls.word} has no argument {value!r}{hint}; it takes: {', '.join(fields) or 'none'}")
             name = value
             self.at += 2
             parsed = self.value(hints[fields[name].name])
@@ -234,9 +222,7 @@ class _Parser:
                 self.fail(f"{cls.word}: {value} needs a value: {value}=...")
             open_names = [n for n in order if fields[n].name not in found]
             if not open_names:
-                self.fail(
-                    f"{cls.word} takes no such argument: {value!r}; it takes: {', '.join(fields) or 'none'}"
-                )
+                self.fail(f"{cls.word} takes no such argument: {value!r}; it takes: {', '.join(fields) or 'none'}")
             name, parsed = self.positional(open_names, fields, hints)
         if fields[name].name in found:
             self.fail(f"{cls.word}: {name} is given twice", start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nearfold.grammar.words import (
     All,
@@ -33,16 +33,14 @@ SHAPES: dict[type[Path], tuple[type[Shape], ...]] = {
 class Weight:
     """What to value: rho (one number per slot) times an optional kernel over slots."""
 
-    rho: Rho = Ones()
+    rho: Rho = field(default=Ones())
     kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rho, Rho):
             raise ValueError(f"weight: rho must be ones, identity, softmax or inverse, got {self.rho!r}")
         if self.kernel is not None and not isinstance(self.kernel, Kernel):
-            raise ValueError(
-                f"weight: kernel must be kernel, depthwise, separable or shift, got {self.kernel!r}"
-            )
+            raise ValueError(f"weight: kernel must be kernel, depthwise, separable or shift, got {self.kernel!r}")
 
     def __str__(self) -> str:
         if self.kernel is None:
@@ -92,9 +90,7 @@ class Basic(Operation):
         allowed = SHAPES[type(self.path)]
         if not isinstance(self.shape, allowed):
             names = ", ".join(s.word for s in allowed)
-            raise ValueError(
-                f"shape {self.shape} does not go with path {self.path.word}; it takes one of: {names}"
-            )
+            raise ValueError(f"shape {self.shape} does not go with path {self.path.word}; it takes one of: {names}")
         rho, kernel = self.weight.rho, self.weight.kernel
         if isinstance(self.path, All) and kernel is not None:
             raise ValueError(
@@ -172,9 +168,7 @@ class Branch(Operation):
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
             raise ValueError(f"branch: ratio must be a number, got {self.ratio!r}")
         if not 0 <= self.ratio <= 1:
-            raise ValueError(
-                f"branch: ratio must be between 0 (all second) and 1 (all first), got {self.ratio}"
-            )
+            raise ValueError(f"branch: ratio must be between 0 (all second) and 1 (all first), got {self.ratio}")
         for op in (self.first, self.second):
             if not isinstance(op, Operation):
                 raise ValueError(f"branch: operands are operations, got {op!r}")

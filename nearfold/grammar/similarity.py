@@ -77,9 +77,7 @@ class Similarity(Word):
         """The metric on embedded vectors: dot, cosine (of unit vectors: dot within [-1, 1]), euclidean, chebyshev."""
         return "dot"
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Vectors whose metric is this similarity: query (B|1, H|1, N, e) and key (B|1, H|1, N, e)."""
         raise NotImplementedError
 
@@ -91,9 +89,7 @@ class Dot(Similarity):
     word = "dot"
     coordinates: bool = False
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.coordinates:
             return _append(q_BHNd, place), _append(k_BHNd, place)
         return q_BHNd, k_BHNd
@@ -111,9 +107,7 @@ class Scaled(Similarity):
     coordinates: bool = False
     relative: bool = False
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         scale = q_BHNd.shape[-1] ** -0.5
         if self.coordinates:
             q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
@@ -135,9 +129,7 @@ class Cosine(Similarity):
     word = "cosine"
     coordinates: bool = False
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         same = q_BHNd is k_BHNd
         if self.coordinates:
             q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
@@ -157,9 +149,7 @@ class Euclidean(Similarity):
     def reduced(self) -> str:
         return "euclidean"
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.coordinates:
             return _append(q_BHNd, place), _append(k_BHNd, place)
         return q_BHNd, k_BHNd
@@ -178,9 +168,7 @@ class Position(Similarity):
     dilation: int = 1
 
     def __post_init__(self) -> None:
-        check(
-            self.metric in ("euclidean", "chebyshev"), self, "metric", self.metric, "euclidean or chebyshev"
-        )
+        check(self.metric in ("euclidean", "chebyshev"), self, "metric", self.metric, "euclidean or chebyshev")
         positive(self, dilation=self.dilation)
 
     @property
@@ -191,9 +179,7 @@ class Position(Similarity):
     def reduced(self) -> str:
         return self.metric
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         exact_11Na = place.exact()[None, None]
         return exact_11Na, exact_11Na
 
@@ -227,9 +213,7 @@ class Blend(Similarity):
     def reduced(self) -> str:
         return self.metric
 
-    def embed(
-        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         where_Na = ((1 - self.lam) * (place.unit() if self.unit else place.exact())).to(q_BHNd.dtype)
         if self.lam == 0:
             if self.metric == "cosine":  # normalised along the first axis: rounds as the public code does

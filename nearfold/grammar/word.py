@@ -53,16 +53,19 @@ def _value(value: object) -> str:
 
 
 def check(ok: bool, word: Word, name: str, value: object, rule: str) -> None:
+    """ValueError naming the word, the argument and its value, unless ``ok``."""
     if not ok:
         raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={value!r}")
 
 
 def positive(word: Word, **values: Any) -> None:
+    """Each must be a positive integer."""
     for name, value in values.items():
         check(type(value) is int and value >= 1, word, name, value, "a positive integer")
 
 
 def sizes(word: Word, **values: Any) -> None:
+    """Each must be a positive integer, or a tuple of them with one entry per axis."""
     for name, value in values.items():
         entries = value if isinstance(value, tuple) else (value,)
         ok = len(entries) > 0 and all(type(v) is int and v >= 1 for v in entries)
@@ -70,5 +73,6 @@ def sizes(word: Word, **values: Any) -> None:
 
 
 def number(word: Word, name: str, value: object) -> None:
+    """Must be a finite number."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     check(ok, word, name, value, "a finite number")

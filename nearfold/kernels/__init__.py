@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: torch.library operators. Knows no grammar."""

@@ -70,9 +70,7 @@ def _is_depthwise(weight: Tensor | None, groups: int, channels: int) -> bool:
 
 
 @torch.library.custom_op("nearfold::aggregate", mutates_args=())
-def aggregate(
-    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
-) -> Tensor:
+def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
     """y (B, M, O) = sum over slots s of alpha[.., s] * W_s value[index[.., s]].
 
     Args:

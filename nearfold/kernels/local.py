@@ -51,9 +51,7 @@ def local_scores(
 
 
 @local_scores.register_fake
-def _(
-    query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool
-) -> Tensor:
+def _(query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool) -> Tensor:
     return query.new_empty(query.shape[0], len(offsets) // len(stride), *query.shape[2:])
 
 
@@ -79,10 +77,8 @@ def local_scores_backward(
                 d_query.addcmul_(g.unsqueeze(1), near)
                 d_near.addcmul_(g.unsqueeze(1), query)
                 continue
-            if not squared:  # score is minus the length
-                g = torch.where(score[:, s] < 0, g / score[:, s], 0)
-            else:
-                g = -2 * g
+            # where it is not squared, the score is minus the length
+            g = -2 * g if squared else torch.where(score[:, s] < 0, g / score[:, s], 0)
             apart = (query - near).mul_(g.unsqueeze(1))
             d_query += apart
             d_near -= apart
@@ -134,9 +130,7 @@ def local_sum_backward(
 
 
 @local_sum_backward.register_fake
-def _(
-    grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(alpha), torch.empty_like(value)
 
 

@@ -99,9 +99,7 @@ def _count(grid: tuple[int, ...]) -> int:
     return total
 
 
-def _grid_positions(
-    candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device
-) -> Tensor | None:
+def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device) -> Tensor | None:
     """None when the grid is as fine as the map on every axis: then all positions are candidates."""
     if all(candidates.r >= n - 2 * candidates.inset for n in grid) and candidates.inset == 0:
         return None

@@ -119,8 +119,7 @@ def explain(
         parts.append(Part(part, lower(facts), verdicts(facts)))
     specs = parameters(op, channels, out_channels, ndim)
     params = {
-        name: torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=grad)
-        for name, spec in specs.items()
+        name: torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=grad) for name, spec in specs.items()
     }
     x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
     with FlopCounterMode(display=False) as forward:

@@ -71,9 +71,7 @@ def parameters(
         return _basic(op, in_channels, out_channels, ndim, bias)
     if isinstance(op, Branch):
         found: dict[str, Parameter] = {}
-        for i, (operand, channels) in enumerate(
-            zip((op.first, op.second), op.split(out_channels), strict=True)
-        ):
+        for i, (operand, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True)):
             if channels:
                 own = parameters(operand, in_channels, channels, ndim, bias)
                 found |= {f"{i}.{name}": p for name, p in own.items()}
@@ -93,11 +91,7 @@ def parameters(
                 del o[name]
     learnable = sum(isinstance(rate, str) for rate, _ in op.terms)
     rates = {"rates": Parameter((learnable,), f"constant:{1 / len(op.terms)}")} if learnable else {}
-    return (
-        rates
-        | hoisted
-        | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
-    )
+    return rates | hoisted | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
 
 
 def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool) -> dict[str, Parameter]:

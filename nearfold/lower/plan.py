@@ -34,9 +34,7 @@ def _choose(facts: Facts, wanted: str) -> str:
         raise ValueError(f"backend={wanted!r} is not one of: auto, {', '.join(found)}")
     if not found[wanted].ok:
         others = ", ".join(name for name, verdict in found.items() if verdict.ok)
-        raise ValueError(
-            f"backend={wanted!r} cannot run {facts.op}: {found[wanted].reason}. Those that can: {others}"
-        )
+        raise ValueError(f"backend={wanted!r} cannot run {facts.op}: {found[wanted].reason}. Those that can: {others}")
     return wanted
 
 

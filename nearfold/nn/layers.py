@@ -7,11 +7,10 @@ from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum, Weight
 from nearfold.grammar.notation import parse_word
-from nearfold.grammar.similarity import Cosine, Scaled, Similarity
+from nearfold.grammar.similarity import Scaled, Similarity
 from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import (
     All,
-    AllCandidates,
     Box,
     Candidates,
     Dense,
@@ -51,9 +50,7 @@ def _nearest(
         stride=stride,
         padding=padding,
     )
-    weight = Weight(
-        parse_word("rho", rho), None if kernel in (None, "none") else parse_word("kernel", kernel)
-    )
+    weight = Weight(parse_word("rho", rho), None if kernel in (None, "none") else parse_word("kernel", kernel))
     return Basic(path, parse_word("shape", shape), weight)
 
 
@@ -292,8 +289,8 @@ class BranchingConv2d(Mixer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        similarity: str | Similarity = Cosine(),
-        candidates: str | Candidates = AllCandidates(),
+        similarity: str | Similarity = "cosine",
+        candidates: str | Candidates = "all",
         mix: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -307,9 +304,7 @@ class BranchingConv2d(Mixer):
             stride=stride,
             padding=padding,
         )
-        window = Basic(
-            Window(kernel_size, stride=stride, dilation=dilation), Box(), Weight(kernel=Dense(groups))
-        )
+        window = Basic(Window(kernel_size, stride=stride, dilation=dilation), Box(), Weight(kernel=Dense(groups)))
         operation = Branch(ratio, near, window, mix)
         super().__init__(operation, in_channels, out_channels, bias=bias, backend=backend)
 

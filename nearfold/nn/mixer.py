@@ -117,15 +117,11 @@ class Mixer(nn.Module):
 class TokenMixer(Mixer):
     """The same over sequences of tokens: (B, N, D) -> (B, N, D)."""
 
-    def __init__(
-        self, operation: Operation | str, embed_dim: int, *, bias: bool = True, backend: str = "auto"
-    ) -> None:
+    def __init__(self, operation: Operation | str, embed_dim: int, *, bias: bool = True, backend: str = "auto") -> None:
         super().__init__(operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         if x.dim() != 3 or x.shape[2] != self.in_channels:
-            raise ValueError(
-                f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         return super().forward(x.transpose(1, 2)).transpose(1, 2)

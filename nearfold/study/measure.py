@@ -81,7 +81,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
         parameters=count_parameters(model),
         flops=count_flops(model, tuple(images.shape[1:])),
         images_per_second=len(images) / min(seconds),
-        peak_memory_mib=_peak_bytes(step, images.device) / 2**20,
+        peak_memory_mib=peak_bytes(step, images.device) / 2**20,
     )
 
 
@@ -95,7 +95,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """Most bytes held at one time during `step`, beyond what was held before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -1,0 +1,546 @@
+"""Layers of the public ConvNN and ACmix code give the public outputs and gradients, or a refusal with its reason.
+
+The stored cases (../shared/golden beside the repository) hold what that code computed in float32; the formulas
+written out here need no files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nearfold.compat import LAYERS, ReferenceLayer, UnsupportedReference, from_reference
+from nearfold.nn import Mixer
+
+np = pytest.importorskip("numpy")
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+CASES = sorted(GOLDEN.glob("*.npz"))
+
+
+class Case:
+    """One stored case: the layer, its input, and what the public code made of it."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            tensors = {name: torch.tensor(file[name]) for name in file.files if name != "meta"}
+            self.meta = json.loads(str(file["meta"]))
+        self.x, self.y, self.gx, self.gy = (tensors[name] for name in ("x", "y", "gx", "gy"))
+        self.state = {n.removeprefix("param/"): t for n, t in tensors.items() if n.startswith("param/")}
+        self.grads = {n.removeprefix("grad/"): t for n, t in tensors.items() if n.startswith("grad/")}
+
+    def build(self, state: dict | None = None) -> ReferenceLayer:
+        return from_reference(self.meta["layer"], self.meta["config"], self.state if state is None else state)
+
+
+golden = pytest.mark.parametrize(
+    "path",
+    CASES or [pytest.param(None, marks=pytest.mark.skip(reason=f"no stored cases in {GOLDEN}"))],
+    ids=lambda path: path.stem if path else "none",
+)
+
+
+def relative(mine: torch.Tensor, truth: torch.Tensor) -> float:
+    assert mine.shape == truth.shape
+    return ((mine - truth).abs().max() / truth.abs().max()).item()
+
+
+@golden
+def test_outputs_and_gradients_are_the_public_ones(path):
+    case = Case(path)
+    layer, x = case.build(), case.x.clone().requires_grad_()
+    y = layer(x)
+    assert relative(y, case.y) <= 1e-5
+    y.backward(case.gy)
+    assert relative(x.grad, case.gx) <= 1e-4
+    mine = {name: p.grad for name, p in layer.named_parameters()}
+    assert mine.keys() == case.grads.keys() == case.state.keys()
+    largest = max(truth.abs().max() for truth in case.grads.values())
+    for name, truth in case.grads.items():
+        if case.meta["layer"] == "ACmix" and name == "conv_p.bias":
+            # the bias is added to the position of query and of key alike and cancels in their difference:
+            # its true gradient is zero, and the stored one is the rounding noise of a sum of about 1e4 terms
+            assert truth.abs().max() <= 1e-6 * largest, "the stored gradient is no longer noise"
+            assert mine[name].abs().max() <= 1e-6 * largest, name
+        else:
+            assert relative(mine[name], truth) <= 1e-4, name
+
+
+@golden
+def test_the_state_dict_goes_both_ways(path):
+    case = Case(path)
+    layer = case.build()
+    assert list(layer.state_dict()) == list(case.state)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, case.state[name])
+    other = case.build({name: torch.randn_like(tensor) for name, tensor in case.state.items()})
+    assert relative(other(case.x), case.y) > 1e-2
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(case.x), layer(case.x))
+
+
+@golden
+def test_the_nearfold_layer_itself_gives_the_same(path):
+    case = Case(path)
+    layer = case.build()
+    if "magnitude_type" in case.meta["config"] and case.meta["config"].get("num_heads", 1) > 1:
+        with pytest.raises(UnsupportedReference, match="mixes up positions and channels"):
+            layer.to_nearfold()
+        return
+    ours = layer.to_nearfold()
+    assert isinstance(ours, Mixer)
+    assert relative(ours(case.x), case.y) <= 1e-5
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+    assert relative(ours(case.x), case.y) <= 1e-5, "the weights are copies"
+
+
+@golden
+def test_a_state_that_does_not_fit_is_refused(path):
+    case = Case(path)
+    for name, tensor in case.state.items():
+        longer = {**case.state, name: torch.cat([tensor, tensor])}
+        if name not in ("rate1", "rate2"):
+            with pytest.raises((ValueError, RuntimeError)):
+                case.build(longer)
+    with pytest.raises(ValueError, match=r"public\.weight"):
+        case.build({**case.state, "public.weight": torch.ones(3)})
+
+
+# --- formulas written out, without stored files
+
+
+def convnn_config(**changes) -> dict:
+    return {
+        "in_channels": 4,
+        "out_channels": 6,
+        "K": 5,
+        "stride": 5,
+        "padding": 0,
+        "sampling_type": "all",
+        "num_samples": -1,
+        "sample_padding": 0,
+        "shuffle_pattern": "NA",
+        "shuffle_scale": 1,
+        "magnitude_type": "cosine",
+        "similarity_type": "Col",
+        "aggregation_type": "Col",
+        "lambda_param": 0.5,
+        **changes,
+    }
+
+
+def convnn_state(channels: int = 4, k: int = 5) -> dict:
+    return {"conv1d_layer.weight": torch.randn(6, channels, k), "conv1d_layer.bias": torch.randn(6)}
+
+
+def attention_config(**changes) -> dict:
+    return {
+        "d_hidden": 12,
+        "num_heads": 3,
+        "attention_dropout": 0.0,
+        "K": 4,
+        "sampling_type": "all",
+        "num_samples": -1,
+        "sample_padding": 0,
+        "magnitude_type": "matmul",
+        "seq_length": 9,
+        "coordinate_encoding": False,
+        "convolution_type": "depthwise",
+        "softmax_topk_val": True,
+        **changes,
+    }
+
+
+def attention_state(dim: int = 12, biases: bool = False) -> dict:
+    state = {f"W_{c}.weight": torch.randn(dim, dim) / math.sqrt(dim) for c in "qkvo"}
+    return state | ({f"W_{c}.bias": torch.randn(dim) for c in "qkvo"} if biases else {})
+
+
+def acmix_config(**changes) -> dict:
+    return {
+        "in_planes": 4,
+        "out_planes": 8,
+        "kernel_att": 3,
+        "head": 2,
+        "kernel_conv": 3,
+        "stride": 1,
+        "dilation": 1,
+    } | changes
+
+
+def acmix_state(k: int = 3) -> dict:
+    return {
+        "rate1": torch.ones(1),
+        "rate2": torch.ones(1),
+        **{f"conv{i}.weight": torch.randn(8, 4, 1, 1) for i in (1, 2, 3)},
+        **{f"conv{i}.bias": torch.randn(8) for i in (1, 2, 3)},
+        "conv_p.weight": torch.randn(4, 2, 1, 1),
+        "conv_p.bias": torch.randn(4),
+        "fc.weight": torch.randn(k * k, 6, 1, 1),
+        "dep_conv.weight": torch.randn(8, k * k, k, k),
+    }
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def agree(layer: ReferenceLayer, formula, x: torch.Tensor) -> None:
+    """Output and every gradient, in float64, against the formula of (x, parameters by their public names)."""
+    layer = layer.double()
+    twin = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    a, b = (x.double().requires_grad_() for _ in range(2))
+    a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    y, truth = layer(a), formula(b, twin)
+    torch.testing.assert_close(y, truth, rtol=1e-10, atol=1e-10)
+    gy = torch.randn_like(truth)
+    y.backward(gy)
+    truth.backward(gy)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(p.grad, twin[name].grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def sorted_columns(x: torch.Tensor, score: torch.Tensor, k: int) -> torch.Tensor:
+    """Features (B, C, N * k) of the k best of every position: the position itself, then by falling score."""
+    score = score.clone()
+    score.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    index = score.sort(-1, descending=True).indices[..., :k]
+    return x.gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+
+
+def cosines(x: torch.Tensor) -> torch.Tensor:
+    unit = x / x.norm(dim=1, keepdim=True)
+    return unit.transpose(1, 2) @ unit
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize(("name", "grid"), [("Conv2d_NN", (5, 6)), ("Conv1d_NN", (11,))])
+def test_convnn_by_formula(name, grid, metric):
+    def formula(x, p):
+        flat = x.flatten(2)
+        score = (
+            cosines(flat) if metric == "cosine" else -torch.cdist(flat.transpose(1, 2), flat.transpose(1, 2))
+        )
+        columns = sorted_columns(flat, score.detach(), 5)
+        y = F.conv1d(columns, p["conv1d_layer.weight"], p["conv1d_layer.bias"], stride=5)
+        return y.unflatten(2, grid)
+
+    layer = from_reference(name, convnn_config(magnitude_type=metric), convnn_state())
+    agree(layer, formula, torch.randn(2, 4, *grid))
+
+
+def test_convnn_branching_by_formula():
+    config = convnn_config(kernel_size=3, branch_ratio=1 / 3)
+    state = {
+        "branch1.conv1d_layer.weight": torch.randn(2, 4, 5),
+        "branch1.conv1d_layer.bias": torch.randn(2),
+        "branch2.weight": torch.randn(4, 4, 3, 3),
+        "branch2.bias": torch.randn(4),
+        "pointwise_conv.weight": torch.randn(6, 6, 1, 1),
+        "pointwise_conv.bias": torch.randn(6),
+    }
+
+    def formula(x, p):
+        columns = sorted_columns(x.flatten(2), cosines(x.flatten(2)).detach(), 5)
+        near = F.conv1d(columns, p["branch1.conv1d_layer.weight"], p["branch1.conv1d_layer.bias"], stride=5)
+        window = F.conv2d(x, p["branch2.weight"], p["branch2.bias"], padding=1)
+        both = torch.cat([near.unflatten(2, x.shape[2:]), window], 1)
+        return F.conv2d(both, p["pointwise_conv.weight"], p["pointwise_conv.bias"])
+
+    agree(from_reference("Conv2d_Branching", config, state), formula, torch.randn(2, 4, 5, 6))
+
+
+def split(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_by_formula(heads, biases):
+    def formula(x, p):
+        q, k, v = (split(F.linear(x, p[f"W_{c}.weight"], p.get(f"W_{c}.bias")), heads) for c in "qkv")
+        alpha = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(12 / heads), -1)
+        return F.linear((alpha @ v).transpose(1, 2).flatten(2), p["W_o.weight"], p.get("W_o.bias"))
+
+    config = {"d_hidden": 12, "num_heads": heads, "attention_dropout": 0.0}
+    layer = from_reference("MultiHeadAttention", config, attention_state(biases=biases))
+    if biases:  # all keys share their bias, which a softmax does not see
+        formula_with_bias = formula
+        agree(layer, formula_with_bias, torch.randn(2, 9, 12))
+    else:
+        agree(layer, formula, torch.randn(2, 9, 12))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_convnn_attention_by_formula(heads):
+    """The public code takes a key per row, and reads its (N, d) outputs as (d, N) when there are several heads."""
+
+    def formula(x, p):
+        q, k, v = (split(F.linear(x, p[f"W_{c}.weight"]), heads) for c in "qkv")
+        score, index = (k @ q.transpose(2, 3) / math.sqrt(12 / heads)).sort(-1, descending=True)
+        alpha, index = torch.softmax(score[..., :4], -1), index[..., :4]
+        near = torch.take_along_dim(v.unsqueeze(2), index.unsqueeze(-1), 3)
+        y = torch.einsum("bhns,bhnsd,ds->bhnd", alpha, near, p["conv.weight"][:, 0])
+        if heads > 1:
+            y = y.transpose(1, 2).reshape(2, 9, 12)
+            y = y.view(2, 9, heads, -1).transpose(1, 2).reshape(2, heads, -1, 9).transpose(2, 3)
+        return F.linear(y.transpose(1, 2).flatten(2), p["W_o.weight"])
+
+    state = attention_state() | {"conv.weight": torch.randn(12 // heads, 1, 4)}
+    layer = from_reference("MultiHeadConvNNAttention", attention_config(num_heads=heads), state)
+    agree(layer, formula, torch.randn(2, 9, 12))
+
+
+def test_branching_attention_by_formula():
+    """Unlike ours, the public branches split the input channels too."""
+    first, dim = 4, 12
+    state = {
+        **{f"convnn.W_{c}.weight": torch.randn(first, first) for c in "qkvo"},
+        "convnn.conv.weight": torch.randn(first, 1, 4),
+        **{f"attention.W_{c}.weight": torch.randn(dim - first, dim - first) / 3 for c in "qkvo"},
+        "pointwise_linear.weight": torch.randn(dim, dim),
+        "pointwise_linear.bias": torch.randn(dim),
+    }
+
+    def formula(x, p):
+        a, b = x[..., :first], x[..., first:]
+        q, k, v = (F.linear(a, p[f"convnn.W_{c}.weight"]) for c in "qkv")
+        score, index = (k @ q.transpose(1, 2) / math.sqrt(first)).sort(-1, descending=True)
+        near = torch.take_along_dim(v.unsqueeze(1), index[..., :4].unsqueeze(-1), 2)
+        alpha = torch.softmax(score[..., :4], -1)
+        near = torch.einsum("bns,bnsd,ds->bnd", alpha, near, p["convnn.conv.weight"][:, 0])
+        q, k, v = (F.linear(b, p[f"attention.W_{c}.weight"]) for c in "qkv")
+        dense = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(dim - first), -1) @ v
+        both = [F.linear(near, p["convnn.W_o.weight"]), F.linear(dense, p["attention.W_o.weight"])]
+        return F.linear(torch.cat(both, -1), p["pointwise_linear.weight"], p["pointwise_linear.bias"])
+
+    config = attention_config(num_heads=1, branch_ratio=1 / 3)
+    agree(from_reference("MultiHeadBranchingAttention", config, state), formula, torch.randn(2, 9, 12))
+
+
+# --- the module
+
+
+def test_a_reference_layer_is_an_ordinary_module():
+    layer, x = from_reference("Conv2d_NN", convnn_config(), convnn_state()), torch.randn(2, 4, 5, 6)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), y)
+    with torch.no_grad():
+        twin.get_parameter("conv1d_layer.bias").add_(1)
+    torch.testing.assert_close(twin(x), y + 1)
+    assert torch.equal(layer(x), y)
+    assert layer.double()(x.double()).dtype == torch.float64
+    for grid in ((1, 1), (7, 2)):
+        assert layer.float()(torch.randn(1, 4, *grid)).shape == (1, 6, *grid)
+
+
+def test_every_layer_has_a_case_here_or_among_the_stored_ones():
+    """The layers without any are listed, so that the list can only shrink."""
+    here = {"Conv1d_NN", "Conv2d_NN", "Conv2d_Branching", "MultiHeadAttention", "MultiHeadConvNNAttention"}
+    here |= {"MultiHeadBranchingAttention"}
+    stored = {"ACmix", "Conv2d_NN_Attn", "MultiHeadKvtAttention", "MultiHeadSparseAttention"}
+    if CASES:
+        assert stored <= {Case(path).meta["layer"] for path in CASES}
+    untested = {"Conv1d_Branching", "Conv2d_Attn_Branching", "MultiHeadConvNNAttention_Old"}
+    untested |= {"MultiHeadConvNNAttention_Sampled"}
+    assert set(LAYERS) == here | stored | untested
+
+
+# --- refusals
+
+ATTN = {"d_hidden": 12, "num_heads": 3}
+REFUSED = [
+    (
+        "Conv2d_NN",
+        convnn_config(sampling_type="random", num_samples=8),
+        "draws new candidates in evaluation too",
+    ),
+    ("Conv1d_NN", convnn_config(sampling_type="random", num_samples=8), "candidates='random(8)'"),
+    (
+        "Conv2d_NN",
+        convnn_config(sampling_type="spatial", num_samples=3, padding=1),
+        "sampling_type='spatial' with padding=1",
+    ),
+    (
+        "Conv2d_NN",
+        convnn_config(similarity_type="Loc", sampling_type="spatial"),
+        "equally far from others in space",
+    ),
+    (
+        "Conv2d_NN",
+        convnn_config(similarity_type="Loc_Col", lambda_param=0),
+        "lambda_param=0 compares positions only",
+    ),
+    ("Conv2d_NN", convnn_config(in_channels=1), "the cosine of one channel is 1 or -1"),
+    (
+        "Conv2d_NN",
+        convnn_config(magnitude_type="euclidean", padding=1, aggregation_type="Loc_Col"),
+        "border positions are equally far",
+    ),
+    (
+        "Conv2d_Branching",
+        convnn_config(kernel_size=3, shuffle_pattern="BA"),
+        "shuffle_pattern='BA' inside a branch",
+    ),
+    ("Conv2d_NN_Attn", convnn_config(sampling_type="spatial"), "softmaxes over tokens instead of neighbours"),
+    (
+        "Conv2d_NN_Attn",
+        convnn_config(aggregation_type="Loc_Col"),
+        "projects the coordinates with the features",
+    ),
+    ("Conv2d_NN_Attn", convnn_config(shuffle_pattern="B"), "shuffle_pattern='B' is not converted"),
+    ("Conv2d_NN_Attn", convnn_config(attention_dropout=0.1), "attention_dropout=0.1 has no counterpart"),
+    ("MultiHeadAttention", {**ATTN, "attention_dropout": 0.1}, "attention_dropout=0.1 has no counterpart"),
+    ("MultiHeadKvtAttention", {"dim": 12, "num_heads": 3, "attn_drop": 0.1}, "dropout has no counterpart"),
+    (
+        "MultiHeadSparseAttention",
+        {**ATTN, "attention_dropout": 0.2, "attn_mode": "all"},
+        "attention_dropout=0.2",
+    ),
+    ("MultiHeadConvNNAttention", attention_config(sampling_type="random", num_samples=8), "evaluation too"),
+    (
+        "MultiHeadConvNNAttention",
+        attention_config(coordinate_encoding=True),
+        "cannot be built in the public code",
+    ),
+    (
+        "MultiHeadBranchingAttention",
+        attention_config(num_heads=1, branch_ratio=0),
+        "the branch that was not built",
+    ),
+    (
+        "MultiHeadBranchingAttention",
+        attention_config(num_heads=1, branch_ratio=1),
+        "the branch that was not built",
+    ),
+    ("MultiHeadBranchingAttention", attention_config(num_heads=2), "only num_heads=1 is converted"),
+    ("ACmix", acmix_config(dilation=2), "fails with dilation=2; nearfold.nn.ACmix2d supports it"),
+    ("ACmix", acmix_config(kernel_conv=5), "fails with kernel_conv=5; nearfold.nn.ACmix2d supports it"),
+    ("ACmix", acmix_config(kernel_att=4), "fails with an even kernel_att=4"),
+]
+
+
+@pytest.mark.parametrize(("layer", "config", "reason"), REFUSED, ids=[f"{n}-{r[:30]}" for n, _, r in REFUSED])
+def test_faults_of_the_public_code_are_refused_with_the_reason(layer, config, reason):
+    with pytest.raises(UnsupportedReference, match=re.escape(reason)) as caught:
+        from_reference(layer, config, {})
+    assert layer in str(caught.value)
+
+
+SPATIAL = {"sampling_type": "spatial", "num_samples": 3}
+REFUSED_INPUTS = [
+    ("Conv2d_NN", convnn_config(**SPATIAL), convnn_state(), (5, 6), "a 5 x 6 map exchanges rows and columns"),
+    (
+        "Conv2d_NN",
+        convnn_config(**SPATIAL | {"num_samples": 6, "sample_padding": 1}),
+        convnn_state(),
+        (7, 7),
+        "repeats",
+    ),
+    ("Conv1d_NN", convnn_config(**SPATIAL | {"num_samples": 9}), convnn_state(), (7,), "num_samples=9"),
+    ("ACmix", acmix_config(stride=2), acmix_state(), (5, 6), "fails on (1, 4, 5, 6) with stride=2"),
+]
+
+
+@pytest.mark.parametrize(("layer", "config", "state", "grid", "reason"), REFUSED_INPUTS)
+def test_inputs_that_the_public_code_gets_wrong_are_refused(layer, config, state, grid, reason):
+    built = from_reference(layer, config, state)
+    with pytest.raises(UnsupportedReference, match=re.escape(reason)):
+        built(torch.randn(1, 4, *grid))
+    fine = [8 for _ in grid]
+    if layer != "Conv1d_NN":
+        assert built(torch.randn(1, 4, *fine)).shape[0] == 1
+
+
+def test_more_samples_than_tokens_are_refused():
+    state = attention_state() | {"conv.weight": torch.randn(4, 1, 4)}
+    layer = from_reference(
+        "MultiHeadConvNNAttention", attention_config(**SPATIAL | {"num_samples": 8}), state
+    )
+    with pytest.raises(UnsupportedReference, match="num_samples=8 repeats candidates among 6 tokens"):
+        layer(torch.randn(1, 6, 12))
+    assert layer(torch.randn(1, 9, 12)).shape == (1, 9, 12)
+
+
+ACMIX_STATE = acmix_state()
+WRONG = [
+    ("Conv3d_NN", {}, {}, "layer='Conv3d_NN' is not known; choose from: Conv1d_NN, Conv2d_NN"),
+    ("Conv2d_NN", {}, {}, "config of Conv2d_NN lacks 'K'"),
+    (
+        "Conv2d_NN",
+        convnn_config(stride=1),
+        convnn_state(),
+        "K and stride must be equal, got K=5 and stride=1",
+    ),
+    (
+        "Conv2d_NN",
+        convnn_config(magnitude_type="dot"),
+        convnn_state(),
+        "magnitude_type='dot' is not one of: cosine, euclidean",
+    ),
+    (
+        "Conv2d_NN",
+        convnn_config(similarity_type="C"),
+        convnn_state(),
+        "similarity_type='C' is not one of: Col, Loc, Loc_Col",
+    ),
+    ("Conv2d_NN", convnn_config(shuffle_pattern="AB"), convnn_state(), "shuffle_pattern='AB' is not one of"),
+    ("Conv2d_NN", convnn_config(), {}, "weight: expected (6, 4, 5), got None"),
+    ("Conv2d_NN", convnn_config(), convnn_state(k=9), "weight: expected (6, 4, 5), got (6, 4, 9)"),
+    ("Conv2d_NN", convnn_config(out_channels=8), convnn_state(), "weight: expected (8, 4, 5), got (6, 4, 5)"),
+    ("Conv2d_NN", convnn_config(), {**convnn_state(), "w_q.weight": torch.ones(4, 4)}, "w_q.weight"),
+    ("MultiHeadAttention", {**ATTN, "num_heads": 5}, attention_state(), "heads=5 must divide the 12"),
+    (
+        "MultiHeadAttention",
+        ATTN,
+        {"W_q.weight": torch.ones(12, 12)},
+        "state of MultiHeadAttention lacks 'W_k.weight'",
+    ),
+    ("MultiHeadAttention", ATTN, {}, "state of MultiHeadAttention lacks 'W_q.weight'"),
+    ("MultiHeadAttention", ATTN, attention_state(16), "query_weight: expected (12, 12), got (16, 16)"),
+    (
+        "MultiHeadSparseAttention",
+        {**ATTN, "attn_mode": "some"},
+        {},
+        "attn_mode='some' is not one of: all, local, strided",
+    ),
+    (
+        "MultiHeadConvNNAttention",
+        attention_config(magnitude_type="l1"),
+        {},
+        "magnitude_type='l1' is not one of: matmul",
+    ),
+    (
+        "MultiHeadConvNNAttention",
+        attention_config(convolution_type="x"),
+        {},
+        "convolution_type='x' is not one of",
+    ),
+    (
+        "ACmix",
+        acmix_config(),
+        {n: p for n, p in ACMIX_STATE.items() if n != "fc.weight"},
+        "state of ACmix lacks 'fc.weight'",
+    ),
+    ("ACmix", acmix_config(head=4), ACMIX_STATE, "0.position_weight: expected (2, 2), got (4, 2)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "state", "message"), WRONG, ids=[f"{w[0]}-{w[3][:30]}" for w in WRONG]
+)
+def test_wrong_configurations_and_states(layer, config, state, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        from_reference(layer, config, state)
+    assert not isinstance(caught.value, UnsupportedReference)
