@@ -111,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     ops.set_defaults(command=_ops)
 
     explain = _new(commands.add_parser, "explain", "say how an operator would run on inputs of one shape")
-    explain.add_argument(
-        "notation", metavar="NOTATION", help="an operator in the notation, or its name in `ops`"
-    )
+    explain.add_argument("notation", metavar="NOTATION", help="an operator in the notation, or its name in `ops`")
     explain.add_argument(
         "--shape", type=_shape, required=True, metavar="B,C,H,W",
         help="shape of the input: batch, channels and the grid (B,C,N for sequences)",
@@ -147,9 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = _new(commands.add_parser, "study", "many runs, one table, one report")
     studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
-    spectrum = _new(
-        studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention"
-    )
+    spectrum = _new(studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention")
     spectrum.epilog = f"{spectrum.epilog}\n\noperators:\n" + "\n".join(
         f"  {stop.name:<14} {stop.notation}" for stop in SPECTRUM
     )
@@ -160,9 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     spectrum.add_argument("--seeds", type=_positive, metavar="N", help="runs of every operator (default: 3)")
     spectrum.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
-    spectrum.add_argument(
-        "--width", type=_positive, metavar="C", help="channels of the network (default: 32)"
-    )
+    spectrum.add_argument("--width", type=_positive, metavar="C", help="channels of the network (default: 32)")
     spectrum.add_argument("--out", type=Path, metavar="DIR", help="default: runs/spectrum-DATA")
     spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
     spectrum.add_argument(
@@ -265,9 +259,7 @@ def _explain(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64"
-        )
+        raise ValueError(f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64")
     operation = parse(_notation(args.notation))
     print(
         explain(operation, args.shape, args.out_channels, dtype=dtype, device=args.device, grad=args.grad)
@@ -326,9 +318,7 @@ def _study_spectrum(args: argparse.Namespace) -> int:
 
 def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*){2,}", text):
-        raise argparse.ArgumentTypeError(
-            f"wanted batch, channels and grid, such as 16,64,32,32; got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"wanted batch, channels and grid, such as 16,64,32,32; got {text!r}")
     return tuple(int(number) for number in re.split("[,x]", text))
 
 

@@ -94,8 +94,12 @@ class ReferenceLayer(nn.Module):
         if unread:
             raise ValueError(f"state has {', '.join(unread)}, which config does not; pass the state dict alone")
 
+    def _state(self) -> State:
+        # by attribute: torch.func.functional_call puts plain tensors in the parameters' place
+        return {name: functools.reduce(getattr, name.split("."), self) for name in self._names}  # type: ignore[misc]
+
     def _mapped(self) -> State:
-        mapped = self._conversion[0].mapping({name: self.get_parameter(name) for name in self._names})
+        mapped = self._conversion[0].mapping(self._state())
         wanted = {name: tuple(p.shape) for name, p in self._conversion[0].layer.named_parameters()}
         got = {name: tuple(p.shape) for name, p in mapped.items()}
         if wanted != got:
@@ -111,7 +115,7 @@ class ReferenceLayer(nn.Module):
         y: Tensor = torch.func.functional_call(conversion.layer, self._mapped(), (x,))
         if conversion.after is None:
             return y
-        return conversion.after(y, {name: self.get_parameter(name) for name in self._names})
+        return conversion.after(y, self._state())
 
     def to_nearfold(self) -> Mixer:
         """The Nearfold layer itself, weights copied; it no longer follows this module's parameters.
@@ -525,7 +529,15 @@ def _convnn_attention_mapping(c: _Config, s: State, prefix: str = "") -> State:
 
 
 def _convnn_attention(c: _Config, state: State) -> Conversion:
-    layer = _tokens(_convnn_attention_operation(c), c["d_hidden"], state, "W_o.bias")
+    dim = c["d_hidden"]
+    layer = _tokens(_convnn_attention_operation(c), dim, state, "W_o.bias")
+    if _scrambles(c):  # what follows outside the operation is no parameter of the layer
+        for name, shape in (("W_o.weight", (dim, dim)), ("W_o.bias", (dim,))):
+            if name in state and tuple(state[name].shape) != shape:
+                raise ValueError(
+                    f"state does not fit config ({name}: expected {shape}, got {tuple(state[name].shape)}); pass the "
+                    "state dict of the same layer"
+                )
 
     def check(x: Tensor) -> None:
         if c.get("sampling_type", "all") == "spatial":

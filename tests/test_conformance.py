@@ -58,6 +58,21 @@ def test_low_precision(name, dtype):
     conform(CASES[name], (6, 7), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["convnn", "kvt", "nearest_euclidean", "convnn_random"])
+def test_many_positions(name, dtype):
+    """Enough keys for the two-step search, and a number that its classes do not divide."""
+    conform(CASES[name], (27, 23), dtype)
+
+
+@pytest.mark.parametrize("candidates", ["all", "grid(24)"])
+def test_many_ties_go_to_the_lowest_index(candidates):
+    layer, x = make(f"nearest(9, dot, {candidates}) | ranked | kernel", (26, 25), torch.float32)
+    x = x.mul(2).round()
+    errors = run(layer, x, "auto").errors(run(layer, x, "oracle"))
+    assert max(errors.values()) <= BUDGET[torch.float32], errors
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(op=operations(), grid=st.tuples(st.integers(1, 7), st.integers(1, 6)), seed=st.integers(0, 99))
 def test_generated(op, grid, seed):

@@ -237,15 +237,11 @@ def test_nearest_in_space_is_conv2d(similarity, size, dilation, stride, kernel, 
     agree(ours, theirs, torch.randn(2, 4, 5, 7), pairs)
 
 
-@pytest.mark.parametrize(
-    ("size", "dilation", "stride"), [(3, 1, 1), (5, 1, 2), (7, 1, 1), (3, 4, 1), (5, 2, 3)]
-)
+@pytest.mark.parametrize(("size", "dilation", "stride"), [(3, 1, 1), (5, 1, 2), (7, 1, 1), (3, 4, 1), (5, 2, 3)])
 def test_nearest_in_space_is_conv1d(size, dilation, stride):
     padding = (size - 1) // 2 * dilation
     theirs = nn.Conv1d(3, 5, size, stride, padding, dilation)
-    spelled = (
-        f"nearest({size}, position(dilation={dilation}), padding={padding}, stride={stride}) | box | kernel"
-    )
+    spelled = f"nearest({size}, position(dilation={dilation}), padding={padding}, stride={stride}) | box | kernel"
     ours = Mixer(spelled, 3, 5, ndim=1)
     ours.load_state_dict(theirs.state_dict())  # in one dimension even the shapes are the same
     agree(ours, theirs, torch.randn(2, 3, 11), [(ours.weight, lambda: theirs.weight.grad)])
@@ -257,6 +253,17 @@ def test_nearest_in_space_is_conv3d():
     set_(ours.weight, theirs.weight.flatten(2))
     set_(ours.bias, theirs.bias)
     agree(ours, theirs, torch.randn(1, 2, 3, 4, 3), [(ours.weight, lambda: theirs.weight.grad.flatten(2))])
+
+
+@pytest.mark.parametrize(("similarity", "size"), [("position", 3), ("position(chebyshev)", 5)])
+def test_nearest_in_space_is_conv2d_on_a_larger_map_in_float32(similarity, size):
+    """Distances are compared exactly: one rounding in the coordinates would break ties the wrong way."""
+    theirs = nn.Conv2d(2, 3, size, padding=size // 2).float()
+    ours = Mixer(f"nearest({size**2}, {similarity}, padding={size // 2}) | box | kernel", 2, 3).float()
+    set_(ours.weight, theirs.weight.flatten(2))
+    set_(ours.bias, theirs.bias)
+    x = torch.randn(1, 2, 37, 29, dtype=torch.float32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
 # --- attention
@@ -320,9 +327,7 @@ def joined(ours, y_BHNd: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "path", ["all | causal | softmax(heads=3)", "nearest(9, scaled) | causal | softmax(heads=3)"]
-)
+@pytest.mark.parametrize("path", ["all | causal | softmax(heads=3)", "nearest(9, scaled) | causal | softmax(heads=3)"])
 def test_causal_attention(path, backend):
     ours = TokenMixer(path, 12, backend=backend)
     x = torch.randn(2, 9, 12)
@@ -377,9 +382,7 @@ def test_convnn_attention_starts_as_kvt():
     kvt, convnn = KVTAttention(12, 3, 5), ConvNNAttention(12, 3, 5)
     missing = convnn.load_state_dict(kvt.state_dict(), strict=False)
     assert missing.missing_keys == ["weight"] and not missing.unexpected_keys
-    pairs = [
-        (p, lambda n=n: kvt.get_parameter(n).grad) for n, p in convnn.named_parameters() if n != "weight"
-    ]
+    pairs = [(p, lambda n=n: kvt.get_parameter(n).grad) for n, p in convnn.named_parameters() if n != "weight"]
     agree(convnn, kvt, torch.randn(2, 11, 12), pairs)
 
 
@@ -524,9 +527,7 @@ def test_acmix_is_its_unfolded_formulation(window, conv, stride, dilation):
 
     def reference(x):
         q, k, v = (
-            F.conv2d(x, twin[f"{c}_weight"][..., None, None], twin[f"{c}_bias"])
-            .unflatten(1, (heads, d))
-            .flatten(0, 1)
+            F.conv2d(x, twin[f"{c}_weight"][..., None, None], twin[f"{c}_bias"]).unflatten(1, (heads, d)).flatten(0, 1)
             for c in LETTERS
         )
         y, x_ = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -554,9 +555,7 @@ A, B = "nearest(5, cosine, self) | ranked | kernel", "window(3) | box | kernel"
 def part(layer, name: str, notation: str, out: int, **kwargs):
     """One operand of a combinator as a layer of its own, weights shared."""
     alone = Mixer(notation, layer.in_channels, out, **kwargs)
-    alone.load_state_dict(
-        {n.removeprefix(name): p for n, p in layer.state_dict().items() if n.startswith(name)}
-    )
+    alone.load_state_dict({n.removeprefix(name): p for n, p in layer.state_dict().items() if n.startswith(name)})
     return alone
 
 
@@ -660,15 +659,11 @@ SCORES = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    "similarity", ["dot", "cosine", "scaled", "euclidean", "euclidean(squared)", "blend(1)"]
-)
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "scaled", "euclidean", "euclidean(squared)", "blend(1)"])
 def test_constant_inputs_read_the_lowest_indices(similarity, dtype, backend):
     for value in (0.0, 1.0, -0.0):
         features = torch.full((2, 3, 4, 5), value, dtype=dtype)
-        found = neighbours(
-            f"nearest(6, {similarity}) | ranked | ones(project=qk)*depthwise", features, backend
-        )
+        found = neighbours(f"nearest(6, {similarity}) | ranked | ones(project=qk)*depthwise", features, backend)
         assert bool((found == torch.arange(6)).all())
 
 
@@ -750,9 +745,7 @@ def test_nan_stays_at_its_position(notation, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "weight", ["ones(heads=2)", "ones(heads=2)*depthwise", "softmax(heads=2, project=none)"]
-)
+@pytest.mark.parametrize("weight", ["ones(heads=2)", "ones(heads=2)*depthwise", "softmax(heads=2, project=none)"])
 def test_nan_stays_in_its_head(weight, backend):
     """Heads are queries of their own: without projections or a kernel that mixes them, so are their NaN."""
     layer = Mixer(f"nearest(5, cosine) | ranked | {weight}", 4, backend=backend)

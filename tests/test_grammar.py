@@ -164,13 +164,7 @@ def basics(draw: st.DrawFn) -> Basic:
 
 
 NAMES = st.sampled_from(["a", "b", "rate_2", "branch", "window", "mix", "none"])
-RATES = (
-    st.none()
-    | st.floats(-9, 9)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.integers(-9, 9)
-    | NAMES
-)
+RATES = st.none() | st.floats(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9) | NAMES
 
 
 @st.composite
@@ -228,13 +222,7 @@ def test_every_word_round_trips(cls):
 def notation(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(str, value))})"
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else repr(value)
-        if isinstance(value, float)
-        else str(value)
-    )
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -256,9 +244,7 @@ def test_notation_says_what_the_words_say():
     assert parse("window((3, 5), dilation=2, padding=(1, 0), mode=reflect) | box | depthwise") == Basic(
         Window((3, 5), dilation=2, padding=(1, 0), mode="reflect"), Box(), Weight(kernel=Depthwise())
     )
-    assert parse(
-        "nearest(9, blend(0.25, cosine, unit), random(64), self=0.5, again=-1) | ranked | identity"
-    ) == Basic(
+    assert parse("nearest(9, blend(0.25, cosine, unit), random(64), self=0.5, again=-1) | ranked | identity") == Basic(
         Nearest(9, Blend(0.25, "cosine", True), Random(64), include_self=0.5, again=-1.0),
         Ranked(),
         Weight(Identity()),
@@ -266,20 +252,14 @@ def test_notation_says_what_the_words_say():
     # candidates and similarity find their place by what they are
     assert parse("nearest(9, grid(3)) | ranked | kernel").path == Nearest(9, Cosine(), Grid(3))
     assert parse("nearest(9, window(5), scaled) | ranked | kernel").path == Nearest(9, Scaled(), Nearby(5))
-    assert parse("all(cosine) | row | softmax(heads=4, scale=2)").weight == Weight(
-        Softmax(heads=4, scale=2.0)
-    )
+    assert parse("all(cosine) | row | softmax(heads=4, scale=2)").weight == Weight(Softmax(heads=4, scale=2.0))
     assert (
-        parse("window(3) | box | kernel")
-        == parse("window(3)|box|ones*kernel")
-        == parse(" window( 3,) |\nbox | kernel")
+        parse("window(3) | box | kernel") == parse("window(3)|box|ones*kernel") == parse(" window( 3,) |\nbox | kernel")
     )
     assert parse("nearest(3, self) | ranked | kernel") == parse("nearest(3, self=true) | ranked | kernel")
     a, b = parse("window(3) | box | kernel"), parse("all | row | softmax")
     assert parse(f"2*({a}) + w*({b}) + ({a})") == Sum(((2.0, a), ("w", b), (None, a)))
-    assert parse(f"branch(.25, {a}, 1e-3*({a}) + {b}, mix)") == Branch(
-        0.25, a, Sum(((0.001, a), (None, b))), True
-    )
+    assert parse(f"branch(.25, {a}, 1e-3*({a}) + {b}, mix)") == Branch(0.25, a, Sum(((0.001, a), (None, b))), True)
 
 
 def test_different_operations_are_different():
@@ -452,9 +432,7 @@ def test_the_error_crosses_process_boundaries():
     assert (str(error), error.text, error.position) == (str(caught.value), caught.value.text, 12)
 
 
-@pytest.mark.parametrize(
-    "text", [None, 3, b"window(3) | box | kernel", ["window"], parse("all | row | ones")]
-)
+@pytest.mark.parametrize("text", [None, 3, b"window(3) | box | kernel", ["window"], parse("all | row | ones")])
 def test_only_text_is_parsed(text):
     with pytest.raises(ValueError, match=f"text must be a str in the notation, got {type(text).__name__}"):
         parse(text)
@@ -465,9 +443,7 @@ def test_parse_word():
     assert parse_word("similarity", Cosine()) == Cosine()
     # `window` is a path and a set of candidates: the kind decides
     assert parse_word("candidates", "window(5)") == Nearby(5)
-    with pytest.raises(
-        ValueError, match=r"similarity must be one of dot, .*got random\(3\) \(a candidates\)"
-    ):
+    with pytest.raises(ValueError, match=r"similarity must be one of dot, .*got random\(3\) \(a candidates\)"):
         parse_word("similarity", Random(3))
     with pytest.raises(ValueError, match="similarity must be notation or a word, got 3"):
         parse_word("similarity", 3)
@@ -600,11 +576,7 @@ def check_only_notation_errors(text: str) -> None:
     assert parse(str(op)) == op
 
 
-@given(
-    st.text(max_size=60)
-    | st.lists(PIECES, max_size=30).map("".join)
-    | st.lists(PIECES, max_size=30).map(" ".join)
-)
+@given(st.text(max_size=60) | st.lists(PIECES, max_size=30).map("".join) | st.lists(PIECES, max_size=30).map(" ".join))
 @settings(max_examples=300, deadline=None)
 @example("window(3) | box | kernel" + "(" * 5000)
 @example("nearest(" * 5000)
@@ -615,9 +587,7 @@ def test_any_text_gives_an_operation_or_a_notation_error(text):
 
 @given(
     st.sampled_from([entry.notation for entry in CATALOGUE.values()]),
-    st.lists(
-        st.tuples(st.floats(0, 1), st.integers(0, 3), PIECES | st.text(max_size=2)), min_size=1, max_size=3
-    ),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), PIECES | st.text(max_size=2)), min_size=1, max_size=3),
 )
 @settings(max_examples=300, deadline=None)
 def test_mutated_notation_gives_an_operation_or_a_notation_error(text, edits):

@@ -83,9 +83,7 @@ def upward(source: str, module: str, is_package: bool = False) -> list[str]:
     """What a module imports although it is not below it."""
     own = part(module)
     return sorted(
-        name
-        for name in imported(source, module, is_package)
-        if part(name) != own and RANK[part(name)] >= RANK[own]
+        name for name in imported(source, module, is_package) if part(name) != own and RANK[part(name)] >= RANK[own]
     )
 
 
@@ -144,9 +142,7 @@ def loaded_by(module: str) -> set[str]:
         f"import {module}\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -39,9 +39,7 @@ IMAGES = {
     "ConvNN2d blend": lambda **k: ConvNN2d(4, 6, 5, similarity="blend(0.3)", candidates="grid(3)", **k),
     "ConvNN2d window": lambda **k: ConvNN2d(4, 6, 5, similarity="euclidean", candidates="window(3)", **k),
     "BranchingConv2d": lambda **k: BranchingConv2d(4, 6, 3, 5, 0.5, **k),
-    "BranchingConv2d groups": lambda **k: BranchingConv2d(
-        4, 8, (3, 1), 5, 0.25, groups=2, dilation=2, mix=False, **k
-    ),
+    "BranchingConv2d groups": lambda **k: BranchingConv2d(4, 8, (3, 1), 5, 0.25, groups=2, dilation=2, mix=False, **k),
     "ACmix2d": lambda **k: ACmix2d(4, 8, 7, 3, 2, **k),
     "ACmix2d dilated": lambda **k: ACmix2d(4, 8, (3, 5), 5, 4, dilation=2, **k),
 }
@@ -51,9 +49,7 @@ SEQUENCES = {
 }
 TOKENS = {
     "ConvNNAttention": lambda **k: ConvNNAttention(12, 3, 5, **k),
-    "ConvNNAttention separable": lambda **k: ConvNNAttention(
-        12, 3, 5, kernel="separable", include_self=True, **k
-    ),
+    "ConvNNAttention separable": lambda **k: ConvNNAttention(12, 3, 5, kernel="separable", include_self=True, **k),
     "ConvNNAttention kernel": lambda **k: ConvNNAttention(12, 3, 5, kernel="kernel", rho="identity", **k),
     "ConvNNAttention plain": lambda **k: ConvNNAttention(
         12, 3, 5, kernel="none", similarity="cosine(coordinates)", **k
@@ -455,9 +451,7 @@ def test_bad_inputs(make, shape):
             layer(bad)
         assert str(tuple(bad.shape)) in str(caught.value)
     for dtype in (torch.int64, torch.bool, torch.uint8):
-        with pytest.raises(
-            ValueError, match=rf"x must be floating point, got {dtype}; convert it with x.float\(\)"
-        ):
+        with pytest.raises(ValueError, match=rf"x must be floating point, got {dtype}; convert it with x.float\(\)"):
             layer(torch.ones(size, dtype=dtype))
     nowhere = [*size]
     nowhere[1 if channels == 2 else 2] = 0
@@ -484,9 +478,7 @@ def test_a_backend_asked_for_never_falls_back():
         ValueError, match=r"backend='conv' cannot run nearest.*path is nearest, not window.*knn, oracle"
     ):
         ConvNN2d(4, 6, backend="conv")(x)
-    with pytest.raises(
-        ValueError, match=r"backend='fast' is not one of: auto, conv, sdpa, knn, local, oracle"
-    ):
+    with pytest.raises(ValueError, match=r"backend='fast' is not one of: auto, conv, sdpa, knn, local, oracle"):
         ConvNN2d(4, 6, backend="fast")(x)
 
 

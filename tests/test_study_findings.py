@@ -41,7 +41,7 @@ def test_blend_sentence_finds_an_inner_maximum_and_the_ends():
     assert "+10.0 points" in text and "highest on the way, 80.5 ± 0.7 % (b1)" in text
     assert "do not overlap" in text
     falling = answer(blend[1:], 1000)[1]
-    assert "-20.0 points" in falling and "highest at an end" in falling
+    assert "−20.0 points" in falling and "highest at an end" in falling
 
 
 def test_a_small_gap_from_a_low_ceiling_is_called_so():

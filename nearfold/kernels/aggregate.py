@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nearfold.kernels.select import LOST
+
 TILE_BYTES = 2 << 20  # of gathered neighbours held at once
 
 
@@ -28,13 +30,15 @@ def _tiles(value: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor
     some_missing = bool((index < 0).any())
     head = torch.arange(H, device=value.device)
     sample = torch.arange(B, device=value.device).repeat_interleave(M)[:, None, None] * N
+    # one buffer for all tiles: memory that is fresh every time costs more to map than to fill
+    buffer = value.new_empty(min(rows, B * M) * S * H, C // H)
     for start in range(0, B * M, rows):
         part = slice(start, min(start + rows, B * M))
         local = flat[part]
         missing = local < 0 if some_missing else None
         at = ((local.clamp(min=0) if some_missing else local) + sample[part]) * H + head
         at = at.reshape(-1)
-        near = table.index_select(0, at).view(-1, S, H, C // H)
+        near = torch.index_select(table, 0, at, out=buffer[: len(at)]).view(-1, S, H, C // H)
         if missing is not None and missing.any():
             near.masked_fill_(missing[..., None], 0)
         else:
@@ -65,6 +69,12 @@ def _out_channels(value: Tensor, weight: Tensor | None) -> int:
     return value.shape[2] if weight is None else weight.shape[0]
 
 
+def _lost(index: Tensor) -> Tensor | None:
+    """Outputs (B * M, 1) whose query was NaN; None when there are none."""
+    lost = index == LOST
+    return lost.flatten(2).any(-1).view(-1, 1) if lost.any() else None
+
+
 def _is_depthwise(weight: Tensor | None, groups: int, channels: int) -> bool:
     return weight is not None and weight.shape[0] == groups == channels
 
@@ -75,7 +85,7 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
 
     Args:
         value: (B, N, C).
-        index: (B, M, S, H) int64 positions; -1 reads nothing.
+        index: (B, M, S, H) int64 positions; -1 reads nothing; -2 too, and without alpha it makes the output NaN.
         alpha: (B, M, S, H) in value's dtype, or None for ones.
         weight: (O, C / groups, S) in value's dtype; (C, 1, S) with groups = C is depthwise; None for ones.
         groups: groups of the kernel.
@@ -98,7 +108,8 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
                 torch.mm(near.view(len(near), -1), matrix[0], out=out[part])
             else:
                 out[part] = torch.bmm(_grouped(near, groups), matrix).transpose(0, 1).reshape(-1, O)
-        return out.view(B, M, O)
+        lost = _lost(index) if alpha is None else None
+        return (out if lost is None else out.masked_fill_(lost, float("nan"))).view(B, M, O)
 
 
 @aggregate.register_fake

@@ -8,12 +8,15 @@ Shape legend: P problems (batch x heads), M queries, R keys, e embedded features
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-BLOCK_BYTES = 4 << 20  # of scores held at once
-INVALID = -1
+BLOCK_BYTES = 8 << 20  # of scores held at once
+INVALID = -1  # a slot that reads nothing
+LOST = -2  # a slot of a query that was NaN
 DOT_LIKE = ("dot", "cosine")
 
 
@@ -63,25 +66,26 @@ def _class_count(R: int, k: int) -> int:
 
 
 def _classes(score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_plain`, in two short searches: the k largest lie in the k columns classes with the largest maxima.
+    """As `_plain`, in two short searches: the k largest lie in the k column classes with the largest maxima.
 
-    Column j is in class j mod G: the maxima are element-wise ones of contiguous pieces. Exact: a class left out
-    has a maximum no larger than k others; one that equals the k-th best is reported as a tie.
+    Column j is in class j mod G: the maxima are element-wise ones of contiguous pieces. Exact: k + 1 classes are
+    kept, a class left out has no larger maximum than any of them, and where one could equal the k-th best, the
+    row is reported as tied.
     """
     *lead, R = score.shape
     G = _class_count(R, k)
     whole = R // G * G
     parts = score[..., :whole].unflatten(-1, (R // G, G))
-    top, column = parts.amax(-2).topk(min(k + 1, G), -1)
-    within = parts.gather(-1, column[..., None, :k].expand(*lead, R // G, k)).flatten(-2)
+    top, column = parts.amax(-2).topk(k + 1, -1, sorted=False)
+    within = parts.gather(-1, column[..., None, :].expand(*lead, R // G, k + 1)).flatten(-2)
     rest = score[..., whole:]
-    best, place = torch.cat([within, rest], -1).topk(k + 1, -1)
-    tied = (best[..., 1:] == best[..., :-1]).any(-1) | (top[..., k] >= best[..., k - 1])
+    best, place = (torch.cat([within, rest], -1) if whole < R else within).topk(k + 1, -1)
+    tied = (best[..., 1:] == best[..., :-1]).any(-1) | (top.amin(-1) >= best[..., k - 1])
     best, place = best[..., :k], place[..., :k]
-    inside = place < within.shape[-1]
-    row = place // k
-    found = row * G + column.gather(-1, place % k)
-    return best, torch.where(inside, found, place - within.shape[-1] + whole), tied
+    found = place // (k + 1) * G + column.gather(-1, place % (k + 1))
+    if whole < R:
+        found = torch.where(place < within.shape[-1], found, place - within.shape[-1] + whole)
+    return best, found, tied
 
 
 def _own_column(query_index: Tensor, key_index: Tensor) -> Tensor:
@@ -104,10 +108,10 @@ def _mask(
     return score
 
 
-def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
-    """A block of scores (p, m, R): dot, minus squared euclidean or minus chebyshev distance."""
+def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, out: Tensor) -> Tensor:
+    """A block of scores (p, m, R), in ``out`` where it can: dot, minus squared euclidean or chebyshev distance."""
     if metric in DOT_LIKE:
-        dot = torch.bmm(q, k.transpose(1, 2))
+        dot = torch.bmm(q, k.transpose(1, 2), out=out)
         return dot.clamp_(-1, 1) if metric == "cosine" else dot
     if metric == "chebyshev":
         return -torch.cdist(q, k, p=float("inf"))
@@ -134,16 +138,16 @@ def select(
     Args:
         query: (P, M, e) float32 or float64.
         key: (P, R, e), same dtype.
-        k: how many, at least 1; slots beyond the keys there are have index -1 and score -inf.
-        metric: "dot", "cosine" (of unit vectors), "euclidean" (minus the distance, or its square with ``squared``) or "chebyshev".
-        squared: minus the squared distance instead.
+        k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
+        metric: "dot", "cosine" (of unit vectors), "euclidean" or "chebyshev" (minus the distances).
+        squared: with euclidean, minus the squared distance instead.
         query_index: (M,) int64 position of every query; key_index: (R,) of every key.
         key_index: positions of the keys.
         allowed: (M, R) bool, which keys a query may choose; None for all.
         own: whether the query's own position gets the score ``again`` instead of its similarity.
         again: that score; -inf takes it out of the search.
 
-    A NaN key is never chosen; a NaN query has NaN scores.
+    A NaN key is never chosen; a NaN query has NaN scores and indices -2.
     """
     with torch.autocast(query.device.type, enabled=False):
         return _select(query, key, k, metric, squared, query_index, key_index, allowed, own, again)
@@ -169,19 +173,30 @@ def _select(
     if score.numel() == 0 or R == 0:
         return score, index
     column = _own_column(query_index, key_index) if own else None
-    clean = bool((query.sum() + key.sum()).isfinite())  # an overflow here only costs the careful path
+    clean = bool(
+        (query.sum() + (0 if key is query else key.sum())).isfinite()
+    )  # an overflow here only costs the careful path
     q_norm = k_norm = None
     if metric == "euclidean":
         q_norm, k_norm = query.square().sum(-1), key.square().sum(-1)
     row_bytes = R * query.element_size()
     m = max(1, min(M, BLOCK_BYTES // row_bytes))
     p = max(1, BLOCK_BYTES // (row_bytes * M)) if m == M else 1
+    # one buffer for all blocks: memory that is fresh every time costs more to map than to fill
+    buffer = query.new_empty(min(p, P) * m * R)
     for p0 in range(0, P, p):
         ps = slice(p0, min(p0 + p, P))
         for m0 in range(0, M, m):
             ms = slice(m0, min(m0 + m, M))
-            norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
-            block = _score(metric, query[ps, ms], key[ps], *norms)
+            shape = (ps.stop - p0, ms.stop - m0, R)
+            block = _score(
+                metric,
+                query[ps, ms],
+                key[ps],
+                None if q_norm is None else q_norm[ps, ms],
+                None if k_norm is None else k_norm[ps],
+                buffer[: math.prod(shape)].view(shape),
+            )
             block = _mask(block, column, again, allowed, clean, ms)
             best, found = _ranked(block, kept)
             score[ps, ms, :kept] = best
@@ -189,7 +204,9 @@ def _select(
     if metric == "euclidean":
         score = _distances(query, key, score, index, squared, again, column)
     if not clean:
-        score.masked_fill_(query.isnan().any(-1, keepdim=True), float("nan"))
+        lost = query.isnan().any(-1, keepdim=True)
+        score.masked_fill_(lost, float("nan"))
+        index.masked_fill_(lost, LOST)
     return score, index
 
 
@@ -207,7 +224,7 @@ def _distances(
     for block, _, apart in _chosen(query, key, index):
         square = apart.square().sum(-1)
         exact[block] = -(square if squared else square.sqrt())
-    missing = index == INVALID
+    missing = index < 0
     if column is not None:
         exact.masked_fill_(index == column[:, None], again)
     return exact.masked_fill_(missing, float("-inf"))
@@ -250,7 +267,7 @@ def select_backward(
     with torch.autocast(query.device.type, enabled=False):
         d_query, d_key = torch.empty_like(query), torch.zeros_like(key)
         for block, rows, apart in _chosen(query, key, index):
-            g = grad[block].masked_fill(index[block] == INVALID, 0)
+            g = grad[block].masked_fill(index[block] < 0, 0)
             at = index[block].clamp(min=0).flatten()
             if metric in DOT_LIKE:
                 d_query[block] = torch.einsum("pmk,pmke->pme", g, rows)

@@ -87,8 +87,8 @@ class Call:
             empty = torch.empty(1, 1, 0, 0, device=like.device, dtype=dtype)
             return self.similarity.embed(empty, empty, place, self.params)
         assert self.query is not None and self.key is not None
-        query = split_heads(self.query, self.heads).to(dtype)
-        key = query if self.key is self.query else split_heads(self.key, self.heads).to(dtype)
+        query = split_heads(self.query, self.heads).to(dtype).contiguous()
+        key = query if self.key is self.query else split_heads(self.key, self.heads).to(dtype).contiguous()
         return self.similarity.embed(query, key, place, self.params)
 
 

@@ -48,8 +48,7 @@ def position_code(channels: int, height: int, width: int, like: Tensor) -> Tenso
     exponent = torch.arange(n_waves, device=like.device, dtype=torch.float32) / max(n_waves, 1)
     frequency = 100.0**-exponent
     rows, columns = (
-        torch.arange(n, device=like.device, dtype=torch.float32)[None] * frequency[:, None]
-        for n in (height, width)
+        torch.arange(n, device=like.device, dtype=torch.float32)[None] * frequency[:, None] for n in (height, width)
     )
     code = torch.zeros(channels, height, width, device=like.device, dtype=torch.float32)
     for quarter, wave in enumerate((rows.sin(), rows.cos(), columns.sin(), columns.cos())):

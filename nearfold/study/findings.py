@@ -52,9 +52,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
         return text + "; it is the only operator that was run."
     text += f"; {others[-1].title} has the lowest, {percent(others[-1].test)} %."
     if min(row.n for row in rows) < 2:
-        return (
-            text + " With one seed there is no spread to compare a difference with: read no ranking into it."
-        )
+        return text + " With one seed there is no spread to compare a difference with: read no ranking into it."
     apart = [row for row in others if separated(best, row)]
     level = [row for row in others if not separated(best, row)]
     if apart:
@@ -77,7 +75,7 @@ def _along_blend(rows: Sequence[Row]) -> str:
     text = (
         f"On the way from space to features with one and the same kernel, accuracy goes from "
         f"{percent(first.test)} % ({first.title}) to {percent(last.test)} % ({last.title}), "
-        f"{difference:+.1f} points"
+        f"{difference:+.1f} points".replace("-", "−")
     )
     if top in (first, last):
         text += ", and is highest at an end of the way"

@@ -104,9 +104,9 @@ def picture(image: Tensor, found: Sequence[Look], colours: Sequence[str]) -> Fig
         found: one look an operator.
         colours: of the title of each panel.
     """
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import ListedColormap
 
-    heat = LinearSegmentedColormap.from_list("heat", ["#fff3b0", "#f5a623", "#c8102e", "#5a0016"])
+    ink = ListedColormap(["#b3123a"])  # how much is read is how much ink there is
     columns = 5
     lines = -(-(len(found) + 1) // columns)
     figure = new_figure(9.2, 2.15 * lines)
@@ -118,11 +118,8 @@ def picture(image: Tensor, found: Sequence[Look], colours: Sequence[str]) -> Fig
     panels[0].set_title("the image, and\nthe position asked", fontsize=8.5, color="#333333")
     for panel, look, colour in zip(panels[1:], found, colours, strict=False):
         _image(panel, image, faded=True)
-        share = look.weights / look.weights.max()
-        panel.imshow(
-            share.numpy(), cmap=heat, vmin=0, vmax=1, alpha=(0.9 * share.clamp(min=0).sqrt()).numpy(),
-            extent=_extent(image), interpolation="nearest",
-        )  # fmt: skip
+        share = (look.weights / look.weights.max()).clamp(min=0).numpy()
+        panel.imshow(share, cmap=ink, alpha=0.95 * share**0.6, extent=_extent(image), interpolation="nearest")
         _mark(panel, image, look)
         numbers = f"{look.positions:.1f} positions, {look.reach:.1f} away"
         panel.set_title(f"{look.title}\n", fontsize=8.5, color=colour, fontweight="bold", linespacing=1.5)
@@ -140,7 +137,7 @@ def _extent(image: Tensor) -> tuple[float, float, float, float]:
 def _image(panel: Axes, image: Tensor, *, faded: bool) -> None:
     pixels = image.float().cpu() / 255
     grey = pixels.mean(0)
-    shown = 1 - 0.45 * (1 - grey) if faded else (pixels.permute(1, 2, 0) if len(image) == 3 else grey)
+    shown = 1 - 0.3 * (1 - grey) if faded else (pixels.permute(1, 2, 0) if len(image) == 3 else grey)
     panel.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, extent=_extent(image), interpolation="nearest")
 
 

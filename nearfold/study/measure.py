@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS = 10
+STEPS = 20
 """Timed steps; the fastest counts: whatever else the machine does can only slow a step down."""
 
 

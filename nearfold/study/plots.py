@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nearfold.study.table import Row, count, mean, spread
+from nearfold.study.table import Row, mean, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,9 +82,7 @@ def along_spectrum(rows: Sequence[Row]) -> Figure:
             values = [100 * v for v in values_of(row)]
             colour = FAMILIES[row.family][1]
             axis.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-            axis.errorbar(
-                mean(values), place, xerr=spread(values), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4
-            )
+            axis.errorbar(mean(values), place, xerr=spread(values), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
         axis.set_xlabel(label)
         axis.margins(y=0.5 / max(len(rows), 1))
     axes[1].axvline(0, color="#999999", lw=0.9)
@@ -116,14 +114,14 @@ def against_cost(rows: Sequence[Row]) -> Figure:
         room = (high / low) ** 0.12 if high > low else 1.5
         axis.set(xscale="log", xlim=(low / room, high * room), xlabel=label, ylabel="test accuracy, %")
         ticks = list(_log_ticks(low / room, high * room))
-        axis.set_xticks(ticks, [count(tick) for tick in ticks])
+        axis.set_xticks(ticks, [_short(tick) for tick in ticks])
         axis.minorticks_off()
         axis.margins(y=0.15)
     _legend(figure, rows)
     figure.draw_without_rendering()  # the layout must stand before labels are placed by their pixels
     figure.set_layout_engine("none")
     for axis, (_, cost) in zip(axes, panels, strict=True):
-        _label_points(axis, [(cost(row), 100 * mean(row.test), row.title) for row in rows])
+        _label_points(axis, [(cost(row), row) for row in rows])
     return figure
 
 
@@ -135,6 +133,12 @@ def _legend(figure: Figure, rows: Sequence[Row]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=len(used), frameon=False)
 
 
+def _short(value: float) -> str:
+    """A round number with a unit: 2500000 is 2.5M."""
+    scale, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= s), (1.0, ""))
+    return f"{value / scale:g}{unit}"
+
+
 def _log_ticks(low: float, high: float) -> Iterator[float]:
     """1, 2 and 5 times powers of ten inside [low, high]; in a narrow range also the multiples between."""
     steps = (1.0, 2.0, 5.0) if high / low > 4 else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -142,25 +146,33 @@ def _log_ticks(low: float, high: float) -> Iterator[float]:
         yield from (step * 10.0**power for step in steps if low <= step * 10.0**power <= high)
 
 
-def _label_points(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a label beside every (x, y, text) where it covers no other label or point, nearest first."""
+def _label_points(axis: Axes, points: Sequence[tuple[float, Row]]) -> None:
+    """Write every title where it covers no other title, point or bar: the nearest free place."""
     from matplotlib.transforms import Bbox
 
     renderer = axis.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    pixels = axis.transData.transform([(x, y) for x, y, _ in points])
-    taken: list[Bbox] = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels]
     frame = axis.get_window_extent(renderer)
-    for (x, y, text), (px, py) in sorted(zip(points, pixels, strict=True), key=lambda p: -p[0][1]):
-        label = axis.annotate(text, (x, y), fontsize=8.5, color="#333333", annotation_clip=False)
-        size = label.get_window_extent(renderer)
+    pixels = {}
+    taken: list[Bbox] = []
+    for x, row in points:
+        centre, sd = 100 * mean(row.test), 100 * (spread(row.test) or 0)
+        (px, low), (_, py), (_, high) = axis.transData.transform([(x, centre + d) for d in (-sd, 0, sd)])
+        pixels[row.name] = px, py
+        taken.append(Bbox.from_bounds(px - 5, py - 5, 10, 10))
+        taken.append(Bbox.from_extents(px - 3, low - 1, px + 3, high + 1))
+    scale = 72 / axis.figure.dpi
+    for x, row in sorted(points, key=lambda point: -mean(point[1].test)):
+        at, (px, py) = (x, 100 * mean(row.test)), pixels[row.name]
+        trial = axis.annotate(row.title, at, fontsize=8.5)
+        size = trial.get_window_extent(renderer)
+        trial.remove()
         dx, dy = _free_place(px, py, size.width, size.height, taken, frame)
         taken.append(Bbox.from_bounds(px + dx, py + dy, size.width, size.height))
-        scale = 72 / axis.figure.dpi
-        label.remove()
-        far = math.hypot(dx + size.width / 2, dy + size.height / 2) > size.width / 2 + 20
+        near = max(dx, -dx - size.width, dy, -dy - size.height) < 12
         axis.annotate(
-            text, (x, y), xytext=(dx * scale, dy * scale), textcoords="offset points", fontsize=8.5,
-            color="#333333", arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "lw": 0.7} if far else None,
+            row.title, at, xytext=(dx * scale, dy * scale), textcoords="offset points", fontsize=8.5,
+            color=FAMILIES[row.family][1],
+            arrowprops=None if near else {"arrowstyle": "-", "color": "#aaaaaa", "lw": 0.7, "shrinkB": 3},
         )  # fmt: skip
 
 

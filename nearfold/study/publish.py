@@ -139,9 +139,7 @@ def _all_looks(study: Study, rows: list[Row]) -> tuple[dict[str, Look], list[tup
         try:
             load_weights(model, study.store.weights_path(run.config))
             found[row.name] = first_look(model, prepare(image[None], study.data), image, row.title)
-        except (
-            ValueError
-        ) as error:  # weights deleted or broken, or an operator that cannot say: told in place
+        except ValueError as error:  # weights deleted or broken, or an operator that cannot say: told in place
             missing.append((row.title, str(error)))
     return found, missing
 

@@ -35,7 +35,13 @@ th { text-align: right; font-weight: 600; border-bottom: 2px solid #444; padding
   vertical-align: bottom; line-height: 1.3; }
 td { text-align: right; padding: 5px 8px; border-bottom: 1px solid #e8e8e4; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
-th.left, td.left { text-align: left; white-space: normal; }
+th.left, td.left { text-align: left; }
+td code { white-space: normal; }
+table.narrow { width: auto; }
+table.narrow td { padding: 3px 28px 3px 0; }
+td code { white-space: normal; }
+table.narrow { width: auto; }
+table.narrow td { padding: 3px 28px 3px 0; }
 tr.best td { background: #eef4ea; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
 .scroll { overflow-x: auto; }
@@ -146,9 +152,7 @@ def _table(report: Report) -> str:
     lines = []
     for row in report.rows:
         dot = f"<span class='dot' style='background:{FAMILIES[row.family][1]}'></span>"
-        body = "".join(
-            f"<td{left(i)}>{dot if i == 1 else ''}{escape(text)}</td>" for i, text in enumerate(cells(row))
-        )
+        body = "".join(f"<td{left(i)}>{dot if i == 1 else ''}{escape(text)}</td>" for i, text in enumerate(cells(row)))
         lines.append(f"<tr{' class=best' if row is best else ''}>{body}</tr>")
     notations = "".join(
         f"<tr><td>{row.order}</td><td class='left'>{escape(row.title)}</td>"
@@ -163,7 +167,7 @@ def _table(report: Report) -> str:
         "nothing. Train accuracy is that of the same weights on the training images, without "
         "augmentation. The gap is train minus test accuracy. FLOPs: one image, forward, evaluation mode; "
         "random candidates are drawn in training only, so they are not cheaper here. Images/s: forward "
-        "and backward, fastest of ten steps on the machine named below, whatever else it was doing. "
+        "and backward, fastest of twenty steps on the machine named below, whatever else it was doing. "
         "Peak MiB: the most memory allocated at one time in one training step beyond parameters and "
         "batch. The row of the highest mean is shaded.</p><div "
         "class='scroll'><table><thead><tr><th>#</th><th class='left'>operator</th><th class='left'>path | "
@@ -190,9 +194,10 @@ def _cost(report: Report) -> str:
     caption = (
         "The same accuracies against what they cost: above, arithmetic; below, speed as measured here. "
         "Better is up, and left in the upper plot, right in the lower. The two orders need not agree: "
-        "sorting similarities and gathering neighbours take time, but count hardly any FLOPs. Bars: one "
-        "sample standard deviation."
+        "sorting similarities and gathering neighbours take time, but count hardly any FLOPs."
     )
+    if max(row.n for row in report.rows) > 1:
+        caption += " Bars: one sample standard deviation to each side."
     return "<h2>Accuracy against cost</h2>" + _figure(
         svg(lambda: against_cost(report.rows), "Accuracy against cost"), caption
     )
@@ -208,11 +213,12 @@ def _looks(report: Report) -> str:
     colours = [FAMILIES[row.family][1] for row in rows]
     caption = (
         f"One test image ({report.image_label}), one output position (blue square), and how much the first "
-        "mixing layer of each trained network (seed 0) reads every position for it: dark red most, each "
-        "panel scaled to its own maximum. Above each panel: the effective number of positions read "
-        "(exponential of the entropy), and their mean distance from the square in positions of the grid. "
-        "The layer sees the image through the stem, so one position stands for a small neighbourhood of "
-        "pixels. One image and one position illustrate; they prove nothing."
+        "mixing layer of each trained network (seed 0) reads every position for it: the redder the more, each "
+        "panel scaled to its own maximum. A position counts by its attention weight times the size of its "
+        "kernel slot; the operands of a branch or sum by the energy of what they make. Above each panel: the "
+        "effective number of positions read (exponential of the entropy), and their mean distance from the "
+        "square in positions of the grid. The layer sees the image through the stem, so one position stands "
+        "for a small neighbourhood of pixels. One image and one position illustrate; they prove nothing."
     )
     drawn = svg(lambda: picture(report.image, found, colours), "Where each operator looks")
     return "<h2>Where each operator looks</h2>" + _figure(drawn, caption) + notes
@@ -220,23 +226,20 @@ def _looks(report: Report) -> str:
 
 def _settings(report: Report) -> str:
     lines = "".join(
-        f"<tr><td class='left'>{escape(name)}</td><td "
-        f"class='left'><code>{escape(str(value))}</code></td></tr>"
+        f"<tr><td class='left'>{escape(name)}</td><td class='left'><code>{escape(str(value))}</code></td></tr>"
         for name, value in report.settings.items()
     )
     return (
         "<h2>The recipe</h2><p>Equal for every operator; nothing was tuned for one of them. A recipe that "
         "suits one operator better than another is part of what is compared.</p>"
-        f"<table><tbody>{lines}</tbody></table>"
+        f"<table class='narrow'><tbody>{lines}</tbody></table>"
     )
 
 
 def _failures(report: Report) -> str:
     if not report.failures:
         return ""
-    items = "".join(
-        f"<li>{escape(name)}: <code>{escape(error)}</code></li>" for name, error in report.failures
-    )
+    items = "".join(f"<li>{escape(name)}: <code>{escape(error)}</code></li>" for name, error in report.failures)
     return (
         "<h2>Runs that failed</h2><div class='failed'><p>They are in no table and no plot, and are tried "
         f"again the next time:</p><ul>{items}</ul></div>"

@@ -52,11 +52,11 @@ SPECTRUM: tuple[Stop, ...] = (
     _known("conv", "convolution 3x3", "space"),
     _known("separable", "depthwise + pointwise", "space"),
     *(_blend(lam) for lam in (0.0, 0.25, 0.5, 0.75, 1.0)),
-    _known("convnn", "ConvNN, all", "features"),
-    _known("convnn_random", "ConvNN, random 32", "features"),
-    _known("kvt", "KVT, k = 9", "features"),
+    _known("convnn", "ConvNN all", "features"),
+    _known("convnn_random", "ConvNN random 32", "features"),
+    _known("kvt", "KVT k = 9", "features"),
     _known("attention", "self-attention", "features"),
-    _known("branch", "branch, half and half", "both"),
+    _known("branch", "branch conv + ConvNN", "both"),
     _known("acmix", "ACmix", "both"),
 )
 """The operators in their order along the spectrum, from space to features; last, those that do both."""
@@ -102,9 +102,7 @@ class Settings:
         known = [stop.name for stop in SPECTRUM]
         for name in self.only:
             if name not in known:
-                raise ValueError(
-                    f"only: no operator {name!r} in the spectrum; choose from {', '.join(known)}"
-                )
+                raise ValueError(f"only: no operator {name!r} in the spectrum; choose from {', '.join(known)}")
 
     @property
     def stops(self) -> tuple[Stop, ...]:

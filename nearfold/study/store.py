@@ -77,9 +77,7 @@ class Store:
 
     def save(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record a finished run; an error recorded for the same run is forgotten."""
-        write_whole(
-            self.result_path(config), json.dumps({"config": config, "result": result}, indent=1) + "\n"
-        )
+        write_whole(self.result_path(config), json.dumps({"config": config, "result": result}, indent=1) + "\n")
         self.failure_path(config).unlink(missing_ok=True)
 
     def save_failure(self, config: Mapping[str, Any], error: str, traceback: str) -> None:

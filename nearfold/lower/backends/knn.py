@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearfold.grammar.words import Box, Nearest, Ones, Rho
 from nearfold.kernels.aggregate import aggregate
-from nearfold.kernels.select import DOT_LIKE, INVALID, select
+from nearfold.kernels.select import DOT_LIKE, LOST, select
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype
 from nearfold.lower.selection import allowed
@@ -61,10 +61,11 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
         )
         score, at = flat_score.unflatten(0, (B, H)), found.unflatten(0, (B, H))
         if not every:
-            at = torch.where(at < 0, INVALID, key_R[at.clamp(min=0)])
+            at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:
         score = torch.cat([_own_score(call, query_m, key if whole else key[:, :, query_M]), score], -1)
-        at = torch.cat([query_M[:, None].expand(B, H, -1, 1), at], -1)
+        home = query_M[:, None].expand(B, H, -1, 1)
+        at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
     return score, at
 
 
@@ -82,6 +83,11 @@ def _own_score(call: Call, query: Tensor, key: Tensor) -> Tensor:
     return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True)
 
 
+def _lost_home(home: Tensor, query: Tensor) -> Tensor:
+    """With no slot but the own one, that one tells that the query was NaN."""
+    return home.masked_fill(query.isnan().any(-1, keepdim=True), LOST)
+
+
 def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Slots in raster order of their positions, missing ones last."""
     order = at.masked_fill(at < 0, positions).sort(dim=-1, stable=True).indices
@@ -89,7 +95,10 @@ def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
-    """None where alpha is one in every slot that reads anything; several heads may be NaN one by one."""
+    """None where alpha is one in every slot that reads anything: NaN queries are marked in `at` then.
+
+    Several heads may be NaN one by one, which only alpha can say.
+    """
     if isinstance(rho, Ones) and rho.heads == 1:
         return None
     return alpha_of(rho, score, at >= 0)
@@ -99,7 +108,9 @@ def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     weight_word = call.op.weight
     value = oracle.values(call).transpose(1, 2)
-    score, at = _select(call)
+    # under constant alpha nothing flows back through the scores: nothing is kept for it
+    with torch.set_grad_enabled(torch.is_grad_enabled() and weight_word.rho.needs_score):
+        score, at = _select(call)
     if isinstance(call.op.shape, Box):
         score, at = _raster(score, at, value.shape[1])
     B, H = value.shape[0], call.heads
@@ -117,8 +128,6 @@ def run(call: Call) -> Tensor:
         weight,
         groups,
     )
-    if alpha is None:
-        y = y.masked_fill(score[:, 0, :, :1].isnan(), float("nan"))  # where the query was NaN
     return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
 
 
