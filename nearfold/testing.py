@@ -36,7 +36,8 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
     "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
     "window_euclidean": "window(3, euclidean, stride=2) | box | softmax(heads=2)*kernel",
-    "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box | identity(heads=2)*separable(coordinates)",
+    "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box"
+    " | identity(heads=2)*separable(coordinates)",
     "window_blend": "window(3, blend(0.5, cosine), padding=0) | box | softmax(heads=2)*depthwise",
     "window_inverse": "window(3, euclidean(squared)) | box | inverse(project=qkv)",
     "window_position": "window(3, position) | box | softmax(project=none)",
@@ -46,7 +47,8 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "all_ones": "all | row | ones",
     "nearest_euclidean": "nearest(5, euclidean) | ranked | softmax(heads=2)*separable",
     "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
-    "nearest_blend": "nearest(50, blend(0.3, cosine), padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
+    "nearest_blend": "nearest(50, blend(0.3, cosine), padding=1, self) | causal"
+    " | identity(heads=2)*kernel(coordinates)",
     "nearest_chebyshev": "nearest(7, position(chebyshev), stride=2) | box | softmax(project=none)*depthwise",
     "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
     " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
@@ -57,7 +59,8 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
     "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
     "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
-    "branch_nested": "branch(0.25, all | row | softmax(heads=2), a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
+    "branch_nested": "branch(0.25, all | row | softmax(heads=2),"
+    " a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
 }
 GRIDS: tuple[tuple[int, ...], ...] = ((7, 6), (1, 1), (2, 1), (3, 8))
 
@@ -169,14 +172,15 @@ def poisoned_empties() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module whose attribute is a property: no type checker knows it
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def tie_prone(op: Operation) -> bool:

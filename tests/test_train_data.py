@@ -181,9 +181,7 @@ def test_gray_and_colour(tmp_path):
 def test_sizes_that_differ_need_image_size(tmp_path):
     image_folder(tmp_path, 4, ("a",), size=(6, 4))
     image_folder(tmp_path, 4, ("b",), size=(5, 9))
-    with pytest.raises(
-        ValueError, match=r"differ in size.*png has \(4, 6\).*png has \(9, 5\); pass image_size="
-    ):
+    with pytest.raises(ValueError, match=r"differ in size.*png has \(4, 6\).*png has \(9, 5\); pass image_size="):
         load_data(tmp_path)
     assert load_data(tmp_path, image_size=4).size == (4, 4)
 

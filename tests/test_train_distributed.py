@@ -14,9 +14,7 @@ from nearfold.train import Recipe, fit, load_data
 from nearfold.train.distributed import Team
 from nearfold.train.trainer import Trainer
 
-RECIPE = Recipe(
-    epochs=2, batch_size=64, lr=3e-3, augment="crop_flip", label_smoothing=0.1, ema=0.9, device="cpu"
-)
+RECIPE = Recipe(epochs=2, batch_size=64, lr=3e-3, augment="crop_flip", label_smoothing=0.1, ema=0.9, device="cpu")
 
 # The same script, alone and under torchrun.
 SCRIPT = """

@@ -74,9 +74,7 @@ def net(dies_at=None):
 
 
 def same_weights(one, other):
-    return all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def records(out):
@@ -422,9 +420,7 @@ SLOW = "import time\nfrom nearfold.train.trainer import Trainer\ntake = Trainer.
 def test_a_killed_process_loses_nothing(data, tmp_path):
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW + KILLED, str(out)], env=environment, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", SLOW + KILLED, str(out)], env=environment, stdout=subprocess.PIPE)
     try:
         give_up = time.monotonic() + 60
         while not (out / "metrics.jsonl").exists() or len(records_so_far(out)) < 7:
@@ -440,9 +436,7 @@ def test_a_killed_process_loses_nothing(data, tmp_path):
     try:
         whole, resumed = net(), net()
         fit(whole, data, RECIPE, progress=False)
-        result = fit(
-            resumed, data, RECIPE, out=out, resume=True, progress=False, checkpoint_every=1, log_every=1
-        )
+        result = fit(resumed, data, RECIPE, out=out, resume=True, progress=False, checkpoint_every=1, log_every=1)
     finally:
         torch.set_num_threads(threads)
     assert 0 < resumed.calls < result.steps
@@ -614,9 +608,7 @@ def test_one_line_an_epoch_where_there_is_no_terminal(data, capsys):
     lines = shown.splitlines()
     assert len(lines) == RECIPE.epochs
     last = result.history[-1]
-    assert lines[-1].startswith(
-        f"epoch 3/3  loss {last['train_loss']:.4f}  accuracy {last['train_accuracy']:.1%}"
-    )
+    assert lines[-1].startswith(f"epoch 3/3  loss {last['train_loss']:.4f}  accuracy {last['train_accuracy']:.1%}")
     assert lines[-1].endswith("images/s")
     fit(net(), data, RECIPE, progress=False)
     assert capsys.readouterr() == ("", "")

@@ -1,5 +1,7 @@
-"""Random candidates from a counter-based generator: the state is a tensor (seed, draws), so that it is part of
-the state dict, resumes exactly, is the same on every device and is traced by torch.compile.
+"""Random candidates from a counter-based generator.
+
+The state is a tensor (seed, draws), so that it is part of the state dict, resumes exactly, is the same on every
+device and is traced by torch.compile (docs/decisions/0004).
 """
 
 from __future__ import annotations

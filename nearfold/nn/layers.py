@@ -102,19 +102,20 @@ class _ConvNN(Mixer):
             bias=bias,
             backend=backend,
         )
+        self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+        self._require(x)
         if self.shuffle in ("before", "both"):
-            self._require(x, self.in_channels // self.shuffle_scale**self._ndim)
             if any(n % self.shuffle_scale for n in x.shape[2:]):
                 raise ValueError(
                     f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "
                     f"got {tuple(x.shape[2:])}; pad the input first"
                 )
             x = _unshuffle(x, self.shuffle_scale)
-        y = super().forward(x)
+        y = self._run(x)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
 
 

@@ -93,18 +93,21 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
-        self._require(x, self.in_channels)
+        self._require(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         draw = None
         if self.sampler is not None and self.training:
             self.sampler[1] += 1
             draw = self.sampler.clone()
         return apply(self.operation, self.tensors(), x, backend=self.backend, draw=draw)
 
-    def _require(self, x: Tensor, channels: int) -> None:
-        if x.dim() != self.ndim + 2 or x.shape[1] != channels:
+    def _require(self, x: Tensor) -> None:
+        if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
             raise ValueError(
-                f"x must be (B, {channels}, {axes}) for this layer (in_channels={channels}, "
+                f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
                 f"ndim={self.ndim}), got shape {tuple(x.shape)}"
             )
 

@@ -25,8 +25,7 @@ def transforms() -> ModuleType:
         return importlib.import_module("torchvision.transforms.v2")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "augment='randaugment' needs torchvision: pip install 'nearfold[vision]', "
-            "or choose augment='crop_flip'"
+            "augment='randaugment' needs torchvision: pip install 'nearfold[vision]', or choose augment='crop_flip'"
         ) from error
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):

@@ -30,9 +30,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"images must be uint8 (N, C, H, W); got {self.images.dtype} {tuple(self.images.shape)}"
-            )
+            raise ValueError(f"images must be uint8 (N, C, H, W); got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"labels must be int64 ({len(self.images)},), one for each image; "
@@ -181,9 +179,7 @@ def load_data(
         for name, records in listing.splits.items()
     }
     picks = _pick(labels, limit, validation, seed)
-    records = {
-        name: [listing.splits[origin][row] for row in rows.tolist()] for name, (origin, rows) in picks.items()
-    }
+    records = {name: [listing.splits[origin][row] for row in rows.tolist()] for name, (origin, rows) in picks.items()}
     images = dict(zip(records, decode(records.values(), image_size), strict=True))
     chosen = {name: Split(images[name], labels[origin][rows]) for name, (origin, rows) in picks.items()}
     return ImageData(folder.resolve().name, listing.classes, **chosen)
@@ -204,16 +200,12 @@ def _digits() -> dict[str, Split]:
 def _listing(folder: Path) -> Listing:
     if not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(
-            f"{folder} {problem}: pass 'digits', or a folder with train-*.parquet or train/CLASS/*.png"
-        )
+        raise ValueError(f"{folder} {problem}: pass 'digits', or a folder with train-*.parquet or train/CLASS/*.png")
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
     return list_parquet(folder, files) if files else list_image_folder(folder)
 
 
-def _pick(
-    labels: dict[str, Tensor], limit: int | None, validation: float, seed: int
-) -> dict[str, tuple[str, Tensor]]:
+def _pick(labels: dict[str, Tensor], limit: int | None, validation: float, seed: int) -> dict[str, tuple[str, Tensor]]:
     """Choose the images of each split.
 
     Args:

@@ -104,7 +104,6 @@ def _device(wanted: str, local_rank: int | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise ValueError(
-            f"Recipe.device={wanted!r} cannot be used here ({str(error).splitlines()[0]}): "
-            "use 'auto' or 'cpu'"
+            f"Recipe.device={wanted!r} cannot be used here ({str(error).splitlines()[0]}): use 'auto' or 'cpu'"
         ) from error
     return device

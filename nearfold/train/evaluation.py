@@ -109,6 +109,5 @@ def require_precision(device: torch.device, precision: str) -> None:
             F.conv2d(image, image).sum().backward()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"Recipe.precision={precision!r} cannot be used on {device} ({str(error).splitlines()[0]}): "
-            f"{advice}"
+            f"Recipe.precision={precision!r} cannot be used on {device} ({str(error).splitlines()[0]}): {advice}"
         ) from error

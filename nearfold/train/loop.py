@@ -127,9 +127,7 @@ def fit(
     with global_randomness_kept(), _deterministic(recipe.deterministic):
         trainer = Trainer(model, data, recipe, team)
         file = None if out is None else out / "checkpoint.pt"
-        identity = (
-            {} if out is None else {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data)}
-        )
+        identity = {} if out is None else {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data)}
         if file is not None and file.exists():
             trainer.restore(checkpoint.load(file, identity), file)
         team.wait()  # nobody writes before everybody has read
@@ -187,9 +185,7 @@ def fit(
     return result
 
 
-def _check_arguments(
-    out: Path | None, resume: bool, tensorboard: bool, checkpoint_every: int, log_every: int
-) -> None:
+def _check_arguments(out: Path | None, resume: bool, tensorboard: bool, checkpoint_every: int, log_every: int) -> None:
     for name, value, least in (("checkpoint_every", checkpoint_every, 0), ("log_every", log_every, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")

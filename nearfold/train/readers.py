@@ -79,8 +79,7 @@ def list_parquet(folder: Path, files: Sequence[Path]) -> Listing:
             image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
             if image is None or "label" not in schema.names:
                 raise ValueError(
-                    f"{path} needs a column 'label' and a column 'img' or 'image'; "
-                    f"it has {', '.join(schema.names)}"
+                    f"{path} needs a column 'label' and a column 'img' or 'image'; it has {', '.join(schema.names)}"
                 )
             table = pq.read_table(path, columns=[image, "label"])
         except (pa.ArrowException, OSError) as error:
@@ -170,8 +169,7 @@ def list_image_folder(folder: Path) -> Listing:
             files = [path for path in files if not path.name.startswith(".")]
             if not files:
                 raise ValueError(
-                    f"{class_folder} holds no image ({', '.join(sorted(_SUFFIXES))}): add some, "
-                    "or delete the folder"
+                    f"{class_folder} holds no image ({', '.join(sorted(_SUFFIXES))}): add some, or delete the folder"
                 )
             label = classes.index(class_folder.name)
             splits[split] += [Record(label, path.read_bytes, str(path)) for path in files]

@@ -142,9 +142,7 @@ class Recipe:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in fields if name not in known]
         if unknown:
-            raise ValueError(
-                f"Recipe has no field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}"
-            )
+            raise ValueError(f"Recipe has no field {', '.join(map(repr, unknown))}; the fields are {', '.join(known)}")
         return cls(**fields)
 
 

@@ -68,9 +68,7 @@ def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError(
-            "tensorboard=True needs TensorBoard: pip install 'nearfold[tensorboard]'"
-        ) from error
+        raise ImportError("tensorboard=True needs TensorBoard: pip install 'nearfold[tensorboard]'") from error
     return SummaryWriter
 
 
@@ -117,9 +115,7 @@ class Progress:
                 console=Console(stderr=True),
             )
             epoch = min(done // steps_per_epoch + 1, epochs)
-            self._task = self._bar.add_task(
-                "", total=epochs * steps_per_epoch, completed=done, epoch=epoch, text=""
-            )
+            self._task = self._bar.add_task("", total=epochs * steps_per_epoch, completed=done, epoch=epoch, text="")
 
     def step(self, record: Metrics) -> None:
         """Show where the run stands by the record of its last step."""

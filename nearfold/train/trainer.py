@@ -271,9 +271,7 @@ class Trainer:
 
     def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
         each = self.batch // self.team.world  # what fits into memory in training fits here
-        return evaluate(
-            model, split, self._data, batch_size=each, precision=self.recipe.precision, team=self.team
-        )
+        return evaluate(model, split, self._data, batch_size=each, precision=self.recipe.precision, team=self.team)
 
     def _speed(self, since: int) -> float:
         """Images per second by the median of the steps from `since` (from 0) on, without first ones."""
@@ -283,8 +281,7 @@ class Trainer:
 
 
 _REMEDY = (
-    "lower lr, lengthen warmup_epochs, set clip_grad_norm, or use a wider precision; "
-    "the last checkpoint is from before"
+    "lower lr, lengthen warmup_epochs, set clip_grad_norm, or use a wider precision; the last checkpoint is from before"
 )
 
 
