@@ -1,8 +1,8 @@
 """`python -m benchmarks [CASE ...]`: correctness first, then time and memory, paired in one run.
 
 Ours and every peer take turns, so that a slow moment of the machine hits all of them; medians of --repeats rounds.
-A peer that computes the same is compared first, output and input gradient, in float64: where they differ no
-speed is reported and the exit code is 1. Peak memory is what one forward + backward allocates at most at a time (torch.profiler).
+A peer that computes the same is compared first, in float64, output and input gradient: where they differ no speed
+is reported and the exit code is 1. Peak memory is what one forward + backward allocates at most at a time.
 """
 
 from __future__ import annotations

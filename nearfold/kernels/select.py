@@ -9,12 +9,14 @@ Shape legend: P problems (batch x heads), M queries, R keys, e embedded features
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BLOCK_BYTES = 8 << 20  # of scores held at once
+TILE_BYTES = 1 << 20  # of chosen keys held at once
 INVALID = -1  # a slot that reads nothing
 LOST = -2  # a slot of a query that was NaN
 DOT_LIKE = ("dot", "cosine")
@@ -221,25 +223,26 @@ def _distances(
 ) -> Tensor:
     """Minus the (squared) distances of the chosen, from differences: the GEMM's form cancels digits."""
     exact = torch.empty_like(score)
-    for block, _, apart in _chosen(query, key, index):
-        square = apart.square().sum(-1)
-        exact[block] = -(square if squared else square.sqrt())
-    missing = index < 0
+    flat = exact.view(-1, score.shape[2])
+    for block, _, q, rows in _chosen(query, key, index):
+        square = (q[:, None] - rows).square_().sum(-1)
+        flat[block] = -(square if squared else square.sqrt())
     if column is not None:
         exact.masked_fill_(index == column[:, None], again)
-    return exact.masked_fill_(missing, float("-inf"))
+    return exact.masked_fill_(index < 0, float("-inf"))
 
 
-def _chosen(query: Tensor, key: Tensor, index: Tensor):  # type: ignore[no-untyped-def]
-    """Blocks of (slices, chosen keys (p, m, k, e), query - chosen): never all of them at once."""
+def _chosen(query: Tensor, key: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Blocks of queries over all problems: (block, flat rows of key, queries (n, e), chosen keys (n, k, e))."""
     P, M, k = index.shape
-    m = max(1, BLOCK_BYTES // (k * query.shape[-1] * query.element_size()))
-    for p0 in range(P):
-        for m0 in range(0, M, m):
-            block = (slice(p0, p0 + 1), slice(m0, min(m0 + m, M)))
-            rows = key[p0].index_select(0, index[block].clamp(min=0).flatten())
-            rows = rows.view(1, -1, k, key.shape[-1])
-            yield block, rows, query[block].unsqueeze(2) - rows
+    R, e = key.shape[1:]
+    table, queries = key.reshape(P * R, e), query.reshape(P * M, e)
+    flat = index.clamp(min=0).add_(torch.arange(P, device=key.device)[:, None, None] * R).view(P * M, k)
+    size = max(1, TILE_BYTES // (k * e * query.element_size()))
+    for start in range(0, P * M, size):
+        block = slice(start, min(start + size, P * M))
+        at = flat[block].reshape(-1)
+        yield block, at, queries[block], table.index_select(0, at).view(-1, k, e)
 
 
 @select.register_fake
@@ -265,17 +268,20 @@ def select_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `select`'s scores at query and key; ``grad`` is zero where the score was a constant."""
     with torch.autocast(query.device.type, enabled=False):
-        d_query, d_key = torch.empty_like(query), torch.zeros_like(key)
-        for block, rows, apart in _chosen(query, key, index):
-            g = grad[block].masked_fill(index[block] < 0, 0)
-            at = index[block].clamp(min=0).flatten()
+        P, M, k = index.shape
+        d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        d_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
+        flat_query, flat_key = d_query.view(P * M, -1), d_key.view(-1, key.shape[2])
+        flat_grad = grad.masked_fill(index < 0, 0).view(P * M, k)
+        for block, at, q, rows in _chosen(query, key, index):
+            g = flat_grad[block]
             if metric in DOT_LIKE:
-                d_query[block] = torch.einsum("pmk,pmke->pme", g, rows)
-                d_rows = g[..., None] * query[block].unsqueeze(2)
+                flat_query[block] = torch.bmm(g[:, None], rows)[:, 0]
+                d_rows = g[..., None] * q[:, None]
             else:
-                d_apart = _metric_grad(g, apart, metric, squared)
-                d_query[block], d_rows = d_apart.sum(2), -d_apart
-            d_key[block[0]][0].index_add_(0, at, d_rows.reshape(-1, key.shape[-1]))
+                d_apart = _metric_grad(g, q[:, None] - rows, metric, squared)
+                flat_query[block], d_rows = d_apart.sum(1), -d_apart
+            flat_key.index_add_(0, at, d_rows.view(-1, key.shape[2]))
         return d_query, d_key
 
 

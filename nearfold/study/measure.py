@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS = 20
-"""Timed steps; the fastest counts: whatever else the machine does can only slow a step down."""
+STEPS, SECONDS = 20, 2.0
+"""Timed steps at most, and for how long; the fastest counts: other work can only slow a step down."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cost:
         parameters: trainable numbers.
         flops: floating-point operations of one image's forward pass in evaluation mode (a multiply and an
             add are two).
-        images_per_second: batch size over the time of a forward and backward pass, the fastest of `STEPS`.
+        images_per_second: batch size over the time of a forward and backward pass; on the CPU, on one thread.
         peak_memory_mib: most MiB allocated at one time during that pass, beyond what was held before it
             (parameters, the batch). On the CPU from torch.profiler, on CUDA from the allocator.
     """
@@ -67,16 +67,28 @@ def count_flops(model: nn.Module, image_shape: tuple[int, ...]) -> int:
 def measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
     """Measure `model` on one batch: images (B, C, H, W) floating, labels (B,) int64, on the model's device.
 
-    The model is left as it was: a copy is measured.
+    The model is left as it was: a copy is measured. On the CPU it runs on one thread: several, on a machine
+    with other work to do, wait for each other, and what is measured is then that work.
     """
     model = copy.deepcopy(model).train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(model, images, labels)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
 
     def step() -> None:
         F.cross_entropy(model(images), labels).backward()
         model.zero_grad(set_to_none=True)
 
     step()  # warm up: lazy initialisation and caches belong to no operator
-    seconds = [_seconds(step, images.device) for _ in range(STEPS)]
+    seconds: list[float] = []
+    while len(seconds) < STEPS and sum(seconds) < SECONDS:
+        seconds.append(_seconds(step, images.device))
     return Cost(
         parameters=count_parameters(model),
         flops=count_flops(model, tuple(images.shape[1:])),

@@ -167,7 +167,7 @@ def _table(report: Report) -> str:
         "nothing. Train accuracy is that of the same weights on the training images, without "
         "augmentation. The gap is train minus test accuracy. FLOPs: one image, forward, evaluation mode; "
         "random candidates are drawn in training only, so they are not cheaper here. Images/s: forward "
-        "and backward, fastest of twenty steps on the machine named below, whatever else it was doing. "
+        "and backward, the fastest of up to twenty steps on the machine named below (CPU: one thread). "
         "Peak MiB: the most memory allocated at one time in one training step beyond parameters and "
         "batch. The row of the highest mean is shaded.</p><div "
         "class='scroll'><table><thead><tr><th>#</th><th class='left'>operator</th><th class='left'>path | "
