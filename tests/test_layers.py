@@ -493,3 +493,21 @@ def test_terms_of_a_sum_must_have_one_size():
     layer = Mixer(f"({CONV}) + (window(3, stride=2) | box | kernel)", 4)
     with pytest.raises(ValueError, match=r"one output size, got \(1, 4, 5, 6\) and \(1, 4, 3, 3\)"):
         layer(torch.randn(1, 4, 5, 6))
+
+
+def test_convnn_groups_are_conv2ds():
+    layer = ConvNN2d(8, 12, k=5, groups=4).double()
+    assert layer.weight.shape == (12, 2, 5)
+    x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    pieces = []
+    for g in range(4):  # the neighbours come from all channels, the kernel reads its own
+        zeros = torch.zeros(12, 8, 5, dtype=torch.float64)
+        zeros[3 * g : 3 * g + 3, 2 * g : 2 * g + 2] = layer.weight.detach()[3 * g : 3 * g + 3]
+        dense = ConvNN2d(8, 12, k=5).double()
+        dense.load_state_dict({"weight": zeros, "bias": layer.bias.detach()})
+        pieces.append(dense(x)[:, 3 * g : 3 * g + 3])
+    torch.testing.assert_close(layer(x), torch.cat(pieces, 1), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="groups=2 goes with"):
+        ConvNN2d(8, 8, groups=2, kernel="depthwise")
+    with pytest.raises(ValueError, match="groups=3 must divide"):
+        ConvNN2d(8, 8, groups=3)

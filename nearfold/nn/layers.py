@@ -67,6 +67,7 @@ class _ConvNN(Mixer):
         *,
         stride: int | tuple[int, ...] = 1,
         padding: int = 0,
+        groups: int = 1,
         bias: bool = True,
         similarity: str | Similarity = "cosine",
         candidates: str | Candidates = "all",
@@ -82,6 +83,12 @@ class _ConvNN(Mixer):
             raise ValueError(f"shuffle must be one of {', '.join(SHUFFLES)}, got {shuffle!r}")
         if type(shuffle_scale) is not int or shuffle_scale < 1:
             raise ValueError(f"shuffle_scale must be a positive integer, got {shuffle_scale!r}")
+        if groups != 1:
+            if kernel not in ("kernel", "separable"):
+                raise ValueError(
+                    f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
+                )
+            kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[index, call-arg, assignment]
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
@@ -141,12 +148,13 @@ class ConvNN2d(_ConvNN):
         k: neighbours, the position itself included.
         stride: outputs on a strided grid; int or (rows, columns).
         padding: border of zero positions that are candidates like any other.
+        groups: of the kernel, as in nn.Conv2d.
         bias: a learned bias.
         similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
             cosine(coordinates) ...
         candidates: all, random(64), grid(8), window(7).
         rho: ones, identity, softmax, inverse; with heads and projections: softmax(heads=4).
-        kernel: kernel, kernel(groups=4), depthwise, separable, kernel(coordinates).
+        kernel: kernel, depthwise, separable, kernel(coordinates).
         shape: ranked (slots by similarity) or box (slots in raster order).
         include_self: the position itself is slot 0.
         shuffle: none, before, after or both: pixel-unshuffle before, pixel-shuffle after.
