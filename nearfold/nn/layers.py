@@ -88,7 +88,7 @@ class _ConvNN(Mixer):
                 raise ValueError(
                     f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
                 )
-            kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[index, call-arg, assignment]
+            kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
