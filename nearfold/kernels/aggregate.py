@@ -20,8 +20,13 @@ from nearfold.kernels.select import LOST
 TILE_BYTES = 2 << 20  # of gathered neighbours held at once
 
 
-def _tiles(value: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
-    """(rows, flat index into value's B*N*H rows of d, missing slots or None, neighbours (r, S, C))."""
+def _tiles(
+    value: Tensor, index: Tensor, heads_first: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """(rows, flat index into value's B*N*H rows of d, missing slots or None, neighbours).
+
+    Neighbours are (r, S, C), or (r * H, S, d) with heads first; the flat index is in the same order.
+    """
     B, N, C = value.shape
     _, M, S, H = index.shape
     table = value.reshape(B * N * H, C // H)
@@ -35,15 +40,17 @@ def _tiles(value: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor
     for start in range(0, B * M, rows):
         part = slice(start, min(start + rows, B * M))
         local = flat[part]
-        missing = local < 0 if some_missing else None
         at = ((local.clamp(min=0) if some_missing else local) + sample[part]) * H + head
+        if heads_first:
+            local, at = local.transpose(1, 2), at.transpose(1, 2)
         at = at.reshape(-1)
-        near = torch.index_select(table, 0, at, out=buffer[: len(at)]).view(-1, S, H, C // H)
+        near = torch.index_select(table, 0, at, out=buffer[: len(at)])
+        missing = (local < 0).reshape(-1, 1) if some_missing else None
         if missing is not None and missing.any():
-            near.masked_fill_(missing[..., None], 0)
+            near.masked_fill_(missing, 0)
         else:
             missing = None
-        yield part, at, missing, near.view(-1, S, C)
+        yield part, at, missing, near.view(-1, S, C // H if heads_first else C)
 
 
 def _scaled(near: Tensor, alpha: Tensor | None) -> Tensor:
@@ -79,6 +86,53 @@ def _is_depthwise(weight: Tensor | None, groups: int, channels: int) -> bool:
     return weight is not None and weight.shape[0] == groups == channels
 
 
+def _slot_weights(weight: Tensor | None, heads: int) -> Tensor | None:
+    """Depthwise kernel (C, 1, S) -> (H, S, d)."""
+    return None if weight is None else weight[:, 0].unflatten(0, (heads, -1)).transpose(1, 2).contiguous()
+
+
+def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) -> Tensor:
+    """Alpha without a dense kernel: per output and head one row of alpha times the (S, d) neighbours."""
+    B, M, S, H = index.shape
+    out = value.new_empty(B * M, value.shape[2])
+    w_HSd = _slot_weights(weight, H)
+    rows = alpha.reshape(B * M, S, H)
+    for part, _, _, near in _tiles(value, index, heads_first=True):
+        if w_HSd is not None:
+            near = (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
+        a = rows[part].transpose(1, 2).reshape(-1, 1, S)
+        torch.bmm(a, near, out=out[part].view(-1, 1, near.shape[2]))
+    return out.view(B, M, -1)
+
+
+def _attend_backward(
+    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, M, S, H = index.shape
+    N, C = value.shape[1:]
+    wide = torch.promote_types(value.dtype, torch.float32)
+    d_value = torch.zeros(B * N * H, C // H, dtype=wide, device=value.device)
+    d_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format).view(B * M, S, H)
+    w_HSd = _slot_weights(weight, H)
+    d_w = None if w_HSd is None else torch.zeros(w_HSd.shape, dtype=wide, device=value.device)
+    rows, grads = alpha.reshape(B * M, S, H), grad.reshape(B * M * H, 1, C // H)
+    for part, at, missing, near in _tiles(value, index, heads_first=True):
+        g = grads[part.start * H : part.stop * H]
+        read = near if w_HSd is None else (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
+        d_alpha[part] = torch.bmm(g, read.transpose(1, 2)).view(-1, H, S).transpose(1, 2)
+        d_near = rows[part].transpose(1, 2).reshape(-1, S, 1) * g
+        if w_HSd is not None and d_w is not None:
+            d_read = d_near.view(-1, *w_HSd.shape)
+            d_w += (d_read * near.view_as(d_read)).sum(0, dtype=wide)
+            d_near = d_read * w_HSd
+        d_near = d_near.reshape(-1, C // H).to(wide)
+        d_value.index_add_(0, at, d_near if missing is None else d_near.masked_fill(missing, 0))
+    d_weight = value.new_empty(0)
+    if d_w is not None and weight is not None:
+        d_weight = d_w.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+    return d_value.view(B, N, C).to(value.dtype), d_alpha.view(B, M, S, H), d_weight
+
+
 @torch.library.custom_op("nearfold::aggregate", mutates_args=())
 def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
     """y (B, M, O) = sum over slots s of alpha[.., s] * W_s value[index[.., s]].
@@ -96,6 +150,8 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
         O = _out_channels(value, weight)
         out = value.new_empty(B * M, O)
         depthwise = _is_depthwise(weight, groups, C)
+        if alpha is not None and (weight is None or depthwise):
+            return _attend(value, index, alpha, weight)
         matrix = None if weight is None or depthwise else _matrix(weight, groups)
         flat_alpha = None if alpha is None else alpha.reshape(B * M, *alpha.shape[2:])
         for part, _, _, near in _tiles(value, index):
@@ -123,6 +179,8 @@ def aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at value, alpha and weight (empty tensors for those that are None)."""
     with torch.autocast(value.device.type, enabled=False):
+        if alpha is not None and (weight is None or _is_depthwise(weight, groups, value.shape[2])):
+            return _attend_backward(grad, value, index, alpha, weight)
         return _backward_tiles(grad, value, index, alpha, weight, groups)
 
 
@@ -164,7 +222,7 @@ def _backward_tiles(
             d_read = _scaled(d_read.reshape(r, S, C), tile_alpha)
         d_near = d_read.reshape(-1, C // H).to(wide)
         if missing is not None:
-            d_near = d_near.masked_fill(missing.reshape(-1, 1), 0)
+            d_near = d_near.masked_fill(missing, 0)
         d_value.index_add_(0, at, d_near)
     if weight is None:
         d_weight = value.new_empty(0)

@@ -56,7 +56,7 @@ def _plain(score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _worth_classes(R: int, k: int) -> bool:
-    return R >= 512 and _class_count(R, k) * 4 <= R
+    return R >= 128 and _class_count(R, k) * 4 <= R
 
 
 def _class_count(R: int, k: int) -> int:
