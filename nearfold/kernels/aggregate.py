@@ -102,7 +102,7 @@ def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) 
             near = (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         a = rows[part].transpose(1, 2).reshape(-1, 1, S)
         torch.bmm(a, near, out=out[part].view(-1, 1, near.shape[2]))
-    return out.view(B, M, -1)
+    return out.view(B, M, value.shape[2])
 
 
 def _attend_backward(
