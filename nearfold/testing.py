@@ -101,7 +101,7 @@ def run(layer: Mixer, x: Tensor, backend: str) -> Outcome:
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     steps = torch.arange(y.numel(), dtype=torch.float64)
-    y.backward((torch.cos(steps) + 0.5).to(y.dtype).view_as(y))
+    y.backward((torch.cos(steps) + 0.5).to(y).view_as(y))
     found = {"y": y.detach(), "x": x.grad}
     for name, p in layer.named_parameters():
         found[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -121,6 +121,7 @@ def make(
     channels: int = 8,
     batch: int = 2,
     seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[Mixer, Tensor]:
     """A layer in training mode, and an input for it."""
     op = parse(op) if isinstance(op, str) else op
@@ -131,18 +132,25 @@ def make(
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.5 + (p.dim() > 1) * 0.1)
     x = torch.randn(batch, channels, *grid, generator=generator)
-    return layer.to(dtype).train(), x.to(dtype)
+    return layer.to(device, dtype).train(), x.to(device, dtype)
 
 
-def backends_of(op: Operation, ndim: int, dtype: torch.dtype) -> list[str]:
+def backends_of(op: Operation, ndim: int, dtype: torch.dtype, device: str = "cpu") -> list[str]:
     """Backends that run every part of an operation, and "auto"; the oracle is the truth, not a candidate."""
     able = [
-        {n for n, v in verdicts(Facts(p, ndim, dtype, "cpu", True)).items() if v.ok and n != "oracle"} for p in op.parts
+        {n for n, v in verdicts(Facts(p, ndim, dtype, device, True)).items() if v.ok and n != "oracle"}
+        for p in op.parts
     ]
     return ["auto", *sorted(set.intersection(*able))]
 
 
-def conform(op: Operation | str, grid: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> float:
+def conform(
+    op: Operation | str,
+    grid: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    device: str = "cpu",
+) -> float:
     """Compare every backend of an operation with the oracle; the largest error over all tensors.
 
     Raises:
@@ -151,10 +159,10 @@ def conform(op: Operation | str, grid: tuple[int, ...], dtype: torch.dtype = tor
     >>> conform("window(3) | box | kernel", (5, 4)) < 1e-12
     True
     """
-    layer, x = make(op, grid, dtype, seed=seed)
+    layer, x = make(op, grid, dtype, seed=seed, device=device)
     truth = run(layer, x, "oracle")
     worst = 0.0
-    for backend in backends_of(layer.operation, x.dim() - 2, dtype):
+    for backend in backends_of(layer.operation, x.dim() - 2, dtype, x.device.type):
         for name, error in run(layer, x, backend).errors(truth).items():
             worst = max(worst, error)
             if not error <= BUDGET[dtype]:

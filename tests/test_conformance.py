@@ -234,3 +234,11 @@ def test_runs_are_deterministic(name):
 
 def test_grid_for_sequences():
     assert grid_for(parse("window(3) | causal | kernel"), (5, 4)) == (5,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_on_cuda(name, dtype):
+    conform(CASES[name], (7, 6), dtype, device="cuda")
