@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 STEPS, SECONDS = 20, 2.0
-"""Timed steps at most, and for how long; the fastest counts: other work can only slow a step down."""
+"""Timed steps at most, and for how long; the median counts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,6 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
 
 
 def _measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
-
     def step() -> None:
         F.cross_entropy(model(images), labels).backward()
         model.zero_grad(set_to_none=True)
@@ -92,7 +92,7 @@ def _measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
     return Cost(
         parameters=count_parameters(model),
         flops=count_flops(model, tuple(images.shape[1:])),
-        images_per_second=len(images) / min(seconds),
+        images_per_second=len(images) / statistics.median(seconds),
         peak_memory_mib=peak_bytes(step, images.device) / 2**20,
     )
 

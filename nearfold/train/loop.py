@@ -200,7 +200,7 @@ def _check_arguments(out: Path | None, resume: bool, tensorboard: bool, checkpoi
         raise ValueError(f"out={str(out)!r} is a file: name a folder")
     if not resume and (out / "checkpoint.pt").exists():
         raise ValueError(
-            f"out={str(out)!r} holds a run already: pass resume=True to go on with it, name another folder, "
+            f"out={str(out)!r} holds a run already: pass resume=True (--resume) to go on with it, name another folder, "
             "or delete this one"
         )
     out.mkdir(parents=True, exist_ok=True)
