@@ -51,7 +51,7 @@ def _blend(lam: float) -> Stop:
 SPECTRUM: tuple[Stop, ...] = (
     _known("conv", "convolution 3x3", "space"),
     _known("separable", "depthwise + pointwise", "space"),
-    *(_blend(lam) for lam in (0.0, 0.25, 0.5, 0.75, 1.0)),
+    *(_blend(lam) for lam in (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)),
     _known("convnn", "ConvNN all", "features"),
     _known("convnn_random", "ConvNN random 32", "features"),
     _known("kvt", "KVT k = 9", "features"),
