@@ -159,7 +159,12 @@ def test_autocast(name):
 def test_empty_and_single_batches(name):
     layer, x = make(CASES[name], (5, 4), torch.float32)
     layer.eval()
-    assert layer(x[:0]).shape == (0, *layer(x[:1]).shape[1:])
+    empty = x[:0].requires_grad_()
+    y = layer(empty)
+    assert y.shape == (0, *layer(x[:1]).shape[1:])
+    y.sum().backward()
+    assert empty.grad is None or empty.grad.shape == empty.shape
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,8 +192,8 @@ def test_ops_pass_opcheck():
 
     q, k = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 7, 3, requires_grad=True)
     at = torch.arange(7)
-    torch.library.opcheck(select, (q, k, 3, "dot", False, at[:5], at, None, True, float("-inf")))
-    torch.library.opcheck(select, (q, k, 3, "euclidean", False, at[:5], at, None, False, 0.0))
+    torch.library.opcheck(select, (q, k, 3, "dot", False, at[:5], at, [7], [1, 2, 1], True, float("-inf")))
+    torch.library.opcheck(select, (q, k, 3, "euclidean", False, at[:5], at, [7], [0, -1, 1], False, 0.0))
     index = torch.randint(-1, 6, (2, 5, 3, 2))
     value = torch.randn(2, 6, 4, requires_grad=True)
     alpha, weight = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(6, 2, 3, requires_grad=True)
@@ -208,7 +213,7 @@ def test_the_suite_sees_a_wrong_kernel(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(kernel, "_ranked", backwards)
         with pytest.raises(AssertionError, match="is off by"):
-            conform("nearest(5, position) | ranked | kernel", (5, 4))
+            conform("nearest(5, position(chebyshev)) | ranked | kernel", (5, 4))
     with monkeypatch.context() as m:
         right = local.shifted
         m.setattr(local, "shifted", lambda p, o, s, out: right(p, tuple(0 for _ in o), s, out))
@@ -242,3 +247,97 @@ def test_grid_for_sequences():
 @pytest.mark.parametrize("name", CASES)
 def test_on_cuda(name, dtype):
     conform(CASES[name], (7, 6), dtype, device="cuda")
+
+
+def _digits(levels: float) -> torch.Tensor:
+    """Real images of few grey levels: equal distances between different pairs are common."""
+    from sklearn.datasets import load_digits
+
+    images = torch.tensor(load_digits().images[:12], dtype=torch.float64) / levels
+    return torch.stack([images, images.roll(1, 2)], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("levels", [16, 3, 7.3])
+@pytest.mark.parametrize(
+    "path", ["euclidean, self", "euclidean(squared)", "blend(0.35), self", "euclidean, grid(5)", "euclidean, window(5)"]
+)
+def test_equal_distances_on_real_images(path, levels, dtype):
+    layer, _ = make(f"nearest(9, {path}) | ranked | kernel", (8, 8), dtype, channels=2)
+    x = _digits(levels).to(dtype)
+    errors = run(layer, x, "auto").errors(run(layer, x, "oracle"))
+    assert max(errors.values()) <= BUDGET[dtype], errors
+
+
+def test_distances_far_from_the_origin():
+    """Norms and products cancel there; the neighbours must still be the true ones."""
+    torch.manual_seed(0)
+    layer, x = make("nearest(5, euclidean) | ranked | softmax(project=none)*kernel", (20, 20), torch.float32)
+    for shift in (0.0, 100.0, 1000.0):
+        moved = x + shift
+        errors = run(layer, moved, "auto").errors(run(layer, moved, "oracle"))
+        assert max(errors.values()) <= 5e-5, (shift, errors)
+
+
+def test_zero_vectors_have_a_bounded_gradient():
+    torch.manual_seed(0)
+    layer = Mixer("nearest(5, cosine) | ranked | softmax(project=none)*kernel", 4)
+    x = torch.relu(torch.randn(2, 4, 6, 6) - 1.5).requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad.abs().max() < 1e3
+
+
+def test_checkpointing_random_candidates_is_refused():
+    layer = ConvNN2d(4, 4, candidates="random(6)").train()
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="drawn anew"):
+        y.sum().backward()
+    plain = ConvNN2d(4, 4)
+    y = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+    y.sum().backward()
+    again = x.grad.clone()
+    x.grad = None
+    plain(x).sum().backward()
+    assert torch.equal(again, x.grad)
+
+
+@pytest.mark.parametrize("path", ["cosine", "cosine, window(7)", "position(dilation=2)", "euclidean"])
+def test_memory_grows_with_n_not_its_square(path):
+    """Peak of live allocations at 4x the positions: a matrix of all pairs would take 16x."""
+    from nearfold.study.measure import peak_bytes
+
+    def peak(side: int) -> int:
+        layer, x = make(f"nearest(9, {path}) | ranked | kernel", (side, side), torch.float32, batch=1)
+        x.requires_grad_()
+        return peak_bytes(lambda: layer(x).sum().backward(), x.device)
+
+    block = 60 << 20  # a block of scores, its masks, tiles
+    assert peak(96) < block, "a float32 matrix of all pairs alone is 324 MiB"
+
+
+def test_looks_follows_rates_and_layers():
+    from nearfold.lower import looks
+
+    x = torch.randn(1, 4, 9)
+    layer = Mixer("0.0*(all | row | ones) + 1.0*(window(3) | box | depthwise)", 4, ndim=1)
+    assert looks(layer, x, (0,))[0, 2:].sum() == 0
+    shuffled = ConvNN2d(2, 2, shuffle="both")
+    assert looks(shuffled, torch.randn(1, 2, 6, 6), (1, 1)).shape == (1, 3, 3)
+    tokens = KVTAttention(8, 2, k=3)
+    found = looks(tokens, torch.randn(2, 8, 8), (4,))
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    assert (found > 0).sum(1).max() <= 6  # three keys a head
+
+
+@pytest.mark.parametrize("text", ["nearest(4, cosine) | ranked | kernel", "window(3) | box | softmax"])
+def test_forward_mode_is_refused_or_right(text):
+    layer, x = make(text, (4, 3))
+    layer.eval()
+    direction = torch.randn_like(x)
+    with pytest.raises(NotImplementedError, match="backend='oracle'"):
+        torch.func.jvp(layer, (x,), (direction,))
+    layer.backend = "oracle"
+    _, tangent = torch.func.jvp(layer, (x,), (direction,))
+    numeric = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-6)

@@ -491,7 +491,7 @@ def test_a_window_that_does_not_fit_is_explained():
 
 def test_terms_of_a_sum_must_have_one_size():
     layer = Mixer(f"({CONV}) + (window(3, stride=2) | box | kernel)", 4)
-    with pytest.raises(ValueError, match=r"one output size, got \(1, 4, 5, 6\) and \(1, 4, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"one output grid, got \(5, 6\) and \(3, 3\)"):
         layer(torch.randn(1, 4, 5, 6))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from nearfold.grammar.similarity import Position, Scaled
 from nearfold.grammar.words import (
     All,
     Box,
@@ -99,6 +100,11 @@ class Basic(Operation):
             )
         if isinstance(self.shape, Causal) and isinstance(self.path, Window) and self.path.padding != "same":
             raise ValueError(f"window | causal pads on the left only; leave padding out, got {self.path}")
+        similarity = self.path.similarity  # type: ignore[attr-defined]
+        if not isinstance(self.path, Nearest) and not rho.needs_score and similarity != Scaled():
+            raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
+        if isinstance(similarity, Position) and similarity.dilation > 1 and not isinstance(self.path, Nearest):
+            raise ValueError(f"position(dilation={similarity.dilation}) goes with nearest, got path {self.path}")
         if isinstance(kernel, Shift):
             plain = isinstance(self.path, Window) and isinstance(self.shape, Box)
             if not (plain and isinstance(rho, Ones) and set("qkv") <= set(self.weight.projections)):
@@ -118,7 +124,7 @@ class Basic(Operation):
 class Sum(Operation):
     """rate * A + rate * B: a rate is a name (learnable), a number (fixed), or None (one).
 
-    Projections that operands ask for alike are shared: this is ACmix.
+    Query, key and value projections are shared where all operands that have one ask for it alike: this is ACmix.
     """
 
     terms: tuple[tuple[str | float | None, Operation], ...]

@@ -50,6 +50,13 @@ def _append(x_BHNd: Tensor, place: Place) -> Tensor:
     return torch.cat([x_BHNd, unit_Na.expand(*x_BHNd.shape[:2], *unit_Na.shape)], -1)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Unit vectors along the last axis; a zero vector stays zero, and so does its gradient."""
+    square = x.square().sum(-1, keepdim=True)
+    zero = square == 0
+    return x / square.masked_fill(zero, 1).sqrt().clamp(min=1e-12)
+
+
 def _deviation(x_BHNd: Tensor) -> Tensor:
     """Unbiased standard deviation over positions and features (B, H, 1, 1), blind to NaN entries."""
     missing = x_BHNd.isnan()
@@ -74,7 +81,7 @@ class Similarity(Word):
 
     @property
     def reduced(self) -> str:
-        """The metric on embedded vectors: dot, cosine (of unit vectors: dot within [-1, 1]), euclidean, chebyshev."""
+        """The metric on embedded vectors: dot, cosine (dot of unit vectors), euclidean, chebyshev or gram."""
         return "dot"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,6 +114,9 @@ class Scaled(Similarity):
     coordinates: bool = False
     relative: bool = False
 
+    def __post_init__(self) -> None:
+        check(not (self.coordinates and self.relative), self, "relative", self.relative, "given without coordinates")
+
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         scale = q_BHNd.shape[-1] ** -0.5
         if self.coordinates:
@@ -133,8 +143,8 @@ class Cosine(Similarity):
         same = q_BHNd is k_BHNd
         if self.coordinates:
             q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
-        q_BHNd = F.normalize(q_BHNd, dim=-1)
-        return q_BHNd, q_BHNd if same else F.normalize(k_BHNd, dim=-1)
+        q_BHNd = _unit(q_BHNd)
+        return q_BHNd, q_BHNd if same else _unit(k_BHNd)
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,8 @@ class Blend(Similarity):
 
     @property
     def reduced(self) -> str:
-        return self.metric
+        # the public code breaks ties by the rounding of its own expression: `unit` keeps that
+        return "gram" if self.unit and self.metric == "euclidean" else self.metric
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         where_Na = ((1 - self.lam) * (place.unit() if self.unit else place.exact())).to(q_BHNd.dtype)
@@ -223,7 +234,7 @@ class Blend(Similarity):
         def joined(x_BHNd: Tensor) -> Tensor:
             features = self.lam * (x_BHNd / _deviation(x_BHNd))
             both = torch.cat([features, where_Na.expand(*x_BHNd.shape[:2], *where_Na.shape)], -1)
-            return F.normalize(both, dim=-1) if self.metric == "cosine" else both
+            return _unit(both) if self.metric == "cosine" else both
 
         query = joined(q_BHNd)
         return query, query if q_BHNd is k_BHNd else joined(k_BHNd)

@@ -20,6 +20,8 @@ TILE_BYTES = 1 << 20  # of chosen keys held at once
 INVALID = -1  # a slot that reads nothing
 LOST = -2  # a slot of a query that was NaN
 DOT_LIKE = ("dot", "cosine")
+NORMED = ("euclidean", "gram")
+MARGIN = 8  # candidates beyond k that exact distances rank
 
 
 def _bits(score: Tensor) -> Tensor:
@@ -96,15 +98,29 @@ def _own_column(query_index: Tensor, key_index: Tensor) -> Tensor:
     return torch.where(key_index[column] == query_index, column, INVALID)
 
 
-def _mask(
-    score: Tensor, column: Tensor | None, again: float, allowed: Tensor | None, clean: bool, rows: slice
-) -> Tensor:
-    if allowed is not None:
-        score.masked_fill_(~allowed[rows], float("-inf"))
+def _forbidden(query_index: Tensor, key_index: Tensor, grid: list[int], rule: list[int]) -> Tensor | None:
+    """Which keys (m, R) these queries may not choose, by ``rule`` = [causal, reach, dilation]; None: any is allowed."""
+    causal, reach, dilation = rule
+    bad = key_index[None, :] > query_index[:, None] if causal else None
+    if reach < 0 and dilation == 1:
+        return bad
+    q, k = query_index.int(), key_index.int()
+    for n in reversed(grid):
+        apart = (q % n)[:, None] - (k % n)[None, :]
+        q, k = q // n, k // n
+        far = apart % dilation != 0
+        if reach >= 0:
+            far |= apart.abs_() > reach
+        bad = far if bad is None else bad.logical_or_(far)
+    return bad
+
+
+def _mask(score: Tensor, column: Tensor | None, again: float, forbidden: Tensor | None, clean: bool) -> Tensor:
+    if forbidden is not None:
+        score.masked_fill_(forbidden, float("-inf"))
     if column is not None:
-        at = column[rows]
-        here = (at != INVALID).nonzero()[:, 0]
-        score[:, here, at[here]] = again
+        here = (column != INVALID).nonzero()[:, 0]
+        score[:, here, column[here]] = again
     if not clean:
         score.masked_fill_(score.isnan(), float("-inf"))
     return score
@@ -118,8 +134,8 @@ def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Ten
     if metric == "chebyshev":
         return -torch.cdist(q, k, p=float("inf"))
     assert q_norm is not None and k_norm is not None
-    norms = q_norm[:, :, None] + k_norm[:, None, :]
-    return torch.baddbmm(norms, q, k.transpose(1, 2), beta=-1, alpha=2)
+    torch.add(q_norm[:, :, None], k_norm[:, None, :], out=out)
+    return out.baddbmm_(q, k.transpose(1, 2), beta=-1, alpha=2)
 
 
 @torch.library.custom_op("nearfold::select", mutates_args=())
@@ -131,7 +147,8 @@ def select(
     squared: bool,
     query_index: Tensor,
     key_index: Tensor,
-    allowed: Tensor | None,
+    grid: list[int],
+    rule: list[int],
     own: bool,
     again: float,
 ) -> tuple[Tensor, Tensor]:
@@ -141,18 +158,21 @@ def select(
         query: (P, M, e) float32 or float64.
         key: (P, R, e), same dtype.
         k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
-        metric: "dot", "cosine" (of unit vectors), "euclidean" or "chebyshev" (minus the distances).
-        squared: with euclidean, minus the squared distance instead.
-        query_index: (M,) int64 position of every query; key_index: (R,) of every key.
-        key_index: positions of the keys.
-        allowed: (M, R) bool, which keys a query may choose; None for all.
+        metric: "dot", "cosine" (of unit vectors), "euclidean" or "chebyshev" (minus the distances), or "gram": minus
+            the euclidean distance as the public ConvNN code computes it, from norms and products, rounding included.
+        squared: with euclidean and gram, minus the squared distance instead.
+        query_index: (M,) int64, position of every query on the grid.
+        key_index: (R,) int64, ascending, position of every key.
+        grid: the grid's sizes.
+        rule: [causal, reach, dilation]: only keys up to the query's position (1), within reach on every axis
+            (-1: any), at offsets that are multiples of dilation.
         own: whether the query's own position gets the score ``again`` instead of its similarity.
         again: that score; -inf takes it out of the search.
 
     A NaN key is never chosen; a NaN query has NaN scores and indices -2.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return _select(query, key, k, metric, squared, query_index, key_index, allowed, own, again)
+        return _select(query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
 
 
 def _select(
@@ -163,7 +183,8 @@ def _select(
     squared: bool,
     query_index: Tensor,
     key_index: Tensor,
-    allowed: Tensor | None,
+    grid: list[int],
+    rule: list[int],
     own: bool,
     again: float,
 ) -> tuple[Tensor, Tensor]:
@@ -175,36 +196,46 @@ def _select(
     if score.numel() == 0 or R == 0:
         return score, index
     column = _own_column(query_index, key_index) if own else None
-    clean = bool(
-        (query.sum() + (0 if key is query else key.sum())).isfinite()
-    )  # an overflow here only costs the careful path
+    # an overflow here only costs the careful path
+    clean = bool((query.sum() + (0 if key is query else key.sum())).isfinite())
+    q, near = query, key
     q_norm = k_norm = None
-    if metric == "euclidean":
-        q_norm, k_norm = query.square().sum(-1), key.square().sum(-1)
+    if metric in NORMED:
+        if metric == "euclidean" and clean:  # distances do not change, and fewer digits cancel
+            centre = key.mean(1, keepdim=True)
+            q, near = query - centre, key - centre
+        q_norm, k_norm = q.square().sum(-1), near.square().sum(-1)
     row_bytes = R * query.element_size()
+    if rule[1] >= 0 or rule[2] > 1:  # the mask takes a few integers for every score
+        row_bytes *= 4
     m = max(1, min(M, BLOCK_BYTES // row_bytes))
     p = max(1, BLOCK_BYTES // (row_bytes * M)) if m == M else 1
     # one buffer for all blocks: memory that is fresh every time costs more to map than to fill
     buffer = query.new_empty(min(p, P) * m * R)
-    for p0 in range(0, P, p):
-        ps = slice(p0, min(p0 + p, P))
-        for m0 in range(0, M, m):
-            ms = slice(m0, min(m0 + m, M))
+    for m0 in range(0, M, m):
+        ms = slice(m0, min(m0 + m, M))
+        forbidden = _forbidden(query_index[ms], key_index, grid, rule)
+        own_column = None if column is None else column[ms]
+        for p0 in range(0, P, p):
+            ps = slice(p0, min(p0 + p, P))
             shape = (ps.stop - p0, ms.stop - m0, R)
-            block = _score(
-                metric,
-                query[ps, ms],
-                key[ps],
-                None if q_norm is None else q_norm[ps, ms],
-                None if k_norm is None else k_norm[ps],
-                buffer[: math.prod(shape)].view(shape),
-            )
-            block = _mask(block, column, again, allowed, clean, ms)
-            best, found = _ranked(block, kept)
-            score[ps, ms, :kept] = best
-            index[ps, ms, :kept] = found.masked_fill(best == float("-inf"), INVALID)
-    if metric == "euclidean":
-        score = _distances(query, key, score, index, squared, again, column)
+            out = buffer[: math.prod(shape)].view(shape)
+            norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
+            block = _score(metric, q[ps, ms], near[ps], norms[0], norms[1], out)
+            block = _mask(block, own_column, again, forbidden, clean)
+            if metric == "euclidean":
+                slack = _slack(query.dtype, query.shape[2], *norms)
+                found_score, found = _refined(
+                    block, kept, slack, query[ps, ms], key[ps], squared, own_column, again, forbidden
+                )
+            else:
+                found_score, found = _ranked(block, kept)
+            score[ps, ms, :kept] = found_score
+            index[ps, ms, :kept] = found.masked_fill(found_score == float("-inf"), INVALID)
+    if metric == "gram" and not squared:
+        fixed = None if column is None else index == column[:, None]
+        roots = -(-score).clamp(min=0).sqrt()
+        score = roots if fixed is None else torch.where(fixed, score, roots)
     if not clean:
         lost = query.isnan().any(-1, keepdim=True)
         score.masked_fill_(lost, float("nan"))
@@ -212,24 +243,60 @@ def _select(
     return score, index
 
 
-def _distances(
+def _slack(dtype: torch.dtype, e: int, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+    """How much rounding can move a squared distance that a GEMM made of norms and products: (p, m)."""
+    assert q_norm is not None and k_norm is not None
+    return (8 + e**0.5) * torch.finfo(dtype).eps * (q_norm + k_norm.amax(1, keepdim=True))
+
+
+def _distance_score(q: Tensor, rows: Tensor, squared: bool) -> Tensor:
+    """Minus the (squared) distances (n, s) of queries (n, e) and keys (n, s, e), from differences, as the oracle."""
+    square = (q[:, None] - rows).square().sum(-1)
+    return -(square if squared else square.sqrt())
+
+
+def _refined(
+    block: Tensor,
+    k: int,
+    slack: Tensor,
     query: Tensor,
     key: Tensor,
-    score: Tensor,
-    index: Tensor,
     squared: bool,
-    again: float,
     column: Tensor | None,
-) -> Tensor:
-    """Minus the (squared) distances of the chosen, from differences: the GEMM's form cancels digits."""
-    exact = torch.empty_like(score)
-    flat = exact.view(-1, score.shape[2])
-    for block, _, q, rows in _chosen(query, key, index):
-        square = (q[:, None] - rows).square_().sum(-1)
-        flat[block] = -(square if squared else square.sqrt())
+    again: float,
+    forbidden: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest of a block by exact distances, ties by the lowest index.
+
+    The GEMM's distances choose k and a few more, the exact ones rank them. A row in which more keys than that are
+    as near as the k-th, up to rounding, is searched again by exact distances to all keys.
+    """
+    p, m, R = block.shape
+    more = min(R, k + MARGIN)
+    rough, found = _ranked(block, more)
+    exact = torch.empty_like(rough)
+    flat = exact.view(p * m, more)
+    for part, _, q, rows in _chosen(query, key, found):
+        flat[part] = _distance_score(q, rows, squared)
+    exact.masked_fill_(rough == float("-inf"), float("-inf"))
     if column is not None:
-        exact.masked_fill_(index == column[:, None], again)
-    return exact.masked_fill_(index < 0, float("-inf"))
+        exact.masked_fill_(found == column[:, None], again)
+    order = found.argsort(-1)
+    order = order.gather(-1, exact.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+    exact, found = exact.gather(-1, order)[..., :k].contiguous(), found.gather(-1, order)[..., :k].contiguous()
+    if more < R:
+        last = rough[..., -1]
+        unsure = ((last >= rough[..., k - 1] - 2 * slack) & (last > float("-inf"))).nonzero()
+        for at in unsure.split(max(1, BLOCK_BYTES // (R * query.shape[2] * query.element_size()))):
+            i, j = at.unbind(1)
+            row = _distance_score(query[i, j], key[i], squared)
+            if forbidden is not None:
+                row.masked_fill_(forbidden[j], float("-inf"))
+            if column is not None:
+                row.masked_fill_(torch.arange(R, device=row.device) == column[j, None], again)
+            row.masked_fill_(row.isnan(), float("-inf"))
+            exact[i, j], found[i, j] = _ranked(row, k)
+    return exact, found
 
 
 def _chosen(query: Tensor, key: Tensor, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -254,7 +321,8 @@ def _(
     squared: bool,
     query_index: Tensor,
     key_index: Tensor,
-    allowed: Tensor | None,
+    grid: list[int],
+    rule: list[int],
     own: bool,
     again: float,
 ) -> tuple[Tensor, Tensor]:
@@ -271,7 +339,7 @@ def select_backward(
         P, M, k = index.shape
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
-        flat_query, flat_key = d_query.view(P * M, -1), d_key.view(-1, key.shape[2])
+        flat_query, flat_key = d_query.view(P * M, query.shape[2]), d_key.view(P * key.shape[1], key.shape[2])
         flat_grad = grad.masked_fill(index < 0, 0).view(P * M, k)
         for block, at, q, rows in _chosen(query, key, index):
             g = flat_grad[block]
@@ -303,7 +371,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squa
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, _, metric, squared, query_index, key_index, _, own, _ = inputs
+    query, key, _, metric, squared, query_index, key_index, _, _, own, _ = inputs
     ctx.save_for_backward(query, key, output[1], query_index, key_index)
     ctx.metric, ctx.squared, ctx.own = metric, squared, own
     ctx.mark_non_differentiable(output[1])
@@ -314,7 +382,7 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if ctx.own:  # the own position's score is a constant
         grad = grad.masked_fill(key_index[index.clamp(min=0)] == query_index[:, None], 0)
     d_query, d_key = select_backward(grad, query, key, index, ctx.metric, ctx.squared)
-    return d_query, d_key, None, None, None, None, None, None, None, None
+    return d_query, d_key, *(None,) * 9
 
 
 select.register_autograd(_backward, setup_context=_setup)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Place, Similarity
@@ -113,6 +114,16 @@ def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, devic
             axis = torch.linspace(inset, inset + room - 1, candidates.r, device=device).long()
         flat = (flat[:, None] * (n + 2 * padding) + axis + padding).reshape(-1)
     return flat
+
+
+def refuse_forward_mode(call: Call) -> None:
+    """NotImplementedError under forward-mode differentiation, which our operators would answer with zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in (call.value, *call.params.values())):
+        raise NotImplementedError(
+            f"{call.op}: forward-mode differentiation (torch.func.jvp) runs on the oracle only; pass backend='oracle'"
+        )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -24,16 +24,22 @@ def execute(
     choose: Callable[[Basic], Run],
     draw: Tensor | None = None,
     shared: dict[str, Tensor] | None = None,
+    out_channels: int | None = None,
 ) -> Tensor:
-    """x (B, C, *grid) -> (B, O, *out). ``shared`` holds projections already made by an enclosing sum."""
+    """x (B, C, *grid) -> (B, O, *out).
+
+    ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C).
+    """
+    out_channels = x.shape[1] if out_channels is None else out_channels
     if isinstance(op, Basic):
         return _basic(op, params, x, choose, draw, shared or {})
     if isinstance(op, Branch):
         made = [
-            execute(part, operand(params, i), x, choose, draw)
-            for i, part in enumerate((op.first, op.second))
-            if any(name.startswith(f"{i}.") for name in params)
+            execute(part, operand(params, i), x, choose, draw, out_channels=channels)
+            for i, (part, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True))
+            if channels
         ]
+        _same_grid(op, [m.shape[2:] for m in made])
         y = torch.cat(made, 1) if len(made) > 1 else made[0]
         return pointwise(y, params["mix_weight"], params.get("mix_bias")) if op.mix else y
     assert isinstance(op, Sum)
@@ -48,16 +54,20 @@ def execute(
     total: Tensor | None = None
     for i, (rate, term) in enumerate(op.terms):
         mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
-        y = execute(term, operand(params, i), x, choose, draw, mine)
+        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels)
         if rate is not None:
             y = y * (next(rates).to(y.dtype) if isinstance(rate, str) else rate)
-        if total is not None and total.shape != y.shape:
-            raise ValueError(
-                f"the terms of a sum must have one output size, got {tuple(total.shape)} and {tuple(y.shape)}: {op}"
-            )
+        if total is not None:
+            _same_grid(op, [total.shape[2:], y.shape[2:]])
         total = y if total is None else total + y
     assert total is not None
     return total
+
+
+def _same_grid(op: Operation, grids: list[torch.Size]) -> None:
+    if any(g != grids[0] for g in grids):
+        sizes = " and ".join(str(tuple(g)) for g in grids)
+        raise ValueError(f"the parts must have one output grid, got {sizes} (do their strides agree?): {op}")
 
 
 def _basic(

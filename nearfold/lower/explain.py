@@ -27,7 +27,8 @@ class Part:
 class Explanation:
     """What `explain` found; ``str()`` is a table.
 
-    FLOPs count a multiply and an add as two. ``bytes`` is the least traffic: input, parameters and output, once.
+    FLOPs count a multiply and an add as two, in evaluation (random candidates are not drawn); of a part that runs
+    on the oracle they count the projections only. ``bytes`` is the least traffic: input, parameters, output, once.
     """
 
     operation: Operation
@@ -58,6 +59,8 @@ class Explanation:
             f"\n  parameters {self.parameters:,}   FLOPs forward {_si(self.forward_flops)}, backward "
             f"{_si(self.backward_flops)}   least traffic {_si(self.bytes)}B"
         )
+        if any(part.backend == "oracle" for part in self.parts):
+            lines.append("  (FLOPs of parts on the oracle are not counted)")
         return "\n".join(lines)
 
 
@@ -69,10 +72,6 @@ def _si(number: float) -> str:
     return f"{number:.3g} P"
 
 
-def _facts(op: Basic, ndim: int, dtype: torch.dtype, device: str, grad: bool) -> Facts:
-    return Facts(op, ndim, dtype, device, grad)
-
-
 def backend(op: Operation | str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
     """Names of the backends that run an operation on CPU, joined by "+" where its parts differ.
 
@@ -80,7 +79,7 @@ def backend(op: Operation | str, shape: tuple[int, ...], dtype: torch.dtype = to
     'conv'
     """
     op = parse(op) if isinstance(op, str) else op
-    names = [lower(_facts(part, len(shape) - 2, dtype, "cpu", True)) for part in op.parts]
+    names = [lower(Facts(part, len(shape) - 2, dtype, "cpu", True)) for part in op.parts]
     return "+".join(dict.fromkeys(names))
 
 
@@ -115,7 +114,7 @@ def explain(
     out_channels = channels if out_channels is None else out_channels
     parts = []
     for part in op.parts:
-        facts = _facts(part, ndim, dtype, device, grad)
+        facts = Facts(part, ndim, dtype, device, grad)
         parts.append(Part(part, lower(facts), verdicts(facts)))
     specs = parameters(op, channels, out_channels, ndim)
     params = {
@@ -123,7 +122,7 @@ def explain(
     }
     x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
     with FlopCounterMode(display=False) as forward:
-        y = apply(op, params, x)
+        y = apply(op, params, x, out_channels=out_channels)
     with FlopCounterMode(display=False) as backward:
         if grad and y.requires_grad:
             y.sum().backward()

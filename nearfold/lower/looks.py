@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nearfold.grammar import Operation
+from nearfold.grammar import Branch, Operation, Sum
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
 from nearfold.lower.geometry import padding_of
+from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
 
 
@@ -22,6 +23,11 @@ class HasOperation(Protocol):
     """What `looks` needs of a layer: `nearfold.nn.Mixer` has it."""
 
     operation: Operation
+    made_channels: int
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The operation's input for an input of the layer."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters by name."""
@@ -29,20 +35,28 @@ class HasOperation(Protocol):
 
 
 def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
-    """How much output position ``at`` reads every input position: (B, *grid), non-negative, summing to one.
+    """How much output position ``at`` reads every input position: (B, *grid), non-negative.
 
-    A position's share is |alpha| times the size of the kernel's slot, over all heads; the parts of a sum or a
-    branch count by the energy of what each of them makes there. Random candidates are not drawn.
+    It sums to one, or to zero where the output is zero. A position's share is |alpha| times the size of the
+    kernel's slot, over all heads; the parts of a sum or a branch count by the energy of what each of them makes
+    there, times its rate, before any output projection. Random candidates are not drawn.
 
     Args:
-        layer: a `Mixer`, or anything with ``operation`` and ``tensors()``.
-        x: (B, C, *grid).
-        at: output position, one entry per grid axis.
+        layer: a `Mixer`.
+        x: an input of the layer; where the layer unshuffles it, the grid is the unshuffled one.
+        at: output position of the operation, one entry per grid axis.
+
+    >>> from nearfold.nn import Mixer
+    >>> looks(Mixer("window(3) | box | ones", 4, ndim=1), torch.ones(1, 4, 5), (0,)).tolist()
+    [[0.5, 0.5, 0.0, 0.0, 0.0]]
     """
+    x = layer.prepare(x)
     grid = tuple(x.shape[2:])
     if len(at) != len(grid):
         raise ValueError(f"at must have {len(grid)} entries, one per grid axis, got {at}")
     total = x.new_zeros(x.shape[0], *grid)
+    params = layer.tensors()
+    rates = iter(_rates(layer.operation, params, layer.made_channels))
 
     def spy(call: Call) -> Tensor:
         y = oracle.run(call)
@@ -60,13 +74,28 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
         inside = (slice(None), *(slice(border, border + n) for n in grid))
         row = row.sum(1).unflatten(1, call.padded)[inside]
         row = row / row.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))
-        energy = y.flatten(2)[..., m].square().sum(1).sqrt()
+        energy = y.flatten(2)[..., m].square().sum(1).sqrt() * next(rates)
         total.add_(row * energy.view(-1, *(1,) * len(grid)).to(x.dtype))
         return y
 
     with torch.no_grad():
-        execute(layer.operation, layer.tensors(), x, lambda op: spy)
+        execute(layer.operation, params, x, lambda op: spy, out_channels=layer.made_channels)
     return total / total.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))
+
+
+def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[float]:
+    """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
+    if isinstance(op, Sum):
+        own = iter(params["rates"].tolist() if "rates" in params else ())
+        found = []
+        for i, (rate, term) in enumerate(op.terms):
+            times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
+            found += [times * r for r in _rates(term, operand(params, i), out_channels)]
+        return found
+    if isinstance(op, Branch):
+        parts = zip((op.first, op.second), op.split(out_channels), strict=True)
+        return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]
+    return [1.0]
 
 
 def _share(call: Call, alpha_BHS: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def apply(
     params: dict[str, Tensor],
     x: Tensor,
     *,
+    out_channels: int | None = None,
     backend: str = "auto",
     draw: Tensor | None = None,
 ) -> Tensor:
@@ -69,6 +70,7 @@ def apply(
         op: an operation or its notation.
         params: tensors by name.
         x: the input; its dtype and device are the output's.
+        out_channels: O, default C.
         backend: "auto", or a backend's name for every part.
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
     """
@@ -87,4 +89,4 @@ def apply(
         chosen = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
         return runner(chosen(facts, backend))
 
-    return execute(op, params, x, choose, draw)
+    return execute(op, params, x, choose, draw, out_channels=out_channels)

@@ -45,11 +45,17 @@ def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
         return q @ k.transpose(-1, -2)
     if metric == "cosine":
         return (q @ k.transpose(-1, -2)).clamp(-1, 1)
+    if metric == "chebyshev":
+        return -torch.cdist(q, k, p=float("inf"))
+    if metric == "gram":
+        square = q.square().sum(-1)[..., :, None] + k.square().sum(-1)[..., None, :] - 2 * (q @ k.transpose(-1, -2))
+        square = square.clamp(min=0)
+    else:
+        square = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
     if squared:
-        return -(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
-    if metric == "euclidean":
-        return -torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist")
-    return -torch.cdist(q, k, p=float("inf"))
+        return -square
+    zero = square == 0  # the distance's gradient there is zero
+    return -square.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def select(call: Call) -> Selection:
@@ -111,22 +117,27 @@ def _count(grid: tuple[int, ...]) -> int:
     return int(torch.tensor(grid).prod())
 
 
-def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
-    """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
-    mask = None
-    if isinstance(call.op.shape, Causal):
-        mask = key_N[None, :] <= query_M[:, None]
-    elif isinstance(call.op.shape, Strided):
-        mask = (key_N[None, :] - query_M[:, None]) % call.op.shape.step == 0
+def rule_of(call: Call) -> tuple[int, int, int]:
+    """Which keys `nearest` may choose: causal (0 or 1), reach on every axis (-1: any), dilation."""
     path = call.op.path
     near = path.candidates if isinstance(path, Nearest) and isinstance(path.candidates, Nearby) else None
     dilation = call.similarity.dilation if isinstance(call.similarity, Position) else 1
-    if near is not None or dilation > 1:
+    return int(isinstance(call.op.shape, Causal)), -1 if near is None else near.size // 2, dilation
+
+
+def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
+    """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
+    causal, reach, dilation = rule_of(call)
+    mask = key_N[None, :] <= query_M[:, None] if causal else None
+    if isinstance(call.op.shape, Strided):
+        step = call.op.shape.step
+        mask = (key_N % step)[None, :] == (query_M % step)[:, None]
+    if reach >= 0 or dilation > 1:
         at_Na = Place(call.padded, query_M.device, torch.long).index()
         apart_MNa = at_Na[query_M][:, None] - at_Na[key_N][None]
         close = (apart_MNa % dilation == 0).all(-1)
-        if near is not None:
-            close = close & (apart_MNa.abs() <= near.size // 2).all(-1)
+        if reach >= 0:
+            close = close & (apart_MNa.abs() <= reach).all(-1)
         mask = close if mask is None else mask & close
     return mask
 

@@ -115,15 +115,19 @@ class _ConvNN(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         self._require(x)
-        if self.shuffle in ("before", "both"):
-            if any(n % self.shuffle_scale for n in x.shape[2:]):
-                raise ValueError(
-                    f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "
-                    f"got {tuple(x.shape[2:])}; pad the input first"
-                )
-            x = _unshuffle(x, self.shuffle_scale)
-        y = self._run(x)
+        y = self._run(self.prepare(x))
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Unshuffled, where the layer does that first."""
+        if self.shuffle not in ("before", "both"):
+            return x
+        if any(n % self.shuffle_scale for n in x.shape[2:]):
+            raise ValueError(
+                f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "
+                f"got {tuple(x.shape[2:])}; pad the input first"
+            )
+        return _unshuffle(x, self.shuffle_scale)
 
 
 def _unshuffle(x: Tensor, scale: int) -> Tensor:

@@ -38,7 +38,8 @@ class Mixer(nn.Module):
         backend: "auto", or a backend's name, which then never falls back.
 
     Parameters keep torch's layout and names where torch has them: a window kernel loads nn.Conv2d's state dict.
-    Any grid size, a new one at every call; dtype and device follow the input. With random candidates the buffer
+    Any grid size, a new one at every call; dtype and device follow the input,
+    which must have the parameters' dtype unless autocast is on. With random candidates the buffer
     ``sampler`` (seed, draws) is the layer's own generator; it draws in training only.
 
     >>> layer = Mixer("nearest(9, cosine) | ranked | kernel", 8, 16)
@@ -64,9 +65,9 @@ class Mixer(nn.Module):
             raise ValueError(f"operation must be an Operation or its notation, got {operation!r}")
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
+        self.made_channels = self.out_channels  # what the operation makes, before any shuffling
         self.ndim, self.backend = ndim, backend
         self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias)
-        self._places: list[tuple[str, nn.Module, str]] = []
         for name, spec in self._specs.items():
             owner: nn.Module = self
             *path, attribute = name.split(".")
@@ -75,33 +76,51 @@ class Mixer(nn.Module):
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             owner.register_parameter(attribute, nn.Parameter(_initial(spec)))
-            self._places.append((name, owner, attribute))
         paths = [p.path for p in self.operation.parts]
         draws = any(isinstance(p, Nearest) and isinstance(p.candidates, Random) for p in paths)
-        seed = torch.randint(2**31, (1,)).item() if draws else 0
+        seed = torch.randint(2**31, (1,), device="cpu").item() if draws else 0
         self.register_buffer("sampler", torch.tensor([seed, 0]) if draws else None)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         with torch.no_grad():
-            for name, owner, attribute in self._places:
-                getattr(owner, attribute).copy_(_initial(self._specs[name]))
+            for name, tensor in self.tensors().items():
+                tensor.copy_(_initial(self._specs[name]))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters by the names that `nearfold.lower` knows."""
-        return {name: getattr(owner, attribute) for name, owner, attribute in self._places}
+        found = {}
+        for name in self._specs:
+            owner: nn.Module = self
+            *path, attribute = name.split(".")
+            for part in path:
+                owner = owner._modules[part]  # type: ignore[assignment]
+            found[name] = getattr(owner, attribute)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         self._require(x)
         return self._run(x)
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
+        return x
+
     def _run(self, x: Tensor) -> Tensor:
         draw = None
         if self.sampler is not None and self.training:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    f"{self.operation}: random candidates would be drawn anew when activation checkpointing runs the "
+                    "layer again in the backward pass, and gradients would be wrong; checkpoint around this layer, or "
+                    "put it in evaluation mode, where all candidates are searched"
+                )
             self.sampler[1] += 1
             draw = self.sampler.clone()
-        return apply(self.operation, self.tensors(), x, backend=self.backend, draw=draw)
+        return apply(
+            self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw
+        )
 
     def _require(self, x: Tensor) -> None:
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
@@ -109,6 +128,15 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
                 f"ndim={self.ndim}), got shape {tuple(x.shape)}"
+            )
+        self._require_dtype(x)
+
+    def _require_dtype(self, x: Tensor) -> None:
+        own = next((t.dtype for t in self.tensors().values()), x.dtype)
+        kind = x.device.type
+        if own != x.dtype and x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+            raise ValueError(
+                f"x is {x.dtype}, but the layer's parameters are {own}; convert one with .to(dtype) or use autocast"
             )
 
     def extra_repr(self) -> str:
@@ -127,4 +155,8 @@ class TokenMixer(Mixer):
         """x (B, N, D) -> (B, N, D)."""
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        return super().forward(self.prepare(x)).transpose(1, 2)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D, N)."""
+        return x.transpose(1, 2)

@@ -12,8 +12,8 @@ from nearfold.grammar.words import Box, Nearest, Ones, Rho
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.select import DOT_LIKE, LOST, select
 from nearfold.lower import oracle
-from nearfold.lower.call import Call, autocast_dtype
-from nearfold.lower.selection import allowed
+from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
+from nearfold.lower.selection import rule_of
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 
@@ -38,7 +38,6 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
     own = path.include_self is not False
     if key_R is None:
         key_R = torch.arange(key.shape[2], device=key.device)
-    mask = allowed(call, query_M, key_R)
     whole = query.shape[2] == len(query_M)
     query_m = query if whole else query[:, :, query_M]
     k = path.k - own
@@ -55,7 +54,8 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
             call.similarity.squared,
             query_M,
             key_R,
-            mask,
+            list(call.padded),
+            list(rule_of(call)),
             own,
             again,
         )
@@ -79,7 +79,7 @@ def _own_score(call: Call, query: Tensor, key: Tensor) -> Tensor:
         return (query * key).sum(-1, keepdim=True)
     if call.similarity.squared:
         return -(query - key).square().sum(-1, keepdim=True)
-    order = 2 if call.similarity.reduced == "euclidean" else float("inf")
+    order = float("inf") if call.similarity.reduced == "chebyshev" else 2
     return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True)
 
 
@@ -106,6 +106,7 @@ def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
+    refuse_forward_mode(call)
     weight_word = call.op.weight
     value = oracle.values(call).transpose(1, 2)
     # under constant alpha nothing flows back through the scores: nothing is kept for it

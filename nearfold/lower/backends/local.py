@@ -11,9 +11,9 @@ from torch import Tensor
 from nearfold.grammar.words import Ones, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.local import local_scores, local_sum, shifted
-from nearfold.kernels.select import DOT_LIKE, INVALID
+from nearfold.kernels.select import DOT_LIKE, INVALID, NORMED
 from nearfold.lower import oracle
-from nearfold.lower.call import Call, autocast_dtype
+from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
 from nearfold.lower.geometry import WindowGeometry
 from nearfold.lower.selection import window_index
 from nearfold.lower.verdict import Facts, Verdict
@@ -29,7 +29,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not window")
     if isinstance(op.weight.rho, Ones):
         return Verdict.no("weight does not look at the scores: conv does it")
-    if op.path.similarity.reduced not in (*DOT_LIKE, "euclidean"):
+    if op.path.similarity.reduced not in (*DOT_LIKE, *NORMED):
         return Verdict.no(f"similarity {op.path.similarity} is neither a dot product nor euclidean")
     return Verdict.yes("shifted views, one slot at a time", "roundoff")
 
@@ -41,6 +41,7 @@ def _grid_last(x: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
+    refuse_forward_mode(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     out, mode, stride = geometry.output(call.grid), op.path.mode, list(geometry.stride)
