@@ -3,6 +3,9 @@
 Shipped with the package, so that a new lowering, similarity or path is tested without touching a test file:
 `CASES` spans the vocabulary by hand, `operations` draws from the registry, `conform` compares one backend with
 the oracle, `check_*` test what else a layer promises. Needs the extra `dev` for the generated part only.
+
+The oracle shares small parts with the backends (embeddings, geometry, rho): those are held against torch's own layers
+and hand-written formulas by tests/test_equivalence.py, not by this suite.
 """
 
 from __future__ import annotations

@@ -51,10 +51,9 @@ def _append(x_BHNd: Tensor, place: Place) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Unit vectors along the last axis; a zero vector stays zero, and so does its gradient."""
-    square = x.square().sum(-1, keepdim=True)
-    zero = square == 0
-    return x / square.masked_fill(zero, 1).sqrt().clamp(min=1e-12)
+    """Unit vectors along the last axis; a zero vector stays zero, and the gradient there stays bounded."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1).clamp(min=1e-12)
 
 
 def _deviation(x_BHNd: Tensor) -> Tensor:

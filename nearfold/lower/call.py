@@ -72,7 +72,7 @@ class Call:
     def candidate_index(self) -> Tensor | None:
         """Ascending positions (R,) among which `nearest` searches; None for every position."""
         assert isinstance(self.op.path, Nearest)
-        candidates, total = self.op.path.candidates, _count(self.padded)
+        candidates, total = self.op.path.candidates, count_positions(self.padded)
         if isinstance(candidates, Random) and self.draw is not None and candidates.r < total:
             return draw_positions(self.draw, total, candidates.r)
         if isinstance(candidates, Grid):
@@ -93,7 +93,8 @@ class Call:
         return self.similarity.embed(query, key, place, self.params)
 
 
-def _count(grid: tuple[int, ...]) -> int:
+def count_positions(grid: tuple[int, ...]) -> int:
+    """Positions of a grid."""
     total = 1
     for n in grid:
         total *= n

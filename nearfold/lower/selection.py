@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nearfold.grammar.similarity import Place, Position
 from nearfold.grammar.words import All, Box, Causal, Nearby, Nearest, Strided, Window
-from nearfold.lower.call import Call
+from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import WindowGeometry, reflect
 
 
@@ -103,7 +103,7 @@ def _window(call: Call) -> Selection:
         k_MS = k[:, :, flat_MS]
         rows = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS)
         score = rows.squeeze(-2).masked_fill(~valid_MS, float("-inf"))
-    return Selection(flat_MS[None, None], valid_MS[None, None], score, _count(call.grid))
+    return Selection(flat_MS[None, None], valid_MS[None, None], score, count_positions(call.grid))
 
 
 def _flatten(at_Ma: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -111,10 +111,6 @@ def _flatten(at_Ma: Tensor, grid: tuple[int, ...]) -> Tensor:
     for axis, n in enumerate(grid):
         flat = flat * n + at_Ma[:, axis]
     return flat
-
-
-def _count(grid: tuple[int, ...]) -> int:
-    return int(torch.tensor(grid).prod())
 
 
 def rule_of(call: Call) -> tuple[int, int, int]:
@@ -145,7 +141,7 @@ def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
 def _all(call: Call) -> Selection:
     q, k = call.embedded() if call.op.weight.rho.needs_score else (None, None)
     query_M = call.query_index()
-    key_N = torch.arange(_count(call.padded), device=query_M.device)
+    key_N = torch.arange(count_positions(call.padded), device=query_M.device)
     mask = allowed(call, query_M, key_N)
     valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
@@ -163,7 +159,7 @@ def _nearest(call: Call) -> Selection:
     q, k = call.embedded()
     query_M = call.query_index()
     chosen = call.candidate_index()
-    key_R = torch.arange(_count(call.padded), device=query_M.device) if chosen is None else chosen
+    key_R = torch.arange(count_positions(call.padded), device=query_M.device) if chosen is None else chosen
     q_M = q[:, :, query_M]
     metric, squared = call.similarity.reduced, call.similarity.squared
     score = metric_scores(metric, squared, q_M, k[:, :, key_R])
@@ -195,8 +191,8 @@ def _nearest(call: Call) -> Selection:
         valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
     index = index.masked_fill(~valid, 0)
     if isinstance(call.op.shape, Box):
-        order = index.masked_fill(~valid, len(key_R) + _count(call.padded)).sort(dim=-1, stable=True).indices
+        order = index.masked_fill(~valid, len(key_R) + count_positions(call.padded)).sort(dim=-1, stable=True).indices
         index, valid, ranked = index.gather(-1, order), valid.gather(-1, order), ranked.gather(-1, order)
     lost_M1 = q_M.isnan().any(-1, keepdim=True)
     ranked = ranked.masked_fill(lost_M1, float("nan"))
-    return Selection(index, valid, ranked, _count(call.padded))
+    return Selection(index, valid, ranked, count_positions(call.padded))
