@@ -115,12 +115,13 @@ def _forbidden(query_index: Tensor, key_index: Tensor, grid: list[int], rule: li
     return bad
 
 
-def _mask(score: Tensor, column: Tensor | None, again: float, forbidden: Tensor | None, clean: bool) -> Tensor:
+def _mask(
+    score: Tensor, own: tuple[Tensor, Tensor] | None, again: float, forbidden: Tensor | None, clean: bool
+) -> Tensor:
     if forbidden is not None:
         score.masked_fill_(forbidden, float("-inf"))
-    if column is not None:
-        here = (column != INVALID).nonzero()[:, 0]
-        score[:, here, column[here]] = again
+    if own is not None:
+        score[:, own[0], own[1]] = again
     if not clean:
         score.masked_fill_(score.isnan(), float("-inf"))
     return score
@@ -216,13 +217,17 @@ def _select(
         ms = slice(m0, min(m0 + m, M))
         forbidden = _forbidden(query_index[ms], key_index, grid, rule)
         own_column = None if column is None else column[ms]
+        own_at = None
+        if own_column is not None:
+            here = (own_column != INVALID).nonzero()[:, 0]
+            own_at = here, own_column[here]
         for p0 in range(0, P, p):
             ps = slice(p0, min(p0 + p, P))
             shape = (ps.stop - p0, ms.stop - m0, R)
             out = buffer[: math.prod(shape)].view(shape)
             norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
             block = _score(metric, q[ps, ms], near[ps], norms[0], norms[1], out)
-            block = _mask(block, own_column, again, forbidden, clean)
+            block = _mask(block, own_at, again, forbidden, clean)
             if metric == "euclidean":
                 slack = _slack(query.dtype, query.shape[2], *norms)
                 found_score, found = _refined(
@@ -230,8 +235,8 @@ def _select(
                 )
             else:
                 found_score, found = _ranked(block, kept)
-            score[ps, ms, :kept] = found_score
-            index[ps, ms, :kept] = found.masked_fill(found_score == float("-inf"), INVALID)
+            score[ps, ms, :kept], index[ps, ms, :kept] = found_score, found
+    index.masked_fill_(score == float("-inf"), INVALID)
     if metric == "gram" and not squared:
         fixed = None if column is None else index == column[:, None]
         roots = -(-score).clamp(min=0).sqrt()

@@ -31,6 +31,13 @@ class Call:
     query: Tensor | None
     key: Tensor | None
     draw: Tensor | None = None
+    _rows: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """The value as contiguous rows (B, N, C); made once, and shared with a query that is the same tensor."""
+        if self._rows is None:
+            self._rows = self.value.flatten(2).transpose(1, 2).contiguous()
+        return self._rows
 
     @property
     def ndim(self) -> int:
@@ -88,7 +95,10 @@ class Call:
             empty = torch.empty(1, 1, 0, 0, device=like.device, dtype=dtype)
             return self.similarity.embed(empty, empty, place, self.params)
         assert self.query is not None and self.key is not None
-        query = split_heads(self.query, self.heads).to(dtype).contiguous()
+        if self.query is self.value and self.heads == 1:
+            query = self.rows()[:, None].to(dtype)
+        else:
+            query = split_heads(self.query, self.heads).to(dtype).contiguous()
         key = query if self.key is self.query else split_heads(self.key, self.heads).to(dtype).contiguous()
         return self.similarity.embed(query, key, place, self.params)
 

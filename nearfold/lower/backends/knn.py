@@ -108,7 +108,8 @@ def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_forward_mode(call)
     weight_word = call.op.weight
-    value = oracle.values(call).transpose(1, 2)
+    appended = getattr(weight_word.kernel, "coordinates", False)
+    value = oracle.values(call).transpose(1, 2) if appended else call.rows()
     # under constant alpha nothing flows back through the scores: nothing is kept for it
     with torch.set_grad_enabled(torch.is_grad_enabled() and weight_word.rho.needs_score):
         score, at = _select(call)
