@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nearfold.nn.mixer import Mixer
+from nearfold.nn.mixer import Mixer, register_dotted
 
 State = dict[str, Tensor]
 
@@ -48,13 +48,7 @@ class ReferenceLayer(nn.Module):
     def __init__(self, conversion: Conversion, state: State) -> None:
         super().__init__()
         for name, tensor in state.items():
-            owner: nn.Module = self
-            *path, attribute = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(attribute, nn.Parameter(tensor.detach().clone()))
+            register_dotted(self, name, tensor.detach().clone())
         # kept out of the module tree: its own parameters are never used
         self._conversion = (conversion,)
         self._names = tuple(state)

@@ -40,7 +40,10 @@ class Selection:
 
 
 def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
-    """Scores (B, H, M, N) of embedded queries (B, H, M, e) and keys (B, H, N, e)."""
+    """Scores (B, H, M, N) of embedded queries (B, H, M, e) and keys (B, H, N, e), in their dtype under autocast too."""
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return metric_scores(metric, squared, q, k)
     if metric == "dot":
         return q @ k.transpose(-1, -2)
     if metric == "cosine":

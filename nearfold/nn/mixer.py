@@ -26,6 +26,16 @@ def _initial(spec: Parameter) -> Tensor:
     return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()
 
 
+def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Register a parameter under a dotted name, making the modules on the way."""
+    *path, attribute = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_parameter(attribute, nn.Parameter(tensor))
+
+
 class Mixer(nn.Module):
     """Any operation as a layer: (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
@@ -69,13 +79,7 @@ class Mixer(nn.Module):
         self.ndim, self.backend = ndim, backend
         self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias)
         for name, spec in self._specs.items():
-            owner: nn.Module = self
-            *path, attribute = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(attribute, nn.Parameter(_initial(spec)))
+            register_dotted(self, name, _initial(spec))
         paths = [p.path for p in self.operation.parts]
         draws = any(isinstance(p, Nearest) and isinstance(p.candidates, Random) for p in paths)
         seed = torch.randint(2**31, (1,), device="cpu").item() if draws else 0
