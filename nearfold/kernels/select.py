@@ -73,18 +73,18 @@ def _classes(score: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `_plain`, in two short searches: the k largest lie in the k column classes with the largest maxima.
 
     Column j is in class j mod G: the maxima are element-wise ones of contiguous pieces. Exact: k + 1 classes are
-    kept, a class left out has no larger maximum than any of them, and where one could equal the k-th best, the
-    row is reported as tied.
+    kept, and a class left out has no larger maximum than any of theirs. If one equalled the k-th best, so would
+    the (k + 1)-th best, and the row is reported as tied.
     """
     *lead, R = score.shape
     G = _class_count(R, k)
     whole = R // G * G
     parts = score[..., :whole].unflatten(-1, (R // G, G))
-    top, column = parts.amax(-2).topk(k + 1, -1, sorted=False)
+    column = parts.amax(-2).topk(k + 1, -1, sorted=False).indices
     within = parts.gather(-1, column[..., None, :].expand(*lead, R // G, k + 1)).flatten(-2)
     rest = score[..., whole:]
     best, place = (torch.cat([within, rest], -1) if whole < R else within).topk(k + 1, -1)
-    tied = (best[..., 1:] == best[..., :-1]).any(-1) | (top.amin(-1) >= best[..., k - 1])
+    tied = (best[..., 1:] == best[..., :-1]).any(-1)
     best, place = best[..., :k], place[..., :k]
     found = place // (k + 1) * G + column.gather(-1, place % (k + 1))
     if whole < R:
