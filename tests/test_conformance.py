@@ -362,3 +362,17 @@ def test_forward_mode_is_refused_or_right(text):
     _, tangent = torch.func.jvp(layer, (x,), (direction,))
     numeric = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
     torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [2, 50, 5000, 10**9], ids=["ties everywhere", "many", "few", "none"])
+def test_the_search_is_a_stable_sort(levels):
+    """Few values or many: the k best are those of a stable descending sort, in its order."""
+    from nearfold.kernels.select import _ranked
+
+    generator = torch.Generator().manual_seed(0)
+    for count in (128, 300, 1033, 4096):
+        score = (torch.randn(2, 20, count, generator=generator) * levels).round() / levels
+        truth = score.sort(dim=-1, descending=True, stable=True)
+        for k in (1, 9, 30):
+            best, index = _ranked(score.clone(), k)
+            assert torch.equal(index, truth.indices[..., :k]) and torch.equal(best, truth.values[..., :k])
