@@ -1,9 +1,10 @@
-# Everything runs in .venv, which is made on first use and brought up to date whenever
-# pyproject.toml or constraints.txt change. Another interpreter: make PYTHON=python3.12 test
+# Everything runs in .venv, which is made on first use and brought up to date whenever one of INPUTS
+# changes. Another interpreter: make PYTHON=python3.12 test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard nearfold/kernels/cpp/*)
 
 # CORE and DEV are stamps: removed before an installation, written after it. A .venv made here (OURS)
 # without CORE was left by an installation cut short, which pip may take for a whole one, so it is
@@ -13,6 +14,7 @@ CORE := $(VENV)/.nearfold-core
 DEV := $(VENV)/.nearfold-dev
 
 .PHONY: help demo test lint format bench clean
+.NOTPARALLEL: # two installations into one .venv would collide
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,26 +35,26 @@ format: $(DEV) ## rewrite the sources into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(CORE) ## time and memory against the naive formulation
+bench: $(CORE) ## time and memory against the usual formulations and libraries; a few idle minutes
 	$(BIN)/python -m benchmarks
 
 clean: ## remove caches and build products; keep .venv and runs
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info nearfold/kernels/_engine*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs \) -prune \
 		-o -type d -name __pycache__ -exec rm -rf {} +
 
-$(CORE): pyproject.toml constraints.txt
+$(CORE): EXTRAS :=
+$(DEV): EXTRAS := [dev]
+$(CORE) $(DEV): $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "nearfold needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
 		echo "Name another one, as in: make PYTHON=python3.12 test" >&2; exit 1; }
 	@if [ -e $(OURS) ] && [ ! -e $(CORE) ]; then \
 		echo "$(VENV) was left by an unfinished installation; starting over."; rm -rf $(VENV); fi
 	@[ -x $(BIN)/python ] || { mkdir -p $(VENV) && touch $(OURS) && $(PYTHON) -m venv $(VENV); }
-	@rm -f $(CORE)
-	$(PIP_INSTALL) -e .
-	@touch $@
-
-$(DEV): $(CORE)
-	@rm -f $(CORE)
-	$(PIP_INSTALL) -e ".[dev]"
+	@rm -f $(CORE) $(DEV)
+	$(PIP_INSTALL) -e ".$(EXTRAS)"
+	@find $(VENV)/lib/ -path '*/nearfold/kernels/_engine.*' | grep -q . || { \
+		echo "The compiled engine was not built; nearfold runs on PyTorch alone. To see what failed:"; \
+		echo "    $(PIP_INSTALL) -v -e ."; }
 	@touch $(CORE) $@

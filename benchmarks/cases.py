@@ -1,84 +1,111 @@
-"""The cases, as data: ours, the peers, and whether a peer computes the same (then it is checked first)."""
+"""The cases and their targets, as data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.peers import attention_module, naive_convnn, naive_kvt, unfold_acmix
-from nearfold.nn import ACmix2d, ConvNN2d, KVTAttention, Mixer, TokenMixer
-
-Forward = Callable[[Tensor], Tensor]
+from benchmarks import build
+from benchmarks.case import Case
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison. ``parameters`` are those whose gradients both sides compute in forward + backward."""
+class Spec:
+    """A case: its title, the function of `build` that makes it, and that function's arguments.
+
+    ``small`` are arguments for a quick check of the whole chain; its speeds mean nothing.
+    """
 
     title: str
-    shape: tuple[int, ...]
-    ours: Forward
-    peers: dict[str, tuple[Forward, bool]]
-    modules: tuple[nn.Module, ...]
-    target: str = ""
+    build: Callable[..., Case]
+    full: dict[str, Any]
+    small: dict[str, Any]
 
 
-def _convnn(shape: tuple[int, ...], k: int, target: str, conv: bool = True) -> Case:
-    channels = shape[1]
-    layer, plain = ConvNN2d(channels, channels, k), nn.Conv2d(channels, channels, 3, padding=1)
-    peers: dict[str, tuple[Forward, bool]] = {"naive": (lambda x: naive_convnn(layer, x), True)}
-    if conv:
-        peers["nn.Conv2d 3x3"] = (plain, False)
-    return Case(f"ConvNN2d k={k}", shape, layer, peers, (layer, plain), target)
+IMAGE, TINY_IMAGE = (16, 64, 32, 32), (2, 8, 8, 8)
+TOKENS, TINY_TOKENS = (16, 197, 192), (2, 21, 12)
+LONG = (2, 3137, 192)
+CORE, TINY_CORE = (1, 4, 4096, 64), (1, 2, 60, 8)
 
-
-def _kvt(shape: tuple[int, ...], heads: int, k: int) -> Case:
-    layer = KVTAttention(shape[2], heads, k)
-    dense = nn.MultiheadAttention(shape[2], heads, batch_first=True)
-    peers: dict[str, tuple[Forward, bool]] = {
-        "naive": (lambda x: naive_kvt(layer, x, k, heads), True),
-        "nn.MultiheadAttention": (lambda x: dense(x, x, x, need_weights=False)[0], False),
-    }
-    return Case(f"KVTAttention k={k}", shape, layer, peers, (layer, dense))
-
-
-def _acmix(shape: tuple[int, ...]) -> Case:
-    layer = ACmix2d(shape[1], shape[1], 7, 3, 4)
-    peers: dict[str, tuple[Forward, bool]] = {"unfold": (lambda x: unfold_acmix(layer, x, 7, 4), True)}
-    return Case("ACmix2d 7x7", shape, layer, peers, (layer,))
-
-
-def _conv_tax(shape: tuple[int, ...]) -> Case:
-    layer, plain = Mixer("window(3) | box | kernel", shape[1]), nn.Conv2d(shape[1], shape[1], 3, padding=1)
-    plain.load_state_dict(layer.state_dict())
-    return Case("conv in the grammar", shape, layer, {"nn.Conv2d 3x3": (plain, True)}, (layer, plain))
-
-
-def _attention_tax(shape: tuple[int, ...], heads: int) -> Case:
-    layer = TokenMixer(f"all | row | softmax(heads={heads})", shape[2])
-    peer = attention_module(layer, shape[2], heads)
-    peers: dict[str, tuple[Forward, bool]] = {
-        "nn.MultiheadAttention": (lambda x: peer(x, x, x, need_weights=False)[0], True)
-    }
-    return Case("attention in the grammar", shape, layer, peers, (layer, peer))
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "convnn": lambda: _convnn((16, 64, 32, 32), 9, "naive: at least 3x faster forward + backward"),
-    "convnn_memory": lambda: _convnn((8, 64, 64, 64), 9, "naive: peak memory below 1/5", conv=False),
-    "convnn_k36": lambda: _convnn((16, 64, 32, 32), 36, ""),
-    "kvt": lambda: _kvt((16, 197, 192), 3, 9),
-    "acmix": lambda: _acmix((16, 64, 32, 32)),
-    "conv_tax": lambda: _conv_tax((16, 64, 32, 32)),
-    "attention_tax": lambda: _attention_tax((16, 197, 192), 3),
+CASES: dict[str, Spec] = {
+    "knn": Spec("k-NN attention", build.knn_attention, {"shape": CORE, "k": 9}, {"shape": TINY_CORE, "k": 9}),
+    "knn_k36": Spec("k-NN attention", build.knn_attention, {"shape": CORE, "k": 36}, {"shape": TINY_CORE, "k": 36}),
+    "knn_16384": Spec(
+        "k-NN attention",
+        build.knn_attention,
+        {"shape": (1, 4, 16384, 64), "k": 9, "naive": "samples", "pytorch_path": False},
+        {"shape": (1, 2, 700, 8), "k": 9, "naive": "samples", "pytorch_path": False},
+    ),
+    "convnn_attention": Spec(
+        "ConvNNAttention",
+        build.convnn_attention,
+        {"shape": TOKENS, "heads": 3, "k": 9},
+        {"shape": TINY_TOKENS, "heads": 3, "k": 9},
+    ),
+    "kvt": Spec(
+        "KVTAttention", build.kvt, {"shape": LONG, "heads": 3, "k": 100}, {"shape": TINY_TOKENS, "heads": 3, "k": 10}
+    ),
+    "convnn": Spec("ConvNN2d", build.convnn, {"shape": IMAGE, "k": 9}, {"shape": TINY_IMAGE, "k": 9}),
+    "convnn_k36": Spec("ConvNN2d", build.convnn, {"shape": IMAGE, "k": 36}, {"shape": TINY_IMAGE, "k": 36}),
+    "convnn_random": Spec(
+        "ConvNN2d, random candidates",
+        build.convnn_random,
+        {"shape": IMAGE, "k": 9, "r": 64},
+        {"shape": TINY_IMAGE, "k": 5, "r": 16},
+    ),
+    "convnn_memory": Spec(
+        "ConvNN2d",
+        build.convnn,
+        {"shape": (8, 64, 64, 64), "k": 9, "conv": False, "pytorch_path": False},
+        {"shape": (1, 8, 12, 12), "k": 9, "conv": False, "pytorch_path": False},
+    ),
+    "acmix": Spec(
+        "ACmix2d",
+        build.acmix,
+        {"shape": IMAGE, "window": 7, "heads": 4},
+        {"shape": TINY_IMAGE, "window": 5, "heads": 4},
+    ),
+    "neighbourhood": Spec(
+        "neighbourhood attention",
+        build.neighbourhood,
+        {"shape": IMAGE, "window": 7, "heads": 4},
+        {"shape": TINY_IMAGE, "window": 5, "heads": 4, "compiled": False},
+    ),
+    "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
+    "conv_tax": Spec("conv in the grammar", build.conv_tax, {"shape": IMAGE}, {"shape": TINY_IMAGE}),
+    "attention_tax": Spec(
+        "attention in the grammar",
+        build.attention_tax,
+        {"shape": TOKENS, "heads": 3},
+        {"shape": TINY_TOKENS, "heads": 3},
+    ),
 }
 
+SHOWN = ("shape", "heads", "k", "r", "window")  # arguments that a title tells
 
-def make(name: str) -> tuple[Case, Tensor]:
-    """A case and its input, from a fixed seed."""
+
+def arguments(spec: Spec, small: bool = False) -> dict[str, Any]:
+    """What the case is made from."""
+    return spec.small if small else spec.full
+
+
+def title(name: str, small: bool = False) -> str:
+    """What a reader calls a case.
+
+    >>> title("convnn")
+    'ConvNN2d (16, 64, 32, 32), k=9'
+    """
+    spec = CASES[name]
+    given = arguments(spec, small)
+    rest = [f"{a}={given[a]}" for a in SHOWN[1:] if a in given]
+    return ", ".join([f"{spec.title} {given['shape']}", *rest])
+
+
+def make(name: str, small: bool = False) -> Case:
+    """A case, from a fixed seed."""
     torch.manual_seed(0)
-    case = CASES[name]()
-    return case, torch.randn(case.shape)
+    spec = CASES[name]
+    return spec.build(**arguments(spec, small))

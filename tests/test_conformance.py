@@ -211,7 +211,7 @@ def test_ops_pass_opcheck():
     from nearfold.kernels.aggregate import aggregate
     from nearfold.kernels.select import select
 
-    q, k = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 7, 3, requires_grad=True)
+    q, k = torch.randn(2, 2, 5, 3, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True)
     at = torch.arange(7)
     torch.library.opcheck(select, (q, k, 3, "dot", False, at[:5], at, [7], [1, 2, 1], True, float("-inf")))
     torch.library.opcheck(select, (q, k, 3, "euclidean", False, at[:5], at, [7], [0, -1, 1], False, 0.0))
@@ -223,27 +223,32 @@ def test_ops_pass_opcheck():
 
 
 def test_the_suite_sees_a_wrong_kernel(monkeypatch):
-    """Break the tie rule, the stride of a view and a gradient: each must show."""
-    import nearfold.kernels.local as local
-    import nearfold.kernels.select as kernel
+    """Break the tie rule, the stride of a view and a gradient of the PyTorch path: each must show."""
+    from nearfold.kernels import engine, local, local_attention_torch, select_torch
 
     def backwards(score, k):
         best, index = score.flip(-1).topk(k, -1)
         return best, score.shape[-1] - 1 - index
 
-    with monkeypatch.context() as m:
-        m.setattr(kernel, "_ranked", backwards)
-        with pytest.raises(AssertionError, match="is off by"):
-            conform("nearest(5, position(chebyshev)) | ranked | kernel", (5, 4))
-    with monkeypatch.context() as m:
-        right = local.shifted
-        m.setattr(local, "shifted", lambda p, o, s, out: right(p, tuple(0 for _ in o), s, out))
-        with pytest.raises(AssertionError, match="is off by"):
-            conform("window(3) | box | softmax", (5, 4))
-    with monkeypatch.context() as m:
-        m.setattr(kernel, "_metric_grad", lambda g, apart, metric, squared: -g[..., None] * apart)
-        with pytest.raises(AssertionError, match="is off by"):
-            conform("nearest(5, euclidean) | ranked | softmax", (5, 4))
+    def shifted(p, o, s, out):
+        return right(p, tuple(0 for _ in o), s, out)
+
+    right = local.shifted
+    broken = [
+        ("nearest(5, position(chebyshev)) | ranked | kernel", [(select_torch, "_ranked", backwards)]),
+        ("window(3) | box | softmax", [(local, "shifted", shifted), (local_attention_torch, "shifted", shifted)]),
+        (
+            "nearest(5, euclidean) | ranked | softmax",
+            [(select_torch, "_metric_grad", lambda g, apart, metric, squared: -g[..., None] * apart)],
+        ),
+    ]
+    for op, patches in broken:
+        with monkeypatch.context() as m, engine.forced("off"):
+            conform(op, (5, 4))
+            for module, name, wrong in patches:
+                m.setattr(module, name, wrong)
+            with pytest.raises(AssertionError, match="is off by"):
+                conform(op, (5, 4))
 
 
 def test_poison_reaches_empty_memory():
@@ -367,7 +372,7 @@ def test_forward_mode_is_refused_or_right(text):
 @pytest.mark.parametrize("levels", [2, 50, 5000, 10**9], ids=["ties everywhere", "many", "few", "none"])
 def test_the_search_is_a_stable_sort(levels):
     """Few values or many: the k best are those of a stable descending sort, in its order."""
-    from nearfold.kernels.select import _ranked
+    from nearfold.kernels.select_torch import _ranked
 
     generator = torch.Generator().manual_seed(0)
     for count in (128, 300, 1033, 4096):

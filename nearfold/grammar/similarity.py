@@ -87,6 +87,12 @@ class Similarity(Word):
         """Vectors whose metric is this similarity: query (B|1, H|1, N, e) and key (B|1, H|1, N, e)."""
         raise NotImplementedError
 
+    def embed_differences(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """As `embed`, and a factor of the scores, for softmax: it sees only how the scores of one query differ."""
+        return *self.embed(q_BHNd, k_BHNd, place, params), 1.0
+
 
 @dataclass(frozen=True)
 class Dot(Similarity):
@@ -117,18 +123,30 @@ class Scaled(Similarity):
         check(not (self.coordinates and self.relative), self, "relative", self.relative, "given without coordinates")
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)
+        q_BHNe = q_BHNe * scale
+        if self.relative:  # q_i . p_i is the same for every key
+            own_BHN1 = (q_BHNe * self._position(place, params, q_BHNe)).sum(-1, keepdim=True)
+            q_BHNe = torch.cat([q_BHNe, own_BHN1], -1)
+            k_BHNe = torch.cat([k_BHNe, torch.ones_like(k_BHNe[..., :1])], -1)
+        return q_BHNe, k_BHNe
+
+    def embed_differences(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
         scale = q_BHNd.shape[-1] ** -0.5
         if self.coordinates:
             q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
-        q_BHNd = q_BHNd * scale
         if self.relative:
-            weight_da = params["position_weight"]
-            p_Nd = F.linear(place.unit().to(weight_da.dtype), weight_da, params.get("position_bias"))
-            p_Nd = p_Nd.to(q_BHNd.dtype)
-            own_BHN1 = (q_BHNd * p_Nd).sum(-1, keepdim=True)
-            q_BHNd = torch.cat([q_BHNd, own_BHN1], -1)
-            k_BHNd = torch.cat([k_BHNd - p_Nd, torch.ones_like(k_BHNd[..., :1])], -1)
-        return q_BHNd, k_BHNd
+            # features and positions swapped: for keys by planes the gradient's sum over batch and heads is then fast
+            p_dN = self._position(place, params, k_BHNd).neg().T
+            k_BHNd = (k_BHNd.transpose(2, 3) + p_dN).transpose(2, 3)
+        return q_BHNd, k_BHNd, scale
+
+    def _position(self, place: Place, params: dict[str, Tensor], like: Tensor) -> Tensor:
+        """p (N, d), in the dtype of ``like``."""
+        weight_da = params["position_weight"]
+        return F.linear(place.unit().to(weight_da.dtype), weight_da, params.get("position_bias")).to(like.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,46 @@ Shape legend: P problems (batch x heads), e embedded features, d value features,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Mirror positions outside 0..n-1 back inside, as often as it takes."""
+    period = max(2 * (n - 1), 1)
+    index = index.remainder(period)
+    return torch.where(index >= n, period - index, index) if n > 1 else torch.zeros_like(index)
+
+
+def pad(x: Tensor, before: Sequence[int], after: Sequence[int], mirrored: bool) -> Tensor:
+    """Pad the grid axes (all but the first two) with zeros, or by reflection at any size; a negative number crops."""
+    if not any(before) and not any(after):
+        return x
+    if not mirrored:
+        amounts = [v for b, a in zip(before, after, strict=True) for v in (a, b)]
+        return F.pad(x, amounts[::-1])
+    for axis, (b, a) in enumerate(zip(before, after, strict=True)):
+        n = x.shape[2 + axis]
+        x = x.index_select(2 + axis, reflect(torch.arange(-b, n + a, device=x.device), n))
+    return x
+
+
+def unpad(grad: Tensor, grid: Sequence[int], before: Sequence[int], after: Sequence[int], mirrored: bool) -> Tensor:
+    """Gradient of `pad` at its input, whose grid axes have the sizes ``grid``."""
+    if not any(before) and not any(after):
+        return grad
+    if not mirrored:
+        return F.pad(grad, [-v for b, a in zip(before, after, strict=True) for v in (a, b)][::-1])
+    for axis, (n, b, a) in enumerate(zip(grid, before, after, strict=True)):
+        shape = list(grad.shape)
+        shape[2 + axis] = n
+        index = reflect(torch.arange(-b, n + a, device=grad.device), n)
+        grad = grad.new_zeros(shape).index_add_(2 + axis, index, grad)
+    return grad
 
 
 def shifted(x: Tensor, offset: tuple[int, ...], stride: list[int], out: tuple[int, ...]) -> Tensor:

@@ -88,19 +88,26 @@ class Call:
 
     def embedded(self) -> tuple[Tensor, Tensor]:
         """Query (B|1, H|1, N, e) and key for the similarity's metric, in float32 at least."""
+        return self.similarity.embed(*self._features(rows=True), self.params)
+
+    def embedded_differences(self) -> tuple[Tensor, Tensor, float]:
+        """As `embedded`, and a factor of the scores, for softmax; views where they can be."""
+        return self.similarity.embed_differences(*self._features(rows=False), self.params)
+
+    def _features(self, rows: bool) -> tuple[Tensor, Tensor, Place]:
+        """Query and key (B, H, N, d) and where they are; ``rows``: share `rows` with a value that is the same."""
         like = self.value
         dtype = torch.promote_types(like.dtype, torch.float32)
         place = Place(self.padded, like.device, dtype)
         if not self.similarity.uses_features:
             empty = torch.empty(1, 1, 0, 0, device=like.device, dtype=dtype)
-            return self.similarity.embed(empty, empty, place, self.params)
+            return empty, empty, place
         assert self.query is not None and self.key is not None
-        if self.query is self.value and self.heads == 1:
+        if rows and self.query is self.value and self.heads == 1:
             query = self.rows()[:, None].to(dtype)
         else:
-            query = split_heads(self.query, self.heads).to(dtype).contiguous()
-        key = query if self.key is self.query else split_heads(self.key, self.heads).to(dtype).contiguous()
-        return self.similarity.embed(query, key, place, self.params)
+            query = split_heads(self.query, self.heads).to(dtype)
+        return query, query if self.key is self.query else split_heads(self.key, self.heads).to(dtype), place
 
 
 def count_positions(grid: tuple[int, ...]) -> int:
@@ -127,11 +134,16 @@ def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, devic
     return flat
 
 
+def in_forward_mode(call: Call) -> bool:
+    """Whether forward-mode differentiation is under way."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in (call.value, *call.params.values()))
+
+
 def refuse_forward_mode(call: Call) -> None:
     """NotImplementedError under forward-mode differentiation, which our operators would answer with zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in (call.value, *call.params.values())):
+    if in_forward_mode(call):
         raise NotImplementedError(
             f"{call.op}: forward-mode differentiation (torch.func.jvp) runs on the oracle only; pass backend='oracle'"
         )
@@ -150,8 +162,15 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.flatten(2).unflatten(1, (heads, x.shape[1] // heads)).transpose(2, 3)
 
 
-def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None) -> Tensor:
-    """A pointwise map of the channels: (B, C, *grid) -> (B, O, *grid)."""
+def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None, planes: bool = False) -> Tensor:
+    """A pointwise map of the channels: (B, C, *grid) -> (B, O, *grid). ``planes``: into maps, not rows of channels."""
+    if planes and x.is_contiguous():
+        x_BCN, weight_BOC = x.flatten(2), weight_oc.expand(x.shape[0], -1, -1)
+        if bias_o is None:
+            return torch.bmm(weight_BOC, x_BCN).unflatten(2, x.shape[2:])
+        # expanded over the batch first: the gradient then sums along rows, and only then over the batch
+        y = torch.baddbmm(bias_o[:, None].expand(x.shape[0], -1, 1), weight_BOC, x_BCN)
+        return y.unflatten(2, x.shape[2:])
     y = F.linear(x.flatten(2).transpose(1, 2), weight_oc, bias_o)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -161,7 +180,7 @@ def project(op: Basic, letter: str, params: dict[str, Tensor], x: Tensor) -> Ten
     if letter not in op.weight.projections:
         return x
     name = LETTERS[letter]
-    return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"))
+    return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"), isinstance(op.path, Window))
 
 
 def reads_features(op: Basic) -> bool:

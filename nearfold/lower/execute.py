@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.words import Shift
+from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
 from nearfold.lower.geometry import padding_of
 from nearfold.lower.parameters import LETTERS, operand
@@ -45,8 +45,9 @@ def execute(
     assert isinstance(op, Sum)
     # a projection hoisted into the sum is computed once, for every operand that asks for it
     bordered = any(padding_of(part) for part in op.parts)  # those project their own padded input
+    planes = all(isinstance(part.path, Window) for part in op.parts)
     shared = {
-        c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"))
+        c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
         for c in "qkv"
         if f"{LETTERS[c]}_weight" in params and not bordered
     }
@@ -95,5 +96,5 @@ def _basic(
     call = Call(op, params, grid, projected("v"), query, key, draw)
     y = choose(op)(call)
     if "o" in op.weight.projections:
-        y = pointwise(y, params["out_weight"], params.get("out_bias"))
+        y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))
     return y

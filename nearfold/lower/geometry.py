@@ -9,11 +9,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Causal, Nearest, Window
+from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
 
 
@@ -75,22 +75,7 @@ class WindowGeometry:
 
     def pad(self, x: Tensor, mode: str) -> Tensor:
         """Pad the grid axes (all but the first two) with zeros, or by reflection at any size."""
-        if not any(self.before) and not any(self.after):
-            return x
-        if mode == "zeros":
-            amounts = [v for b, a in zip(self.before, self.after, strict=True) for v in (a, b)]
-            return F.pad(x, amounts[::-1])
-        for axis, (b, a) in enumerate(zip(self.before, self.after, strict=True)):
-            n = x.shape[2 + axis]
-            x = x.index_select(2 + axis, reflect(torch.arange(-b, n + a, device=x.device), n))
-        return x
-
-
-def reflect(index: Tensor, n: int) -> Tensor:
-    """Mirror positions outside 0..n-1 back inside, as often as it takes."""
-    period = max(2 * (n - 1), 1)
-    index = index.remainder(period)
-    return torch.where(index >= n, period - index, index) if n > 1 else torch.zeros_like(index)
+        return pad(x, self.before, self.after, mode == "reflect")
 
 
 def padding_of(op: Basic) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nearfold.grammar.similarity import Place, Position
 from nearfold.grammar.words import All, Box, Causal, Nearby, Nearest, Strided, Window
+from nearfold.kernels.local import reflect
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import WindowGeometry, reflect
+from nearfold.lower.geometry import WindowGeometry
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
         square = square.clamp(min=0)
     else:
         square = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
-    if squared:
-        return -square
-    zero = square == 0  # the distance's gradient there is zero
-    return -square.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return -square if squared else distance_score(-square)
+
+
+def distance_score(rank: Tensor) -> Tensor:
+    """Minus the squared distance -> minus the distance, whose gradient at zero is zero."""
+    zero = rank == 0
+    return -(-rank.masked_fill(zero, -1)).sqrt().masked_fill(zero, 0)
 
 
 def select(call: Call) -> Selection:
@@ -165,20 +169,26 @@ def _nearest(call: Call) -> Selection:
     key_R = torch.arange(count_positions(call.padded), device=query_M.device) if chosen is None else chosen
     q_M = q[:, :, query_M]
     metric, squared = call.similarity.reduced, call.similarity.squared
-    score = metric_scores(metric, squared, q_M, k[:, :, key_R])
+    # distances rank by their squares: a root rounds different ones to one value, and not alike on every machine
+    rooted = metric == "euclidean" and not squared
+    score = metric_scores(metric, squared or rooted, q_M, k[:, :, key_R])
     mask = allowed(call, query_M, key_R)
     if mask is not None:
         score = score.masked_fill(~mask, float("-inf"))
-    k_slots = path.k
+    k_slots, again = path.k, float("-inf")
     if path.include_self is not False:
         own_MR = key_R[None, :] == query_M[:, None]
-        score = score.masked_fill(own_MR, float("-inf") if path.again is None else path.again)
+        again = again if path.again is None else float(path.again)
+        score = score.masked_fill(own_MR, -again * again if rooted and again < 0 else again)
         k_slots -= 1
     # a key that is NaN is never chosen, a query that is NaN gives NaN (below)
     score = score.masked_fill(score.isnan(), float("-inf"))
     ranked, order = score.sort(dim=-1, descending=True, stable=True)
     ranked, order = ranked[..., :k_slots], order[..., :k_slots]
     index = key_R[order]
+    if rooted:
+        own = (index == query_M[:, None]) & (path.include_self is not False)
+        ranked = distance_score(ranked.masked_fill(own, -1)).masked_fill(own, again)
     missing = k_slots - index.shape[-1]
     if missing > 0:
         ranked = torch.cat([ranked, ranked.new_full((*ranked.shape[:-1], missing), float("-inf"))], -1)

@@ -1,5 +1,6 @@
 """Layers: `Mixer` over any operation, and the names people type."""
 
+from nearfold.nn.functional import knn_attention
 from nearfold.nn.layers import (
     ACmix2d,
     BranchingAttention,
@@ -21,4 +22,5 @@ __all__ = [
     "KVTAttention",
     "Mixer",
     "TokenMixer",
+    "knn_attention",
 ]

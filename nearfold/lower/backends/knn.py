@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Box, Nearest, Ones, Rho
+from nearfold.grammar.words import Box, Nearest, Ones, Rho, Softmax
 from nearfold.kernels.aggregate import aggregate
-from nearfold.kernels.select import DOT_LIKE, LOST, select
+from nearfold.kernels.names import DOT_LIKE, LOST
+from nearfold.kernels.select import select
+from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
 from nearfold.lower.selection import rule_of
@@ -24,7 +26,7 @@ def supports(facts: Facts) -> Verdict:
     """Path nearest, with anything."""
     if not isinstance(facts.op.path, Nearest):
         return Verdict.no(f"path is {facts.op.path.word}, not nearest")
-    return Verdict.yes("tiled selection and aggregation in PyTorch", "roundoff")
+    return Verdict.yes("selection and aggregation by tiles", "roundoff")
 
 
 def _select(call: Call) -> tuple[Tensor, Tensor]:
@@ -46,9 +48,9 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
     if k:
         chosen = key if every else key[:, :, key_R]
         again = float("-inf") if path.again is None else path.again
-        flat_score, found = select(
-            query_m.flatten(0, 1),
-            chosen.flatten(0, 1),
+        score, at = select(
+            query_m,
+            chosen,
             k,
             call.similarity.reduced,
             call.similarity.squared,
@@ -59,11 +61,14 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
             own,
             again,
         )
-        score, at = flat_score.unflatten(0, (B, H)), found.unflatten(0, (B, H))
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:
-        score = torch.cat([_own_score(call, query_m, key if whole else key[:, :, query_M]), score], -1)
+        if _all_ones(call.op.weight.rho):  # nobody reads scores
+            mine = torch.zeros_like(query_m[..., :1])
+        else:
+            mine = _own_score(call, query_m, key if whole else key[:, :, query_M])
+        score = torch.cat([mine, score], -1)
         home = query_M[:, None].expand(B, H, -1, 1)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
     return score, at
@@ -94,13 +99,19 @@ def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     return score.gather(-1, order), at.gather(-1, order)
 
 
-def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
-    """None where alpha is one in every slot that reads anything: NaN queries are marked in `at` then.
+def _all_ones(rho: Rho) -> bool:
+    """Whether alpha is one in every slot that reads anything: NaN queries are marked in `at` then.
 
     Several heads may be NaN one by one, which only alpha can say.
     """
-    if isinstance(rho, Ones) and rho.heads == 1:
+    return isinstance(rho, Ones) and rho.heads == 1
+
+
+def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
+    if _all_ones(rho):
         return None
+    if isinstance(rho, Softmax):
+        return slot_softmax(score, at, float(rho.scale))
     return alpha_of(rho, score, at >= 0)
 
 
@@ -134,5 +145,5 @@ def run(call: Call) -> Tensor:
 
 
 def _slots_last(x: Tensor, B: int, H: int) -> Tensor:
-    """(B|1, H|1, M, S) -> (B, M, S, H), contiguous."""
-    return x.expand(B, H, -1, -1).permute(0, 2, 3, 1).contiguous()
+    """A view (B|1, H|1, M, S) -> (B, M, S, H)."""
+    return x.expand(B, H, -1, -1).permute(0, 2, 3, 1)

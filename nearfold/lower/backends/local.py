@@ -1,4 +1,4 @@
-"""`local`: a window whose weight looks at the scores, by shifted views: no unfold, nothing of size window x C x N.
+"""`local`: a window whose weight looks at the scores: no unfold, nothing of size window x C x N.
 
 Shape legend: B batch, C channels, H heads, e embedded features, d features of a head, S slots, M outputs, `out` the
 output grid.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nearfold.grammar.words import Ones, Window
+from nearfold.grammar import Basic
+from nearfold.grammar.words import Ones, Softmax, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.local import local_scores, local_sum, shifted
-from nearfold.kernels.select import DOT_LIKE, INVALID, NORMED
+from nearfold.kernels.local_attention import local_attention
+from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
 from nearfold.lower.geometry import WindowGeometry
@@ -31,7 +33,14 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("weight does not look at the scores: conv does it")
     if op.path.similarity.reduced not in (*DOT_LIKE, *NORMED):
         return Verdict.no(f"similarity {op.path.similarity} is neither a dot product nor euclidean")
+    if _one_operator(op, facts.ndim):
+        return Verdict.yes("softmax over the window in one operator, without unfold", "roundoff")
     return Verdict.yes("shifted views, one slot at a time", "roundoff")
+
+
+def _one_operator(op: Basic, ndim: int) -> bool:
+    """Softmax without a kernel over them is `nearfold::local_attention`."""
+    return isinstance(op.weight.rho, Softmax) and op.weight.kernel is None and ndim <= 3
 
 
 def _grid_last(x: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -39,9 +48,38 @@ def _grid_last(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return x.transpose(2, 3).flatten(0, 1).unflatten(2, grid).contiguous()
 
 
+def _attention(call: Call) -> Tensor:
+    """Softmax without a kernel: (B, C, *out)."""
+    rho, path, geometry = call.op.weight.rho, call.op.path, WindowGeometry.of(call.op, call.ndim)
+    assert isinstance(path, Window) and isinstance(rho, Softmax)
+    out, B, heads = geometry.output(call.grid), call.value.shape[0], call.heads
+    query, key, scale = call.embedded_differences()
+    query, key = (
+        t.transpose(2, 3).unflatten(3, call.grid).expand(B, heads, *(-1,) * (1 + call.ndim)) for t in (query, key)
+    )
+    home = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in zip(geometry.home(), out, geometry.stride, strict=True)]
+    dtype = autocast_dtype(call.value) or call.value.dtype
+    y, _ = local_attention(
+        query[(..., *home)],
+        key,
+        call.value.unflatten(1, (heads, -1)).to(dtype).to(query.dtype),
+        list(geometry.size),
+        list(geometry.stride),
+        list(geometry.dilation),
+        list(geometry.before),
+        path.mode == "reflect",
+        "dot" if call.similarity.reduced in DOT_LIKE else "euclidean",
+        call.similarity.squared,
+        scale * rho.scale,
+    )
+    return y.flatten(1, 2).to(dtype)
+
+
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_forward_mode(call)
+    if _one_operator(call.op, call.ndim):
+        return _attention(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     out, mode, stride = geometry.output(call.grid), op.path.mode, list(geometry.stride)

@@ -1,0 +1,657 @@
+// y = sum over slots of alpha * W_s * value[index], and its gradients, without the gathered (B, C, N, k).
+//
+// With a dense kernel this is an implicit GEMM: rows of six outputs read their neighbours through pointers, where a GEMM
+// would read a packed matrix. Gradients at value follow the inverse index, so every position adds its terms in a fixed
+// order: results do not depend on the number of threads.
+#include <limits>
+
+#include "engine.h"
+#include "simd.h"
+
+namespace nearfold {
+namespace NEARFOLD_ISA {
+namespace {
+
+constexpr int64_t block_rows = 8 * tile_rows;  // rows that share a panel of the kernel while it is in L1
+constexpr int64_t reduce_rows = 64;            // outputs that one step of the kernel's gradient takes
+
+// acc[r] += rows[r] . panel, for tile_rows rows of K values and a panel (K, vectors * lanes).
+template <class T, int vectors>
+inline void multiply(const T *const *rows, const T *panel, int64_t K, T *const *acc) {
+    Vec<T> a[tile_rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) a[r][v] = load<T>(acc[r] + v * lanes<T>);
+    const T *at[tile_rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r) at[r] = rows[r];
+    for (int64_t i = 0; i < K; ++i) {
+        Vec<T> b[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) b[v] = load<T>(panel + (i * vectors + v) * lanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; ++r) {
+            const Vec<T> x = splat<T>(at[r][i]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) a[r][v] = fused<T>(x, b[v], a[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store<T>(acc[r] + v * lanes<T>, a[r][v]);
+}
+
+// acc[r] += sum over i of rows[i][r] * panel[i], for r < tile_rows; panel rows are `stride` apart.
+template <class T, int vectors>
+inline void multiply_outer(const T *const *rows, int64_t first, const T *panel, int64_t stride, int64_t n, T *acc) {
+    Vec<T> a[tile_rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) a[r][v] = load<T>(acc + (r * vectors + v) * lanes<T>);
+    for (int64_t i = 0; i < n; ++i) {
+        const T *row = rows[i] + first;
+        Vec<T> b[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) b[v] = load<T>(panel + i * stride + v * lanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < tile_rows; ++r) {
+            const Vec<T> x = splat<T>(row[r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) a[r][v] = fused<T>(x, b[v], a[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) store<T>(acc + (r * vectors + v) * lanes<T>, a[r][v]);
+}
+
+template <class T>
+inline int64_t packed_size(int64_t K, int64_t n) {
+    return K * round_up(n, lanes<T>);
+}
+
+template <class T>
+struct Reader {  // the operands of one call, by coordinates
+    const AggregateArgs<T> &a;
+    int64_t head_channels, group_channels, group_out;
+
+    explicit Reader(const AggregateArgs<T> &args)
+        : a(args), head_channels(args.C / args.H), group_channels(args.C / args.G), group_out(args.O / args.G) {}
+    int64_t index(int64_t b, int64_t m, int64_t s, int64_t h) const {
+        return a.index[b * a.index_stride[0] + m * a.index_stride[1] + s * a.index_stride[2] + h * a.index_stride[3]];
+    }
+    int64_t alpha_at(int64_t b, int64_t m, int64_t s, int64_t h) const {
+        return b * a.alpha_stride[0] + m * a.alpha_stride[1] + s * a.alpha_stride[2] + h * a.alpha_stride[3];
+    }
+    T alpha(int64_t b, int64_t m, int64_t s, int64_t h) const { return a.alpha ? a.alpha[alpha_at(b, m, s, h)] : T(1); }
+    const T *value(int64_t b, int64_t n) const { return a.value + b * a.value_stride[0] + n * a.value_stride[1]; }
+    bool depthwise() const { return a.weight != nullptr && a.O == a.G && a.G == a.C; }
+    bool dense() const { return a.weight != nullptr && !depthwise(); }
+};
+
+template <class T>
+int check_index(const AggregateArgs<T> &a) {
+    const Reader<T> read(a);
+    int bad = 0;
+    parallel(a.threads, a.B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
+        const int64_t b = item / ceil_div(a.M, block_rows), m0 = item % ceil_div(a.M, block_rows) * block_rows;
+        bool beyond = false;
+        for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m)
+            for (int64_t s = 0; s < a.S; ++s)
+                for (int64_t h = 0; h < a.H; ++h) beyond |= read.index(b, m, s, h) >= a.N;
+        if (beyond) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+    });
+    return bad ? bad_index : ok;
+}
+
+// Whether an output's query was NaN, which only the index can say when there is no alpha.
+template <class T>
+bool is_lost(const Reader<T> &read, int64_t b, int64_t m) {
+    if (read.a.alpha != nullptr) return false;
+    for (int64_t s = 0; s < read.a.S; ++s)
+        for (int64_t h = 0; h < read.a.H; ++h)
+            if (read.index(b, m, s, h) == lost) return true;
+    return false;
+}
+
+// Channels that one head reads and one group takes.
+struct Segment {
+    int64_t head, group, first, size;
+};
+
+inline int64_t segments_of(int64_t C, int64_t H, int64_t G, Segment *to) {
+    int64_t n = 0;
+    for (int64_t c = 0; c < C;) {
+        const int64_t h = c / (C / H), g = c / (C / G);
+        const int64_t end = smaller((h + 1) * (C / H), (g + 1) * (C / G));
+        to[n++] = {h, g, c, end - c};
+        c = end;
+    }
+    return n;
+}
+
+template <class T>
+inline void fill(T *to, int64_t n, T x) {
+    for (int64_t i = 0; i < n; ++i) to[i] = x;
+}
+template <class T>
+inline void add_scaled(T *to, T a, const T *x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] += a * x[i];
+}
+template <class T>
+inline void scale_to(T *to, T a, const T *x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = a * x[i];
+}
+
+// ---- a dense kernel -------------------------------------------------------------------------------------------------
+
+// Kernel (O, c, S) -> by group and panel of output columns (S * c, width), zero beyond the group's columns.
+template <class T>
+void pack_forward(const AggregateArgs<T> &a, T *to) {
+    const Reader<T> read(a);
+    const int64_t c = read.group_channels, o = read.group_out, size = packed_size<T>(a.S * c, o);
+    parallel(a.threads, a.G * a.S, [&](int64_t item, int) {
+        const int64_t g = item / a.S, s = item % a.S;
+        for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
+            const int64_t width = panel_width<T>(o, o0);
+            T *panel = to + g * size + a.S * c * o0 + s * c * width;
+            for (int64_t i = 0; i < c; ++i)
+                for (int64_t j = 0; j < width; ++j)
+                    panel[i * width + j] = o0 + j < o ? a.weight[((g * o + o0 + j) * c + i) * a.S + s] : T(0);
+        }
+    });
+}
+
+// The same turned round: by segment and panel of its channels (S * o, width).
+template <class T>
+void pack_backward(const AggregateArgs<T> &a, const Segment *segments, int64_t count, T *to) {
+    const Reader<T> read(a);
+    const int64_t c = read.group_channels, o = read.group_out;
+    parallel(a.threads, count * a.S, [&](int64_t item, int) {
+        const int64_t q = item / a.S, s = item % a.S;
+        T *base = to;
+        for (int64_t before = 0; before < q; ++before) base += packed_size<T>(a.S * o, segments[before].size);
+        const Segment seg = segments[q];
+        for (int64_t c0 = 0; c0 < seg.size; c0 += tile_columns<T>) {
+            const int64_t width = panel_width<T>(seg.size, c0);
+            T *panel = base + a.S * o * c0 + s * o * width;
+            for (int64_t i = 0; i < o; ++i) {
+                const T *row = a.weight + (seg.group * o + i) * c * a.S + s;
+                const int64_t first = seg.first + c0 - seg.group * c;
+                for (int64_t j = 0; j < width; ++j)
+                    panel[i * width + j] = c0 + j < seg.size ? row[(first + j) * a.S] : T(0);
+            }
+        }
+    });
+}
+
+template <class T>
+int dense_forward(const AggregateArgs<T> &a) {
+    const Reader<T> read(a);
+    const int64_t c = read.group_channels, o = read.group_out, size = packed_size<T>(a.S * c, o);
+    const int64_t blocks = ceil_div(a.M, block_rows);
+    const int64_t tile = block_rows * tile_columns<T>, worker_size = round_up(tile + (1 + tile_rows) * a.C, 16);
+    const Scratch packed(a.G * size * sizeof(T)), workers(a.threads * worker_size * sizeof(T));
+    const Scratch segment_memory((a.H + a.G) * sizeof(Segment));
+    if (!packed.ok() || !workers.ok() || !segment_memory.ok()) return out_of_memory;
+    Segment *segments = segment_memory.at<Segment>();
+    const int64_t count = segments_of(a.C, a.H, a.G, segments);
+    pack_forward(a, packed.at<T>());
+
+    parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
+        const int64_t b = item / blocks, m0 = item % blocks * block_rows, n = smaller(block_rows, a.M - m0);
+        T *acc = workers.at<T>() + worker * worker_size, *zero = acc + tile, *scaled = zero + a.C;
+        fill(zero, a.C, T(0));
+        for (int64_t q0 = 0, q1; q0 < count; q0 = q1) {
+            const int64_t g = segments[q0].group;
+            for (q1 = q0; q1 < count && segments[q1].group == g;) ++q1;
+            for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
+                const int64_t width = panel_width<T>(o, o0);
+                const T *panel = packed.at<T>() + g * size + a.S * c * o0;
+                fill(acc, round_up(n, tile_rows) * width, T(0));
+                for (int64_t s = 0; s < a.S; ++s)
+                    for (int64_t q = q0; q < q1; ++q) {
+                        const Segment seg = segments[q];
+                        const T *kernel = panel + (s * c + seg.first - g * c) * width;
+                        for (int64_t i0 = 0; i0 < n; i0 += tile_rows) {
+                            const T *rows[tile_rows];
+                            T *sums[tile_rows];
+                            for (int64_t r = 0; r < tile_rows; ++r) {
+                                sums[r] = acc + (i0 + r) * width;
+                                rows[r] = zero;
+                                if (i0 + r >= n) continue;
+                                const int64_t at = read.index(b, m0 + i0 + r, s, seg.head);
+                                if (at >= 0) rows[r] = read.value(b, at) + seg.first;
+                                if (a.alpha == nullptr) continue;
+                                const T alpha = read.alpha(b, m0 + i0 + r, s, seg.head);
+                                if (at < 0 && alpha == alpha) continue;  // NaN is the output's, whatever the slot reads
+                                scale_to(scaled + r * a.C, alpha, rows[r], seg.size);
+                                rows[r] = scaled + r * a.C;
+                            }
+                            with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, seg.size, sums); });
+                        }
+                    }
+                for (int64_t i = 0; i < n; ++i)
+                    memcpy(a.out + (b * a.M + m0 + i) * a.O + g * o + o0, acc + i * width,
+                           smaller(width, o - o0) * sizeof(T));
+            }
+        }
+        for (int64_t i = 0; i < n; ++i)
+            if (is_lost(read, b, m0 + i))
+                fill(a.out + (b * a.M + m0 + i) * a.O, a.O, std::numeric_limits<T>::quiet_NaN());
+    });
+    return ok;
+}
+
+// Which outputs read a position, by slot: the entries of (j, s) are members[start[j * S + s] .. start[j * S + s + 1]].
+struct Inverse {
+    int32_t *start, *members;
+};
+
+template <class T>
+void invert(const Reader<T> &read, int64_t b, int64_t h, Inverse to) {
+    const int64_t S = read.a.S, bins = read.a.N * S;
+    fill<int32_t>(to.start, bins + 1, 0);
+    for (int64_t m = 0; m < read.a.M; ++m)
+        for (int64_t s = 0; s < S; ++s) {
+            const int64_t j = read.index(b, m, s, h);
+            if (j >= 0) ++to.start[j * S + s + 1];
+        }
+    for (int64_t i = 0; i < bins; ++i) to.start[i + 1] += to.start[i];
+    for (int64_t m = 0; m < read.a.M; ++m)
+        for (int64_t s = 0; s < S; ++s) {
+            const int64_t j = read.index(b, m, s, h);
+            if (j >= 0) to.members[to.start[j * S + s]++] = static_cast<int32_t>(m);
+        }
+    for (int64_t i = bins; i > 0; --i) to.start[i] = to.start[i - 1];  // filling moved every start to its end
+    to.start[0] = 0;
+}
+
+template <class T>
+int dense_value_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count, const T *packed) {
+    const AggregateArgs<T> &a = b_args.of;
+    const Reader<T> read(a);
+    const int64_t o = read.group_out, blocks = ceil_div(a.N, block_rows), problems = a.B * a.H;
+    const int64_t inverse_size = round_up(a.N * a.S + 1 + a.M * a.S, 16);
+    const int64_t tile = (block_rows + 1) * tile_columns<T>, worker_size = round_up(tile + (1 + tile_rows) * o, 16);
+    const Scratch inverses(problems * inverse_size * sizeof(int32_t)), workers(a.threads * worker_size * sizeof(T));
+    if (!inverses.ok() || !workers.ok()) return out_of_memory;
+    const auto inverse_of = [&](int64_t problem) {
+        int32_t *start = inverses.at<int32_t>() + problem * inverse_size;
+        return Inverse{start, start + a.N * a.S + 1};
+    };
+    parallel(a.threads, problems,
+             [&](int64_t problem, int) { invert(read, problem / a.H, problem % a.H, inverse_of(problem)); });
+
+    parallel(a.threads, problems * blocks, [&](int64_t item, int worker) {
+        const int64_t problem = item / blocks, b = problem / a.H, h = problem % a.H;
+        const int64_t j0 = item % blocks * block_rows, n = smaller(block_rows, a.N - j0);
+        T *acc = workers.at<T>() + worker * worker_size, *spare = acc + block_rows * tile_columns<T>;
+        T *zero = acc + tile, *summed = zero + o;
+        fill(zero, o, T(0));
+        const Inverse inverse = inverse_of(problem);
+        const T *base = packed;
+        for (int64_t q = 0; q < count; base += packed_size<T>(a.S * o, segments[q].size), ++q) {
+            const Segment seg = segments[q];
+            if (seg.head != h) continue;
+            for (int64_t c0 = 0; c0 < seg.size; c0 += tile_columns<T>) {
+                const int64_t width = panel_width<T>(seg.size, c0);
+                fill(acc, n * width, T(0));
+                for (int64_t s = 0; s < a.S; ++s) {
+                    const T *kernel = base + a.S * o * c0 + s * o * width;
+                    const T *rows[tile_rows];
+                    T *sums[tile_rows];
+                    int64_t filled = 0;
+                    // six positions that anybody reads through this slot, then the next six
+                    const auto flush = [&] {
+                        for (int64_t r = filled; r < tile_rows; ++r) rows[r] = zero, sums[r] = spare;
+                        with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, o, sums); });
+                        filled = 0;
+                    };
+                    for (int64_t i = 0; i < n; ++i) {
+                        const int32_t *start = inverse.start + (j0 + i) * a.S + s;
+                        if (start[0] == start[1]) continue;
+                        T *sum = summed + filled * o;
+                        sums[filled] = acc + i * width;
+                        rows[filled] = sum;
+                        for (int32_t at = start[0]; at < start[1]; ++at) {
+                            const int64_t m = inverse.members[at];
+                            const T *grad = b_args.grad + (b * a.M + m) * a.O + seg.group * o;
+                            if (a.alpha == nullptr && start[1] - start[0] == 1)
+                                rows[filled] = grad;
+                            else if (at == start[0])
+                                scale_to(sum, read.alpha(b, m, s, h), grad, o);
+                            else
+                                add_scaled(sum, read.alpha(b, m, s, h), grad, o);
+                        }
+                        if (++filled == tile_rows) flush();
+                    }
+                    if (filled) flush();
+                }
+                for (int64_t i = 0; i < n; ++i)
+                    memcpy(b_args.d_value + (b * a.N + j0 + i) * a.C + seg.first + c0, acc + i * width,
+                           smaller(width, seg.size - c0) * sizeof(T));
+            }
+        }
+    });
+    return ok;
+}
+
+// d_alpha = value[index] . (W_s^T grad)
+template <class T>
+int dense_alpha_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count, const T *packed) {
+    const AggregateArgs<T> &a = b_args.of;
+    const Reader<T> read(a);
+    const int64_t o = read.group_out, blocks = ceil_div(a.M, tile_rows);
+    const int64_t worker_size = round_up(tile_rows * tile_columns<T> + o, 16);
+    const Scratch workers(a.threads * worker_size * sizeof(T));
+    if (!workers.ok()) return out_of_memory;
+    parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
+        const int64_t b = item / blocks, m0 = item % blocks * tile_rows, n = smaller<int64_t>(tile_rows, a.M - m0);
+        T *acc = workers.at<T>() + worker * worker_size, *zero = acc + tile_rows * tile_columns<T>;
+        fill(zero, o, T(0));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t s = 0; s < a.S; ++s)
+                for (int64_t h = 0; h < a.H; ++h) b_args.d_alpha[read.alpha_at(b, m0 + i, s, h)] = 0;
+        const T *base = packed;
+        for (int64_t q = 0; q < count; base += packed_size<T>(a.S * o, segments[q].size), ++q) {
+            const Segment seg = segments[q];
+            for (int64_t c0 = 0; c0 < seg.size; c0 += tile_columns<T>) {
+                const int64_t width = panel_width<T>(seg.size, c0), real = smaller(width, seg.size - c0);
+                for (int64_t s = 0; s < a.S; ++s) {
+                    const T *rows[tile_rows];
+                    T *sums[tile_rows];
+                    for (int64_t r = 0; r < tile_rows; ++r) {
+                        rows[r] = r < n ? b_args.grad + (b * a.M + m0 + r) * a.O + seg.group * o : zero;
+                        sums[r] = acc + r * width;
+                    }
+                    fill(acc, tile_rows * width, T(0));
+                    const T *kernel = base + a.S * o * c0 + s * o * width;
+                    with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, o, sums); });
+                    for (int64_t r = 0; r < n; ++r) {
+                        const int64_t at = read.index(b, m0 + r, s, seg.head);
+                        if (at < 0) continue;
+                        const T *v = read.value(b, at) + seg.first + c0;
+                        T total = 0;
+                        for (int64_t i = 0; i < real; ++i) total += v[i] * sums[r][i];
+                        b_args.d_alpha[read.alpha_at(b, m0 + r, s, seg.head)] += total;
+                    }
+                }
+            }
+        }
+    });
+    return ok;
+}
+
+// d_W[s] = sum over outputs of value[index]^T grad: every item owns some rows of it.
+template <class T>
+int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count) {
+    const AggregateArgs<T> &a = b_args.of;
+    const Reader<T> read(a);
+    const int64_t c = read.group_channels, o = read.group_out;
+    int64_t chunk = block_rows;  // channels of an item
+    while (chunk > tile_rows && a.S * ceil_div(a.C, chunk) < 4 * a.threads) chunk = round_up(chunk / 2, tile_rows);
+    // panels of grad, accumulators (chunk, width), rows of zeros, rows scaled by alpha
+    const int64_t grad_size = reduce_rows * tile_columns<T>, acc_size = chunk * tile_columns<T>;
+    const int64_t spare = round_up(chunk + tile_rows, 16);
+    const int64_t worker_size = grad_size + acc_size + spare * (1 + reduce_rows);
+    const Scratch workers(a.threads * worker_size * sizeof(T));
+    const Scratch item_memory(a.C * 2 * sizeof(Segment));
+    if (!workers.ok() || !item_memory.ok()) return out_of_memory;
+    Segment *items = item_memory.at<Segment>();
+    int64_t item_count = 0;
+    for (int64_t q = 0; q < count; ++q)
+        for (int64_t c0 = 0; c0 < segments[q].size; c0 += chunk)
+            items[item_count++] = {segments[q].head, segments[q].group, segments[q].first + c0,
+                                   smaller(chunk, segments[q].size - c0)};
+
+    parallel(a.threads, item_count * a.S, [&](int64_t item, int worker) {
+        const Segment seg = items[item / a.S];
+        const int64_t s = item % a.S, groups = ceil_div(seg.size, tile_rows);
+        T *grads = workers.at<T>() + worker * worker_size, *acc = grads + grad_size, *zero = acc + acc_size;
+        T *copies = zero + spare;
+        fill(zero, spare * (1 + reduce_rows), T(0));
+        // the last group may read past its channels, into rows that follow: only the last row has none, and is copied
+        const bool ragged = seg.size % tile_rows != 0;
+        for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
+            const int64_t width = panel_width<T>(o, o0), real = smaller(width, o - o0);
+            fill(acc, groups * tile_rows * width, T(0));
+            for (int64_t b = 0; b < a.B; ++b)
+                for (int64_t m0 = 0; m0 < a.M; m0 += reduce_rows) {
+                    const int64_t n = smaller(reduce_rows, a.M - m0);
+                    const T *panel = b_args.grad + (b * a.M + m0) * a.O + seg.group * o + o0;
+                    int64_t stride = a.O;
+                    if (real < width) {
+                        for (int64_t i = 0; i < n; ++i)
+                            for (int64_t j = 0; j < width; ++j) grads[i * width + j] = j < real ? panel[i * stride + j] : 0;
+                        panel = grads;
+                        stride = width;
+                    }
+                    const T *rows[reduce_rows];
+                    for (int64_t i = 0; i < n; ++i) {
+                        const int64_t at = read.index(b, m0 + i, s, seg.head);
+                        rows[i] = zero;
+                        if (at < 0) continue;
+                        rows[i] = read.value(b, at) + seg.first;
+                        if (a.alpha == nullptr && !(ragged && at == a.N - 1)) continue;
+                        scale_to(copies + i * spare, read.alpha(b, m0 + i, s, seg.head), rows[i], seg.size);
+                        rows[i] = copies + i * spare;
+                    }
+                    for (int64_t g = 0; g < groups; ++g)
+                        with_vectors<T>(width, [&](auto v) {
+                            multiply_outer<T, v.value>(rows, g * tile_rows, panel, stride, n, acc + g * tile_rows * width);
+                        });
+                }
+            for (int64_t i = 0; i < seg.size; ++i)
+                for (int64_t j = 0; j < real; ++j)
+                    b_args.d_weight[((seg.group * o + o0 + j) * c + seg.first + i - seg.group * c) * a.S + s] =
+                        acc[i * width + j];
+        }
+    });
+    return ok;
+}
+
+template <class T>
+int dense_backward(const AggregateBackwardArgs<T> &b_args) {
+    const AggregateArgs<T> &a = b_args.of;
+    const Reader<T> read(a);
+    const Scratch segment_memory((a.H + a.G) * sizeof(Segment));
+    if (!segment_memory.ok()) return out_of_memory;
+    Segment *segments = segment_memory.at<Segment>();
+    const int64_t count = segments_of(a.C, a.H, a.G, segments);
+    int64_t size = 0;
+    for (int64_t q = 0; q < count; ++q) size += packed_size<T>(a.S * read.group_out, segments[q].size);
+    const Scratch packed(size * sizeof(T));
+    if (!packed.ok()) return out_of_memory;
+    pack_backward(a, segments, count, packed.at<T>());
+    int status = dense_weight_gradient(b_args, segments, count);
+    if (status == ok) status = dense_value_gradient(b_args, segments, count, packed.at<T>());
+    if (status == ok && a.alpha != nullptr) status = dense_alpha_gradient(b_args, segments, count, packed.at<T>());
+    return status;
+}
+
+// ---- no dense kernel: alpha, perhaps times a depthwise kernel --------------------------------------------------------
+
+template <class T>
+struct Near {  // what one output and head reads
+    const T *row;
+    const T *kernel;
+    T alpha;
+};
+
+// Depthwise kernel (C, 1, S) -> (S, C).
+template <class T>
+void slots_first(const AggregateArgs<T> &a, T *to) {
+    for (int64_t c = 0; c < a.C; ++c)
+        for (int64_t s = 0; s < a.S; ++s) to[s * a.C + c] = a.weight[c * a.S + s];
+}
+
+template <class T, int vectors>
+inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *out) {
+    Vec<T> acc[vectors];
+    for (int v = 0; v < vectors; ++v) acc[v] = Vec<T>{};
+    for (int64_t s = 0; s < count; ++s) {
+        const Vec<T> alpha = splat<T>(near[s].alpha);
+        for (int v = 0; v < vectors; ++v) {
+            Vec<T> x = load<T>(near[s].row + first + v * lanes<T>);
+            if (near[s].kernel != nullptr) x *= load<T>(near[s].kernel + first + v * lanes<T>);
+            acc[v] = fused<T>(alpha, x, acc[v]);
+        }
+    }
+    for (int v = 0; v < vectors; ++v) store<T>(out + first + v * lanes<T>, acc[v]);
+}
+
+template <class T>
+int attend_forward(const AggregateArgs<T> &a) {
+    const Reader<T> read(a);
+    const int64_t d = read.head_channels, rows = 32, blocks = ceil_div(a.M, rows);
+    const int64_t worker_bytes = round_up(a.S * sizeof(Near<T>), 64);
+    const Scratch kernel(a.weight ? a.S * a.C * sizeof(T) : 0), workers(a.threads * worker_bytes);
+    if (!kernel.ok() || !workers.ok()) return out_of_memory;
+    if (a.weight) slots_first(a, kernel.at<T>());
+    parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
+        const int64_t b = item / blocks, m0 = item % blocks * rows;
+        auto *near = workers.at<Near<T>>(worker * worker_bytes);
+        for (int64_t m = m0; m < smaller(m0 + rows, a.M); ++m) {
+            T *out_row = a.out + (b * a.M + m) * a.C;
+            for (int64_t h = 0; h < a.H; ++h) {
+                int64_t count = 0;
+                T *out = out_row + h * d;
+                bool unknown = false;
+                for (int64_t s = 0; s < a.S; ++s) {
+                    const int64_t at = read.index(b, m, s, h);
+                    const T alpha = read.alpha(b, m, s, h);
+                    unknown |= alpha != alpha;
+                    if (at < 0) continue;
+                    near[count++] = {read.value(b, at) + h * d, a.weight ? kernel.at<T>() + s * a.C + h * d : nullptr, alpha};
+                }
+                int64_t c = 0;
+                for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, 4>(near, count, c, out);
+                for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, 1>(near, count, c, out);
+                for (; c < d; ++c) {
+                    T total = 0;
+                    for (int64_t s = 0; s < count; ++s)
+                        total += near[s].alpha * near[s].row[c] * (near[s].kernel ? near[s].kernel[c] : T(1));
+                    out[c] = total;
+                }
+                // a NaN in alpha is the output's, whatever the slot reads
+                if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
+            }
+            if (is_lost(read, b, m)) fill(out_row, a.C, std::numeric_limits<T>::quiet_NaN());
+        }
+    });
+    return ok;
+}
+
+template <class T>
+inline T dot_product(const T *x, const T *y, int64_t n) {
+    Vec<T> acc{};
+    int64_t i = 0;
+    for (; i + lanes<T> <= n; i += lanes<T>) acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
+    T total = sum<T>(acc);
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+}
+
+// d_alpha by outputs, and with them sums of the kernel's gradient over runs of outputs; d_value by ranges of positions.
+template <class T>
+int attend_backward(const AggregateBackwardArgs<T> &b_args) {
+    const AggregateArgs<T> &a = b_args.of;
+    const Reader<T> read(a);
+    const int64_t d = read.head_channels, total = a.B * a.M;
+    const int64_t rows = larger<int64_t>(32, ceil_div(total, 64)), runs = ceil_div(total, rows);
+    const bool depthwise = a.weight != nullptr;
+    const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
+    const Scratch products(a.threads * round_up(a.C, 16) * sizeof(T));
+    if (!kernel.ok() || !sums.ok() || !products.ok()) return out_of_memory;
+    if (depthwise) slots_first(a, kernel.at<T>());
+
+    if (depthwise || a.alpha != nullptr)
+        parallel(a.threads, runs, [&](int64_t run, int worker) {
+            T *product = products.at<T>() + worker * round_up(a.C, 16);
+            T *d_kernel = sums.at<T>() + run * a.S * a.C;
+            if (depthwise) fill(d_kernel, a.S * a.C, T(0));
+            for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
+                const int64_t b = row / a.M, m = row % a.M;
+                for (int64_t h = 0; h < a.H; ++h) {
+                    const T *grad = b_args.grad + row * a.C + h * d;
+                    for (int64_t s = 0; s < a.S; ++s) {
+                        const int64_t at = read.index(b, m, s, h);
+                        const T *value = at < 0 ? nullptr : read.value(b, at) + h * d;
+                        T slope = 0;
+                        if (value != nullptr && depthwise) {
+                            const T *w = kernel.at<T>() + s * a.C + h * d;
+                            for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
+                            add_scaled(d_kernel + s * a.C + h * d, read.alpha(b, m, s, h), product, d);
+                            slope = dot_product(product, w, d);
+                        } else if (value != nullptr) {
+                            slope = dot_product(grad, value, d);
+                        }
+                        if (a.alpha != nullptr) b_args.d_alpha[read.alpha_at(b, m, s, h)] = slope;
+                    }
+                }
+            }
+        });
+    if (depthwise)
+        parallel(a.threads, a.C, [&](int64_t c, int) {
+            for (int64_t s = 0; s < a.S; ++s) {
+                T whole = 0;
+                for (int64_t run = 0; run < runs; ++run) whole += sums.at<T>()[(run * a.S + s) * a.C + c];
+                b_args.d_weight[c * a.S + s] = whole;
+            }
+        });
+
+    const int64_t problems = a.B * a.H;
+    int64_t ranges = problems >= a.threads ? 1 : ceil_div(2 * a.threads, problems);
+    ranges = smaller(ranges, larger<int64_t>(1, a.N));
+    parallel(a.threads, problems * ranges, [&](int64_t item, int) {
+        const int64_t problem = item / ranges, b = problem / a.H, h = problem % a.H, part = item % ranges;
+        const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges;
+        T *d_value = b_args.d_value + b * a.N * a.C + h * d;
+        for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, d, T(0));
+        for (int64_t m = 0; m < a.M; ++m) {
+            const T *grad = b_args.grad + (b * a.M + m) * a.C + h * d;
+            for (int64_t s = 0; s < a.S; ++s) {
+                const int64_t j = read.index(b, m, s, h);
+                if (j < j0 || j >= j1) continue;
+                const T alpha = read.alpha(b, m, s, h);
+                T *to = d_value + j * a.C;
+                if (!depthwise) {
+                    add_scaled(to, alpha, grad, d);
+                } else {
+                    const T *w = kernel.at<T>() + s * a.C + h * d;
+                    for (int64_t c = 0; c < d; ++c) to[c] += alpha * grad[c] * w[c];
+                }
+            }
+        }
+    });
+    return ok;
+}
+
+template <class T>
+int aggregate(const AggregateArgs<T> &a) {
+    const int status = check_index(a);
+    if (status != ok) return status;
+    return Reader<T>(a).dense() ? dense_forward(a) : attend_forward(a);
+}
+
+template <class T>
+int aggregate_backward(const AggregateBackwardArgs<T> &a) {
+    const int status = check_index(a.of);
+    if (status != ok) return status;
+    return Reader<T>(a.of).dense() ? dense_backward(a) : attend_backward(a);
+}
+
+}  // namespace
+
+int aggregate_float(const AggregateArgs<float> &a) { return aggregate(a); }
+int aggregate_double(const AggregateArgs<double> &a) { return aggregate(a); }
+int aggregate_backward_float(const AggregateBackwardArgs<float> &a) { return aggregate_backward(a); }
+int aggregate_backward_double(const AggregateBackwardArgs<double> &a) { return aggregate_backward(a); }
+
+}  // namespace NEARFOLD_ISA
+}  // namespace nearfold

@@ -1,0 +1,126 @@
+// The table of kernels. Every instruction set compiles the same sources into a table of its own.
+//
+// Shape legend: B batch, H heads, M queries or outputs, R keys, N positions, E embedded features, C value channels,
+// O output channels, S slots, G groups. Strides count elements. A missing operand is a null pointer.
+#pragma once
+#include <cstdint>
+
+#include "local.h"
+
+namespace nearfold {
+
+enum Status { ok = 0, out_of_memory = 1, bad_index = 2 };
+enum Metric { dot = 0, cosine = 1, euclidean = 2, chebyshev = 3 };
+
+constexpr int64_t invalid = -1;  // a slot that reads nothing
+constexpr int64_t lost = -2;     // a slot of a query that was NaN
+
+template <class T>
+struct SelectArgs {
+    const T *query, *key;
+    int64_t query_stride[4], key_stride[4];  // B, H, M or R, E
+    int64_t B, H, M, R, E, k;
+    int metric;
+    bool squared;
+    const int64_t *query_index, *key_index;  // positions on the grid, key_index ascending
+    const int64_t *grid;
+    int64_t axes;
+    bool causal;
+    int64_t reach, dilation;  // reach -1: any
+    bool own;                 // the query's own position scores `again`
+    T again;
+    T *score;        // (B, H, M, k)
+    int64_t *index;  // (B, H, M, k)
+    int threads;
+};
+
+template <class T>
+struct SelectBackwardArgs {
+    const T *grad;  // (B, H, M, k), contiguous; zero where the score was a constant
+    const T *query, *key;
+    int64_t query_stride[3], key_stride[3];  // B, H, M or R; features are contiguous
+    const int64_t *index;                    // (B, H, M, k)
+    T *d_query, *d_key;
+    int64_t d_query_stride[3], d_key_stride[3];
+    int64_t B, H, M, R, E, k;
+    int metric;
+    bool squared;
+    int threads;
+};
+
+template <class T>
+struct AggregateArgs {
+    const T *value;  // (B, N, C), channels contiguous
+    int64_t value_stride[2];
+    const int64_t *index;  // (B, M, S, H)
+    int64_t index_stride[4];
+    const T *alpha;  // (B, M, S, H) or null
+    int64_t alpha_stride[4];
+    const T *weight;  // (O, C / G, S) contiguous, or null
+    int64_t B, N, C, M, S, H, O, G;
+    T *out;  // (B, M, O) contiguous
+    int threads;
+};
+
+template <class T>
+struct AggregateBackwardArgs {
+    AggregateArgs<T> of;  // `out` unused
+    const T *grad;        // (B, M, O) contiguous
+    T *d_value;           // (B, N, C) contiguous
+    T *d_alpha;           // (B, M, S, H), alpha's strides
+    T *d_weight;          // (O, C / G, S) contiguous
+};
+
+template <class T>
+struct SoftmaxArgs {
+    const T *score;        // (rows, k)
+    const int64_t *index;  // (rows, k); negative reads nothing
+    T scale;
+    int64_t rows, k;
+    T *alpha;  // (rows, k)
+    int threads;
+};
+
+template <class T>
+struct SoftmaxBackwardArgs {
+    const T *grad, *alpha;  // (rows, k)
+    T scale;
+    int64_t rows, k;
+    T *d_score;  // (rows, k)
+    int threads;
+};
+
+struct Engine {
+    const char *name;
+    int (*select_float)(const SelectArgs<float> &);
+    int (*select_double)(const SelectArgs<double> &);
+    int (*select_backward_float)(const SelectBackwardArgs<float> &);
+    int (*select_backward_double)(const SelectBackwardArgs<double> &);
+    int (*aggregate_float)(const AggregateArgs<float> &);
+    int (*aggregate_double)(const AggregateArgs<double> &);
+    int (*aggregate_backward_float)(const AggregateBackwardArgs<float> &);
+    int (*aggregate_backward_double)(const AggregateBackwardArgs<double> &);
+    int (*softmax_float)(const SoftmaxArgs<float> &);
+    int (*softmax_double)(const SoftmaxArgs<double> &);
+    int (*softmax_backward_float)(const SoftmaxBackwardArgs<float> &);
+    int (*softmax_backward_double)(const SoftmaxBackwardArgs<double> &);
+    int (*local_float)(const LocalArgs<float> &);
+    int (*local_double)(const LocalArgs<double> &);
+    int (*local_backward_float)(const LocalBackwardArgs<float> &);
+    int (*local_backward_double)(const LocalBackwardArgs<double> &);
+    int (*grouped_float)(const GroupedArgs<float> &);
+    int (*grouped_double)(const GroupedArgs<double> &);
+    int (*grouped_backward_float)(const GroupedBackwardArgs<float> &);
+    int (*grouped_backward_double)(const GroupedBackwardArgs<double> &);
+};
+
+extern const Engine engine_generic;
+#if defined(NEARFOLD_X86)
+extern const Engine engine_avx2;
+extern const Engine engine_avx512;
+#endif
+#if defined(NEARFOLD_AMX)
+extern const Engine engine_amx;
+#endif
+
+}  // namespace nearfold

@@ -1,0 +1,59 @@
+// The table of one instruction set.
+#include "engine.h"
+
+namespace nearfold {
+namespace NEARFOLD_ISA {
+
+int select_float(const SelectArgs<float> &);
+int select_double(const SelectArgs<double> &);
+int select_backward_float(const SelectBackwardArgs<float> &);
+int select_backward_double(const SelectBackwardArgs<double> &);
+int aggregate_float(const AggregateArgs<float> &);
+int aggregate_double(const AggregateArgs<double> &);
+int aggregate_backward_float(const AggregateBackwardArgs<float> &);
+int aggregate_backward_double(const AggregateBackwardArgs<double> &);
+int softmax_float(const SoftmaxArgs<float> &);
+int softmax_double(const SoftmaxArgs<double> &);
+int softmax_backward_float(const SoftmaxBackwardArgs<float> &);
+int softmax_backward_double(const SoftmaxBackwardArgs<double> &);
+int local_float(const LocalArgs<float> &);
+int local_double(const LocalArgs<double> &);
+int local_backward_float(const LocalBackwardArgs<float> &);
+int local_backward_double(const LocalBackwardArgs<double> &);
+int grouped_float(const GroupedArgs<float> &);
+int grouped_double(const GroupedArgs<double> &);
+int grouped_backward_float(const GroupedBackwardArgs<float> &);
+int grouped_backward_double(const GroupedBackwardArgs<double> &);
+
+}  // namespace NEARFOLD_ISA
+
+#define NEARFOLD_JOIN_(a, b) a##b
+#define NEARFOLD_JOIN(a, b) NEARFOLD_JOIN_(a, b)
+#define NEARFOLD_TEXT_(a) #a
+#define NEARFOLD_TEXT(a) NEARFOLD_TEXT_(a)
+
+extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
+    NEARFOLD_TEXT(NEARFOLD_ISA),
+    NEARFOLD_ISA::select_float,
+    NEARFOLD_ISA::select_double,
+    NEARFOLD_ISA::select_backward_float,
+    NEARFOLD_ISA::select_backward_double,
+    NEARFOLD_ISA::aggregate_float,
+    NEARFOLD_ISA::aggregate_double,
+    NEARFOLD_ISA::aggregate_backward_float,
+    NEARFOLD_ISA::aggregate_backward_double,
+    NEARFOLD_ISA::softmax_float,
+    NEARFOLD_ISA::softmax_double,
+    NEARFOLD_ISA::softmax_backward_float,
+    NEARFOLD_ISA::softmax_backward_double,
+    NEARFOLD_ISA::local_float,
+    NEARFOLD_ISA::local_double,
+    NEARFOLD_ISA::local_backward_float,
+    NEARFOLD_ISA::local_backward_double,
+    NEARFOLD_ISA::grouped_float,
+    NEARFOLD_ISA::grouped_double,
+    NEARFOLD_ISA::grouped_backward_float,
+    NEARFOLD_ISA::grouped_backward_double,
+};
+
+}  // namespace nearfold

@@ -1,0 +1,95 @@
+#include "threads.h"
+
+#include <atomic>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace nearfold {
+namespace {
+
+// libgomp's entry point for `#pragma omp parallel`. Two OpenMP runtimes in one process would each keep spinning
+// threads and take the cores from one another, so we call the one torch has loaded, and link none.
+using GompParallel = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
+
+std::atomic<bool> forked{false};  // an OpenMP pool does not survive fork
+
+#if defined(__linux__)
+int note_gomp(dl_phdr_info *info, size_t, void *found) {
+    if (info->dlpi_name == nullptr || std::strstr(info->dlpi_name, "libgomp") == nullptr) return 0;
+    *static_cast<const char **>(found) = info->dlpi_name;
+    return 1;
+}
+#endif
+
+GompParallel find_gomp() {
+#if defined(__linux__)
+    const char *path = nullptr;
+    dl_iterate_phdr(note_gomp, &path);
+    if (path != nullptr) {
+        if (void *library = dlopen(path, RTLD_NOW | RTLD_NOLOAD))
+            return reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+    }
+#endif
+    return nullptr;
+}
+
+GompParallel gomp() {
+    static const GompParallel entry = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+#endif
+        return find_gomp();
+    }();
+    return entry;
+}
+
+struct Loop {
+    Body body;
+    void *context;
+    int64_t items;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+
+    void work() {
+        const int worker = workers.fetch_add(1);
+        for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(context, item, worker);
+    }
+};
+
+void enter(void *loop) { static_cast<Loop *>(loop)->work(); }
+
+}  // namespace
+
+void run_items(int threads, int64_t items, Body body, void *context) {
+    Loop loop;
+    loop.body = body;
+    loop.context = context;
+    loop.items = items;
+    if (threads > items) threads = static_cast<int>(items);
+    if (threads <= 1) return loop.work();
+    const GompParallel parallel = gomp();
+    if (parallel != nullptr && !forked.load()) return parallel(enter, &loop, static_cast<unsigned>(threads), 0);
+    std::vector<std::thread> others;
+    others.reserve(threads - 1);
+    try {
+        for (int i = 1; i < threads; ++i) others.emplace_back(enter, &loop);
+    } catch (const std::system_error &) {
+        // the system gives no more threads: those there are do the work
+    }
+    loop.work();
+    for (std::thread &other : others) other.join();
+}
+
+const char *thread_source() { return gomp() != nullptr && !forked.load() ? "torch's OpenMP" : "own threads"; }
+
+}  // namespace nearfold

@@ -1,0 +1,16 @@
+// Parallel loops on the thread pool that torch itself uses.
+#pragma once
+#include <cstdint>
+
+namespace nearfold {
+
+using Body = void (*)(void *context, int64_t item, int worker);
+
+// body(context, item, worker) for every item; items are handed out in order, worker < threads.
+// Each item runs once, on one thread; nothing is promised about which.
+void run_items(int threads, int64_t items, Body body, void *context);
+
+// Where the threads come from: "torch's OpenMP" or "own threads".
+const char *thread_source();
+
+}  // namespace nearfold

@@ -1,0 +1,112 @@
+"""The compiled CPU engine: found where the package was built with a compiler, otherwise one notice and PyTorch.
+
+``NEARFOLD_ENGINE`` in the environment chooses: ``off`` (the PyTorch path), or an instruction set (``avx512``,
+``avx2``, ``generic``); without it, the best one this machine can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+OFF = "off"
+COMPUTE = (torch.float32, torch.float64)
+_forced_off = 0  # how many `forced("off")` are open
+
+
+@functools.cache
+def _load() -> ModuleType | None:
+    wanted = os.environ.get("NEARFOLD_ENGINE", "")
+    if wanted == OFF:
+        return None
+    try:
+        module = importlib.import_module("nearfold.kernels._engine")
+    except ImportError as error:
+        if wanted:
+            raise ImportError(
+                f"NEARFOLD_ENGINE={wanted!r} asks for the compiled engine, but it is not there ({error}); install "
+                "nearfold where a C++ compiler is, or set NEARFOLD_ENGINE=off"
+            ) from error
+        warnings.warn(
+            "nearfold was installed without its compiled CPU engine (no C++ compiler?): the PyTorch path runs "
+            "instead, with the same results, several times slower. Install again where a C++17 compiler is, or set "
+            "NEARFOLD_ENGINE=off to silence this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    if wanted:
+        module.use(wanted)  # ValueError with the names this machine can run
+    return module
+
+
+def get() -> ModuleType | None:
+    """The compiled module, or None."""
+    return None if _forced_off else _load()
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the engine runs on these: it is there, and they are float32 or float64 alike, on the CPU."""
+    there = [t for t in tensors if t is not None]
+    first = there[0]
+    return (
+        first.dtype in COMPUTE
+        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in there)
+        and get() is not None
+    )
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()
+
+
+def names() -> tuple[str, ...]:
+    """What `forced` takes: the instruction sets this machine can run, best first, and "off".
+
+    >>> names()[-1]
+    'off'
+    """
+    module = _load()
+    return (*(module.names() if module is not None else ()), OFF)
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within it one instruction set, or the PyTorch path, serves every thread. For tests and comparisons.
+
+    >>> with forced("off"):
+    ...     get() is None
+    True
+    """
+    global _forced_off
+    if name == OFF:
+        _forced_off += 1
+        try:
+            yield
+        finally:
+            _forced_off -= 1
+        return
+    module = _load()
+    if module is None:
+        raise ValueError(f"name={name!r}: there is no compiled engine here, only {OFF!r}")
+    before = module.chosen()
+    module.use(name)
+    try:
+        yield
+    finally:
+        module.use(before)
+
+
+def describe() -> str:
+    """Which code serves CPU tensors, in a few words."""
+    module = get()
+    return "PyTorch" if module is None else f"C++ ({module.chosen()})"

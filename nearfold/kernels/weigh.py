@@ -1,0 +1,84 @@
+"""`nearfold::slot_softmax`: scores of the chosen slots -> weights, zero where a slot reads nothing.
+
+One operator, two implementations: one pass of the compiled engine on the CPU, and PyTorch everywhere else.
+
+Shape legend: any leading axes, k slots last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from nearfold.kernels import engine
+from nearfold.kernels.names import LOST
+
+
+@torch.library.custom_op("nearfold::slot_softmax", mutates_args=())
+def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
+    """Softmax of scale * score (.., k) over the slots with index >= 0: (.., k), contiguous.
+
+    A slot with index -1 weighs zero, whatever its score; rows without any slot are zero, rows with index -2 NaN.
+    """
+    if score.shape != index.shape or index.dtype != torch.long or score.dim() < 1:
+        raise ValueError(f"index must be {tuple(score.shape)} int64 as score, got {tuple(index.shape)} {index.dtype}")
+    if score.numel() and engine.serves(score) and index.device == score.device:
+        module = engine.get()
+        assert module is not None
+        alpha = torch.empty_like(score, memory_format=torch.contiguous_format)
+        k = score.shape[-1]
+        rows = score.contiguous().view(-1, k), index.contiguous().view(-1, k)
+        module.softmax(*rows, scale, alpha.view(-1, k), engine.threads())
+        return alpha
+    valid = index >= 0
+    # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
+    masked = (score.masked_fill(~valid, 0) * scale).masked_fill(~valid, torch.finfo(score.dtype).min)
+    alpha = torch.softmax(masked, -1).masked_fill(~valid, 0)
+    return alpha.masked_fill((index == LOST).any(-1, keepdim=True), float("nan")).contiguous()
+
+
+@slot_softmax.register_fake
+def _(score: Tensor, index: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(score, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("nearfold::slot_softmax_backward", mutates_args=())
+def slot_softmax_backward(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
+    """Gradient at the scores."""
+    if grad.numel() and engine.serves(grad, alpha):
+        module = engine.get()
+        assert module is not None
+        d_score, k = torch.empty_like(alpha), alpha.shape[-1]
+        rows = grad.contiguous().view(-1, k), alpha.view(-1, k)
+        module.softmax_backward(*rows, scale, d_score.view(-1, k), engine.threads())
+        return d_score
+    return scale * alpha * (grad - (grad * alpha).sum(-1, keepdim=True))
+
+
+@slot_softmax_backward.register_fake
+def _(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(alpha)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output)
+    ctx.scale = inputs[2]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (alpha,) = ctx.saved_tensors
+    return slot_softmax_backward(grad, alpha, ctx.scale), None, None
+
+
+slot_softmax.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.nearfold.slot_softmax)
+def _flops(score_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 0  # as torch counts its own softmax
+
+
+@register_flop_formula(torch.ops.nearfold.slot_softmax_backward)
+def _backward_flops(grad_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 0

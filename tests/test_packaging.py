@@ -1,0 +1,105 @@
+"""What the distributions contain, and that the package installs with and without a compiler. No network, no pip."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import nearfold
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKEND = """
+import sys
+from scikit_build_core.build import build_sdist, build_wheel
+kind, target, *settings = sys.argv[1:]
+{"sdist": build_sdist, "wheel": build_wheel}[kind](target, dict(s.split("=") for s in settings))
+"""
+
+
+def files(folder: Path, pattern: str) -> set[str]:
+    """Paths relative to the folder's parent, as archives spell them."""
+    return {path.relative_to(folder.parent).as_posix() for path in folder.rglob(pattern)}
+
+
+def build(kind: str, source: Path, target: Path, *settings: str, **environ: str) -> Path:
+    """What pip would call for it, in the tree `source`; the one file it leaves in the new folder `target`."""
+    pytest.importorskip("scikit_build_core")
+    done = subprocess.run(
+        [sys.executable, "-c", BACKEND, kind, str(target), *settings],
+        capture_output=True,
+        text=True,
+        cwd=source,
+        env=os.environ | environ,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = target.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", ROOT, folder / "dist")) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"nearfold-{nearfold.__version__}"
+
+
+def test_the_sdist_has_all_sources(unpacked):
+    for folder in ("nearfold", "tests", "benchmarks"):
+        assert files(unpacked / folder, "*.py") == files(ROOT / folder, "*.py")
+    assert files(unpacked / "nearfold/kernels/cpp", "*") == files(ROOT / "nearfold/kernels/cpp", "*")
+    assert files(unpacked, "*.so") == set()
+    root = {path.name for path in unpacked.iterdir() if path.is_file()}
+    assert root >= {"pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md"}
+
+
+def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
+    """From the unpacked sdist, as pip does it where no wheel fits."""
+    if not shutil.which("cmake") or not (shutil.which("ninja") or shutil.which("make")):
+        pytest.skip("needs CMake, and ninja or make")
+    broken = {"CC": "/bin/false", "CXX": "/bin/false"}
+    wheel = build("wheel", unpacked, tmp_path / "dist", f"build-dir={tmp_path / 'build'}", **broken)
+    assert wheel.name == f"nearfold-{nearfold.__version__}-py3-none-any.whl"
+
+    info = f"nearfold-{nearfold.__version__}.dist-info"
+    package = {name for name in files(unpacked / "nearfold", "*.*") if "/cpp/" not in name}
+    assert "nearfold/py.typed" in package
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if not name.startswith(info)} == package
+        metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+        assert "nearfold = nearfold.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["Version"] == nearfold.__version__
+    assert metadata.get_all("Provides-Extra") == ["data", "vision", "tensorboard", "all", "dev"]
+
+
+def test_building_needs_no_torch():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        requires = tomllib.load(file)["build-system"]["requires"]
+    assert [name for name in requires if name.startswith("torch")] == []
+
+
+def test_the_engine_is_built_where_a_compiler_is():
+    """An installation goes on without an engine that fails to compile, so somebody has to notice."""
+    headers = f"-I{sysconfig.get_path('include')}"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    check = ["-x", "c++", "-fsyntax-only", headers, "-include", "Python.h", os.devnull]
+    if not compiler or subprocess.run([compiler, *check], capture_output=True).returncode:
+        pytest.skip("no working C++ compiler, or no Python headers")
+    engine = importlib.util.find_spec("nearfold.kernels._engine")
+    assert engine and engine.origin, "to see what failed: .venv/bin/python -m pip install -c constraints.txt -v -e ."
+    # one compiled by hand would go on serving, unnoticed, when the sources no longer compile
+    assert not Path(engine.origin).is_relative_to(ROOT / "nearfold"), "delete the engine in the source tree"
