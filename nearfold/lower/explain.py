@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import Basic, Operation, parse
+from nearfold.kernels import engine
 from nearfold.lower.parameters import parameters
 from nearfold.lower.plan import apply, lower, verdicts
 from nearfold.lower.verdict import Facts, Verdict
@@ -46,7 +47,8 @@ class Explanation:
         lines = [
             str(self.operation),
             f"{'x'.join(map(str, self.shape))} -> {'x'.join(map(str, self.out_shape))}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+            + (f", kernels in {engine.describe()}" if self.device == "cpu" else ""),
         ]
         for part in self.parts:
             if len(self.parts) > 1:

@@ -135,14 +135,6 @@ inline int64_t segments_of(int64_t C, int64_t H, int64_t G, Segment *to) {
 }
 
 template <class T>
-inline void fill(T *to, int64_t n, T x) {
-    for (int64_t i = 0; i < n; ++i) to[i] = x;
-}
-template <class T>
-inline void add_scaled(T *to, T a, const T *x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] += a * x[i];
-}
-template <class T>
 inline void scale_to(T *to, T a, const T *x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = a * x[i];
 }
@@ -549,10 +541,14 @@ int attend_forward(const AggregateArgs<T> &a) {
 
 template <class T>
 inline T dot_product(const T *x, const T *y, int64_t n) {
-    Vec<T> acc{};
+    Vec<T> acc{}, other{};
     int64_t i = 0;
+    for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+        acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
+        other = fused<T>(load<T>(x + i + lanes<T>), load<T>(y + i + lanes<T>), other);
+    }
     for (; i + lanes<T> <= n; i += lanes<T>) acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
-    T total = sum<T>(acc);
+    T total = sum<T>(acc + other);
     for (; i < n; ++i) total += x[i] * y[i];
     return total;
 }
@@ -582,6 +578,8 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
                     for (int64_t s = 0; s < a.S; ++s) {
                         const int64_t at = read.index(b, m, s, h);
                         const T *value = at < 0 ? nullptr : read.value(b, at) + h * d;
+                        if (s + ahead < a.S)
+                            prefetch(read.value(b, larger<int64_t>(0, read.index(b, m, s + ahead, h))) + h * d, d);
                         T slope = 0;
                         if (value != nullptr && depthwise) {
                             const T *w = kernel.at<T>() + s * a.C + h * d;
@@ -613,12 +611,18 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
         const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges;
         T *d_value = b_args.d_value + b * a.N * a.C + h * d;
         for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, d, T(0));
+        const int64_t *index = a.index + b * a.index_stride[0] + h * a.index_stride[3];
+        const T *weights = a.alpha == nullptr ? nullptr : a.alpha + b * a.alpha_stride[0] + h * a.alpha_stride[3];
         for (int64_t m = 0; m < a.M; ++m) {
             const T *grad = b_args.grad + (b * a.M + m) * a.C + h * d;
             for (int64_t s = 0; s < a.S; ++s) {
-                const int64_t j = read.index(b, m, s, h);
+                const int64_t j = index[m * a.index_stride[1] + s * a.index_stride[2]];
+                if (s + ahead < a.S) {
+                    const int64_t next = index[m * a.index_stride[1] + (s + ahead) * a.index_stride[2]];
+                    if (next >= j0 && next < j1) prefetch(d_value + next * a.C, d);
+                }
                 if (j < j0 || j >= j1) continue;
-                const T alpha = read.alpha(b, m, s, h);
+                const T alpha = weights == nullptr ? T(1) : weights[m * a.alpha_stride[1] + s * a.alpha_stride[2]];
                 T *to = d_value + j * a.C;
                 if (!depthwise) {
                     add_scaled(to, alpha, grad, d);

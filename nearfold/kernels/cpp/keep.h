@@ -47,6 +47,8 @@ inline IntVec<T> lane_numbers() {
     return v;
 }
 
+constexpr int64_t most_expected = 160;  // `Keep::expect` has 256 classes for so many
+
 template <class T>
 struct Keep {
     static constexpr Int<T> lowest = std::numeric_limits<Int<T>>::min();
@@ -148,7 +150,7 @@ struct Keep {
     void expect(const T *scores, int64_t n, int64_t k) {
         if (k <= 16)
             expect_of<64 / lanes<T>>(scores, n, k);
-        else if (k <= 80)
+        else if (k <= most_expected)
             expect_of<256 / lanes<T>>(scores, n, k);
     }
     template <int vectors>

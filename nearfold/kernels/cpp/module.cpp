@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "engine.h"
+#include "module.h"
 #include "threads.h"
 
 #if defined(NEARFOLD_AMX)
@@ -78,27 +78,6 @@ void use(const std::string &name) {
     throw nb::value_error(("instruction set '" + name + "' is not one of this machine's: " + known).c_str());
 }
 
-void require(bool holds, const char *what) {
-    if (!holds) throw nb::value_error(what);
-}
-
-void check(int status) {
-    if (status == out_of_memory) throw std::bad_alloc();
-    if (status == bad_index) throw nb::value_error("index holds a position beyond the input");
-}
-
-// Runs a kernel of the chosen set without the interpreter's lock.
-template <class K, class A>
-void run(K kernel, const A &args) {
-    const Engine *engine = chosen;
-    int status;
-    {
-        nb::gil_scoped_release release;
-        status = (engine->*kernel)(args);
-    }
-    check(status);
-}
-
 template <class A>
 void strides_of(const A &array, int64_t *to) {
     for (size_t i = 0; i < array.ndim(); ++i) to[i] = array.stride(i);
@@ -109,16 +88,6 @@ bool has_shape(const A &array, std::initializer_list<int64_t> shape) {
     size_t axis = 0;
     for (int64_t n : shape)
         if (static_cast<int64_t>(array.shape(axis++)) != n) return false;
-    return true;
-}
-
-template <class A>
-bool contiguous(const A &array) {
-    int64_t stride = 1;
-    for (size_t i = array.ndim(); i-- > 0;) {
-        if (array.shape(i) > 1 && array.stride(i) != stride) return false;
-        stride *= static_cast<int64_t>(array.shape(i));
-    }
     return true;
 }
 
@@ -313,7 +282,6 @@ void bind(nb::module_ &m) {
 }  // namespace
 
 const Engine *chosen_engine() { return chosen; }
-void bind_local(nb::module_ &m);  // module_local.cpp
 
 }  // namespace nearfold
 

@@ -3,27 +3,19 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
 #include <vector>
 
-#include "engine.h"
+#include "module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace nearfold {
-
-const Engine *chosen_engine();
-
 namespace {
 
 template <class T>
 using Any = nb::ndarray<T, nb::device::cpu>;
 using Numbers = std::vector<int64_t>;
-
-void require(bool holds, const char *what) {
-    if (!holds) throw nb::value_error(what);
-}
 
 // (B, H, features, *axes) with one to three axes -> six axes, those that are not there of size one.
 template <class T>
@@ -108,17 +100,6 @@ struct Table<double> {
     static constexpr auto grouped_backward = &Engine::grouped_backward_double;
 };
 
-template <class A, class F>
-void call(F Engine::*kernel, const A &args) {
-    const Engine *engine = chosen_engine();
-    int status;
-    {
-        nb::gil_scoped_release release;
-        status = (engine->*kernel)(args);
-    }
-    if (status == out_of_memory) throw std::bad_alloc();
-}
-
 template <class T>
 void local(Any<const T> query, Any<const T> key, Any<const T> value, const Numbers &size, const Numbers &stride,
            const Numbers &dilation, const Numbers &before, bool reflect, int metric, bool squared, double scale, Any<T> out,
@@ -128,7 +109,7 @@ void local(Any<const T> query, Any<const T> key, Any<const T> value, const Numbe
     LocalArgs<T> a = local_args<T>(query, key, value, stats, window, metric, squared, scale, threads);
     require(has_sizes(out, query.ndim(), a.B, a.H, a.D, window.out), "local: out must be (B, H, D, *out)");
     a.out = map_of(out);
-    call(Table<T>::local, a);
+    run(Table<T>::local, a);
 }
 
 template <class T>
@@ -146,7 +127,7 @@ void local_backward(Any<const T> grad, Any<const T> query, Any<const T> key, Any
                 has_sizes(d_value, ndim, a.of.B, a.of.H, a.of.D, window.grid),
             "local: gradients must have the shapes of query, key and value");
     a.grad = map_of(grad), a.d_query = map_of(d_query), a.d_key = map_of(d_key), a.d_value = map_of(d_value);
-    call(Table<T>::local_backward, a);
+    run(Table<T>::local_backward, a);
 }
 
 template <class T, class O>
@@ -168,10 +149,8 @@ GroupedArgs<T> grouped_args(const std::vector<Any<const T>> &maps, const Any<con
         require(has_sizes(maps[m], ndim, a.B, a.G, a.inputs[m], a.window.grid), "grouped: maps must be (B, G, inputs, *grid)");
         a.map[m] = map_of(maps[m]);
     }
-    require(has_sizes(weight, ndim, a.G, a.O, a.I, a.window.size), "grouped: weight must be (G, O, I, *size)");
-    int64_t step = 1;
-    for (size_t i = ndim; i-- > 0; step *= static_cast<int64_t>(weight.shape(i)))
-        require(weight.shape(i) <= 1 || weight.stride(i) == step, "grouped: weight must be contiguous");
+    require(has_sizes(weight, ndim, a.G, a.O, a.I, a.window.size) && contiguous(weight),
+            "grouped: weight must be (G, O, I, *size), contiguous");
     require(has_sizes(out, ndim, a.B, a.O, a.G, a.window.out), "grouped: out must be (B, O, G, *out)");
     require(threads >= 1, "grouped: threads are at least 1");
     a.weight = weight.data(), a.out = {}, a.threads = threads;
@@ -183,7 +162,7 @@ void grouped(const std::vector<Any<const T>> &maps, Any<const T> weight, const N
              const Numbers &before, bool reflect, Any<T> out, int threads) {
     GroupedArgs<T> a = grouped_args<T>(maps, weight, out, stride, dilation, before, reflect, threads);
     a.out = map_of(out);
-    call(Table<T>::grouped, a);
+    run(Table<T>::grouped, a);
 }
 
 template <class T>
@@ -198,11 +177,10 @@ void grouped_backward(Any<const T> grad, const std::vector<Any<const T>> &maps, 
                 "grouped: gradients must have the shapes of the maps");
         a.d_map[m] = map_of(d_maps[m]);
     }
-    require(has_sizes(d_weight, weight.ndim(), a.of.G, a.of.O, a.of.I, a.of.window.size), "grouped: d_weight must be as weight");
-    for (size_t i = 0; i < weight.ndim(); ++i)
-        require(weight.shape(i) <= 1 || weight.stride(i) == d_weight.stride(i), "grouped: d_weight must be contiguous");
+    require(has_sizes(d_weight, weight.ndim(), a.of.G, a.of.O, a.of.I, a.of.window.size) && contiguous(d_weight),
+            "grouped: d_weight must be as weight, contiguous");
     a.grad = map_of(grad), a.d_weight = d_weight.data();
-    call(Table<T>::grouped_backward, a);
+    run(Table<T>::grouped_backward, a);
 }
 
 template <class T>

@@ -263,7 +263,7 @@ int64_t newest_of(const SelectArgs<T> &a, int64_t m0, int64_t n) {
 // Whether the scores of the first keys are worth holding.
 template <class T>
 inline bool holds_first(const SelectArgs<T> &a) {
-    return !a.causal && a.R >= first_keys / 2 && a.k <= 80;
+    return !a.causal && a.R >= first_keys / 2 && a.k <= most_expected;
 }
 
 // The held scores of a query: (columns,) of the first keys. `check` sees the row after every tile.
@@ -415,11 +415,6 @@ int select(const SelectArgs<T> &a) {
     }
 }
 
-// to += a * x
-template <class T>
-inline void add_scaled(T *to, T a, const T *x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) to[i] += a * x[i];
-}
 // to += a * (x - y)
 template <class T>
 inline void add_scaled_apart(T *to, T a, const T *x, const T *y, int64_t n) {
@@ -456,6 +451,8 @@ int select_backward(const SelectBackwardArgs<T> &a) {
                 }
                 T g = a.grad[at];
                 const T *k = key + j * a.key_stride[2];
+                if (s + ahead < a.k && a.index[at + ahead] >= 0 && a.index[at + ahead] < a.R)
+                    prefetch(key + a.index[at + ahead] * a.key_stride[2], a.E);
                 if (!apart) {
                     add_scaled(d, g, k, a.E);
                 } else {
@@ -487,6 +484,8 @@ int select_backward(const SelectBackwardArgs<T> &a) {
             const T *q = query + m * a.query_stride[2];
             for (int64_t s = 0; s < a.k; ++s) {
                 const int64_t at = (problem * a.M + m) * a.k + s, j = a.index[at];
+                if (s + ahead < a.k && a.index[at + ahead] >= j0 && a.index[at + ahead] < j1)
+                    prefetch(d_key + a.index[at + ahead] * a.d_key_stride[2], a.E);
                 if (j < j0 || j >= j1) continue;
                 T *d = d_key + j * a.d_key_stride[2];
                 if (apart)

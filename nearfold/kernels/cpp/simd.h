@@ -263,6 +263,33 @@ inline int64_t least<double>(IntVec<double> v) {
 }
 #endif
 
+// to += a * x. Whole vectors first: rows are short, and what a compiler puts around a plain loop costs as much as it.
+template <class T>
+inline void add_scaled(T *to, T a, const T *x, int64_t n) {
+    const Vec<T> factor = splat<T>(a);
+    int64_t i = 0;
+    for (; i + 4 * lanes<T> <= n; i += 4 * lanes<T>)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            T *at = to + i + v * lanes<T>;
+            store<T>(at, fused<T>(factor, load<T>(x + i + v * lanes<T>), load<T>(at)));
+        }
+    for (; i + lanes<T> <= n; i += lanes<T>) store<T>(to + i, fused<T>(factor, load<T>(x + i), load<T>(to + i)));
+    for (; i < n; ++i) to[i] += a * x[i];
+}
+
+// Asks for a row that is read soon: rows of neighbours lie where no hardware foresees.
+template <class T>
+inline void prefetch(const T *row, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+}
+constexpr int64_t ahead = 6;  // slots between the request and the use
+
+template <class T>
+inline void fill(T *to, int64_t n, T x) {
+    for (int64_t i = 0; i < n; ++i) to[i] = x;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class A>

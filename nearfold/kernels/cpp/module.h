@@ -1,0 +1,42 @@
+// What the files of bindings share.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <new>
+
+#include "engine.h"
+
+namespace nearfold {
+
+const Engine *chosen_engine();
+void bind_local(nanobind::module_ &m);  // module_local.cpp
+
+inline void require(bool holds, const char *what) {
+    if (!holds) throw nanobind::value_error(what);
+}
+
+// Runs a kernel of the chosen set without the interpreter's lock.
+template <class K, class A>
+void run(K kernel, const A &args) {
+    const Engine *engine = chosen_engine();
+    int status;
+    {
+        nanobind::gil_scoped_release release;
+        status = (engine->*kernel)(args);
+    }
+    if (status == out_of_memory) throw std::bad_alloc();
+    if (status == bad_index) throw nanobind::value_error("index holds a position beyond the input");
+}
+
+template <class A>
+bool contiguous(const A &array) {
+    int64_t stride = 1;
+    for (size_t i = array.ndim(); i-- > 0;) {
+        if (array.shape(i) > 1 && array.stride(i) != stride) return false;
+        stride *= static_cast<int64_t>(array.shape(i));
+    }
+    return true;
+}
+
+}  // namespace nearfold
