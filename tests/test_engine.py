@@ -1,4 +1,4 @@
-"""The compiled engine: every instruction set equals the oracle and the PyTorch path, bit for bit on any number of threads.
+"""The compiled engine: every instruction set equals the oracle and the PyTorch path, on any number of threads.
 
 The operators are called on random shapes, strides, ties and missing slots; the truth is the
 PyTorch path of the same operator. Without a compiled engine most of this file has nothing to test.
@@ -24,7 +24,7 @@ from nearfold.lower import lower
 from nearfold.lower.verdict import Facts
 from nearfold.nn import ACmix2d, BranchingConv2d, ConvNN2d, ConvNNAttention, KVTAttention
 from nearfold.nn.functional import knn_attention
-from nearfold.testing import BUDGET, CASES, conform, make, poisoned_empties, tie_prone
+from nearfold.testing import CASES, conform, poisoned_empties, tie_prone
 
 SETS = [name for name in engine.names() if name != engine.OFF]
 

@@ -110,7 +110,7 @@ def aggregate_backward(
     if not _served(value, grad, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
             d_value, found, d_weight = aggregate_torch.backward(grad, value, index, alpha, weight, groups)
-        return d_value, d_alpha if alpha is None else d_alpha.copy_(found), d_weight
+        return d_value.contiguous(), d_alpha if alpha is None else d_alpha.copy_(found), d_weight.contiguous()
     module = engine.get()
     assert module is not None
     wide_grad, wide_value, wide_alpha, wide_weight = _wide(grad, value, alpha, weight)

@@ -287,7 +287,7 @@ def select_backward(
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
     flat_query, flat_key = d_query.view(P * M, query.shape[2]), d_key.view(P * key.shape[1], key.shape[2])
-    flat_grad = grad.masked_fill(index < 0, 0).view(P * M, k)
+    flat_grad = grad.masked_fill(index < 0, 0).reshape(P * M, k)
     for block, at, q, rows in _chosen(query, key, index):
         g = flat_grad[block]
         if metric in DOT_LIKE:

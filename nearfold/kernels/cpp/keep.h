@@ -168,8 +168,9 @@ struct Keep {
             memcpy(largest + v * lanes<T>, &bits, sizeof bits);
         }
         int64_t reached;
-        // one less, for scores that equal the level must pass
-        threshold = unordered<T>(level_of(largest, classes, k, k / 4, reached) - 1) - margin;
+        const Int<T> level = level_of(largest, classes, k, k / 4, reached);
+        // one less, for scores that equal the level must pass; where too few keys can be chosen at all, nothing is known
+        if (level > ordered<T>(-std::numeric_limits<T>::infinity())) threshold = unordered<T>(level - 1) - margin;
     }
 
     // Drops what does not reach `low`; how many are left, and the least of them.

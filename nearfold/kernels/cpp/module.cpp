@@ -288,6 +288,7 @@ const Engine *chosen_engine() { return chosen; }
 NB_MODULE(_engine, m) {
     m.doc() = "Nearfold's compiled kernels for CPUs; `nearfold.kernels` is their public face.";
     nearfold::chosen = nearfold::engines().front();
+    nearfold::thread_source();  // from now on a fork is noticed, whoever used torch's pool before it
     m.def("names", &nearfold::names, "Instruction sets this machine can run, best first.");
     m.def("chosen", [] { return std::string(nearfold::chosen.load()->name); }, "The instruction set in use.");
     m.def("use", &nearfold::use, "name"_a, "Choose an instruction set by name.");

@@ -27,7 +27,7 @@ std::atomic<bool> forked{false};  // an OpenMP pool does not survive fork
 int note_gomp(dl_phdr_info *info, size_t, void *found) {
     if (info->dlpi_name == nullptr || std::strstr(info->dlpi_name, "libgomp") == nullptr) return 0;
     *static_cast<const char **>(found) = info->dlpi_name;
-    return 1;
+    return std::strstr(info->dlpi_name, "torch") != nullptr;  // other packages bring one of their own: torch's ends the search
 }
 #endif
 
