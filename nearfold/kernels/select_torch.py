@@ -271,7 +271,7 @@ def _chosen(query: Tensor, key: Tensor, index: Tensor) -> Iterator[tuple[slice, 
     P, M, k = index.shape
     R, e = key.shape[1:]
     table, queries = key.reshape(P * R, e), query.reshape(P * M, e)
-    flat = index.clamp(min=0).add_(torch.arange(P, device=key.device)[:, None, None] * R).view(P * M, k)
+    flat = index.clamp(min=0).add_(torch.arange(P, device=key.device)[:, None, None] * R).reshape(P * M, k)
     size = max(1, TILE_BYTES // (k * e * query.element_size()))
     for start in range(0, P * M, size):
         block = slice(start, min(start + size, P * M))
