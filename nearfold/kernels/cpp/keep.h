@@ -169,8 +169,15 @@ struct Keep {
         }
         int64_t reached;
         const Int<T> level = level_of(largest, classes, k, k / 4, reached);
-        // one less, for scores that equal the level must pass; where too few keys can be chosen at all, nothing is known
-        if (level > ordered<T>(-std::numeric_limits<T>::infinity())) threshold = unordered<T>(level - 1) - margin;
+        // where too few keys can be chosen at all, nothing is known
+        if (level > ordered<T>(-std::numeric_limits<T>::infinity())) threshold = just_below(level) - margin;
+    }
+
+    // Scores that equal the level are greater than this. The next number below zero would be -0, which zero is not
+    // greater than, and where tiny numbers are flushed they all are zero.
+    static T just_below(Int<T> level) {
+        constexpr T tiny = std::numeric_limits<T>::min();
+        return level > ordered<T>(-tiny) && level <= ordered<T>(tiny) ? -tiny : unordered<T>(level - 1);
     }
 
     // Drops what does not reach `low`; how many are left, and the least of them.
