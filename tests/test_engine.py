@@ -815,7 +815,6 @@ print("equal")
 
 @compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.skip(reason="hung on a loaded machine, not understood yet: see the session's note")
 @pytest.mark.parametrize("used", ["engine", "torch"])
 def test_a_forked_child_finishes(used):
     """Whether the parent had called the engine or torch alone: a pool of threads does not survive a fork."""

@@ -23,18 +23,29 @@ _forced_off = 0  # how many `forced("off")` are open
 
 
 @functools.cache
+def _compiled() -> ModuleType | ImportError:
+    try:
+        return importlib.import_module("nearfold.kernels._engine")
+    except ImportError as error:
+        return error
+
+
+if os.environ.get("NEARFOLD_ENGINE") != OFF:
+    _compiled()  # at import, for it must see every fork: a child has lost torch's pool of threads, used here or not
+
+
+@functools.cache
 def _load() -> ModuleType | None:
     wanted = os.environ.get("NEARFOLD_ENGINE", "")
     if wanted == OFF:
         return None
-    try:
-        module = importlib.import_module("nearfold.kernels._engine")
-    except ImportError as error:
+    module = _compiled()
+    if isinstance(module, ImportError):
         if wanted:
             raise ImportError(
-                f"NEARFOLD_ENGINE={wanted!r} asks for the compiled engine, but it is not there ({error}); install "
+                f"NEARFOLD_ENGINE={wanted!r} asks for the compiled engine, but it is not there ({module}); install "
                 "nearfold where a C++ compiler is, or set NEARFOLD_ENGINE=off"
-            ) from error
+            ) from module
         warnings.warn(
             "nearfold was installed without its compiled CPU engine (no C++ compiler?): the PyTorch path runs "
             "instead, with the same results, several times slower. Install again where a C++17 compiler is, or set "
