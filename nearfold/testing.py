@@ -264,6 +264,7 @@ def operations() -> Any:
             "padding": st.sampled_from([0, 1, 2, "same"]),
             "include_self": st.sampled_from([False, True, 0.5]),
             "again": st.sampled_from([None, -0.1]),
+            "recall": st.sampled_from([1.0, 0.9]),  # exact at such sizes
         }
         return table.get(name, st.booleans())
 

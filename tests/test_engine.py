@@ -242,6 +242,20 @@ def test_select_of_sorted_keys(isa, descending):
             assert torch.equal(score, (-truth if descending else truth).to(dtype).expand_as(score))
 
 
+@every_set
+def test_select_of_duplicates_by_cosine(isa):
+    """Their products may be rounded to more than one, and count as one."""
+    torch.manual_seed(0)
+    at = torch.arange(2000)
+    key = F.normalize(torch.randint(0, 3, (1, 1, 2000, 7)).float(), dim=-1)
+    for k in (1, 9, 100):
+        found, truth = both(
+            isa, select, key[:, :, :300], key, k, "cosine", False, at[:300], at, [2000], [0, -1, 1], False, 0.0
+        )
+        assert (found[1] >= 0).all()
+        torch.testing.assert_close(found[0], truth[0], rtol=0, atol=1e-6)
+
+
 def closest_pair():
     """A query and two keys whose scores differ by 4e-6, and by more than 1e-4 the other way round in two bfloat16.
 

@@ -126,6 +126,8 @@ class Nearest(Path):
     ``padding`` adds a border of zero inputs that are candidates too. ``self`` puts the position itself in
     slot 0 and takes it out of the search; a number instead fixes the score of that slot. ``again`` leaves the
     position in the search with this fixed score (the public attention layer does so; default: taken out).
+    ``recall`` below 1 allows an approximate search, expected to find at least this share of the k; it is exact where
+    that is as fast, and always on the oracle.
     """
 
     word = "nearest"
@@ -136,6 +138,7 @@ class Nearest(Path):
     again: float | None = None
     stride: Size = 1
     padding: int = 0
+    recall: float = 1.0
 
     def __post_init__(self) -> None:
         positive(self, k=self.k)
@@ -156,6 +159,9 @@ class Nearest(Path):
             check(self.include_self is not False, self, "again", self.again, "given together with self")
             object.__setattr__(self, "again", float(self.again))
         check(type(self.padding) is int and self.padding >= 0, self, "padding", self.padding, "an int >= 0")
+        number(self, "recall", self.recall)
+        check(0 < self.recall <= 1, self, "recall", self.recall, "above 0 and at most 1 (exact)")
+        object.__setattr__(self, "recall", float(self.recall))
         if getattr(self.similarity, "relative", False):
             raise ValueError("nearest: scaled(relative) is a window's position term; use scaled(coordinates)")
 

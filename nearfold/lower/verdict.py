@@ -22,7 +22,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a backend runs an operation, why, and how exactly: "bitwise" or "roundoff" of the oracle."""
+    """Whether a backend runs an operation, why, and how it equals the oracle: "bitwise", to "roundoff", by "recall"."""
 
     ok: bool
     reason: str

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.aggregate import aggregate
+from nearfold.kernels.approximate import select_approximate
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
 
 
 def knn_attention(
-    query: Tensor, key: Tensor, value: Tensor, k: int, *, is_causal: bool = False, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    recall: float = 1.0,
 ) -> Tensor:
     """Attention to the k best keys of every query: `F.scaled_dot_product_attention` with all weights but k zero.
 
@@ -28,6 +36,7 @@ def knn_attention(
         k: neighbours, at least 1.
         is_causal: query i sees keys 0 .. i.
         scale: of the dot products; default 1 / sqrt(d).
+        recall: below 1, an approximate search is enough that is expected to find this share of the k best keys.
 
     Returns:
         (B, H, M, d_v), in value's dtype. A query that is NaN gives NaN; a key that is NaN is never chosen.
@@ -52,10 +61,12 @@ def knn_attention(
         )
     if type(k) is not int or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1 (exact), got {recall!r}")
     B, H, M, d = query.shape
     N = key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    score, index = select(
+    arguments = (
         query.to(wide) * (d**-0.5 if scale is None else scale),
         key.to(wide),
         k,
@@ -68,6 +79,7 @@ def knn_attention(
         False,
         0.0,
     )
+    score, index = select_approximate(*arguments, recall) if recall < 1 else select(*arguments)
     alpha = slot_softmax(score, index, 1.0)
     y = aggregate(
         value.flatten(0, 1), index.flatten(0, 1)[..., None], alpha.to(value.dtype).flatten(0, 1)[..., None], None, 1

@@ -40,6 +40,7 @@ def _nearest(
     shape: str | Shape = "ranked",
     stride: int | tuple[int, ...] = 1,
     padding: int = 0,
+    recall: float = 1.0,
 ) -> Basic:
     """One k-nearest-neighbour operation from the arguments the layers share."""
     path = Nearest(
@@ -49,6 +50,7 @@ def _nearest(
         include_self=include_self,
         stride=stride,
         padding=padding,
+        recall=recall,
     )
     weight = Weight(parse_word("rho", rho), None if kernel in (None, "none") else parse_word("kernel", kernel))
     return Basic(path, parse_word("shape", shape), weight)
@@ -75,6 +77,7 @@ class _ConvNN(Mixer):
         kernel: str | Kernel = "kernel",
         shape: str | Shape = "ranked",
         include_self: bool = True,
+        recall: float = 1.0,
         shuffle: str = "none",
         shuffle_scale: int = 2,
         backend: str = "auto",
@@ -100,6 +103,7 @@ class _ConvNN(Mixer):
             shape=shape,
             stride=stride,
             padding=padding,
+            recall=recall,
         )
         super().__init__(
             operation,
@@ -161,6 +165,7 @@ class ConvNN2d(_ConvNN):
         kernel: kernel, depthwise, separable, kernel(coordinates).
         shape: ranked (slots by similarity) or box (slots in raster order).
         include_self: the position itself is slot 0.
+        recall: below 1, an approximate search is enough that is expected to find this share of the neighbours.
         shuffle: none, before, after or both: pixel-unshuffle before, pixel-shuffle after.
         shuffle_scale: its factor.
         backend: "auto", or a backend's name.
@@ -198,6 +203,7 @@ class ConvNNAttention(TokenMixer):
         rho: softmax, identity, inverse or ones, without arguments: heads come from num_heads.
         kernel: depthwise (starts as ones: exactly k-NN attention), separable, kernel, or none.
         include_self: the token itself is slot 0.
+        recall: below 1, an approximate search is enough that is expected to find this share of the neighbours.
         backend: "auto", or a backend's name.
 
     Source: arXiv 2606.14725. The public code exchanges query and key: see `nearfold.compat`.
@@ -219,9 +225,10 @@ class ConvNNAttention(TokenMixer):
         rho: str = "softmax",
         kernel: str | Kernel | None = "depthwise",
         include_self: bool | float = False,
+        recall: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        operation = _attention(num_heads, k, similarity, candidates, rho, kernel, include_self)
+        operation = _attention(num_heads, k, similarity, candidates, rho, kernel, include_self, recall)
         super().__init__(operation, embed_dim, bias=bias, backend=backend)
 
 
@@ -233,6 +240,7 @@ def _attention(
     rho: str,
     kernel: str | Kernel | None,
     include_self: bool | float,
+    recall: float = 1.0,
 ) -> Basic:
     if rho not in WORDS["rho"]:
         raise ValueError(f"rho must be one of {', '.join(WORDS['rho'])}, got {rho!r}")
@@ -240,7 +248,7 @@ def _attention(
     if kernel == "kernel":
         kernel = Dense(groups=num_heads)  # heads stay apart, as in attention
     assert isinstance(weight, Rho)
-    return _nearest(k, similarity, candidates, weight, kernel, include_self=include_self)
+    return _nearest(k, similarity, candidates, weight, kernel, include_self=include_self, recall=recall)
 
 
 class KVTAttention(TokenMixer):
@@ -251,6 +259,7 @@ class KVTAttention(TokenMixer):
         num_heads: heads.
         k: keys kept for every query; all of them where there are fewer.
         bias: biases on the projections.
+        recall: below 1, an approximate search is enough that is expected to find this share of the k keys.
         backend: "auto", or a backend's name.
 
     >>> import torch
@@ -259,9 +268,16 @@ class KVTAttention(TokenMixer):
     """
 
     def __init__(
-        self, embed_dim: int, num_heads: int, k: int = 100, *, bias: bool = True, backend: str = "auto"
+        self,
+        embed_dim: int,
+        num_heads: int,
+        k: int = 100,
+        *,
+        bias: bool = True,
+        recall: float = 1.0,
+        backend: str = "auto",
     ) -> None:
-        operation = Basic(Nearest(k, Scaled()), Ranked(), Weight(Softmax(heads=num_heads)))
+        operation = Basic(Nearest(k, Scaled(), recall=recall), Ranked(), Weight(Softmax(heads=num_heads)))
         super().__init__(operation, embed_dim, bias=bias, backend=backend)
 
 

@@ -505,35 +505,32 @@ int attend_forward(const AggregateArgs<T> &a) {
     const Scratch kernel(a.weight ? a.S * a.C * sizeof(T) : 0), workers(a.threads * worker_bytes);
     if (!kernel.ok() || !workers.ok()) return out_of_memory;
     if (a.weight) slots_first(a, kernel.at<T>());
-    parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
-        const int64_t b = item / blocks, m0 = item % blocks * rows;
+    // head by head: what one reads of all positions is to stay in L2
+    parallel(a.threads, a.B * a.H * blocks, [&](int64_t item, int worker) {
+        const int64_t problem = item / blocks, b = problem / a.H, h = problem % a.H, m0 = item % blocks * rows;
         auto *near = workers.at<Near<T>>(worker * worker_bytes);
         for (int64_t m = m0; m < smaller(m0 + rows, a.M); ++m) {
-            T *out_row = a.out + (b * a.M + m) * a.C;
-            for (int64_t h = 0; h < a.H; ++h) {
-                int64_t count = 0;
-                T *out = out_row + h * d;
-                bool unknown = false;
-                for (int64_t s = 0; s < a.S; ++s) {
-                    const int64_t at = read.index(b, m, s, h);
-                    const T alpha = read.alpha(b, m, s, h);
-                    unknown |= alpha != alpha;
-                    if (at < 0) continue;
-                    near[count++] = {read.value(b, at) + h * d, a.weight ? kernel.at<T>() + s * a.C + h * d : nullptr, alpha};
-                }
-                int64_t c = 0;
-                for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, 4>(near, count, c, out);
-                for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, 1>(near, count, c, out);
-                for (; c < d; ++c) {
-                    T total = 0;
-                    for (int64_t s = 0; s < count; ++s)
-                        total += near[s].alpha * near[s].row[c] * (near[s].kernel ? near[s].kernel[c] : T(1));
-                    out[c] = total;
-                }
-                // a NaN in alpha is the output's, whatever the slot reads
-                if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
+            T *out = a.out + (b * a.M + m) * a.C + h * d;
+            int64_t count = 0;
+            bool unknown = is_lost(read, b, m);
+            for (int64_t s = 0; s < a.S; ++s) {
+                const int64_t at = read.index(b, m, s, h);
+                const T alpha = read.alpha(b, m, s, h);
+                unknown |= alpha != alpha;
+                if (at < 0) continue;
+                near[count++] = {read.value(b, at) + h * d, a.weight ? kernel.at<T>() + s * a.C + h * d : nullptr, alpha};
             }
-            if (is_lost(read, b, m)) fill(out_row, a.C, std::numeric_limits<T>::quiet_NaN());
+            int64_t c = 0;
+            for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, 4>(near, count, c, out);
+            for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, 1>(near, count, c, out);
+            for (; c < d; ++c) {
+                T total = 0;
+                for (int64_t s = 0; s < count; ++s)
+                    total += near[s].alpha * near[s].row[c] * (near[s].kernel ? near[s].kernel[c] : T(1));
+                out[c] = total;
+            }
+            // a NaN in alpha is the output's, whatever the slot reads
+            if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
         }
     });
     return ok;
@@ -567,30 +564,29 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
     if (depthwise) slots_first(a, kernel.at<T>());
 
     if (depthwise || a.alpha != nullptr)
-        parallel(a.threads, runs, [&](int64_t run, int worker) {
+        parallel(a.threads, a.H * runs, [&](int64_t item, int worker) {
+            const int64_t h = item / runs, run = item % runs;  // head by head: what one reads is to stay in L2
             T *product = products.at<T>() + worker * round_up(a.C, 16);
-            T *d_kernel = sums.at<T>() + run * a.S * a.C;
-            if (depthwise) fill(d_kernel, a.S * a.C, T(0));
+            T *d_kernel = sums.at<T>() + run * a.S * a.C + h * d;
+            for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernel + s * a.C, d, T(0));
             for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
                 const int64_t b = row / a.M, m = row % a.M;
-                for (int64_t h = 0; h < a.H; ++h) {
-                    const T *grad = b_args.grad + row * a.C + h * d;
-                    for (int64_t s = 0; s < a.S; ++s) {
-                        const int64_t at = read.index(b, m, s, h);
-                        const T *value = at < 0 ? nullptr : read.value(b, at) + h * d;
-                        if (s + ahead < a.S)
-                            prefetch(read.value(b, larger<int64_t>(0, read.index(b, m, s + ahead, h))) + h * d, d);
-                        T slope = 0;
-                        if (value != nullptr && depthwise) {
-                            const T *w = kernel.at<T>() + s * a.C + h * d;
-                            for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
-                            add_scaled(d_kernel + s * a.C + h * d, read.alpha(b, m, s, h), product, d);
-                            slope = dot_product(product, w, d);
-                        } else if (value != nullptr) {
-                            slope = dot_product(grad, value, d);
-                        }
-                        if (a.alpha != nullptr) b_args.d_alpha[read.alpha_at(b, m, s, h)] = slope;
+                const T *grad = b_args.grad + row * a.C + h * d;
+                for (int64_t s = 0; s < a.S; ++s) {
+                    const int64_t at = read.index(b, m, s, h);
+                    const T *value = at < 0 ? nullptr : read.value(b, at) + h * d;
+                    if (s + ahead < a.S)
+                        prefetch(read.value(b, larger<int64_t>(0, read.index(b, m, s + ahead, h))) + h * d, d);
+                    T slope = 0;
+                    if (value != nullptr && depthwise) {
+                        const T *w = kernel.at<T>() + s * a.C + h * d;
+                        for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
+                        add_scaled(d_kernel + s * a.C, read.alpha(b, m, s, h), product, d);
+                        slope = dot_product(product, w, d);
+                    } else if (value != nullptr) {
+                        slope = dot_product(grad, value, d);
                     }
+                    if (a.alpha != nullptr) b_args.d_alpha[read.alpha_at(b, m, s, h)] = slope;
                 }
             }
         });

@@ -146,15 +146,15 @@ struct Keep {
     }
 
     // A first threshold from the scores of n keys, so that few of them enter: at least k reach the k-th largest of the
-    // largest scores of some classes of columns.
-    void expect(const T *scores, int64_t n, int64_t k) {
+    // largest scores of some classes of columns. No score counts as more than the ceiling.
+    void expect(const T *scores, int64_t n, int64_t k, T ceiling) {
         if (k <= 16)
-            expect_of<64 / lanes<T>>(scores, n, k);
+            expect_of<64 / lanes<T>>(scores, n, k, ceiling);
         else if (k <= most_expected)
-            expect_of<256 / lanes<T>>(scores, n, k);
+            expect_of<256 / lanes<T>>(scores, n, k, ceiling);
     }
     template <int vectors>
-    void expect_of(const T *scores, int64_t n, int64_t k) {
+    void expect_of(const T *scores, int64_t n, int64_t k, T ceiling) {
         constexpr int64_t classes = vectors * lanes<T>;
         if (n < 4 * classes) return;
         Int<T> largest[classes];
@@ -168,7 +168,7 @@ struct Keep {
             memcpy(largest + v * lanes<T>, &bits, sizeof bits);
         }
         int64_t reached;
-        const Int<T> level = level_of(largest, classes, k, k / 4, reached);
+        const Int<T> level = smaller(level_of(largest, classes, k, k / 4, reached), ordered<T>(ceiling));
         // where too few keys can be chosen at all, nothing is known
         if (level > ordered<T>(-std::numeric_limits<T>::infinity())) threshold = just_below(level) - margin;
     }

@@ -272,7 +272,8 @@ inline void scan_first(const SelectArgs<T> &a, const T *scores, int64_t columns,
                        T again, const F &check) {
     if (rows.lost[row]) return;
     // the own key may rank lower than its score says
-    rows.keep[row].expect(scores, columns, a.k + (rows.own[row] >= 0));
+    const T ceiling = metric == cosine ? T(1) : std::numeric_limits<T>::infinity();
+    rows.keep[row].expect(scores, columns, a.k + (rows.own[row] >= 0), ceiling);
     for (int64_t r0 = 0; r0 < columns; r0 += tile_columns<T>) {
         Vec<T> tile[tile_vectors];
         for (int v = 0; v < tile_vectors; ++v) tile[v] = load<T>(scores + r0 + v * lanes<T>);

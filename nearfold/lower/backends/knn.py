@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Box, Nearest, Ones, Rho, Softmax
+from nearfold.grammar.operation import Basic
+from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Softmax
+from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
 from nearfold.kernels.select import select
@@ -26,7 +28,19 @@ def supports(facts: Facts) -> Verdict:
     """Path nearest, with anything."""
     if not isinstance(facts.op.path, Nearest):
         return Verdict.no(f"path is {facts.op.path.word}, not nearest")
-    return Verdict.yes("selection and aggregation by tiles", "roundoff")
+    if _recall(facts.op) == 1:
+        return Verdict.yes("selection and aggregation by tiles", "roundoff")
+    method = approximate.describe(facts.op.path.similarity.reduced)
+    exactness = "roundoff" if method == "exact" else "recall"
+    return Verdict.yes(f"selection with recall={facts.op.path.recall} ({method}), aggregation by tiles", exactness)
+
+
+def _recall(op: Basic) -> float:
+    """The share of the best keys that is enough: what was asked where any key may be chosen, otherwise all of them."""
+    path = op.path
+    assert isinstance(path, Nearest)
+    any_key = isinstance(path.candidates, AllCandidates) and not isinstance(op.shape, Causal) and path.again is None
+    return path.recall if any_key and getattr(path.similarity, "dilation", 1) == 1 else 1.0
 
 
 def _select(call: Call) -> tuple[Tensor, Tensor]:
@@ -48,7 +62,7 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
     if k:
         chosen = key if every else key[:, :, key_R]
         again = float("-inf") if path.again is None else path.again
-        score, at = select(
+        arguments = (
             query_m,
             chosen,
             k,
@@ -61,6 +75,8 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
             own,
             again,
         )
+        recall = _recall(call.op)
+        score, at = approximate.select_approximate(*arguments, recall) if recall < 1 else select(*arguments)
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:

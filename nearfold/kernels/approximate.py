@@ -1,0 +1,205 @@
+"""`nearfold::select_approximate`: about the k best keys of every query, at least a given share of them expected.
+
+Whatever it returns has its exact score. It never searches less exactly than was asked, and exactly where that is as
+fast: `how` says which of three methods serves.
+
+Shape legend: B batch, H heads, M queries, R keys, e embedded features, k slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from nearfold.kernels import bins, clusters, engine
+from nearfold.kernels import select as exact
+from nearfold.kernels.names import DOT_LIKE
+
+# fewest keys at which a method is faster than the exact search (docs/log.md)
+CLUSTERS = {"dot": 65536, "cosine": 32768, "euclidean": 16384}
+BINS = {"euclidean": 1024}
+SMALLEST_BIN = 4
+
+
+def how(metric: str, keys: int, queries: int, k: int, recall: float, compiled: bool) -> str:
+    """The method that serves where any key may be chosen: "clusters", "bins" or "exact".
+
+    Args:
+        metric: as of `select`.
+        keys: R.
+        queries: M.
+        k: slots.
+        recall: what was asked.
+        compiled: whether the compiled engine serves, whose exact search leaves bins nothing to save.
+
+    >>> [how("euclidean", n, n, 9, 0.95, compiled) for n in (4096, 65536) for compiled in (True, False)]
+    ['exact', 'bins', 'clusters', 'clusters']
+    """
+    if recall >= 1:
+        return "exact"
+    if keys >= CLUSTERS.get(metric, keys + 1) and queries >= CLUSTERS[metric] and k * 64 <= keys:
+        return "clusters"
+    if not compiled and keys >= BINS.get(metric, keys + 1) and SMALLEST_BIN * _bins(k, keys, recall) <= keys:
+        return "bins"
+    return "exact"
+
+
+def describe(metric: str) -> str:
+    """How a search with recall below 1 runs where any key may be chosen, in words.
+
+    >>> describe("chebyshev"), describe("dot")
+    ('exact', 'exact below 65536 keys, then by clusters')
+    """
+    if metric not in CLUSTERS:
+        return "exact"
+    said = f"exact below {CLUSTERS[metric]} keys, then by clusters"
+    return said + (f"; without the compiled engine by bins from {BINS[metric]}" if metric in BINS else "")
+
+
+def _bins(k: int, keys: int, recall: float) -> int:
+    """Bins are as many as recall wants, and more where fewer would be slower."""
+    return max(bins.bins_for(k, recall), bins.fastest(k, keys))
+
+
+@torch.library.custom_op("nearfold::select_approximate", mutates_args=())
+def select_approximate(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    grid: list[int],
+    rule: list[int],
+    own: bool,
+    again: float,
+    recall: float,
+) -> tuple[Tensor, Tensor]:
+    """As `nearfold.kernels.select.select`, with at least the share ``recall`` of the k best expected to be found.
+
+    Args:
+        query: (B, H, M, e), float32 or float64, any strides.
+        key: (B, H, R, e), same dtype.
+        k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
+        metric: as of `select`, like all that follow but the last.
+        squared: minus the squared distance.
+        query_index: (M,) int64, position of every query on the grid.
+        key_index: (R,) int64, ascending, position of every key.
+        grid: the grid's sizes.
+        rule: [causal, reach, dilation]; where it forbids any key, the search is exact.
+        own: whether the query's own position gets the score ``again``.
+        again: that score.
+        recall: above 0, at most 1 (exact).
+
+    Returns:
+        Scores and indices (B, H, M, k), best first, ties among what was found by the lowest index. Equal inputs have
+        equal results. Where a feature is not finite, the search is exact.
+
+    ValueError where operands do not fit, or recall is not a share.
+    """
+    exact._require(query, key, k, query_index, key_index, rule)
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
+    B, H, M, _ = query.shape
+    R = key.shape[2]
+    positions = 1
+    for n in grid:
+        positions *= n
+    plain = rule == [0, -1, 1] and not (own and (again > float("-inf") or positions != R))
+    method = how(metric, R, M, k, recall, engine.serves(query, key)) if plain else "exact"
+    if method == "exact" or not _finite(query, key):
+        return exact.select(query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+    with torch.autocast(query.device.type, enabled=False):
+        if method == "bins":
+            flat = bins.select(
+                query.flatten(0, 1),
+                key.flatten(0, 1),
+                k,
+                metric,
+                squared,
+                query_index,
+                key_index,
+                own,
+                _bins(k, R, recall),
+            )
+            return flat[0].view(B, H, M, k), flat[1].view(B, H, M, k)
+        return _clustered(query, key, k, metric, squared, query_index if own else None, recall)
+
+
+def _finite(query: Tensor, key: Tensor) -> bool:
+    """Whether every feature is, and the squares that the methods compute are."""
+    return bool((query.square().sum() + key.square().sum()).isfinite())
+
+
+def _clustered(
+    query: Tensor, key: Tensor, k: int, metric: str, squared: bool, own_index: Tensor | None, recall: float
+) -> tuple[Tensor, Tensor]:
+    """`clusters.select` for every problem; ``own_index`` (M,) is the key that a query must not find."""
+    B, H, M, _ = query.shape
+    score = query.new_empty(B, H, M, k)
+    index = torch.empty(B, H, M, k, dtype=torch.long, device=query.device)
+    same = query.data_ptr() == key.data_ptr() and query.shape == key.shape and query.stride() == key.stride()
+    home = torch.zeros(M, dtype=torch.long, device=query.device) if own_index is None else own_index
+
+    def search(q: Tensor, keys: Tensor, at: Tensor, name: Tensor) -> tuple[Tensor, Tensor]:
+        # distances rank by their squares: equal roots need not be equally near
+        found = exact.select(
+            q[None, None],
+            keys[None, None],
+            k,
+            metric,
+            metric not in DOT_LIKE,
+            at,
+            name,
+            [key.shape[2]],
+            [0, -1, 1],
+            own_index is not None,
+            float("-inf"),
+        )
+        return found[0][0, 0], found[1][0, 0]
+
+    for b in range(B):
+        for h in range(H):
+            keys = key[b, h].contiguous()
+            queries = keys if same else query[b, h].contiguous()
+            score[b, h], index[b, h] = clusters.select(queries, keys, k, metric, recall, home, search)
+    return score if squared or metric in DOT_LIKE else -(-score).sqrt(), index
+
+
+@select_approximate.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    grid: list[int],
+    rule: list[int],
+    own: bool,
+    again: float,
+    recall: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:3], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.long)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    exact._setup(ctx, inputs[:-1], output)
+
+
+def _backward(ctx, grad, none):  # type: ignore[no-untyped-def]
+    return *exact._backward(ctx, grad, none), None
+
+
+select_approximate.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.nearfold.select_approximate)
+def _flops(query_shape, key_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Of the exact search: how many fewer there are depends on the data."""
+    B, H, M, e = query_shape
+    return int(2 * B * H * M * key_shape[2] * e)
