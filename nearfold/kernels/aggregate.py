@@ -31,6 +31,10 @@ def _require(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor 
             f"alpha must be {tuple(index.shape)} {value.dtype} as index and value, "
             f"got {tuple(alpha.shape)} {alpha.dtype}"
         )
+    if C < 1 or S < 1:
+        raise ValueError(
+            f"value and index must have channels and slots, got {tuple(value.shape)}, {tuple(index.shape)}"
+        )
     if H < 1 or C % H or groups < 1 or C % groups:
         raise ValueError(f"the {C} channels must be divisible by heads={H} and by groups={groups}")
     if weight is not None and (
@@ -105,6 +109,10 @@ def aggregate_backward(
     grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at value, alpha and weight (empty tensors for those that are None)."""
+    _require(value, index, alpha, weight, groups)
+    out = (value.shape[0], index.shape[1], out_channels(value, weight))
+    if grad.shape != out or grad.dtype != value.dtype:
+        raise ValueError(f"grad must be {out} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     none = value.new_empty(0)
     d_alpha = none if alpha is None else torch.empty_like(alpha)
     if not _served(value, grad, alpha, weight):

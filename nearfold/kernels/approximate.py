@@ -99,7 +99,7 @@ def select_approximate(
 
     ValueError where operands do not fit, or recall is not a share.
     """
-    exact._require(query, key, k, query_index, key_index, rule)
+    exact._require(query, key, k, metric, query_index, key_index, rule)
     if not 0 < recall <= 1:
         raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
     B, H, M, _ = query.shape

@@ -30,14 +30,22 @@ def _served(query: Tensor, key: Tensor, k: int, metric: str, positions: int, rul
     )
 
 
-def _require(query: Tensor, key: Tensor, k: int, query_index: Tensor, key_index: Tensor, rule: list[int]) -> None:
-    """ValueError where the operands do not fit one another."""
+def _require_rows(query: Tensor, key: Tensor, metric: str) -> None:
+    if metric not in METRICS and metric != "gram":
+        raise ValueError(f"metric must be one of {', '.join(METRICS)} and gram, got {metric!r}")
     if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(
             f"query must be (B, H, M, e) and key (B, H, R, e), got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if query.dtype != key.dtype or not query.is_floating_point():
         raise ValueError(f"query and key must have one floating dtype, got {query.dtype} and {key.dtype}")
+
+
+def _require(
+    query: Tensor, key: Tensor, k: int, metric: str, query_index: Tensor, key_index: Tensor, rule: list[int]
+) -> None:
+    """ValueError where the operands do not fit one another."""
+    _require_rows(query, key, metric)
     for name, index, n in (("query_index", query_index, query.shape[2]), ("key_index", key_index, key.shape[2])):
         if index.shape != (n,) or index.dtype != torch.long:
             raise ValueError(f"{name} must be ({n},) int64, got {tuple(index.shape)} {index.dtype}")
@@ -80,7 +88,7 @@ def select(
 
     A NaN key is never chosen; a NaN query has NaN scores and indices -2.
     """
-    _require(query, key, k, query_index, key_index, rule)
+    _require(query, key, k, metric, query_index, key_index, rule)
     B, H, M, _ = query.shape
     positions = 1
     for n in grid:
@@ -148,6 +156,12 @@ def select_backward(
     grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squared: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `select`'s scores at query and key; ``grad`` is zero where the score was a constant."""
+    _require_rows(query, key, metric)
+    if grad.shape != index.shape or grad.shape[:3] != query.shape[:3] or grad.dtype != query.dtype:
+        raise ValueError(
+            f"grad must be {tuple(query.shape[:3])} and slots, in {query.dtype}, and index alike, got "
+            f"{tuple(grad.shape)} {grad.dtype} and {tuple(index.shape)}"
+        )
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if metric not in DIFFERENTIABLE or query.numel() * key.numel() == 0 or not engine.serves(grad, query, key):
         with torch.autocast(query.device.type, enabled=False):
@@ -192,6 +206,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(query, key, output[1], query_index, key_index)
     ctx.metric, ctx.squared, ctx.own = metric, squared, own
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the indices
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]

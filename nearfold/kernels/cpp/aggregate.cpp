@@ -100,9 +100,14 @@ int check_index(const AggregateArgs<T> &a) {
     parallel(a.threads, a.B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
         const int64_t b = item / ceil_div(a.M, block_rows), m0 = item % ceil_div(a.M, block_rows) * block_rows;
         bool beyond = false;
-        for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m)
-            for (int64_t s = 0; s < a.S; ++s)
-                for (int64_t h = 0; h < a.H; ++h) beyond |= read.index(b, m, s, h) >= a.N;
+        for (int64_t h = 0; h < a.H; ++h)
+            for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m) {
+                const int64_t *slot = a.index + b * a.index_stride[0] + m * a.index_stride[1] + h * a.index_stride[3];
+                if (a.index_stride[2] == 1)
+                    for (int64_t s = 0; s < a.S; ++s) beyond |= slot[s] >= a.N;
+                else
+                    for (int64_t s = 0; s < a.S; ++s) beyond |= slot[s * a.index_stride[2]] >= a.N;
+            }
         if (beyond) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
     });
     return bad ? bad_index : ok;
@@ -407,8 +412,10 @@ int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment 
         T *grads = workers.at<T>() + worker * worker_size, *acc = grads + grad_size, *zero = acc + acc_size;
         T *copies = zero + spare;
         fill(zero, spare * (1 + reduce_rows), T(0));
-        // the last group may read past its channels, into rows that follow: only the last row has none, and is copied
-        const bool ragged = seg.size % tile_rows != 0;
+        // the last group may read past its channels, into rows that follow: rows with too little behind them are copied
+        const auto ends = [&](int64_t at) {
+            return (a.N - 1 - at) * a.value_stride[1] + a.C - seg.first < round_up(seg.size, tile_rows);
+        };
         for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
             const int64_t width = panel_width<T>(o, o0), real = smaller(width, o - o0);
             fill(acc, groups * tile_rows * width, T(0));
@@ -429,7 +436,7 @@ int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment 
                         rows[i] = zero;
                         if (at < 0) continue;
                         rows[i] = read.value(b, at) + seg.first;
-                        if (a.alpha == nullptr && !(ragged && at == a.N - 1)) continue;
+                        if (a.alpha == nullptr && !ends(at)) continue;
                         scale_to(copies + i * spare, read.alpha(b, m0 + i, s, seg.head), rows[i], seg.size);
                         rows[i] = copies + i * spare;
                     }
