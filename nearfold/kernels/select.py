@@ -210,6 +210,8 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 11
     query, key, index, query_index, key_index = ctx.saved_tensors
     if ctx.own:  # the own position's score is a constant
         grad = grad.masked_fill(key_index[index.clamp(min=0)] == query_index[:, None], 0)
