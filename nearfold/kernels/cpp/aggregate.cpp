@@ -93,6 +93,21 @@ struct Reader {  // the operands of one call, by coordinates
     bool dense() const { return a.weight != nullptr && !depthwise(); }
 };
 
+// What one output and head reads.
+template <class T>
+struct Slots {
+    const int64_t *index;
+    const T *alphas;
+    int64_t index_step, alpha_step;
+
+    Slots(const Reader<T> &read, int64_t b, int64_t m, int64_t h)
+        : index(read.a.index + b * read.a.index_stride[0] + m * read.a.index_stride[1] + h * read.a.index_stride[3]),
+          alphas(read.a.alpha ? read.a.alpha + read.alpha_at(b, m, 0, h) : nullptr), index_step(read.a.index_stride[2]),
+          alpha_step(read.a.alpha_stride[2]) {}
+    int64_t at(int64_t s) const { return index[s * index_step]; }
+    T alpha(int64_t s) const { return alphas ? alphas[s * alpha_step] : T(1); }
+};
+
 template <class T>
 int check_index(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
@@ -102,11 +117,11 @@ int check_index(const AggregateArgs<T> &a) {
         bool beyond = false;
         for (int64_t h = 0; h < a.H; ++h)
             for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m) {
-                const int64_t *slot = a.index + b * a.index_stride[0] + m * a.index_stride[1] + h * a.index_stride[3];
-                if (a.index_stride[2] == 1)
-                    for (int64_t s = 0; s < a.S; ++s) beyond |= slot[s] >= a.N;
+                const Slots<T> slots(read, b, m, h);
+                if (slots.index_step == 1)
+                    for (int64_t s = 0; s < a.S; ++s) beyond |= slots.index[s] >= a.N;
                 else
-                    for (int64_t s = 0; s < a.S; ++s) beyond |= slot[s * a.index_stride[2]] >= a.N;
+                    for (int64_t s = 0; s < a.S; ++s) beyond |= slots.at(s) >= a.N;
             }
         if (beyond) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
     });
@@ -489,19 +504,35 @@ void slots_first(const AggregateArgs<T> &a, T *to) {
         for (int64_t s = 0; s < a.S; ++s) to[s * a.C + c] = a.weight[c * a.S + s];
 }
 
-template <class T, int vectors>
+template <class T, bool depthwise, int vectors>
 inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *out) {
     Vec<T> acc[vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) acc[v] = Vec<T>{};
     for (int64_t s = 0; s < count; ++s) {
         const Vec<T> alpha = splat<T>(near[s].alpha);
+        const T *row = near[s].row + first, *kernel = near[s].kernel + (depthwise ? first : 0);
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            Vec<T> x = load<T>(near[s].row + first + v * lanes<T>);
-            if (near[s].kernel != nullptr) x *= load<T>(near[s].kernel + first + v * lanes<T>);
+            Vec<T> x = load<T>(row + v * lanes<T>);
+            if constexpr (depthwise) x *= load<T>(kernel + v * lanes<T>);
             acc[v] = fused<T>(alpha, x, acc[v]);
         }
     }
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) store<T>(out + first + v * lanes<T>, acc[v]);
+}
+
+template <class T, bool depthwise>
+inline void weighted_sums(const Near<T> *near, int64_t count, int64_t d, T *out) {
+    int64_t c = 0;
+    for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, depthwise, 4>(near, count, c, out);
+    for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, depthwise, 1>(near, count, c, out);
+    for (; c < d; ++c) {
+        T total = 0;
+        for (int64_t s = 0; s < count; ++s) total += near[s].alpha * near[s].row[c] * (depthwise ? near[s].kernel[c] : T(1));
+        out[c] = total;
+    }
 }
 
 template <class T>
@@ -520,41 +551,24 @@ int attend_forward(const AggregateArgs<T> &a) {
             T *out = a.out + (b * a.M + m) * a.C + h * d;
             int64_t count = 0;
             bool unknown = is_lost(read, b, m);
+            const Slots<T> slots(read, b, m, h);
+            const T *value = read.value(b, 0) + h * d, *weight = a.weight ? kernel.at<T>() + h * d : nullptr;
             for (int64_t s = 0; s < a.S; ++s) {
-                const int64_t at = read.index(b, m, s, h);
-                const T alpha = read.alpha(b, m, s, h);
+                const int64_t at = slots.at(s);
+                const T alpha = slots.alpha(s);
                 unknown |= alpha != alpha;
                 if (at < 0) continue;
-                near[count++] = {read.value(b, at) + h * d, a.weight ? kernel.at<T>() + s * a.C + h * d : nullptr, alpha};
+                near[count++] = {value + at * a.value_stride[1], weight ? weight + s * a.C : nullptr, alpha};
             }
-            int64_t c = 0;
-            for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, 4>(near, count, c, out);
-            for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, 1>(near, count, c, out);
-            for (; c < d; ++c) {
-                T total = 0;
-                for (int64_t s = 0; s < count; ++s)
-                    total += near[s].alpha * near[s].row[c] * (near[s].kernel ? near[s].kernel[c] : T(1));
-                out[c] = total;
-            }
+            if (a.weight)
+                weighted_sums<T, true>(near, count, d, out);
+            else
+                weighted_sums<T, false>(near, count, d, out);
             // a NaN in alpha is the output's, whatever the slot reads
             if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
         }
     });
     return ok;
-}
-
-template <class T>
-inline T dot_product(const T *x, const T *y, int64_t n) {
-    Vec<T> acc{}, other{};
-    int64_t i = 0;
-    for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
-        acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
-        other = fused<T>(load<T>(x + i + lanes<T>), load<T>(y + i + lanes<T>), other);
-    }
-    for (; i + lanes<T> <= n; i += lanes<T>) acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
-    T total = sum<T>(acc + other);
-    for (; i < n; ++i) total += x[i] * y[i];
-    return total;
 }
 
 // d_alpha by outputs, and with them sums of the kernel's gradient over runs of outputs; d_value by ranges of positions.
@@ -578,17 +592,17 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
             for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernel + s * a.C, d, T(0));
             for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
                 const int64_t b = row / a.M, m = row % a.M;
-                const T *grad = b_args.grad + row * a.C + h * d;
+                const T *grad = b_args.grad + row * a.C + h * d, *values = read.value(b, 0) + h * d;
+                const Slots<T> slots(read, b, m, h);
                 for (int64_t s = 0; s < a.S; ++s) {
-                    const int64_t at = read.index(b, m, s, h);
-                    const T *value = at < 0 ? nullptr : read.value(b, at) + h * d;
-                    if (s + ahead < a.S)
-                        prefetch(read.value(b, larger<int64_t>(0, read.index(b, m, s + ahead, h))) + h * d, d);
+                    const int64_t at = slots.at(s);
+                    const T *value = at < 0 ? nullptr : values + at * a.value_stride[1];
+                    if (s + ahead < a.S) prefetch(values + larger<int64_t>(0, slots.at(s + ahead)) * a.value_stride[1], d);
                     T slope = 0;
                     if (value != nullptr && depthwise) {
                         const T *w = kernel.at<T>() + s * a.C + h * d;
                         for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
-                        add_scaled(d_kernel + s * a.C, read.alpha(b, m, s, h), product, d);
+                        add_scaled(d_kernel + s * a.C, slots.alpha(s), product, d);
                         slope = dot_product(product, w, d);
                     } else if (value != nullptr) {
                         slope = dot_product(grad, value, d);

@@ -60,7 +60,7 @@ struct Keep {
     T margin;     // scores this far below the k-th best are kept, too: they are known no better than to half of it
     int64_t count;
 
-    static int64_t limit(int64_t k) { return k + larger<int64_t>(k, 8); }
+    static int64_t limit(int64_t k) { return k + larger<int64_t>(k, 24); }
     // room for one tile row beyond the limit, and for what a compressing store writes too much
     static int64_t capacity(int64_t k) { return round_up(limit(k), lanes<T>) + tile_columns<T> + lanes<T>; }
 
@@ -100,16 +100,18 @@ struct Keep {
         }
         Int<T> low = least<T>(low_lanes), high = most<T>(high_lanes);
         reached = count;  // `low`; fewer than k reach more than `high`
-        while (reached > k + more && low < high) {
-            // the upper middle, without overflow
-            const Int<T> middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1);
-            const int64_t n = reaching(score, count, middle);
-            if (n >= k) {
-                low = middle;
-                reached = n;
-            } else {
-                high = middle - 1;
+        for (int step = 0; reached > k + more && low < high; ++step) {
+            // the upper middle, without overflow; first of the numbers, for the middle of all bits is a tiny number
+            Int<T> middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1);
+            if (step < 3) {
+                const Int<T> between = ordered<T>(unordered<T>(low) / 2 + unordered<T>(high) / 2);
+                if (between > low && between <= high) middle = between;
             }
+            const int64_t n = reaching(score, count, middle);
+            const bool enough = n >= k;  // without a branch: it cannot be foreseen
+            low = enough ? middle : low;
+            high = enough ? high : middle - 1;
+            reached = enough ? n : reached;
         }
         return low;
     }
@@ -146,9 +148,12 @@ struct Keep {
     }
 
     // A first threshold from the scores of n keys, so that few of them enter: at least k reach the k-th largest of the
-    // largest scores of some classes of columns. No score counts as more than the ceiling.
-    void expect(const T *scores, int64_t n, int64_t k, T ceiling) {
-        if (k <= 16)
+    // largest scores of some classes of columns. No score counts as more than the ceiling. Few classes are cheap, and
+    // let through half as many again as many do: enough where no keys follow.
+    void expect(const T *scores, int64_t n, int64_t k, T ceiling, bool more_follow) {
+        if (k <= 10 && !more_follow)
+            expect_of<16 / lanes<T>>(scores, n, k, ceiling);
+        else if (k <= 16)
             expect_of<64 / lanes<T>>(scores, n, k, ceiling);
         else if (k <= most_expected)
             expect_of<256 / lanes<T>>(scores, n, k, ceiling);
@@ -156,7 +161,7 @@ struct Keep {
     template <int vectors>
     void expect_of(const T *scores, int64_t n, int64_t k, T ceiling) {
         constexpr int64_t classes = vectors * lanes<T>;
-        if (n < 4 * classes) return;
+        if (n < 2 * classes) return;
         Int<T> largest[classes];
         for (int v = 0; v < vectors; ++v) {
             Vec<T> most_lanes = splat<T>(-std::numeric_limits<T>::infinity());
@@ -167,8 +172,19 @@ struct Keep {
             const IntVec<T> bits = ordered<T>(most_lanes);
             memcpy(largest + v * lanes<T>, &bits, sizeof bits);
         }
-        int64_t reached;
-        const Int<T> level = smaller(level_of(largest, classes, k, k / 4, reached), ordered<T>(ceiling));
+        Int<T> level = 0;
+        if constexpr (classes <= 16) {
+            for (int v = 0; v < vectors; ++v) {
+                Int<T> ranks[lanes<T>];
+                const IntVec<T> rank = ranks_of(largest, classes, v * lanes<T>);
+                memcpy(ranks, &rank, sizeof rank);
+                for (int i = 0; i < lanes<T>; ++i) level = ranks[i] == k - 1 ? largest[v * lanes<T> + i] : level;
+            }
+        } else {
+            int64_t reached;
+            level = level_of(largest, classes, k, k / 4, reached);
+        }
+        level = smaller(level, ordered<T>(ceiling));
         // where too few keys can be chosen at all, nothing is known
         if (level > ordered<T>(-std::numeric_limits<T>::infinity())) threshold = just_below(level) - margin;
     }
@@ -196,24 +212,30 @@ struct Keep {
         return kept;
     }
 
+    // The ranks of entries i, i + 1, ...: how many come before each. Equal ones do when they stand earlier.
+    static inline IntVec<T> ranks_of(const Int<T> *score, int64_t count, int64_t i) {
+        const IntVec<T> own = load_int<T>(score + i), place = lane_numbers<T>();
+        IntVec<T> rank{};
+        const int64_t end = smaller<int64_t>(i + lanes<T>, count);
+        for (int64_t j = 0; j < i; ++j) rank -= (IntVec<T>{} + score[j]) >= own;
+        for (int64_t j = i; j < end; ++j) {
+            const IntVec<T> other = IntVec<T>{} + score[j];
+            rank -= (other > own) | ((other == own) & ((IntVec<T>{} + static_cast<Int<T>>(j - i)) < place));
+        }
+        for (int64_t j = end; j < count; ++j) rank -= (IntVec<T>{} + score[j]) > own;
+        return rank;
+    }
+
     // Writes the best k, best first, ties by the lowest index; where there are fewer, -inf and `invalid`.
     void finish(int64_t k, T *out_score, int64_t *out_index) {
-        cut(k, 0);
+        if (count > 32) cut(k, 0);  // few more are sooner ranked than cut
         pad();
         for (int64_t i = 0; i < count; i += lanes<T>) {
-            // the rank of every entry: how many come before it. Equal ones do when they stand earlier.
-            const IntVec<T> own = load_int<T>(score + i), place = lane_numbers<T>();
-            IntVec<T> rank{};
-            const int64_t end = smaller<int64_t>(i + lanes<T>, count);
-            for (int64_t j = 0; j < i; ++j) rank -= (IntVec<T>{} + score[j]) >= own;
-            for (int64_t j = i; j < end; ++j) {
-                const IntVec<T> other = IntVec<T>{} + score[j];
-                rank -= (other > own) | ((other == own) & ((IntVec<T>{} + static_cast<Int<T>>(j - i)) < place));
-            }
-            for (int64_t j = end; j < count; ++j) rank -= (IntVec<T>{} + score[j]) > own;
             Int<T> ranks[lanes<T>];
+            const IntVec<T> rank = ranks_of(score, count, i);
             memcpy(ranks, &rank, sizeof rank);
-            for (int64_t j = i; j < end; ++j) {
+            for (int64_t j = i; j < smaller<int64_t>(i + lanes<T>, count); ++j) {
+                if (ranks[j - i] >= k) continue;
                 out_score[ranks[j - i]] = unordered<T>(score[j]);
                 out_index[ranks[j - i]] = index[j];
             }

@@ -135,12 +135,14 @@ inline void offer_some(Keep<T> &keep, Vec<T> score, int64_t first, uint64_t bits
 
 template <class T>
 inline bool has_nan(const T *row, int64_t E) {
-    IntVec<T> nan{};
+    Vec<T> nan{};
     int64_t e = 0;
-    for (; e + lanes<T> <= E; e += lanes<T>) nan |= load<T>(row + e) != load<T>(row + e);
-    bool found = false;
+    for (; e + lanes<T> <= E; e += lanes<T>) {
+        const Vec<T> x = load<T>(row + e);
+        nan = x != x ? splat<T>(1) : nan;
+    }
+    bool found = greater<T>(nan, Vec<T>{}) != 0;
     for (; e < E; ++e) found |= row[e] != row[e];
-    for (int i = 0; i < lanes<T>; ++i) found |= nan[i] != 0;
     return found;
 }
 
@@ -263,7 +265,7 @@ int64_t newest_of(const SelectArgs<T> &a, int64_t m0, int64_t n) {
 // Whether the scores of the first keys are worth holding.
 template <class T>
 inline bool holds_first(const SelectArgs<T> &a) {
-    return !a.causal && a.R >= first_keys / 2 && a.k <= most_expected;
+    return !a.causal && a.k <= most_expected && (a.R >= first_keys / 2 || (a.R >= 32 && a.k <= 10));
 }
 
 // The held scores of a query: (columns,) of the first keys. `check` sees the row after every tile.
@@ -273,7 +275,7 @@ inline void scan_first(const SelectArgs<T> &a, const T *scores, int64_t columns,
     if (rows.lost[row]) return;
     // the own key may rank lower than its score says
     const T ceiling = metric == cosine ? T(1) : std::numeric_limits<T>::infinity();
-    rows.keep[row].expect(scores, columns, a.k + (rows.own[row] >= 0), ceiling);
+    rows.keep[row].expect(scores, columns, a.k + (rows.own[row] >= 0), ceiling, columns < a.R);
     for (int64_t r0 = 0; r0 < columns; r0 += tile_columns<T>) {
         Vec<T> tile[tile_vectors];
         for (int v = 0; v < tile_vectors; ++v) tile[v] = load<T>(scores + r0 + v * lanes<T>);

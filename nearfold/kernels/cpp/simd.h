@@ -278,6 +278,20 @@ inline void add_scaled(T *to, T a, const T *x, int64_t n) {
     for (; i < n; ++i) to[i] += a * x[i];
 }
 
+template <class T>
+inline T dot_product(const T *x, const T *y, int64_t n) {
+    Vec<T> acc{}, other{};
+    int64_t i = 0;
+    for (; i + 2 * lanes<T> <= n; i += 2 * lanes<T>) {
+        acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
+        other = fused<T>(load<T>(x + i + lanes<T>), load<T>(y + i + lanes<T>), other);
+    }
+    for (; i + lanes<T> <= n; i += lanes<T>) acc = fused<T>(load<T>(x + i), load<T>(y + i), acc);
+    T total = sum<T>(acc + other);
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
+}
+
 // Asks for a row that is read soon: rows of neighbours lie where no hardware foresees.
 template <class T>
 inline void prefetch(const T *row, int64_t n) {

@@ -55,7 +55,10 @@ int softmax_backward(const SoftmaxBackwardArgs<T> &a) {
         for (int64_t row = item * block_rows; row < smaller((item + 1) * block_rows, a.rows); ++row) {
             const T *grad = a.grad + row * a.k, *alpha = a.alpha + row * a.k;
             T mean = 0;
-            for (int64_t s = 0; s < a.k; ++s) mean += grad[s] * alpha[s];
+            if (a.k < 2 * lanes<T>)
+                for (int64_t s = 0; s < a.k; ++s) mean += grad[s] * alpha[s];
+            else
+                mean = dot_product(grad, alpha, a.k);
             for (int64_t s = 0; s < a.k; ++s) a.d_score[row * a.k + s] = a.scale * alpha[s] * (grad[s] - mean);
         }
     });
