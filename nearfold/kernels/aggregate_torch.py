@@ -95,7 +95,8 @@ def _slot_weights(weight: Tensor | None, heads: int) -> Tensor | None:
 def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) -> Tensor:
     """Alpha without a dense kernel: per output and head one row of alpha times the (S, d) neighbours."""
     B, M, S, H = index.shape
-    out = value.new_empty(B * M, value.shape[2])
+    whole = value.new_empty(B, M, value.shape[2])
+    out = whole.view(B * M, value.shape[2])
     w_HSd = _slot_weights(weight, H)
     rows = alpha.reshape(B * M, S, H)
     for part, _, _, near in _tiles(value, index, heads_first=True):
@@ -103,7 +104,7 @@ def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) 
             near = (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         a = rows[part].transpose(1, 2).reshape(-1, 1, S)
         torch.bmm(a, near, out=out[part].view(-1, 1, near.shape[2]))
-    return out.view(B, M, value.shape[2])
+    return whole
 
 
 def _attend_backward(
@@ -139,7 +140,8 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
     B, _, C = value.shape
     M = index.shape[1]
     O = out_channels(value, weight)
-    out = value.new_empty(B * M, O)
+    whole = value.new_empty(B, M, O)  # not a view of its rows: who calls may add to it in place
+    out = whole.view(B * M, O)
     depthwise = is_depthwise(weight, groups, C)
     if alpha is not None and (weight is None or depthwise):
         return _attend(value, index, alpha, weight)
@@ -156,7 +158,9 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
         else:
             out[part] = torch.bmm(_grouped(near, groups), matrix).transpose(0, 1).reshape(-1, O)
     lost = _lost(index) if alpha is None else None
-    return (out if lost is None else out.masked_fill_(lost, float("nan"))).view(B, M, O)
+    if lost is not None:
+        out.masked_fill_(lost, float("nan"))
+    return whole
 
 
 def backward(

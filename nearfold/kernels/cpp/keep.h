@@ -164,11 +164,23 @@ struct Keep {
         if (n < 2 * classes) return;
         Int<T> largest[classes];
         for (int v = 0; v < vectors; ++v) {
-            Vec<T> most_lanes = splat<T>(-std::numeric_limits<T>::infinity());
-            for (int64_t i = v * lanes<T>; i + lanes<T> <= n; i += classes) {
+            // four at once: one alone would wait for itself
+            constexpr int chains = 4;
+            Vec<T> most_of[chains];
+            for (Vec<T> &m : most_of) m = splat<T>(-std::numeric_limits<T>::infinity());
+            int64_t i = v * lanes<T>;
+            for (; i + (chains - 1) * classes + lanes<T> <= n; i += chains * classes)
+#pragma GCC unroll 4
+                for (int c = 0; c < chains; ++c) {
+                    const Vec<T> x = load<T>(scores + i + c * classes);
+                    most_of[c] = x > most_of[c] ? x : most_of[c];  // a NaN never is
+                }
+            for (; i + lanes<T> <= n; i += classes) {
                 const Vec<T> x = load<T>(scores + i);
-                most_lanes = x > most_lanes ? x : most_lanes;  // a NaN never is
+                most_of[0] = x > most_of[0] ? x : most_of[0];
             }
+            Vec<T> most_lanes = most_of[0];
+            for (int c = 1; c < chains; ++c) most_lanes = most_of[c] > most_lanes ? most_of[c] : most_lanes;
             const IntVec<T> bits = ordered<T>(most_lanes);
             memcpy(largest + v * lanes<T>, &bits, sizeof bits);
         }

@@ -276,11 +276,25 @@ inline void scan_first(const SelectArgs<T> &a, const T *scores, int64_t columns,
     // the own key may rank lower than its score says
     const T ceiling = metric == cosine ? T(1) : std::numeric_limits<T>::infinity();
     rows.keep[row].expect(scores, columns, a.k + (rows.own[row] >= 0), ceiling, columns < a.R);
+    Keep<T> &keep = rows.keep[row];
     for (int64_t r0 = 0; r0 < columns; r0 += tile_columns<T>) {
         Vec<T> tile[tile_vectors];
-        for (int v = 0; v < tile_vectors; ++v) tile[v] = load<T>(scores + r0 + v * lanes<T>);
-        const int64_t n = smaller<int64_t>(tile_columns<T>, columns - r0);
-        scan_row<T, metric, tile_vectors>(a, tile, r0, n, m0, row, rows, again);
+        uint64_t passed = 0;
+        for (int v = 0; v < tile_vectors; ++v) {
+            tile[v] = load<T>(scores + r0 + v * lanes<T>);
+            passed |= greater<T>(tile[v], splat<T>(keep.threshold)) << (v * lanes<T>);
+        }
+        const int64_t n = smaller<int64_t>(tile_columns<T>, columns - r0), own = rows.own[row] - r0;
+        if ((own >= 0 && own < n) || __builtin_popcountll(passed) > 8) {
+            scan_row<T, metric, tile_vectors>(a, tile, r0, n, m0, row, rows, again);
+        } else {  // few pass, and the scores are in memory: one by one is sooner done than whole vectors
+            if (n < 64) passed &= (uint64_t(1) << n) - 1;
+            for (; passed; passed &= passed - 1) {
+                const int64_t column = r0 + __builtin_ctzll(passed);
+                offer<T, metric>(keep, scores[column], column);
+            }
+            keep.settle(a.k);
+        }
         check(row);
     }
 }

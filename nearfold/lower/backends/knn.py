@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.operation import Basic
-from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Softmax
+from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Separable, Shift, Softmax
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
@@ -43,8 +43,8 @@ def _recall(op: Basic) -> float:
     return path.recall if any_key and getattr(path.similarity, "dilation", 1) == 1 else 1.0
 
 
-def _select(call: Call) -> tuple[Tensor, Tensor]:
-    """Score and position (B|1, H|1, M, S); position -1 where there is none."""
+def _select(call: Call) -> tuple[Tensor | None, Tensor]:
+    """Score (None where nobody reads it) and position (B|1, H|1, M, S); position -1 where there is none."""
     path = call.op.path
     assert isinstance(path, Nearest)
     query, key = call.embedded()
@@ -80,13 +80,12 @@ def _select(call: Call) -> tuple[Tensor, Tensor]:
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:
-        if _all_ones(call.op.weight.rho):  # nobody reads scores
-            mine = torch.zeros_like(query_m[..., :1])
-        else:
-            mine = _own_score(call, query_m, key if whole else key[:, :, query_M])
-        score = torch.cat([mine, score], -1)
         home = query_M[:, None].expand(B, H, -1, 1)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
+    if _all_ones(call.op.weight.rho):
+        return None, at
+    if own:
+        score = torch.cat([_own_score(call, query_m, key if whole else key[:, :, query_M]), score], -1)
     return score, at
 
 
@@ -109,10 +108,10 @@ def _lost_home(home: Tensor, query: Tensor) -> Tensor:
     return home.masked_fill(query.isnan().any(-1, keepdim=True), LOST)
 
 
-def _raster(score: Tensor, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+def _raster(score: Tensor | None, at: Tensor, positions: int) -> tuple[Tensor | None, Tensor]:
     """Slots in raster order of their positions, missing ones last."""
     order = at.masked_fill(at < 0, positions).sort(dim=-1, stable=True).indices
-    return score.gather(-1, order), at.gather(-1, order)
+    return None if score is None else score.gather(-1, order), at.gather(-1, order)
 
 
 def _all_ones(rho: Rho) -> bool:
@@ -123,8 +122,8 @@ def _all_ones(rho: Rho) -> bool:
     return isinstance(rho, Ones) and rho.heads == 1
 
 
-def _alpha(rho: Rho, score: Tensor, at: Tensor) -> Tensor | None:
-    if _all_ones(rho):
+def _alpha(rho: Rho, score: Tensor | None, at: Tensor) -> Tensor | None:
+    if score is None:
         return None
     if isinstance(rho, Softmax):
         return slot_softmax(score, at, float(rho.scale))
@@ -157,7 +156,11 @@ def run(call: Call) -> Tensor:
         weight,
         groups,
     )
-    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
+    bias = call.params.get("bias")
+    plain = not isinstance(weight_word.kernel, (Separable, Shift))
+    if plain and bias is not None:
+        y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
+    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)
 
 
 def _slots_last(x: Tensor, B: int, H: int) -> Tensor:
