@@ -36,7 +36,7 @@ def expected_recall(k: int, bins: int) -> float:
     """Share of the k best keys expected among the maxima of this many random bins.
 
     >>> round(expected_recall(9, 78), 4)
-    0.9503
+    0.9502
     """
     return bins / k * (1 - (1 - 1 / bins) ** k)
 
@@ -45,7 +45,7 @@ def bins_for(k: int, recall: float) -> int:
     """The fewest bins, at least k, whose expected recall is no smaller; ``recall`` below 1.
 
     >>> bins_for(9, 0.95), bins_for(100, 0.9)
-    (78, 478)
+    (78, 462)
     """
     high = k
     while expected_recall(k, high) < recall:
