@@ -1,6 +1,6 @@
 """The compiled CPU engine: found where the package was built with a compiler, otherwise one notice and PyTorch.
 
-``NEARFOLD_ENGINE`` in the environment chooses: ``off`` (the PyTorch path), or an instruction set (``avx512``,
+``NEARFOLD_ENGINE`` in the environment chooses: ``off`` (the PyTorch path), or an instruction set (``amx``, ``avx512``,
 ``avx2``, ``generic``); without it, the best one this machine can run.
 """
 
