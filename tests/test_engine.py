@@ -253,6 +253,27 @@ def test_select_of_duplicates_by_cosine(isa):
         torch.testing.assert_close(found[0], truth[0], rtol=0, atol=1e-6)
 
 
+@every_set
+def test_select_on_maps_of_few_levels(isa):
+    """Whole numbers on smooth maps: sums are exact, ties are many, and the first threshold has to let them through."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        grid = rng.choice([(16, 16), (23, 29), (32, 32), (40, 33), (64, 48)])
+        e, levels = rng.choice([1, 3, 16, 17, 64]), rng.choice([1, 2, 4, 16, 200])
+        smooth = F.interpolate(torch.randn(1, e, 4, 4), grid, mode="bicubic")
+        x = (smooth * levels / 2).round().clamp(-levels, levels)[0].flatten(1).T.contiguous()
+        R = len(x)
+        x[rng.randrange(R) :] *= rng.choice([0, 1, 1])
+        k, metric = rng.choice([1, 2, 9, 10, 11, 17, 36, 100, 161]), rng.choice(["dot", "dot", "euclidean"])
+        rule, own = [int(rng.random() < 0.2), -1, 1], rng.random() < 0.5
+        at, some = torch.arange(R), torch.randperm(R)[: rng.choice([1, 5, 64, 300])]
+        args = (x[some][None, None], x[None, None], k, metric, True, some, at, list(grid), rule, own, 0.0)
+        found, truth = both(isa, select, *args)
+        what = f"seed {seed}: {grid} {e} features, {levels} levels, {args[2:4]} {rule} {own}"
+        assert torch.equal(found[1], truth[1]) and torch.equal(found[0], truth[0]), what
+
+
 def closest_pair():
     """A query and two keys whose scores differ by 4e-6, and by more than 1e-4 the other way round in two bfloat16.
 
