@@ -8,6 +8,8 @@ Shape legend: B batch, H heads, M queries, R keys, e embedded features, k slots.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -104,9 +106,7 @@ def select_approximate(
         raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
     B, H, M, _ = query.shape
     R = key.shape[2]
-    positions = 1
-    for n in grid:
-        positions *= n
+    positions = math.prod(grid)
     plain = rule == [0, -1, 1] and not (own and (again > float("-inf") or positions != R))
     method = how(metric, R, M, k, recall, engine.serves(query, key)) if plain else "exact"
     if method == "exact" or not _finite(query, key):

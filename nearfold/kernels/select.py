@@ -7,6 +7,8 @@ Shape legend: B batch, H heads, M queries, R keys, e embedded features, k slots.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -90,9 +92,7 @@ def select(
     """
     _require(query, key, k, metric, query_index, key_index, rule)
     B, H, M, _ = query.shape
-    positions = 1
-    for n in grid:
-        positions *= n
+    positions = math.prod(grid)
     if not _served(query, key, k, metric, positions, rule):
         with torch.autocast(query.device.type, enabled=False):
             flat = select_torch.select(

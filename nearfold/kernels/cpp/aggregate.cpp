@@ -244,7 +244,7 @@ int dense_forward(const AggregateArgs<T> &a) {
                                 scale_to(scaled + r * a.C, alpha, rows[r], seg.size);
                                 rows[r] = scaled + r * a.C;
                             }
-                            with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, seg.size, sums); });
+                            with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows, kernel, seg.size, sums); });
                         }
                     }
                 for (int64_t i = 0; i < n; ++i)
@@ -321,7 +321,7 @@ int dense_value_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
                     // six positions that anybody reads through this slot, then the next six
                     const auto flush = [&] {
                         for (int64_t r = filled; r < tile_rows; ++r) rows[r] = zero, sums[r] = spare;
-                        with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, o, sums); });
+                        with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows, kernel, o, sums); });
                         filled = 0;
                     };
                     for (int64_t i = 0; i < n; ++i) {
@@ -383,7 +383,7 @@ int dense_alpha_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
                     }
                     fill(acc, tile_rows * width, T(0));
                     const T *kernel = base + a.S * o * c0 + s * o * width;
-                    with_vectors<T>(width, [&](auto v) { multiply<T, v.value>(rows, kernel, o, sums); });
+                    with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows, kernel, o, sums); });
                     for (int64_t r = 0; r < n; ++r) {
                         const int64_t at = read.index(b, m0 + r, s, seg.head);
                         if (at < 0) continue;
@@ -457,7 +457,7 @@ int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment 
                     }
                     for (int64_t g = 0; g < groups; ++g)
                         with_vectors<T>(width, [&](auto v) {
-                            multiply_outer<T, v.value>(rows, g * tile_rows, panel, stride, n, acc + g * tile_rows * width);
+                            multiply_outer<T, v.n>(rows, g * tile_rows, panel, stride, n, acc + g * tile_rows * width);
                         });
                 }
             for (int64_t i = 0; i < seg.size; ++i)

@@ -309,10 +309,10 @@ void search_all(const SelectArgs<T> &a, const T *keys, int64_t m0, int64_t n, Ro
         for (; r0 < smaller(first_keys, a.R); r0 += tile_columns<T>)
             with_vectors<T>(panel_width<T>(a.R, r0), [&](auto v) {
                 for (int64_t first = 0; first < n; first += tile_rows) {
-                    Vec<T> acc[tile_rows][v.value];
-                    score_tile<T, metric, v.value>(rows.at + first, keys + r0 * a.E, a.E, acc);
+                    Vec<T> acc[tile_rows][v.n];
+                    score_tile<T, metric, v.n>(rows.at + first, keys + r0 * a.E, a.E, acc);
                     for (int64_t i = 0; i < tile_rows; ++i)
-                        for (int w = 0; w < v.value; ++w)
+                        for (int w = 0; w < v.n; ++w)
                             store<T>(held + (first + i) * first_keys + r0 + w * lanes<T>, acc[i][w]);
                 }
             });
@@ -324,7 +324,7 @@ void search_all(const SelectArgs<T> &a, const T *keys, int64_t m0, int64_t n, Ro
         if (a.causal && a.key_index[r0] > newest) break;
         with_vectors<T>(panel_width<T>(a.R, r0), [&](auto v) {
             for (int64_t first = 0; first < n; first += tile_rows)
-                search_panel<T, metric, v.value>(a, keys + r0 * a.E, r0, m0, first, rows, again);
+                search_panel<T, metric, v.n>(a, keys + r0 * a.E, r0, m0, first, rows, again);
         });
     }
 }

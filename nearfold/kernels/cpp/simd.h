@@ -315,19 +315,20 @@ constexpr A larger(A a, A b) {
     return a < b ? b : a;
 }
 
-template <int n>
-struct Constant {
-    static constexpr int value = n;
+// A number that is a type: a loop's body is compiled once for each.
+template <int number>
+struct Count {
+    static constexpr int n = number;
 };
 
 // Calls with the number of vectors that `columns` columns fill, as a compile-time constant.
 template <class T, class F>
 inline void with_vectors(int64_t columns, const F &call) {
     switch (ceil_div(columns, lanes<T>)) {
-        case 1: return call(Constant<1>{});
-        case 2: return call(Constant<2>{});
-        case 3: return call(Constant<smaller(3, tile_vectors)>{});
-        default: return call(Constant<smaller(4, tile_vectors)>{});
+        case 1: return call(Count<1>{});
+        case 2: return call(Count<2>{});
+        case 3: return call(Count<smaller(3, tile_vectors)>{});
+        default: return call(Count<smaller(4, tile_vectors)>{});
     }
 }
 

@@ -217,12 +217,6 @@ class Work {
     bool shared_;
 };
 
-// A number that is a type: a loop's body is compiled once for each.
-template <int number>
-struct Count {
-    static constexpr int n = number;
-};
-
 // For every position of a leading axis, the pairs (output, slot) that read it, in their order.
 class Readers {
    public:
