@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build
+from benchmarks import build, language
 from benchmarks.case import Case
 
 
@@ -26,6 +26,7 @@ class Spec:
 
 
 IMAGE, TINY_IMAGE = (16, 64, 32, 32), (2, 8, 8, 8)
+PYRAMID = (8, 64, 56, 56)
 TOKENS, TINY_TOKENS = (16, 197, 192), (2, 21, 12)
 LONG = (2, 3137, 192)
 CORE, TINY_CORE = (1, 4, 4096, 64), (1, 2, 60, 8)
@@ -74,6 +75,42 @@ CASES: dict[str, Spec] = {
         {"shape": IMAGE, "window": 7, "heads": 4},
         {"shape": TINY_IMAGE, "window": 5, "heads": 4, "compiled": False},
     ),
+    "neighbourhood_56": Spec(
+        "neighbourhood attention",
+        build.neighbourhood,
+        {"shape": PYRAMID, "window": 7, "heads": 4, "compiled": False},
+        {"shape": TINY_IMAGE, "window": 3, "heads": 4, "compiled": False},
+    ),
+    "neighbourhood_inside": Spec(
+        "neighbourhood attention, windows inside",
+        language.neighbourhood_inside,
+        {"shape": PYRAMID, "window": 7, "heads": 4},
+        {"shape": TINY_IMAGE, "window": 5, "heads": 4},
+    ),
+    "deformable": Spec(
+        "DeformConv2d 3x3",
+        language.deformable,
+        {"shape": PYRAMID, "modulated": False},
+        {"shape": TINY_IMAGE, "modulated": False},
+    ),
+    "deformable_v2": Spec(
+        "DeformConv2d 3x3, modulated",
+        language.deformable,
+        {"shape": PYRAMID, "modulated": True},
+        {"shape": TINY_IMAGE, "modulated": True},
+    ),
+    "scan": Spec(
+        "selective scan",
+        language.scan,
+        {"shape": (4, 4096, 192), "state": 16},
+        {"shape": (2, 50, 12), "state": 5},
+    ),
+    "duality": Spec(
+        "state-space duality",
+        language.state_space_duality,
+        {"shape": (4, 4096, 192), "heads": 6, "state": 64},
+        {"shape": (2, 50, 12), "heads": 3, "state": 5},
+    ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
     "conv_tax": Spec("conv in the grammar", build.conv_tax, {"shape": IMAGE}, {"shape": TINY_IMAGE}),
     "attention_tax": Spec(
@@ -84,7 +121,7 @@ CASES: dict[str, Spec] = {
     ),
 }
 
-SHOWN = ("shape", "heads", "k", "r", "window")  # arguments that a title tells
+SHOWN = ("shape", "heads", "k", "r", "window", "state")  # arguments that a title tells
 
 
 def arguments(spec: Spec, small: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from nearfold.kernels import approximate, engine
-from nearfold.kernels.approximate import select_approximate
+from nearfold.kernels.select import select
 
 
 def photograph(size: int) -> Tensor:
@@ -59,9 +59,7 @@ def search(metric: str, query: Tensor, key: Tensor, recall: float, rows: Tensor 
     at = torch.arange(query.shape[2]) if rows is None else rows
     query = query if rows is None else query[:, :, rows]
     n = key.shape[2]
-    return select_approximate(
-        query, key, 9, metric, False, at, torch.arange(n), [n], [0, -1, 1], False, float("-inf"), recall
-    )
+    return select(query, key, 9, metric, False, at, torch.arange(n), [n], [0, -1, 1], False, float("-inf"), recall)
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:

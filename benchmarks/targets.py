@@ -1,4 +1,4 @@
-"""What is to be reached (issue 3), as data, and how far the measurements are."""
+"""What is to be reached, as data, and how far the measurements are."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ NAIVE = {
     "convnn_random": "naive",
     "convnn_memory": "naive",
     "acmix": "unfold",
+    "neighbourhood_inside": "unfold",
 }
 TARGETS: list[Target] = [
     *_faster("knn", "SDPA", 2.7, 7),
@@ -59,6 +60,12 @@ TARGETS: list[Target] = [
     *_faster("acmix", "unfold", 9, 9),
     Target("acmix", "nn.Conv2d 3x3", "forward", 8, most=True),
     Target("acmix", "nn.Conv2d 3x3", "both", 8, most=True),
+    *_faster("neighbourhood_56", "unfold", 15, 15),
+    *_faster("neighbourhood_inside", "unfold", 15, 15),
+    *_faster("deformable", "grid_sample", 5, 5),
+    *_faster("deformable_v2", "grid_sample", 5, 5),
+    *_faster("scan", "loop over time", 20, 20),
+    Target("scan", "associative scan", "forward", 3),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
     *(Target(case, peer, "memory", 0.1, most=True) for case, peer in NAIVE.items()),

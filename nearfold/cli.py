@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +39,7 @@ start here:
     "ops": """\
 examples:
   nearfold ops
-  nearfold ops | grep -A 4 convnn""",
+  nearfold ops swin deformable mamba convnn""",
     "explain": """\
 examples:
   nearfold explain "window(3) | box | kernel" --shape 16,64,32,32
@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nearfold {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    ops = _new(commands.add_parser, "ops", "list the operators that have a name: notation, words, backends")
+    ops = _new(commands.add_parser, "ops", "the operators that have a name, in a table; or all about some of them")
+    ops.add_argument("names", nargs="*", metavar="NAME", help="operators to say more about")
     ops.set_defaults(command=_ops)
 
     explain = _new(commands.add_parser, "explain", "say how an operator would run on inputs of one shape")
@@ -229,27 +230,11 @@ def _notation(text: str) -> str:
     return CATALOGUE[text].notation if text in CATALOGUE else text
 
 
-def _ops(_: argparse.Namespace) -> int:
-    from nearfold.lower import explain
+def _ops(args: argparse.Namespace) -> int:
+    from nearfold.periodic import card, table
 
-    for entry in CATALOGUE.values():
-        path, shape, weight = entry.words
-        grid = (64,) if "1-D" in entry.title else (8, 8)
-        parts = explain(entry.notation, (1, 16, *grid)).parts
-        runs = " + ".join(dict.fromkeys(_backends(part.backend, part.verdicts) for part in parts))
-        print(
-            f"{entry.name}: {entry.title} ({entry.source})\n"
-            f"    {entry.notation}\n"
-            f"    path: {path} | shape: {shape} | weight: {weight}\n"
-            f"    backends: {runs}\n"
-        )
-    print("The first backend of each list runs by default on a CPU; `nearfold explain` says why.")
+    print("\n\n".join(card(name) for name in args.names) if args.names else table())
     return 0
-
-
-def _backends(chosen: str, verdicts: Mapping[str, Any]) -> str:
-    """The backends that can run one part, the chosen one first."""
-    return ", ".join([chosen, *(name for name, verdict in verdicts.items() if verdict.ok and name != chosen)])
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 
 from nearfold.grammar.notation import parse
 from nearfold.kernels import approximate, bins, clusters, engine
-from nearfold.kernels.approximate import select_approximate
 from nearfold.lower.explain import explain
 from nearfold.nn import ConvNN2d, ConvNNAttention, KVTAttention, Mixer
 from nearfold.nn.functional import knn_attention
 
-exact = importlib.import_module("nearfold.kernels.select").select
+select = importlib.import_module("nearfold.kernels.select").select
 METRICS = ("dot", "cosine", "euclidean")
 
 
@@ -109,7 +108,7 @@ def test_bins_reach_the_expected_recall(metric, kind):
     torch.manual_seed(0)
     query, key = operands(kind, metric, 2025, 8, 2, 1)
     args = arguments(query, key, 9, metric)
-    truth = exact(*args)
+    truth = select(*args)
     for asked in (0.8, 0.95):
         L = bins.bins_for(9, asked)
         flat = bins.select(query.flatten(0, 1), key.flatten(0, 1), 9, metric, False, *args[5:7], False, L)
@@ -137,7 +136,7 @@ def test_clusters_reach_the_recall(many, metric, kind, asked):
     torch.manual_seed(0)
     query, key = operands(kind, metric, 4096, 16, 1, 2)
     args = arguments(query, key, 9, metric)
-    found, truth = select_approximate(*args, asked), exact(*args)
+    found, truth = select(*args, asked), select(*args)
     assert recall(found, truth, args) >= asked
     check_scores(found, args)
 
@@ -151,9 +150,9 @@ def test_clusters_search_less(many, monkeypatch):
     for kind in ("map", "noise"):
         query, key = operands(kind, "euclidean", 4096, 16, 1, 1)
         args = arguments(query, key, 9, "euclidean")
-        found = select_approximate(*args, 0.95)
+        found = select(*args, 0.95)
         if kind == "noise":
-            truth = exact(*args)
+            truth = select(*args)
             assert torch.equal(found[1], truth[1])
             torch.testing.assert_close(found[0], truth[0])
     assert pairs[0] < 0.2 * 4096**2 and pairs[1] > clusters.MOST * 4096**2, pairs
@@ -165,7 +164,7 @@ def test_fewer_queries_than_keys_and_other_values(many):
     key = features("map", 4096, 12, 1, 1).double()
     query = features("map", 2116, 12, 1, 1).double()
     args = arguments(query, key, 17, "euclidean", squared=True)
-    found, truth = select_approximate(*args, 0.9), exact(*args)
+    found, truth = select(*args, 0.9), select(*args)
     assert recall(found, truth, args) >= 0.9
     check_scores(found, args)
 
@@ -185,9 +184,9 @@ def test_the_own_position_is_never_found(many, monkeypatch, metric, isa):
     with engine.forced(isa or engine.names()[0]):
         method = approximate.how(metric, 2025, 2025, 9, 0.9, engine.serves(query, key))
         assert method == ("bins" if isa == "off" else "clusters")
-        found, again = select_approximate(*args, 0.9), select_approximate(*args, 0.9)
+        found, again = select(*args, 0.9), select(*args, 0.9)
     assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])  # equal inputs, equal results
-    assert recall(found, exact(*args), args) >= 0.9 - 0.01
+    assert recall(found, select(*args), args) >= 0.9 - 0.01
     check_scores(found, args, own=True)
 
 
@@ -197,7 +196,7 @@ def test_what_is_not_finite_is_searched_exactly(many, odd):
     key = key.clone()
     key[0, 0, 77, 2] = float(odd)
     args = arguments(query, key, 9, "euclidean")
-    for found, truth in zip(select_approximate(*args, 0.5), exact(*args), strict=True):
+    for found, truth in zip(select(*args, 0.5), select(*args), strict=True):
         torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
 
 
@@ -205,16 +204,16 @@ def test_what_is_not_finite_is_searched_exactly(many, odd):
 def test_recall_one_and_few_keys_are_exact(metric):
     query, key = operands("map", "cosine" if metric == "cosine" else "euclidean", 400, 4, 2, 2)
     args = arguments(query, key, 9, metric)
-    truth = exact(*args)
+    truth = select(*args)
     for asked in (1.0, 0.5):
-        found = select_approximate(*args, asked)
+        found = select(*args, asked)
         assert torch.equal(found[0], truth[0]) and torch.equal(found[1], truth[1])
 
 
 def test_gradients_are_those_of_the_scores(many):
     torch.manual_seed(0)
     x = features("map", 2025, 8, 1, 1).double().requires_grad_()
-    score, index = select_approximate(*arguments(x, x, 9, "euclidean", squared=True), 0.9)
+    score, index = select(*arguments(x, x, 9, "euclidean", squared=True), 0.9)
     weight = torch.randn_like(score)
     (found,) = torch.autograd.grad((score * weight).sum(), x)
     again = -(x[0, 0][:, None] - x[0, 0][index[0, 0]]).square().sum(-1)
@@ -224,14 +223,14 @@ def test_gradients_are_those_of_the_scores(many):
 
 def test_the_operator_is_well_formed(many):
     query, key = (features("map", 1024, 4, 1, 1).requires_grad_() for _ in range(2))
-    torch.library.opcheck(select_approximate, (*arguments(query, key, 3, "euclidean"), 0.9))
+    torch.library.opcheck(select, (*arguments(query, key, 3, "euclidean"), 0.9))
 
 
 @pytest.mark.parametrize("asked", [0, -0.5, 1.5, float("nan")])
 def test_a_recall_that_is_no_share_is_refused(asked):
     x = torch.randn(1, 1, 20, 4)
     with pytest.raises(ValueError, match="recall"):
-        select_approximate(*arguments(x, x, 3, "dot"), float(asked))
+        select(*arguments(x, x, 3, "dot"), float(asked))
     with pytest.raises(ValueError, match="recall"):
         knn_attention(x, x, x, 3, recall=asked)
     with pytest.raises(ValueError, match="recall"):

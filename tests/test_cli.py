@@ -51,9 +51,21 @@ def test_a_reader_that_leaves_early_is_no_error():
 def test_ops_lists_the_catalogue(capsys):
     assert main(["ops"]) == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 125
     for entry in CATALOGUE.values():
-        for part in (entry.name, entry.title, entry.notation, *entry.words):
+        assert f" {entry.name}" in out
+        for part in entry.operation.parts:
+            assert str(part.path) in out and str(part.shape) in out
+    assert "oracle" not in out, "every operator that has a name has a fast backend"
+
+
+def test_ops_tells_all_about_one(capsys):
+    for entry in CATALOGUE.values():
+        assert main(["ops", entry.name]) == 0
+        out = capsys.readouterr().out
+        for part in (entry.name, entry.title, entry.notation, entry.source, *entry.words, "C_D", "->"):
             assert part in out
+    assert "did you mean swin?" in fails(capsys, "ops", "swim")
 
 
 @pytest.mark.parametrize("notation", ["window(3) | box | kernel", "conv"])

@@ -245,6 +245,9 @@ class _Parser:
             return self.word((word_kind,))
         if value == "(":
             self.at += 1
+            if self.peek() == ")":
+                self.at += 1
+                return ()
             items = [self.entry()]
             while self.peek() == ",":
                 self.at += 1

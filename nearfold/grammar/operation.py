@@ -5,21 +5,33 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from nearfold.grammar.similarity import Position, Scaled
+from nearfold.grammar.similarity import Elu, Position, Scaled
+from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import (
     All,
+    Block,
     Box,
     Causal,
+    Deformable,
+    Experts,
+    Generated,
     Kernel,
+    Max,
+    Modulated,
     Nearest,
+    Normalized,
     Ones,
     Path,
     Ranked,
     Rho,
     Row,
+    Scan,
+    Selective,
     Shape,
     Shift,
+    Softmax,
     Strided,
+    Table,
     Window,
 )
 
@@ -27,6 +39,17 @@ SHAPES: dict[type[Path], tuple[type[Shape], ...]] = {
     Window: (Box, Causal),
     All: (Row, Causal, Strided),
     Nearest: (Ranked, Box, Causal),
+    Block: (Box,),
+    Deformable: (Box,),
+    Scan: (Causal,),
+}
+# rhos that say something about some paths only, with or without a kernel
+GOES_WITH: dict[type[Rho], tuple[tuple[type[Path], ...], bool]] = {
+    Max: ((Window,), False),
+    Generated: ((Window,), True),
+    Modulated: ((Deformable,), True),
+    Table: ((All,), False),
+    Selective: ((Scan,), False),
 }
 
 
@@ -39,9 +62,9 @@ class Weight:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rho, Rho):
-            raise ValueError(f"weight: rho must be ones, identity, softmax or inverse, got {self.rho!r}")
+            raise ValueError(f"weight: rho must be one of {', '.join(WORDS['rho'])}, got {self.rho!r}")
         if self.kernel is not None and not isinstance(self.kernel, Kernel):
-            raise ValueError(f"weight: kernel must be kernel, depthwise, separable or shift, got {self.kernel!r}")
+            raise ValueError(f"weight: kernel must be one of {', '.join(WORDS['kernel'])}, got {self.kernel!r}")
 
     def __str__(self) -> str:
         if self.kernel is None:
@@ -51,12 +74,12 @@ class Weight:
     @property
     def heads(self) -> int:
         """Heads that select (and weight) on their own."""
-        return self.rho.heads  # type: ignore[attr-defined]
+        return self.rho.heads
 
     @property
     def projections(self) -> str:
         """The learned pointwise maps, letters of "qkvo"."""
-        project = self.rho.project  # type: ignore[attr-defined]
+        project = self.rho.project
         if project is None:
             return "qkv" if isinstance(self.kernel, Shift) else self.rho.default_projections
         return "" if project == "none" else project
@@ -69,6 +92,11 @@ class Operation:
     def parts(self) -> tuple[Basic, ...]:
         """Every `Basic` operation inside, in the order of the notation."""
         raise NotImplementedError
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether some part reads a second input."""
+        return any(part.cross for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -93,14 +121,29 @@ class Basic(Operation):
             names = ", ".join(s.word for s in allowed)
             raise ValueError(f"shape {self.shape} does not go with path {self.path.word}; it takes one of: {names}")
         rho, kernel = self.weight.rho, self.weight.kernel
-        if isinstance(self.path, All) and kernel is not None:
+        paths, kernels = GOES_WITH.get(type(rho), ((), True))
+        if paths and not isinstance(self.path, paths):
+            raise ValueError(f"{rho.word} goes with path {paths[0].word}, got {self.path}")
+        if kernel is not None and (isinstance(self.path, All | Scan) or not kernels):
             raise ValueError(
-                f"a kernel needs a fixed number of slots, which path all does not have; got {self.weight}. "
-                "Use nearest(k) or window(size), or a weight without a kernel"
+                f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
+                f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
             )
-        if isinstance(self.shape, Causal) and isinstance(self.path, Window) and self.path.padding != "same":
-            raise ValueError(f"window | causal pads on the left only; leave padding out, got {self.path}")
-        similarity = self.path.similarity  # type: ignore[attr-defined]
+        if isinstance(self.path, Scan) and not isinstance(rho, Selective):
+            raise ValueError(f"scan goes with weight selective, got {self.weight}")
+        if isinstance(self.path, Deformable) and not (isinstance(rho, Ones | Modulated) and rho.heads == 1):
+            raise ValueError(
+                f"deformable goes with rho ones or modulated (groups of channels: deformable(3, groups=4)), got {rho}"
+            )
+        if isinstance(kernel, Experts) and not isinstance(rho, Ones):
+            raise ValueError(f"experts goes with rho ones, got {self.weight}")
+        if isinstance(self.shape, Causal):
+            if isinstance(self.path, Window) and self.path.padding != "same":
+                raise ValueError(f"window | causal pads on the left only; leave padding out, got {self.path}")
+            if self.shape.axes and not isinstance(self.path, Window):
+                raise ValueError(f"causal axes go with path window, got {self.path} | {self.shape}")
+        similarity = self.path.similarity
+        self._check_similarity()
         if not isinstance(self.path, Nearest) and not rho.needs_score and similarity != Scaled():
             raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
         if isinstance(similarity, Position) and similarity.dilation > 1 and not isinstance(self.path, Nearest):
@@ -111,6 +154,44 @@ class Basic(Operation):
                 raise ValueError(
                     "shift goes with window | box, rho ones and projections q, k, v: window(3) | box | shift(4)"
                 )
+
+    def _check_similarity(self) -> None:
+        """ValueError where path, rho and similarity do not go together."""
+        path, rho, near = self.path, self.weight.rho, self.path.similarity
+        bias = getattr(near, "bias", "none")
+        if bias != "none":
+            able = (Window, Block) if bias == "table" else (Window, Block, All)
+            if not (isinstance(path, able) and isinstance(rho, Softmax)):
+                names = ", ".join(p.word for p in able)
+                raise ValueError(f"scaled(bias={bias}) goes with softmax over one of the paths {names}, got {self}")
+            if bias == "table" and isinstance(path, Window) and path.mode == "reflect":
+                raise ValueError(f"scaled(bias=table) goes with mode=zeros or inside, got {path}")
+        if isinstance(rho, Normalized) and not isinstance(near, Elu):
+            raise ValueError(
+                f"normalized divides by the sum of the scores, which must not be negative: use elu, such as {path.word}"
+                f"(..., elu), got {path}"
+            )
+        if getattr(path, "cross", False):
+            border = path.padding if isinstance(path, Nearest) else 0
+            own = isinstance(path, Nearest) and path.include_self is not False
+            grid = isinstance(path, Nearest) and path.candidates.word in ("window", "grid")
+            if near.placed or border or own or grid or not isinstance(self.shape, Row | Ranked):
+                raise ValueError(
+                    "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
+                    f"bias, self, causal, window or grid candidates, padding); got {self}"
+                )
+            if not rho.needs_score:
+                raise ValueError(f"cross goes with a rho that compares query and key, got {rho}")
+
+    @property
+    def heads(self) -> int:
+        """Groups of channels that look on their own: the weight's heads, or a deformable path's groups."""
+        return self.path.groups if isinstance(self.path, Deformable) else self.weight.heads
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys and values come from a second input, the context."""
+        return getattr(self.path, "cross", False)
 
     def __str__(self) -> str:
         return f"{self.path} | {self.shape} | {self.weight}"

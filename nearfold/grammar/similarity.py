@@ -9,7 +9,9 @@ Shape legend: B batch, H heads, N positions, d features of one head, a grid axes
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +47,87 @@ class Place:
         return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(self.grid))
 
 
-def _append(x_BHNd: Tensor, place: Place) -> Tensor:
-    unit_Na = place.unit().to(x_BHNd.dtype)
-    return torch.cat([x_BHNd, unit_Na.expand(*x_BHNd.shape[:2], *unit_Na.shape)], -1)
+BANDS = 4  # frequencies of the positional encodings, per axis
+LEARNED = 8  # features of the learned one
+
+
+def _raw(place: Place, weight: Tensor | None) -> Tensor:
+    return place.unit()
+
+
+def _waves(angle_Na: Tensor, frequency_b: Tensor) -> Tensor:
+    """Sines, then cosines, of every axis at every frequency: (N, 2 * bands * a)."""
+    turns = (angle_Na[..., None] * frequency_b).flatten(1)
+    return torch.cat([turns.sin(), turns.cos()], -1)
+
+
+def _sinusoidal(place: Place, weight: Tensor | None) -> Tensor:
+    frequency_b = 10000.0 ** (-torch.arange(BANDS, device=place.device, dtype=place.dtype) / BANDS)
+    return _waves(place.index().to(place.dtype), frequency_b)
+
+
+def _fourier(place: Place, weight: Tensor | None) -> Tensor:
+    frequency_b = math.pi * 2.0 ** torch.arange(BANDS, device=place.device, dtype=place.dtype)
+    return _waves(place.unit(), frequency_b)
+
+
+def _learned(place: Place, weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return F.linear(_fourier(place, None).to(weight.dtype), weight)
+
+
+ENCODINGS = {"raw": _raw, "sinusoidal": _sinusoidal, "fourier": _fourier, "learned": _learned}
+
+
+def encoding_name(coordinates: bool | str) -> str:
+    """Name of a positional encoding: the flag alone means the raw coordinates."""
+    return "raw" if coordinates is True else str(coordinates)
+
+
+def check_coordinates(word: Any) -> None:
+    """ValueError unless the word's ``coordinates`` is a flag or names an encoding."""
+    given = word.coordinates
+    check(isinstance(given, bool) or given in ENCODINGS, word, "coordinates", given, f"one of {', '.join(ENCODINGS)}")
+    if given == "raw":
+        object.__setattr__(word, "coordinates", True)
+
+
+def encode(coordinates: bool | str, place: Place, weight: Tensor | None) -> Tensor:
+    """Every position of the grid as features (N, p).
+
+    raw: each axis from -1 to 1 (a features). sinusoidal: sine and cosine of the index times 10000^(-j/4), j = 0..3
+    (arXiv 1706.03762). fourier: of the raw coordinate times pi 2^j (arXiv 2006.10739), 8 a features each. learned: a
+    learned pointwise map ``weight`` (8, 8 a) of the fourier features. All of them fit any grid.
+    """
+    return ENCODINGS[encoding_name(coordinates)](place, weight)
+
+
+def encoded_features(coordinates: bool | str, ndim: int) -> int:
+    """Number p of features that `encode` makes; 0 without coordinates."""
+    if coordinates is False:
+        return 0
+    return {"raw": ndim, "learned": LEARNED}.get(encoding_name(coordinates), 2 * BANDS * ndim)
+
+
+def _append(x_BHNd: Tensor, coordinates: bool | str, place: Place, params: dict[str, Tensor]) -> Tensor:
+    code_Np = encode(coordinates, place, params.get("encoding_weight")).to(x_BHNd.dtype)
+    return torch.cat([x_BHNd, code_Np.expand(*x_BHNd.shape[:2], *code_Np.shape)], -1)
+
+
+def rotated(x_BHNd: Tensor, place: Place) -> Tensor:
+    """Pairs of features turned by angles that grow with the position, the axes taking turns (arXiv 2104.09864).
+
+    d / (2 a) pairs for each of the a axes, at frequencies 100^(-j / pairs) as in arXiv 2403.13298 for images; 10000 on
+    one axis, as in language models. Features (j, j + half) of an axis' share make a pair.
+    """
+    axes = len(place.grid)
+    pairs = x_BHNd.shape[-1] // (2 * axes)
+    base = 10000.0 if axes == 1 else 100.0
+    frequency_p = base ** (-torch.arange(pairs, device=x_BHNd.device, dtype=place.dtype) / pairs)
+    angle_Nap = place.index().to(place.dtype)[..., None] * frequency_p
+    cos, sin = angle_Nap.cos().to(x_BHNd.dtype), angle_Nap.sin().to(x_BHNd.dtype)
+    first, second = x_BHNd.unflatten(-1, (axes, 2, pairs)).unbind(-2)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -2).flatten(-3)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -72,6 +152,12 @@ class Similarity(Word):
 
     kind = "similarity"
     squared: bool = False
+    coordinates: bool | str = False
+
+    @property
+    def placed(self) -> bool:
+        """Whether the grid's positions play a part, which a query and a key of different inputs do not share."""
+        return self.coordinates is not False
 
     @property
     def uses_features(self) -> bool:
@@ -87,6 +173,15 @@ class Similarity(Word):
         """Vectors whose metric is this similarity: query (B|1, H|1, N, e) and key (B|1, H|1, N, e)."""
         raise NotImplementedError
 
+    def _appended(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Query and key with the positions appended, where asked for."""
+        if self.coordinates is False:
+            return q_BHNd, k_BHNd
+        query = _append(q_BHNd, self.coordinates, place, params)
+        return query, query if q_BHNd is k_BHNd else _append(k_BHNd, self.coordinates, place, params)
+
     def embed_differences(
         self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, float]:
@@ -96,15 +191,16 @@ class Similarity(Word):
 
 @dataclass(frozen=True)
 class Dot(Similarity):
-    """q . k. ``coordinates`` appends the positions (each axis in [-1, 1]) to query and key."""
+    """q . k. ``coordinates`` appends the positions to query and key, encoded as `encode` says."""
 
     word = "dot"
-    coordinates: bool = False
+    coordinates: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_coordinates(self)
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.coordinates:
-            return _append(q_BHNd, place), _append(k_BHNd, place)
-        return q_BHNd, k_BHNd
+        return self._appended(q_BHNd, k_BHNd, place, params)
 
 
 @dataclass(frozen=True)
@@ -112,15 +208,29 @@ class Scaled(Similarity):
     """q . k / sqrt(d), d the features of one head.
 
     ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
-    q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer).
+    q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer). ``rotary``
+    turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298). ``bias`` adds a number
+    per head that depends on the offset only: a learned ``table`` (Swin, arXiv 2103.14030, eq. 4), for paths of a fixed
+    extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
     """
 
     word = "scaled"
-    coordinates: bool = False
+    coordinates: bool | str = False
     relative: bool = False
+    rotary: bool = False
+    bias: str = "none"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_coordinates(self)
         check(not (self.coordinates and self.relative), self, "relative", self.relative, "given without coordinates")
+        both = self.rotary and (self.coordinates is not False or self.relative)
+        check(not both, self, "rotary", self.rotary, "given without coordinates and relative")
+        check(self.bias in ("none", "table", "alibi"), self, "bias", self.bias, "none, table or alibi")
+
+    @property
+    def placed(self) -> bool:
+        return self.coordinates is not False or self.relative or self.rotary or self.bias != "none"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)
@@ -135,8 +245,9 @@ class Scaled(Similarity):
         self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, float]:
         scale = q_BHNd.shape[-1] ** -0.5
-        if self.coordinates:
-            q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
+        q_BHNd, k_BHNd = self._appended(q_BHNd, k_BHNd, place, params)
+        if self.rotary:
+            q_BHNd, k_BHNd = rotated(q_BHNd, place), rotated(k_BHNd, place)
         if self.relative:
             # features and positions swapped: for keys by planes the gradient's sum over batch and heads is then fast
             p_dN = self._position(place, params, k_BHNd).neg().T
@@ -154,12 +265,14 @@ class Cosine(Similarity):
     """q . k / (|q| |k|); a zero vector has similarity 0 to everything."""
 
     word = "cosine"
-    coordinates: bool = False
+    coordinates: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_coordinates(self)
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         same = q_BHNd is k_BHNd
-        if self.coordinates:
-            q_BHNd, k_BHNd = _append(q_BHNd, place), _append(k_BHNd, place)
+        q_BHNd, k_BHNd = self._appended(q_BHNd, k_BHNd, place, params)
         q_BHNd = _unit(q_BHNd)
         return q_BHNd, q_BHNd if same else _unit(k_BHNd)
 
@@ -170,16 +283,33 @@ class Euclidean(Similarity):
 
     word = "euclidean"
     squared: bool = False
-    coordinates: bool = False
+    coordinates: bool | str = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_coordinates(self)
 
     @property
     def reduced(self) -> str:
         return "euclidean"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if self.coordinates:
-            return _append(q_BHNd, place), _append(k_BHNd, place)
-        return q_BHNd, k_BHNd
+        return self._appended(q_BHNd, k_BHNd, place, params)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """elu(x) + 1, by hand: the strides of F.elu's gradient are not those that torch.compile foresees (torch 2.13)."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+@dataclass(frozen=True)
+class Elu(Similarity):
+    """(elu(q) + 1) . (elu(k) + 1), which is never negative: linear attention's (arXiv 2006.16236, eq. 7)."""
+
+    word = "elu"
+
+    def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return _positive(q_BHNd), _positive(k_BHNd)
 
 
 @dataclass(frozen=True)
@@ -191,6 +321,7 @@ class Position(Similarity):
     """
 
     word = "position"
+    placed = True
     metric: str = field(default="euclidean", metadata={"positional": True})
     dilation: int = 1
 
@@ -221,6 +352,7 @@ class Blend(Similarity):
     """
 
     word = "blend"
+    placed = True
     lam: float
     metric: str = field(default="euclidean", metadata={"positional": True})
     unit: bool = False

@@ -14,6 +14,13 @@ class Word:
 
     kind: ClassVar[str]
     word: ClassVar[str]
+    primitive: ClassVar[tuple[str, float]] = ("", 0)  # what it adds to the descriptive complexity, see `complexity`
+
+    @property
+    def primitives(self) -> dict[str, float]:
+        """Scores by primitive, in GWO's sense (doi 10.5281/zenodo.17103133)."""
+        name, score = self.primitive
+        return {name: score} if name else {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -32,7 +39,7 @@ class Word:
             value = getattr(self, f.name)
             name = f.metadata.get("notation", f.name)
             if f.default is dataclasses.MISSING or f.metadata.get("always"):
-                parts.append(_value(value))
+                parts.append(f"{name}={_value(value)}" if f.metadata.get("named") else _value(value))
             elif value == f.default and type(value) is type(f.default):
                 continue
             elif value is True:

@@ -1,4 +1,4 @@
-"""`nearfold::select_approximate`: about the k best keys of every query, at least a given share of them expected.
+"""About the k best keys of every query, at least a given share of them expected: `nearfold::select` with a recall.
 
 Whatever it returns has its exact score. It never searches less exactly than was asked, and exactly where that is as
 fast: `how` says which of three methods serves.
@@ -9,14 +9,15 @@ Shape legend: B batch, H heads, M queries, R keys, e embedded features, k slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import bins, clusters, engine
-from nearfold.kernels import select as exact
 from nearfold.kernels.names import DOT_LIKE
+
+Exact = Callable[..., tuple[Tensor, Tensor]]
 
 # fewest keys at which a method is faster than the exact search (docs/log.md)
 CLUSTERS = {"dot": 65536, "cosine": 32768, "euclidean": 16384}
@@ -64,8 +65,7 @@ def _bins(k: int, keys: int, recall: float) -> int:
     return max(bins.bins_for(k, recall), bins.fastest(k, keys))
 
 
-@torch.library.custom_op("nearfold::select_approximate", mutates_args=())
-def select_approximate(
+def search(
     query: Tensor,
     key: Tensor,
     k: int,
@@ -78,39 +78,18 @@ def select_approximate(
     own: bool,
     again: float,
     recall: float,
-) -> tuple[Tensor, Tensor]:
-    """As `nearfold.kernels.select.select`, with at least the share ``recall`` of the k best expected to be found.
+    exact: Exact,
+) -> tuple[Tensor, Tensor] | None:
+    """Scores and indices (B, H, M, k) as of `select`, ties among what was found by the lowest index; or None.
 
-    Args:
-        query: (B, H, M, e), float32 or float64, any strides.
-        key: (B, H, R, e), same dtype.
-        k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
-        metric: as of `select`, like all that follow but the last.
-        squared: minus the squared distance.
-        query_index: (M,) int64, position of every query on the grid.
-        key_index: (R,) int64, ascending, position of every key.
-        grid: the grid's sizes.
-        rule: [causal, reach, dilation]; where it forbids any key, the search is exact.
-        own: whether the query's own position gets the score ``again``.
-        again: that score.
-        recall: above 0, at most 1 (exact).
-
-    Returns:
-        Scores and indices (B, H, M, k), best first, ties among what was found by the lowest index. Equal inputs have
-        equal results. Where a feature is not finite, the search is exact.
-
-    ValueError where operands do not fit, or recall is not a share.
+    None where the exact search is to be used. The arguments are `select`'s; ``exact`` is its exact search.
     """
-    exact._require(query, key, k, metric, query_index, key_index, rule)
-    if not 0 < recall <= 1:
-        raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
     B, H, M, _ = query.shape
     R = key.shape[2]
-    positions = math.prod(grid)
-    plain = rule == [0, -1, 1] and not (own and (again > float("-inf") or positions != R))
+    plain = rule == [0, -1, 1] and not (own and (again > float("-inf") or math.prod(grid) != R))
     method = how(metric, R, M, k, recall, engine.serves(query, key)) if plain else "exact"
     if method == "exact" or not _finite(query, key):
-        return exact.select(query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+        return None
     with torch.autocast(query.device.type, enabled=False):
         if method == "bins":
             flat = bins.select(
@@ -125,7 +104,7 @@ def select_approximate(
                 _bins(k, R, recall),
             )
             return flat[0].view(B, H, M, k), flat[1].view(B, H, M, k)
-        return _clustered(query, key, k, metric, squared, query_index if own else None, recall)
+        return _clustered(query, key, k, metric, squared, query_index if own else None, recall, exact)
 
 
 def _finite(query: Tensor, key: Tensor) -> bool:
@@ -134,7 +113,14 @@ def _finite(query: Tensor, key: Tensor) -> bool:
 
 
 def _clustered(
-    query: Tensor, key: Tensor, k: int, metric: str, squared: bool, own_index: Tensor | None, recall: float
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    own_index: Tensor | None,
+    recall: float,
+    exact: Exact,
 ) -> tuple[Tensor, Tensor]:
     """`clusters.select` for every problem; ``own_index`` (M,) is the key that a query must not find."""
     B, H, M, _ = query.shape
@@ -145,7 +131,7 @@ def _clustered(
 
     def search(q: Tensor, keys: Tensor, at: Tensor, name: Tensor) -> tuple[Tensor, Tensor]:
         # distances rank by their squares: equal roots need not be equally near
-        found = exact.select(
+        found = exact(
             q[None, None],
             keys[None, None],
             k,
@@ -166,40 +152,3 @@ def _clustered(
             queries = keys if same else query[b, h].contiguous()
             score[b, h], index[b, h] = clusters.select(queries, keys, k, metric, recall, home, search)
     return score if squared or metric in DOT_LIKE else -(-score).sqrt(), index
-
-
-@select_approximate.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
-    recall: float,
-) -> tuple[Tensor, Tensor]:
-    shape = (*query.shape[:3], k)
-    return query.new_empty(shape), query.new_empty(shape, dtype=torch.long)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    exact._setup(ctx, inputs[:-1], output)
-
-
-def _backward(ctx, grad, none):  # type: ignore[no-untyped-def]
-    return *exact._backward(ctx, grad, none), None
-
-
-select_approximate.register_autograd(_backward, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.nearfold.select_approximate)
-def _flops(query_shape, key_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """Of the exact search: how many fewer there are depends on the data."""
-    B, H, M, e = query_shape
-    return int(2 * B * H * M * key_shape[2] * e)

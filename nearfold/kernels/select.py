@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine, select_torch
+from nearfold.kernels import approximate, engine, select_torch
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
 METRICS = {"dot": 0, "cosine": 1, "euclidean": 2, "chebyshev": 3}
@@ -70,6 +70,7 @@ def select(
     rule: list[int],
     own: bool,
     again: float,
+    recall: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, H, M, k) and indices (B, H, M, k) into the keys of the k best, best first, ties by the lowest index.
 
@@ -87,10 +88,33 @@ def select(
             (-1: any), at offsets that are multiples of dilation.
         own: whether the query's own position gets the score ``again`` instead of its similarity.
         again: that score; -inf takes it out of the search.
+        recall: below 1, an approximate search is enough that is expected to find at least this share of the k best
+            (`approximate`); it is exact where that is as fast, where ``rule`` forbids a key, and where a feature is not
+            finite. Scores are exact, and equal inputs have equal results.
 
     A NaN key is never chosen; a NaN query has NaN scores and indices -2.
     """
     _require(query, key, k, metric, query_index, key_index, rule)
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
+    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+    found = approximate.search(*arguments, recall, _exact) if recall < 1 else None
+    return _exact(*arguments) if found is None else found
+
+
+def _exact(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    squared: bool,
+    query_index: Tensor,
+    key_index: Tensor,
+    grid: list[int],
+    rule: list[int],
+    own: bool,
+    again: float,
+) -> tuple[Tensor, Tensor]:
     B, H, M, _ = query.shape
     positions = math.prod(grid)
     if not _served(query, key, k, metric, positions, rule):
@@ -146,6 +170,7 @@ def _(
     rule: list[int],
     own: bool,
     again: float,
+    recall: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:3], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.long)
@@ -202,7 +227,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squa
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, _, metric, squared, query_index, key_index, _, _, own, _ = inputs
+    query, key, _, metric, squared, query_index, key_index, _, _, own, _, _ = inputs
     ctx.save_for_backward(query, key, output[1], query_index, key_index)
     ctx.metric, ctx.squared, ctx.own = metric, squared, own
     ctx.mark_non_differentiable(output[1])
@@ -211,12 +236,12 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     query, key, index, query_index, key_index = ctx.saved_tensors
     if ctx.own:  # the own position's score is a constant
         grad = grad.masked_fill(key_index[index.clamp(min=0)] == query_index[:, None], 0)
     d_query, d_key = select_backward(grad, query, key, index, ctx.metric, ctx.squared)
-    return d_query, d_key, *(None,) * 9
+    return d_query, d_key, *(None,) * 10
 
 
 select.register_autograd(_backward, setup_context=_setup)
@@ -224,6 +249,7 @@ select.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.nearfold.select)
 def _select_flops(query_shape, key_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Of the exact search: how many fewer an approximate one needs depends on the data."""
     B, H, M, e = query_shape
     return int(2 * B * H * M * key_shape[2] * e)
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Place, Similarity
-from nearfold.grammar.words import Grid, Nearest, Random, Window
+from nearfold.grammar.words import Deformable, Grid, Nearest, Random, Table, Window
 from nearfold.kernels.sample import draw_positions
 from nearfold.lower.geometry import WindowGeometry, out_grid, padding_of, query_index
 from nearfold.lower.parameters import LETTERS, as_tuple
@@ -22,7 +22,10 @@ from nearfold.lower.parameters import LETTERS, as_tuple
 
 @dataclass
 class Call:
-    """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them."""
+    """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
+
+    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`).
+    """
 
     op: Basic
     params: dict[str, Tensor]
@@ -30,7 +33,9 @@ class Call:
     value: Tensor
     query: Tensor | None
     key: Tensor | None
+    x: Tensor
     draw: Tensor | None = None
+    source: tuple[int, ...] = ()
     _rows: Tensor | None = None
 
     def rows(self) -> Tensor:
@@ -46,30 +51,35 @@ class Call:
 
     @property
     def heads(self) -> int:
-        """Heads of the weight."""
-        return self.op.weight.heads
+        """Groups of channels that look on their own."""
+        return self.op.heads
 
     @property
     def similarity(self) -> Similarity:
         """The similarity of the path."""
-        return self.op.path.similarity  # type: ignore[attr-defined]
+        return self.op.path.similarity
 
     @property
     def padded(self) -> tuple[int, ...]:
-        """The grid that values, keys and queries live on."""
+        """The grid that values and keys live on (and queries, but for `cross`)."""
+        if self.source:
+            return self.source
         p = padding_of(self.op)
         return tuple(n + 2 * p for n in self.grid)
 
     @property
     def stride(self) -> tuple[int, ...]:
         """Output stride per axis."""
-        return as_tuple(self.op.path.stride, self.ndim, "stride")  # type: ignore[attr-defined]
+        return as_tuple(getattr(self.op.path, "stride", 1), self.ndim, "stride")
 
     @property
     def out_grid(self) -> tuple[int, ...]:
         """Output grid."""
-        if isinstance(self.op.path, Window):
+        if isinstance(self.op.path, Window | Deformable):
             return WindowGeometry.of(self.op, self.ndim).output(self.grid)
+        rho = self.op.weight.rho
+        if isinstance(rho, Table) and rho.outputs is not None:
+            return (rho.outputs,) if self.ndim == 1 else self.grid
         return out_grid(self.grid, self.stride)
 
     def query_index(self) -> Tensor:
@@ -187,5 +197,5 @@ def reads_features(op: Basic) -> bool:
     """Whether query and key matter: some scores are computed from features."""
     if isinstance(op.path, Nearest) and op.path.similarity.uses_features:
         return True
-    similarity = op.path.similarity  # type: ignore[attr-defined]
+    similarity = op.path.similarity
     return op.weight.rho.needs_score and similarity.uses_features

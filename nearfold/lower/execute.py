@@ -12,7 +12,7 @@ from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
 from nearfold.lower.geometry import padding_of
-from nearfold.lower.parameters import LETTERS, operand
+from nearfold.lower.parameters import LETTERS, kv_heads, operand
 
 Run = Callable[[Call], Tensor]
 
@@ -25,17 +25,19 @@ def execute(
     draw: Tensor | None = None,
     shared: dict[str, Tensor] | None = None,
     out_channels: int | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
-    ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C).
+    ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C), ``context`` the
+    input that `cross` paths read.
     """
     out_channels = x.shape[1] if out_channels is None else out_channels
     if isinstance(op, Basic):
-        return _basic(op, params, x, choose, draw, shared or {})
+        return _basic(op, params, x, choose, draw, shared or {}, context)
     if isinstance(op, Branch):
         made = [
-            execute(part, operand(params, i), x, choose, draw, out_channels=channels)
+            execute(part, operand(params, i), x, choose, draw, out_channels=channels, context=context)
             for i, (part, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True))
             if channels
         ]
@@ -49,13 +51,13 @@ def execute(
     shared = {
         c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
         for c in "qkv"
-        if f"{LETTERS[c]}_weight" in params and not bordered
+        if f"{LETTERS[c]}_weight" in params and not bordered and not (op.needs_context and c != "q")
     }
     rates = iter(params["rates"].unbind()) if "rates" in params else iter(())
     total: Tensor | None = None
     for i, (rate, term) in enumerate(op.terms):
         mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
-        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels)
+        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context)
         if rate is not None:
             y = y * (next(rates).to(y.dtype) if isinstance(rate, str) else rate)
         if total is not None:
@@ -78,22 +80,36 @@ def _basic(
     choose: Callable[[Basic], Run],
     draw: Tensor | None,
     shared: dict[str, Tensor],
+    context: Tensor | None,
 ) -> Tensor:
     grid = tuple(x.shape[2:])
+    if op.cross and context is None:
+        raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
+    read = context if op.cross and context is not None else x
     border = padding_of(op)
     if border:
         x = F.pad(x, [border] * (2 * len(grid)))
 
+    if border:
+        read = x
+    groups = kv_heads(op)
+
     def projected(letter: str) -> Tensor:
         if letter in op.weight.projections and letter in shared:
-            return shared[letter]
-        return project(op, letter, params, x)
+            y = shared[letter]
+        else:
+            y = project(op, letter, params, x if letter == "q" else read)
+        if letter != "q" and groups is not None and groups != op.weight.heads:
+            # a copy for each query head that shares it: O(N C) numbers, as many as the queries
+            y = y.unflatten(1, (groups, -1)).repeat_interleave(op.weight.heads // groups, 1).flatten(1, 2)
+        return y
 
     features = reads_features(op) or isinstance(op.weight.kernel, Shift)
     query = projected("q") if features else None
-    same = not {"q", "k"} & set(op.weight.projections)
+    same = not {"q", "k"} & set(op.weight.projections) and not op.cross
     key = (query if same else projected("k")) if features else None
-    call = Call(op, params, grid, projected("v"), query, key, draw)
+    source = tuple(read.shape[2:]) if op.cross else ()
+    call = Call(op, params, grid, projected("v"), query, key, x, draw, source)
     y = choose(op)(call)
     if "o" in op.weight.projections:
         y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))

@@ -97,7 +97,7 @@ def explain(
 
     Args:
         op: an operation or its notation.
-        shape: of the input, (B, C, *grid).
+        shape: of the input, (B, C, *grid); of the context too, where the operation reads one.
         out_channels: default C.
         dtype: of the input.
         device: type of the device it would run on; nothing is run there.
@@ -124,7 +124,7 @@ def explain(
     }
     x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
     with FlopCounterMode(display=False) as forward:
-        y = apply(op, params, x, out_channels=out_channels)
+        y = apply(op, params, x, out_channels=out_channels, context=x.detach() if op.needs_context else None)
     with FlopCounterMode(display=False) as backward:
         if grad and y.requires_grad:
             y.sum().backward()

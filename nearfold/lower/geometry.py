@@ -6,13 +6,15 @@ Shape legend: N input positions (of the padded grid), M output positions, S slot
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Causal, Nearest, Window
+from nearfold.grammar.words import Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
 
@@ -32,15 +34,16 @@ class WindowGeometry:
     def of(op: Basic, ndim: int) -> WindowGeometry:
         """The geometry of a window operation on ndim axes."""
         path = op.path
-        assert isinstance(path, Window)
+        assert isinstance(path, Window | Deformable)
         size = as_tuple(path.size, ndim, "size")
         dilation = as_tuple(path.dilation, ndim, "dilation")
         reach = tuple(d * (s - 1) for s, d in zip(size, dilation, strict=True))
         anchor = tuple(r // 2 for r in reach)
         if isinstance(op.shape, Causal):
-            if ndim != 1:
-                raise ValueError(f"window | causal is for sequences (one grid axis), got {ndim} axes")
-            before, after, anchor = reach, (0,) * ndim, reach
+            ends = causal_axes(op, ndim)
+            before = tuple(r if a in ends else r // 2 for a, r in enumerate(reach))
+            after = tuple(0 if a in ends else r - r // 2 for a, r in enumerate(reach))
+            anchor = before
         elif path.padding == "same":
             before = tuple(r // 2 for r in reach)
             after = tuple(r - b for r, b in zip(reach, before, strict=True))
@@ -76,6 +79,24 @@ class WindowGeometry:
     def pad(self, x: Tensor, mode: str) -> Tensor:
         """Pad the grid axes (all but the first two) with zeros, or by reflection at any size."""
         return pad(x, self.before, self.after, mode == "reflect")
+
+
+def causal_axes(op: Basic, ndim: int) -> tuple[int, ...]:
+    """The axes along which a window ends at the query."""
+    if not isinstance(op.shape, Causal):
+        return ()
+    if not op.shape.axes and ndim > 1:
+        raise ValueError(f"{op}: name the axes of the {ndim} that are causal, such as causal(axes=(0,))")
+    if any(a >= ndim for a in op.shape.axes):
+        raise ValueError(f"{op}: causal axes {op.shape.axes} are beyond the input's {ndim} grid axes")
+    return op.shape.axes or (0,)
+
+
+def crop(x: Tensor, first: Sequence[int], count: Sequence[int], step: Sequence[int] | int = 1) -> Tensor:
+    """The grid axes (the last ones) of x: ``count`` positions from ``first`` on, of them every ``step``-th."""
+    steps = (step,) * len(first) if isinstance(step, int) else step
+    where: list[Any] = [slice(f, f + n, s) for f, n, s in zip(first, count, steps, strict=True)]
+    return x[(..., *where)]
 
 
 def padding_of(op: Basic) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Branch, Operation, Sum
+from nearfold.grammar.words import Experts
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
@@ -39,17 +40,26 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
 
     It sums to one, or to zero where the output is zero. A position's share is |alpha| times the size of the
     kernel's slot, over all heads; the parts of a sum or a branch count by the energy of what each of them makes
-    there, times its rate, before any output projection. Random candidates are not drawn.
+    there, times its rate, before any output projection. Random candidates are not drawn. All rows at once, head by
+    head and signed, are `nearfold.mixing.mixing_matrix`.
 
     Args:
         layer: a `Mixer`.
         x: an input of the layer; where the layer unshuffles it, the grid is the unshuffled one.
         at: output position of the operation, one entry per grid axis.
 
+    Raises:
+        ValueError: `at` is not an output position, or a part reads another input (`cross`), which is not the grid of x.
+
     >>> from nearfold.nn import Mixer
     >>> looks(Mixer("window(3) | box | ones", 4, ndim=1), torch.ones(1, 4, 5), (0,)).tolist()
     [[0.5, 0.5, 0.0, 0.0, 0.0]]
     """
+    if layer.operation.needs_context:
+        raise ValueError(
+            f"{layer.operation}: reads another input, whose positions are not those of x; "
+            "nearfold.mixing.mixing_matrix(layer, x, context=...) says which of them"
+        )
     x = layer.prepare(x)
     grid = tuple(x.shape[2:])
     if len(at) != len(grid):
@@ -100,11 +110,17 @@ def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[
 
 def _share(call: Call, alpha_BHS: Tensor) -> Tensor:
     """Alpha times the root-sum-square of every slot's kernel, per head: (B, H, S)."""
-    B, H = call.value.shape[0], call.heads
-    share = alpha_BHS.expand(B, H, -1)
-    kernel = oracle.kernel_weight(call)
-    if kernel is None:
+    # max and scan look on their own in every channel: alpha has more heads than the layer
+    share = alpha_BHS.expand(call.value.shape[0], max(call.heads, alpha_BHS.shape[1]), -1)
+    found = oracle.kernel_weight(call)
+    if found is None:
         return share
-    weight, _ = kernel
-    size = weight.flatten(2).square().sum((0, 1)).sqrt()
-    return share * size
+    weight_OcS, kernel = found[0].flatten(2), call.op.weight.kernel
+    if isinstance(kernel, Experts):
+        weight_EOcS, share_BE = weight_OcS.unflatten(0, (kernel.count, -1)), oracle.expert_shares(call)
+        weight_BOcS = torch.einsum("eocs,be->bocs", weight_EOcS, share_BE.to(weight_EOcS.dtype))
+    else:
+        weight_BOcS = weight_OcS[None]
+    size_BS = weight_BOcS.square().sum((1, 2)).sqrt()
+    # a slot at a fractional position reads several entries
+    return share * size_BS.repeat_interleave(share.shape[-1] // size_BS.shape[-1], -1)[:, None]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.similarity import Place
-from nearfold.grammar.words import Dense, Depthwise, Separable, Shift
+from nearfold.grammar.similarity import Place, encode
+from nearfold.grammar.words import Dense, Depthwise, Experts, Separable, Shift
 from nearfold.lower.call import Call
+from nearfold.lower.generated import constant_alpha
 from nearfold.lower.selection import Selection, select
 from nearfold.lower.weighting import alpha_of
 
@@ -27,10 +28,13 @@ def values(call: Call) -> Tensor:
         # group by head dimension, then (query, key, value) x heads: the grouped convolution's layout
         return torch.stack(parts, 1).flatten(1, 2).transpose(1, 2).flatten(1, 2)
     value = call.value.flatten(2)
-    if getattr(kernel, "coordinates", False):
-        unit_aN = Place(call.padded, value.device, value.dtype).unit().T
+    coordinates = getattr(kernel, "coordinates", False)
+    if coordinates is not False:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        place = Place(call.padded, value.device, wide)
+        code_pN = encode(coordinates, place, call.params.get("value_encoding_weight")).T.to(value.dtype)
         heads = value.unflatten(1, (call.heads, -1))
-        value = torch.cat([heads, unit_aN.expand(*heads.shape[:2], *unit_aN.shape)], 2).flatten(1, 2)
+        value = torch.cat([heads, code_pN.expand(*heads.shape[:2], *code_pN.shape)], 2).flatten(1, 2)
     return value
 
 
@@ -42,6 +46,8 @@ def kernel_weight(call: Call) -> tuple[Tensor, int] | None:
     assert weight is not None
     if isinstance(kernel, Dense):
         return weight, kernel.groups
+    if isinstance(kernel, Experts):
+        return weight, 1
     if isinstance(kernel, Depthwise | Separable):
         return weight, weight.shape[0]
     assert isinstance(kernel, Shift)
@@ -56,9 +62,25 @@ def finish(call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
     if isinstance(kernel, Shift) and not kernel.interleaved:
         y = y.unflatten(1, (-1, kernel.heads)).transpose(1, 2).flatten(1, 2)
     bias = call.params.get("bias")
+    if isinstance(kernel, Experts):
+        share_BE = expert_shares(call).to(y.dtype)
+        y = torch.einsum("beo...,be->bo...", y.unflatten(1, (kernel.count, -1)), share_BE)
+    table_bias = call.params.get("table_bias")
+    if table_bias is not None:
+        return y + table_bias.to(y.dtype).reshape(call.out_grid)
     if isinstance(kernel, Separable):
         return _pointwise(y, call.params["pointwise_weight"], bias, kernel.groups)
     return y if bias is None or not with_bias else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
+
+
+def expert_shares(call: Call) -> Tensor:
+    """How much of every expert an input gets (B, E)."""
+    kernel = call.op.weight.kernel
+    assert isinstance(kernel, Experts)
+    mean_BC = call.value.flatten(2).mean(-1)
+    hidden = torch.relu(mean_BC @ call.params["router_reduce_weight"].to(mean_BC.dtype).T)
+    logits = hidden @ call.params["router_weight"].to(mean_BC.dtype).T + call.params["router_bias"].to(mean_BC.dtype)
+    return torch.softmax(logits / kernel.temperature, -1)
 
 
 def _pointwise(y: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -73,15 +95,26 @@ def run(call: Call) -> Tensor:
     chosen = select(call)
     value_BCN = values(call)
     alpha = weights(call, chosen).to(value_BCN.dtype)
-    y_BOM = aggregate(value_BCN, chosen, alpha, kernel_weight(call), call.heads)
+    y_BOM = aggregate(value_BCN, chosen, alpha, kernel_weight(call), max(call.heads, alpha.shape[1]))
     return finish(call, y_BOM.unflatten(2, call.out_grid))
 
 
 def weights(call: Call, chosen: Selection) -> Tensor:
-    """Alpha (B|1, H|1, M, S)."""
-    if chosen.score is None:
-        return chosen.valid.to(torch.promote_types(call.value.dtype, torch.float32))
-    return alpha_of(call.op.weight.rho, chosen.score, chosen.valid)
+    """Alpha times the coefficient of what a slot reads (B|1, H|1, M, S)."""
+    per_slot = chosen.valid
+    if chosen.entries > 1:  # a slot is there, and each of its entries may be outside
+        per_slot = torch.ones_like(chosen.valid[..., :: chosen.entries])
+    alpha = None
+    if chosen.score is None or call.op.weight.rho.needs_score is False:
+        alpha = constant_alpha(call, per_slot, chosen.index)
+    if alpha is None:
+        assert chosen.score is not None
+        return alpha_of(call.op.weight.rho, chosen.score, chosen.valid)
+    if chosen.coefficient is not None:
+        alpha = alpha.repeat_interleave(chosen.entries, -1) * chosen.coefficient
+    if chosen.score is not None:  # a query that was NaN
+        alpha = alpha.masked_fill(chosen.score.isnan(), float("nan"))
+    return alpha
 
 
 def aggregate(
@@ -95,6 +128,8 @@ def aggregate(
     read = value_BHdN.gather(3, index.reshape(B, H, 1, M * S).expand(B, H, d, M * S)).unflatten(3, (M, S))
     read = read.masked_fill(~chosen.valid.unsqueeze(2), 0)
     read_BCMS = (read * alpha.unsqueeze(2)).flatten(1, 2)
+    if chosen.entries > 1:
+        read_BCMS = read_BCMS.unflatten(-1, (-1, chosen.entries)).sum(-1)
     if kernel is None:
         return read_BCMS.sum(-1)
     weight, groups = kernel

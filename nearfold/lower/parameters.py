@@ -1,9 +1,10 @@
 """Which parameters an operation owns: names, shapes and initial values, as data.
 
 `Basic` owns query/key/value/out projections (Linear's layout), a kernel `weight` (torch's convolution layout),
-`pointwise_weight`, `shift_weight`, `position_weight` and biases. `Sum` and `Branch` prefix their operands' names
-with "0.", "1." ...; a sum hoists the query, key and value projections that operands ask for alike, so that
-they share them.
+`pointwise_weight`, `shift_weight`, `position_weight` and biases; what generates offsets, masks, kernels and state
+spaces goes by the names of its papers' code (`x_proj`, `dt_proj`, `A_log`, `D` ...). `Sum` and `Branch` prefix their
+operands' names with "0.", "1." ...; a sum hoists the query, key and value projections that operands ask for alike, so
+that they share them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.words import Dense, Depthwise, Nearest, Separable, Shift, Window
+from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
+from nearfold.grammar.words import (
+    Block,
+    Deformable,
+    Dense,
+    Depthwise,
+    Experts,
+    Generated,
+    Modulated,
+    Nearest,
+    Selective,
+    Separable,
+    Shift,
+    Softmax,
+    Table,
+    Window,
+)
 
 LETTERS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 SHARED = tuple(f"{LETTERS[c]}_{part}" for c in "qkv" for part in ("weight", "bias"))
@@ -40,22 +57,29 @@ def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, .
 
 def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
     """Channels of query, key and value after their projections."""
-    own = isinstance(op.weight.kernel, Dense | Separable)
+    own = isinstance(op.weight.kernel, Dense | Separable | Experts)
     return out_channels if "v" in op.weight.projections and not own else in_channels
 
 
 def slot_shape(op: Basic, ndim: int) -> tuple[int, ...]:
-    """The kernel's slot axes: one per grid axis for a window, one for `nearest`."""
-    if isinstance(op.path, Window):
+    """The kernel's slot axes: one per grid axis for a window or a block, one for `nearest`."""
+    if isinstance(op.path, Window | Block | Deformable):
         return as_tuple(op.path.size, ndim, "size")
     assert isinstance(op.path, Nearest)
     return (op.path.k,)
 
 
 def parameters(
-    op: Operation, in_channels: int, out_channels: int, ndim: int = 2, bias: bool = True
+    op: Operation,
+    in_channels: int,
+    out_channels: int,
+    ndim: int = 2,
+    bias: bool = True,
+    context_channels: int | None = None,
 ) -> dict[str, Parameter]:
     """Every parameter of an operation from in_channels to out_channels on ndim grid axes.
+
+    ``context_channels`` (default in_channels) are those of the second input, which `cross` paths read.
 
     Raises:
         ValueError: when channels, heads and groups do not divide as the operation needs.
@@ -64,16 +88,23 @@ def parameters(
     >>> parameters(parse("window(3) | box | kernel"), 4, 8)["weight"].shape
     (8, 4, 3, 3)
     """
-    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels), ("ndim", ndim)):
+    context_channels = in_channels if context_channels is None else context_channels
+    named = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "ndim": ndim,
+        "context_channels": context_channels,
+    }
+    for name, channels in named.items():
         if type(channels) is not int or channels < 1:
             raise ValueError(f"{name} must be a positive integer, got {channels!r}")
     if isinstance(op, Basic):
-        return _basic(op, in_channels, out_channels, ndim, bias)
+        return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
         found: dict[str, Parameter] = {}
         for i, (operand, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True)):
             if channels:
-                own = parameters(operand, in_channels, channels, ndim, bias)
+                own = parameters(operand, in_channels, channels, ndim, bias, context_channels)
                 found |= {f"{i}.{name}": p for name, p in own.items()}
         if op.mix:
             found["mix_weight"] = Parameter((out_channels, out_channels), "uniform", out_channels)
@@ -81,7 +112,7 @@ def parameters(
                 found["mix_bias"] = Parameter((out_channels,), "uniform", out_channels)
         return found
     assert isinstance(op, Sum)
-    operands = [parameters(term, in_channels, out_channels, ndim, bias) for _, term in op.terms]
+    operands = [parameters(term, in_channels, out_channels, ndim, bias, context_channels) for _, term in op.terms]
     hoisted = {}
     for name in SHARED:
         owners = [o for o in operands if name in o]
@@ -94,21 +125,30 @@ def parameters(
     return rates | hoisted | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
 
 
-def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool) -> dict[str, Parameter]:
+def _basic(
+    op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool, context_channels: int
+) -> dict[str, Parameter]:
     weight, kernel = op.weight, op.weight.kernel
-    for name in ("size", "stride", "dilation", "padding"):
+    for name in ("size", "stride", "dilation", "padding", "step", "shift"):
         if isinstance(value := getattr(op.path, name, None), tuple):
             as_tuple(value, ndim, name)
     inner = inner_channels(op, in_channels, out_channels)
-    _divides(op, "heads", weight.heads, inner, "channels of query, key and value")
+    _divides(op, "groups" if isinstance(op.path, Deformable) else "heads", op.heads, inner, "channels of the value")
     found: dict[str, Parameter] = {}
     for letter in weight.projections.replace("o", ""):
-        found[f"{LETTERS[letter]}_weight"] = Parameter((inner, in_channels), "uniform", in_channels)
+        made, read = inner, in_channels
+        if letter in "kv":
+            made = inner * (kv_heads(op) or weight.heads) // weight.heads
+            read = context_channels if op.cross else in_channels
+        found[f"{LETTERS[letter]}_weight"] = Parameter((made, read), "uniform", read)
         if bias:
-            found[f"{LETTERS[letter]}_bias"] = Parameter((inner,), "uniform", in_channels)
+            found[f"{LETTERS[letter]}_bias"] = Parameter((made,), "uniform", read)
+    if op.cross and context_channels != inner and not {"k", "v"} <= set(weight.projections):
+        raise ValueError(f"{op}: context_channels={context_channels} need projections of key and value to {inner}")
     if ("q" in weight.projections) != ("k" in weight.projections) and inner != in_channels:
         raise ValueError(f"{op}: query and key have {inner} and {in_channels} channels; project both or none")
-    if getattr(getattr(op.path, "similarity", None), "relative", False) and weight.rho.needs_score:
+    found |= _compared(op, inner // weight.heads, ndim) | _generating(op, in_channels, inner, ndim, bias)
+    if getattr(op.path.similarity, "relative", False) and weight.rho.needs_score:
         found["position_weight"] = Parameter((inner // weight.heads, ndim), "uniform", ndim)
         found["position_bias"] = Parameter((inner // weight.heads,), "uniform", ndim)
 
@@ -119,7 +159,9 @@ def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool
         if isinstance(kernel, Dense | Separable):
             made = out_channels
             if kernel.coordinates:
-                values = inner + weight.heads * ndim
+                values = inner + op.heads * encoded_features(kernel.coordinates, ndim)
+                if kernel.coordinates == "learned":
+                    found["value_encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
             _divides(op, "groups", kernel.groups, values, "value channels")
             _divides(op, "groups", kernel.groups, out_channels, "out_channels")
         if isinstance(kernel, Dense):
@@ -132,6 +174,12 @@ def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool
             if isinstance(kernel, Separable):
                 shape = (out_channels, values // kernel.groups, *(1 for _ in slots))
                 found["pointwise_weight"] = Parameter(shape, "uniform", values // kernel.groups)
+        elif isinstance(kernel, Experts):
+            made, hidden = out_channels, max(1, values // kernel.reduction)
+            found["weight"] = Parameter((kernel.count * out_channels, values, *slots), "uniform", values * count)
+            found["router_reduce_weight"] = Parameter((hidden, values), "uniform", values)
+            found["router_weight"] = Parameter((kernel.count, hidden), "uniform", hidden)
+            found["router_bias"] = Parameter((kernel.count,), "constant:0")
         elif isinstance(kernel, Shift):
             _divides(op, "heads", kernel.heads, inner, "channels of query, key and value")
             found["weight"] = Parameter((count, 3 * kernel.heads), "uniform", 3 * kernel.heads)
@@ -150,6 +198,85 @@ def _basic(op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool
         kernel_fan = found["pointwise_weight" if isinstance(kernel, Separable) else "weight"].fan_in
         found["bias"] = Parameter((out_channels,), "uniform", kernel_fan)
     return found
+
+
+def kv_heads(op: Basic) -> int | None:
+    """Heads of key and value where they are fewer than the queries'."""
+    return op.weight.rho.kv if isinstance(op.weight.rho, Softmax) else None
+
+
+def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
+    """What a similarity owns that knows positions; ``head`` features of one head."""
+    near, found = op.path.similarity, {}
+    if not (op.weight.rho.needs_score or isinstance(op.path, Nearest)):
+        return {}
+    if near.coordinates == "learned":
+        found["encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
+    if isinstance(near, Scaled):
+        if near.rotary and (head < 2 * ndim or head % (2 * ndim)):
+            raise ValueError(
+                f"{op}: rotary turns pairs of features on each of {ndim} axes, so that a head's features must be a "
+                f"multiple of {2 * ndim}, got {head}"
+            )
+        if near.bias == "table":
+            sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
+            found["relative_bias"] = Parameter((op.weight.heads, *(2 * n - 1 for n in sizes)), "normal:0.02")
+    return found
+
+
+def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) -> dict[str, Parameter]:
+    """What makes offsets, masks, kernels and state spaces from the input."""
+    path, rho = op.path, op.weight.rho
+    found = {}
+
+    def linear(name: str, made: int, read: int, tail: tuple[int, ...] = (), init: str = "uniform") -> None:
+        found[f"{name}_weight"] = Parameter((made, read, *tail), init, read)
+        if bias:
+            found[f"{name}_bias"] = Parameter((made,), init, read)
+
+    if isinstance(path, Deformable):
+        slots = as_tuple(path.size, ndim, "size")
+        points = path.groups * math.prod(slots)
+        linear("offset", ndim * points, in_channels, slots, "constant:0")
+        if isinstance(rho, Modulated):
+            linear("mask", points, in_channels, slots, "constant:0")
+    if isinstance(rho, Generated):
+        numbers = math.prod(slot_shape(op, ndim)) * rho.heads
+        hidden = max(1, in_channels // rho.reduction) if rho.reduction else in_channels
+        if rho.reduction:
+            linear("reduce", hidden, in_channels)
+        linear("span", numbers, hidden)
+    if isinstance(rho, Table):
+        made = rho.outputs or rho.inputs
+        if made != rho.inputs and ndim != 1:
+            raise ValueError(f"{op}: {made} outputs of {rho.inputs} inputs are for sequences, got ndim={ndim}")
+        linear("table", made, rho.inputs)
+    if isinstance(rho, Selective):
+        found |= _state_space(op, inner)
+    return found
+
+
+def _state_space(op: Basic, channels: int) -> dict[str, Parameter]:
+    """Mamba's parameters in its layout: x_proj makes (dt, B, C)."""
+    rho, state = op.weight.rho, op.path.state  # type: ignore[attr-defined]
+    assert isinstance(rho, Selective)
+    if rho.scan_heads is not None:
+        heads = rho.scan_heads
+        _divides(op, "heads", heads, channels, "channels of the value")
+        return {
+            "x_proj_weight": Parameter((heads + 2 * state, channels), "uniform", channels),
+            "dt_bias": Parameter((heads,), "step"),
+            "A_log": Parameter((heads,), "decay"),
+            "D": Parameter((heads,), "constant:1"),
+        }
+    rank = rho.rank or -(-channels // 16)
+    return {
+        "x_proj_weight": Parameter((rank + 2 * state, channels), "uniform", channels),
+        "dt_proj_weight": Parameter((channels, rank), "uniform", rank),
+        "dt_proj_bias": Parameter((channels,), "step"),
+        "A_log": Parameter((channels, state), "decay"),
+        "D": Parameter((channels,), "constant:1"),
+    }
 
 
 def _divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:

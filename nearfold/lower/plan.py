@@ -11,12 +11,14 @@ from torch import Tensor
 
 from nearfold.grammar import Basic, Operation, parse
 from nearfold.lower import oracle
-from nearfold.lower.backends import conv, knn, local, sdpa
+from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
 from nearfold.lower.verdict import Facts, Verdict
 
-BACKENDS: dict[str, ModuleType] = {m.NAME: m for m in (conv, sdpa, knn, local)}  # in order of preference
+BACKENDS: dict[str, ModuleType] = {
+    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather)
+}  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
 
@@ -63,6 +65,7 @@ def apply(
     out_channels: int | None = None,
     backend: str = "auto",
     draw: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Run an operation on x (B, C, *grid) with parameters as `parameters` names them: (B, O, *out).
 
@@ -73,6 +76,7 @@ def apply(
         out_channels: O, default C.
         backend: "auto", or a backend's name for every part.
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
+        context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
     """
     if isinstance(op, str):
         op = parse(op)
@@ -89,4 +93,17 @@ def apply(
         chosen = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
         return runner(chosen(facts, backend))
 
-    return execute(op, params, x, choose, draw, out_channels=out_channels)
+    if context is not None:
+        if not op.needs_context:
+            raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
+        if (
+            context.dim() < 3
+            or context.shape[0] != x.shape[0]
+            or context.dtype != x.dtype
+            or min(context.shape[1:]) == 0
+        ):
+            raise ValueError(
+                "context must be (B, C, *grid) with the batch and dtype of x, got "
+                f"{tuple(context.shape)} {context.dtype} next to {tuple(x.shape)} {x.dtype}"
+            )
+    return execute(op, params, x, choose, draw, out_channels=out_channels, context=context)

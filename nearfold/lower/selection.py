@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.similarity import Place, Position
-from nearfold.grammar.words import All, Box, Causal, Nearby, Nearest, Strided, Window
-from nearfold.kernels.local import reflect
+from nearfold.grammar.words import All, Block, Box, Causal, Deformable, Nearby, Nearest, Scan, Strided, Table, Window
+from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import WindowGeometry
+from nearfold.lower.deform import sampled
+from nearfold.lower.orders import scan_order
+from nearfold.lower.windows import flatten, window_reads
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class Selection:
     """``index`` (B|1, H|1, M, S) into the input positions, ``valid`` the same shape, ``score`` or None.
 
     A slot that is not valid reads nothing; its index is 0 and its score -inf. A NaN score marks a query that
-    was NaN: its output is NaN.
+    was NaN: its output is NaN. A slot at a fractional position reads ``entries`` positions next to one another in S,
+    each by its ``coefficient`` (B, H, M, S).
     """
 
     index: Tensor
     valid: Tensor
     score: Tensor | None
     positions: int
+    coefficient: Tensor | None = None
+    entries: int = 1
 
     def __post_init__(self) -> None:
         assert self.index.dtype == torch.long and self.valid.dtype == torch.bool
@@ -68,56 +73,33 @@ def distance_score(rank: Tensor) -> Tensor:
 def select(call: Call) -> Selection:
     """The selection of one call, from dense scores."""
     path = call.op.path
-    if isinstance(path, Window):
+    if isinstance(path, Window | Block):
         return _window(call)
-    if isinstance(path, All):
+    if isinstance(path, Deformable):
+        return _deformable(call)
+    if isinstance(path, All | Scan):
         return _all(call)
     return _nearest(call)
 
 
-def window_index(call: Call) -> tuple[Tensor, Tensor]:
-    """Positions (M, S) that a window's slots read, and which of them are inside (index 0 where not)."""
-    geometry = WindowGeometry.of(call.op, call.ndim)
-    path, device = call.op.path, call.value.device
-    assert isinstance(path, Window)
-    offset_Sa = torch.tensor(geometry.offsets(), device=device)
-    at_MSa = _starts(call, geometry)[:, None] + offset_Sa - torch.tensor(geometry.before, device=device)
-    valid_MS = torch.ones(at_MSa.shape[:2], dtype=torch.bool, device=device)
-    flat_MS = torch.zeros_like(valid_MS, dtype=torch.long)
-    for axis, n in enumerate(call.grid):
-        at_MS = at_MSa[..., axis]
-        if path.mode == "reflect":
-            at_MS = reflect(at_MS, n)
-        valid_MS = valid_MS & (at_MS >= 0) & (at_MS < n)
-        flat_MS = flat_MS * n + at_MS
-    return flat_MS.masked_fill(~valid_MS, 0), valid_MS
-
-
-def _starts(call: Call, geometry: WindowGeometry) -> Tensor:
-    out = geometry.output(call.grid)
-    device = call.value.device
-    return Place(out, device, torch.long).index() * torch.tensor(geometry.stride, device=device)
-
-
 def _window(call: Call) -> Selection:
-    flat_MS, valid_MS = window_index(call)
+    at_MSa, valid_MS, home_Ma = window_reads(call.op, call.grid, call.value.device)
+    flat_MS = flatten(at_MSa, call.grid).masked_fill(~valid_MS, 0)
     score = None
     if call.op.weight.rho.needs_score:
         q, k = call.embedded()
-        geometry = WindowGeometry.of(call.op, call.ndim)
-        home_Ma = _starts(call, geometry) + torch.tensor(geometry.home(), device=flat_MS.device)
-        q_M = q[:, :, _flatten(home_Ma, call.grid)]
+        q_M = q[:, :, flatten(home_Ma, call.grid)]
         k_MS = k[:, :, flat_MS]
-        rows = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS)
-        score = rows.squeeze(-2).masked_fill(~valid_MS, float("-inf"))
+        score = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS).squeeze(-2)
+        bias = score_bias(call.op, call.params, call.grid, flat_MS, score)
+        score = (score if bias is None else score + bias).masked_fill(~valid_MS, float("-inf"))
     return Selection(flat_MS[None, None], valid_MS[None, None], score, count_positions(call.grid))
 
 
-def _flatten(at_Ma: Tensor, grid: tuple[int, ...]) -> Tensor:
-    flat = torch.zeros_like(at_Ma[:, 0])
-    for axis, n in enumerate(grid):
-        flat = flat * n + at_Ma[:, axis]
-    return flat
+def _deformable(call: Call) -> Selection:
+    index, valid, coefficient = sampled(call)
+    positions = count_positions(call.grid)
+    return Selection(index, valid, None, positions, coefficient, 2**call.ndim)
 
 
 def rule_of(call: Call) -> tuple[int, int, int]:
@@ -132,6 +114,9 @@ def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
     """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
     causal, reach, dilation = rule_of(call)
     mask = key_N[None, :] <= query_M[:, None] if causal else None
+    if isinstance(call.op.path, Scan):
+        time_N = scan_order(call.op.path, call.grid, query_M.device).argsort()
+        return time_N[key_N][None, :] <= time_N[query_M][:, None]
     if isinstance(call.op.shape, Strided):
         step = call.op.shape.step
         mask = (key_N % step)[None, :] == (query_M % step)[:, None]
@@ -149,6 +134,9 @@ def _all(call: Call) -> Selection:
     q, k = call.embedded() if call.op.weight.rho.needs_score else (None, None)
     query_M = call.query_index()
     key_N = torch.arange(count_positions(call.padded), device=query_M.device)
+    rho = call.op.weight.rho
+    if isinstance(rho, Table):
+        query_M = torch.arange(count_positions(call.out_grid), device=query_M.device)
     mask = allowed(call, query_M, key_N)
     valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
@@ -156,7 +144,8 @@ def _all(call: Call) -> Selection:
     score = None
     if q is not None and k is not None:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
-        score = score.masked_fill(~valid_MN, float("-inf"))
+        bias = score_bias(call.op, call.params, call.grid, query_M, score)
+        score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
     return Selection(index_MN[None, None], valid_MN[None, None], score, len(key_N))
 
 

@@ -1,4 +1,7 @@
-"""Weight: scores -> alpha, one number per slot. Shared by the oracle and the fast backends."""
+"""Weight: scores -> alpha, one number per slot. Shared by the oracle and the fast backends.
+
+Shape legend: B batch, H heads, M outputs, S slots.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Identity, Inverse, Ones, Rho, Softmax
+from nearfold.grammar.words import Identity, Inverse, Mean, Normalized, Ones, Rho, Softmax
 
 
 def _softmax(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
@@ -29,12 +32,29 @@ def _inverse(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
     return (1 / (1e-8 - score.masked_fill(~valid, 0))).masked_fill(~valid, 0)
 
 
+def _mean(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    return mean_of(valid, score.dtype)
+
+
+def _normalized(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
+    score = score.masked_fill(~valid, 0)
+    total = score.sum(-1, keepdim=True)
+    return score / total.masked_fill(total == 0, 1)
+
+
 _RULES: dict[type[Rho], Callable[[Rho, Tensor, Tensor], Tensor]] = {
     Ones: _ones,
     Identity: _identity,
     Softmax: _softmax,
     Inverse: _inverse,
+    Mean: _mean,
+    Normalized: _normalized,
 }
+
+
+def mean_of(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the number of valid slots (.., M, S), zero in the others."""
+    return valid.to(dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
 def alpha_of(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:

@@ -1,5 +1,17 @@
 """Layers: `Mixer` over any operation, and the names people type."""
 
+from nearfold.nn.attention import (
+    BlockAttention2d,
+    CrossAttention,
+    LinearAttention,
+    NeighborhoodAttention1d,
+    NeighborhoodAttention2d,
+    NeighborhoodAttention3d,
+    SelfAttention,
+    SlidingWindowAttention,
+    StridedAttention,
+    TokenMLP,
+)
 from nearfold.nn.functional import knn_attention
 from nearfold.nn.layers import (
     ACmix2d,
@@ -7,20 +19,41 @@ from nearfold.nn.layers import (
     BranchingConv2d,
     ConvNN1d,
     ConvNN2d,
+    ConvNN3d,
     ConvNNAttention,
     KVTAttention,
 )
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.nn.scans import SelectiveScan, SelectiveScan2d
+from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, LargeKernelConv2d, Pool2d
 
 __all__ = [
     "ACmix2d",
+    "BlockAttention2d",
     "BranchingAttention",
     "BranchingConv2d",
     "ConvNN1d",
     "ConvNN2d",
+    "ConvNN3d",
     "ConvNNAttention",
+    "CrossAttention",
+    "DeformConv2d",
+    "DynamicConv2d",
+    "Involution2d",
     "KVTAttention",
+    "LargeKernelConv2d",
+    "LinearAttention",
     "Mixer",
+    "NeighborhoodAttention1d",
+    "NeighborhoodAttention2d",
+    "NeighborhoodAttention3d",
+    "Pool2d",
+    "SelectiveScan",
+    "SelectiveScan2d",
+    "SelfAttention",
+    "SlidingWindowAttention",
+    "StridedAttention",
+    "TokenMLP",
     "TokenMixer",
     "knn_attention",
 ]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.aggregate import aggregate
-from nearfold.kernels.approximate import select_approximate
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
 
@@ -66,7 +65,7 @@ def knn_attention(
     B, H, M, d = query.shape
     N = key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    arguments = (
+    score, index = select(
         query.to(wide) * (d**-0.5 if scale is None else scale),
         key.to(wide),
         k,
@@ -78,8 +77,8 @@ def knn_attention(
         [int(is_causal), -1, 1],
         False,
         0.0,
+        float(recall),
     )
-    score, index = select_approximate(*arguments, recall) if recall < 1 else select(*arguments)
     alpha = slot_softmax(score, index, 1.0)
     y = aggregate(
         value.flatten(0, 1), index.flatten(0, 1)[..., None], alpha.to(value.dtype).flatten(0, 1)[..., None], None, 1

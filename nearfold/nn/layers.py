@@ -26,6 +26,7 @@ from nearfold.grammar.words import (
 )
 from nearfold.nn.mixer import Mixer, TokenMixer
 
+RHOS = ("softmax", "identity", "inverse", "mean", "ones")
 SHUFFLES = ("none", "before", "after", "both")
 
 
@@ -116,10 +117,10 @@ class _ConvNN(Mixer):
         self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         self._require(x)
-        y = self._run(self.prepare(x))
+        y = self._run(self.prepare(x), context)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -135,15 +136,21 @@ class _ConvNN(Mixer):
 
 
 def _unshuffle(x: Tensor, scale: int) -> Tensor:
-    """Space to channels: nn.PixelUnshuffle on images; on sequences the flat reshape of the ConvNN code."""
+    """Space to channels: nn.PixelUnshuffle on images, alike on volumes; on sequences the ConvNN code's flat reshape."""
     if x.dim() == 4:
         return F.pixel_unshuffle(x, scale)
+    if x.dim() == 5:
+        cut = x.reshape(*x.shape[:2], *(m for n in x.shape[2:] for m in (n // scale, scale)))
+        return cut.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
     return x.reshape(x.shape[0], x.shape[1] * scale, -1)
 
 
 def _shuffle(x: Tensor, scale: int) -> Tensor:
     if x.dim() == 4:
         return F.pixel_shuffle(x, scale)
+    if x.dim() == 5:
+        cut = x.unflatten(1, (-1, scale, scale, scale)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return cut.reshape(*cut.shape[:2], *(n * scale for n in x.shape[2:]))
     return x.reshape(x.shape[0], x.shape[1] // scale, -1)
 
 
@@ -188,6 +195,17 @@ class ConvNN1d(_ConvNN):
     """
 
     _ndim = 1
+
+
+class ConvNN3d(_ConvNN):
+    """`ConvNN2d` over volumes or videos (B, C, D, H, W).
+
+    >>> import torch
+    >>> ConvNN3d(8, 16, k=5)(torch.randn(1, 8, 3, 4, 5)).shape
+    torch.Size([1, 16, 3, 4, 5])
+    """
+
+    _ndim = 3
 
 
 class ConvNNAttention(TokenMixer):
@@ -242,8 +260,8 @@ def _attention(
     include_self: bool | float,
     recall: float = 1.0,
 ) -> Basic:
-    if rho not in WORDS["rho"]:
-        raise ValueError(f"rho must be one of {', '.join(WORDS['rho'])}, got {rho!r}")
+    if rho not in RHOS:
+        raise ValueError(f"rho must be one of {', '.join(RHOS)}, got {rho!r}")
     weight = WORDS["rho"][rho](heads=num_heads, project="qkvo")  # type: ignore[call-arg]
     if kernel == "kernel":
         kernel = Dense(groups=num_heads)  # heads stay apart, as in attention

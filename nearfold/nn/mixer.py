@@ -21,6 +21,13 @@ def _initial(spec: Parameter) -> Tensor:
         return tensor.uniform_(-bound, bound)
     if kind == "constant":
         return tensor.fill_(float(number))
+    if kind == "normal":
+        return tensor.normal_(0, float(number))
+    if kind == "decay":  # A = -1, -2 ... along the state, or the heads (arXiv 2312.00752, 3.6)
+        return torch.arange(1, spec.shape[-1] + 1).log().expand(spec.shape).clone()
+    if kind == "step":  # softplus of it is uniform in its logarithm between 0.001 and 0.1
+        step = torch.exp(tensor.uniform_(math.log(1e-3), math.log(1e-1)))
+        return step + torch.log(-torch.expm1(-step))
     assert kind == "shift"
     slots = math.prod(spec.shape[2:])
     return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()
@@ -46,6 +53,7 @@ class Mixer(nn.Module):
         ndim: grid axes (1 sequence, 2 image, 3 volume).
         bias: learned biases on projections and kernels.
         backend: "auto", or a backend's name, which then never falls back.
+        context_channels: channels of the second input of `cross` paths; default in_channels.
 
     Parameters keep torch's layout and names where torch has them: a window kernel loads nn.Conv2d's state dict.
     Any grid size, a new one at every call; dtype and device follow the input,
@@ -68,6 +76,7 @@ class Mixer(nn.Module):
         ndim: int = 2,
         bias: bool = True,
         backend: str = "auto",
+        context_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.operation = parse(operation) if isinstance(operation, str) else operation
@@ -77,7 +86,8 @@ class Mixer(nn.Module):
         self.out_channels = in_channels if out_channels is None else out_channels
         self.made_channels = self.out_channels  # what the operation makes, before any shuffling
         self.ndim, self.backend = ndim, backend
-        self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias)
+        self.context_channels = in_channels if context_channels is None else context_channels
+        self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias, self.context_channels)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
         paths = [p.path for p in self.operation.parts]
@@ -102,16 +112,23 @@ class Mixer(nn.Module):
             found[name] = getattr(owner, attribute)
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
+
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path.
+        """
         self._require(x)
-        return self._run(x)
+        return self._run(x, context)
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
         return x
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None and context.dim() > 1 and context.shape[1] != self.context_channels:
+            raise ValueError(
+                f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
+            )
         draw = None
         if self.sampler is not None and self.training:
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -123,8 +140,9 @@ class Mixer(nn.Module):
             self.sampler[1] += 1
             draw = self.sampler.clone()
         return apply(
-            self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw
-        )
+            self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
+            context=context,
+        )  # fmt: skip
 
     def _require(self, x: Tensor) -> None:
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
@@ -152,14 +170,29 @@ class Mixer(nn.Module):
 class TokenMixer(Mixer):
     """The same over sequences of tokens: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, operation: Operation | str, embed_dim: int, *, bias: bool = True, backend: str = "auto") -> None:
-        super().__init__(operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend)
+    def __init__(
+        self,
+        operation: Operation | str,
+        embed_dim: int,
+        *,
+        bias: bool = True,
+        backend: str = "auto",
+        context_dim: int | None = None,
+    ) -> None:
+        super().__init__(
+            operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend, context_channels=context_dim
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`."""
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
-        return super().forward(self.prepare(x)).transpose(1, 2)
+        if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):
+            raise ValueError(
+                f"context must be (B, N, {self.context_channels}) for this layer, got shape {tuple(context.shape)}"
+            )
+        context = None if context is None else self.prepare(context)
+        return super().forward(self.prepare(x), context).transpose(1, 2)
 
     def prepare(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D, N)."""

@@ -22,16 +22,22 @@ def transforms() -> ModuleType:
         ImportError: torchvision is not installed.
     """
     try:
-        return importlib.import_module("torchvision.transforms.v2")
+        return load("torchvision.transforms.v2")
     except ModuleNotFoundError as error:
         raise ImportError(
             "augment='randaugment' needs torchvision: pip install 'nearfold[vision]', or choose augment='crop_flip'"
         ) from error
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of torchvision, or one that imports torchvision, by its full name."""
+    try:
+        return importlib.import_module(name)
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
     library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for missing in ("nms", "qnms"):
+        library.define(f"{missing}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)
-    return importlib.import_module("torchvision.transforms.v2")
+    return importlib.import_module(name)

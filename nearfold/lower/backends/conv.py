@@ -1,5 +1,7 @@
 """`conv`: a window with a kernel and constant alpha is a convolution, torch's own but for ACmix's many small groups.
 
+Pooling is a convolution without a kernel, and torch has it, too.
+
 Shape legend: B batch, C channels, N positions.
 """
 
@@ -9,29 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar.words import Ones, Shift, Window
+from nearfold.grammar.words import Experts, Max, Mean, Ones, Separable, Shift, Window
 from nearfold.kernels import engine
 from nearfold.kernels.grouped_conv import grouped_conv
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype, in_forward_mode
-from nearfold.lower.geometry import WindowGeometry
+from nearfold.lower.geometry import WindowGeometry, crop
 from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.windows import window_index
 
 NAME = "conv"
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def supports(facts: Facts) -> Verdict:
-    """Window paths under rho ones, on 1 to 3 axes."""
+    """Window paths under rho ones, mean (without a kernel) or max, on 1 to 3 axes."""
     op = facts.op
     if not isinstance(op.path, Window):
         return Verdict.no(f"path is {op.path.word}, not window")
-    if not isinstance(op.weight.rho, Ones):
-        return Verdict.no(f"weight looks at the scores (rho {op.weight.rho.word})")
+    if op.path.mode == "inside":
+        return Verdict.no("the window moves at the border")
+    if not isinstance(op.weight.rho, Ones | Max | Mean):
+        return Verdict.no(f"weight is not the same everywhere (rho {op.weight.rho.word})")
+    if isinstance(op.weight.rho, Mean) and op.weight.kernel is not None:
+        return Verdict.no("how many slots are inside differs at the border")
     if facts.ndim not in _CONV:
         return Verdict.no(f"torch has no convolution on {facts.ndim} grid axes")
     if isinstance(op.weight.kernel, Shift):
         return Verdict.yes("maps, shifted and summed, are one grouped convolution", "roundoff")
+    if isinstance(op.weight.rho, Max):
+        return Verdict.yes("the largest value of a window is F.max_pool", "bitwise")
+    if isinstance(op.weight.kernel, Experts):
+        return Verdict.yes("experts are mixed before one grouped F.conv", "roundoff")
     return Verdict.yes("window with constant alpha is F.conv", "roundoff")
 
 
@@ -63,8 +75,44 @@ def _shift(call: Call) -> Tensor:
     return (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2)
 
 
+def _experts(call: Call) -> Tensor:
+    """Every input's own kernel, mixed from the experts: inputs become groups of one convolution."""
+    kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
+    assert isinstance(kernel, Experts) and isinstance(call.op.path, Window)
+    geometry.output(call.grid)
+    weight, share_BE = call.params["weight"], oracle.expert_shares(call)
+    mixed_BOCS = (share_BE.to(weight.dtype) @ weight.unflatten(0, (kernel.count, -1)).flatten(1)).unflatten(
+        1, (-1, *weight.shape[1:])
+    )
+    B = call.value.shape[0]
+    value = geometry.pad(call.value, call.op.path.mode).flatten(0, 1)[None]
+    y = _CONV[call.ndim](value, mixed_BOCS.flatten(0, 1), None, geometry.stride, 0, geometry.dilation, B)
+    y = y[0].unflatten(0, (B, -1))
+    bias = call.params.get("bias")
+    return y if bias is None else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
+
+
+def _largest(call: Call) -> Tensor:
+    geometry, path = WindowGeometry.of(call.op, call.ndim), call.op.path
+    assert isinstance(path, Window)
+    out = geometry.output(call.grid)
+    if path.mode == "reflect":
+        value = geometry.pad(call.value, "reflect")
+    else:
+        lowest = float("-inf")
+        pads = [n for b, a in list(zip(geometry.before, geometry.after, strict=True))[::-1] for n in (b, a)]
+        value = F.pad(call.value, pads, value=lowest)
+    y = _MAX[call.ndim](value, geometry.size, geometry.stride, 0, geometry.dilation)
+    y = crop(y, (0,) * call.ndim, out)
+    return y if path.mode == "reflect" else y.masked_fill(y == float("-inf"), 0)
+
+
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
+    if isinstance(call.op.weight.rho, Max):
+        return _largest(call)
+    if isinstance(call.op.weight.kernel, Experts) and call.value.shape[0]:
+        return _experts(call)
     if _by_groups(call):
         return _shift(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
@@ -79,6 +127,10 @@ def run(call: Call) -> Tensor:
     padding = geometry.before
     if op.path.mode == "reflect" or geometry.before != geometry.after:
         value, padding = geometry.pad(value, op.path.mode), (0,) * call.ndim
-    bias = None if "pointwise_weight" in call.params else call.params.get("bias")
+    later = isinstance(op.weight.kernel, Experts | Separable)  # the bias follows what `finish` does
+    bias = None if later else call.params.get("bias")
     y = _CONV[call.ndim](value, weight, bias, geometry.stride, padding, geometry.dilation, groups)
-    return oracle.finish(call, y, with_bias=False)
+    if isinstance(op.weight.rho, Mean):
+        _, valid_MS = window_index(op, call.grid, y.device)
+        y = y / valid_MS.sum(-1).clamp(min=1).to(y.dtype).unflatten(0, tuple(y.shape[2:]))
+    return oracle.finish(call, y, with_bias=later)

@@ -70,13 +70,12 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
             call.similarity.squared,
             query_M,
             key_R,
-            list(call.padded),
+            [max(query.shape[2], key.shape[2])] if call.op.cross else list(call.padded),
             list(rule_of(call)),
             own,
             again,
         )
-        recall = _recall(call.op)
-        score, at = approximate.select_approximate(*arguments, recall) if recall < 1 else select(*arguments)
+        score, at = select(*arguments, _recall(call.op))
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:

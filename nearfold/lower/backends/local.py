@@ -9,17 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Ones, Softmax, Window
+from nearfold.grammar.words import Softmax, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.local import local_scores, local_sum, shifted
 from nearfold.kernels.local_attention import local_attention
 from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
 from nearfold.lower import oracle
+from nearfold.lower.bias import has_bias
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
 from nearfold.lower.geometry import WindowGeometry
-from nearfold.lower.selection import window_index
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
+from nearfold.lower.windows import window_index
 
 NAME = "local"
 
@@ -29,8 +30,12 @@ def supports(facts: Facts) -> Verdict:
     op = facts.op
     if not isinstance(op.path, Window):
         return Verdict.no(f"path is {op.path.word}, not window")
-    if isinstance(op.weight.rho, Ones):
-        return Verdict.no("weight does not look at the scores: conv does it")
+    if not op.weight.rho.needs_score:
+        return Verdict.no("weight does not look at the scores")
+    if op.path.mode == "inside":
+        return Verdict.no("the window moves at the border")
+    if has_bias(op):
+        return Verdict.no("the scores have a bias")
     if op.path.similarity.reduced not in (*DOT_LIKE, *NORMED):
         return Verdict.no(f"similarity {op.path.similarity} is neither a dot product nor euclidean")
     if _one_operator(op, facts.ndim):
@@ -89,7 +94,7 @@ def run(call: Call) -> Tensor:
     k = geometry.pad(_grid_last(key, call.grid), mode)
     metric = "dot" if call.similarity.reduced in DOT_LIKE else "euclidean"
     score_SL = local_scores(q, k, offsets, stride, metric, call.similarity.squared).movedim(1, -1)
-    index_MS, valid_MS = window_index(call)
+    index_MS, valid_MS = window_index(op, call.grid, query.device)
     valid = valid_MS.unflatten(0, out)
     alpha = alpha_of(op.weight.rho, score_SL.masked_fill(~valid, float("-inf")), valid)
     B, heads = call.value.shape[0], call.heads

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar.similarity import Cosine, Dot, Scaled
+from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.words import All, Causal, Softmax
+from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, split_heads
 from nearfold.lower.selection import allowed
 from nearfold.lower.verdict import Facts, Verdict
@@ -25,7 +26,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if not isinstance(op.weight.rho, Softmax):
         return Verdict.no(f"rho is {op.weight.rho.word}, not softmax")
-    if not isinstance(op.path.similarity, Dot | Scaled | Cosine):
+    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
 
@@ -34,7 +35,8 @@ def run(call: Call) -> Tensor:
     """(B, C, *out)."""
     rho, value = call.op.weight.rho, split_heads(call.value, call.heads)
     assert isinstance(rho, Softmax)
-    if isinstance(call.similarity, Scaled) and not (call.similarity.coordinates or call.similarity.relative):
+    near = call.similarity
+    if isinstance(near, Scaled) and not (near.coordinates or near.relative or near.rotary):
         # the scale is SDPA's own; embedding would only copy the query
         assert call.query is not None and call.key is not None
         query, key = split_heads(call.query, call.heads), split_heads(call.key, call.heads)
@@ -48,7 +50,11 @@ def run(call: Call) -> Tensor:
         query = query[:, :, query_M]
     causal = isinstance(call.op.shape, Causal) and every
     mask = None
-    if not causal:
+    bias = score_bias(call.op, call.params, call.grid, query_M, value)
+    if not causal or bias is not None:
         mask = allowed(call, query_M, torch.arange(value.shape[2], device=value.device))
+    if bias is not None:  # SDPA adds the mask after its scale
+        bias = (bias * rho.scale).to(value.dtype)
+        mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
     return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)

@@ -1,0 +1,162 @@
+"""Cases of the wider language: scans, neighbourhoods that stay inside, deformable convolution; and their peers.
+
+Shape legend: B batch, C channels, H heads, N positions, s numbers of a state, k slots of a window on one axis.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.build import Shape, _optional, _with_path
+from benchmarks.case import Case, Forward, Peer
+from benchmarks.peers import projected
+from nearfold.kernels.scan import selective_scan
+from nearfold.kernels.ssd import decayed_attention
+from nearfold.nn import DeformConv2d, Mixer
+
+
+def loop_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """One step of the recurrence after the other."""
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    rows = []
+    for t in range(u.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
+        rows.append((h * C[:, t, None]).sum(-1))
+    return torch.stack(rows, 1)
+
+
+def associative_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence in log2 N doublings over whole tensors (B, N, C, s)."""
+    a, b = torch.exp(delta[..., None] * A), (delta * u)[..., None] * B[:, :, None]
+    step = 1
+    while step < u.shape[1]:
+        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
+        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
+        step *= 2
+    return torch.einsum("bncs,bns->bnc", b, C)
+
+
+def _scan_inputs(shape: Shape, state: int) -> tuple[Tensor, ...]:
+    B, N, C = shape
+    rate = -torch.arange(1.0, state + 1).expand(C, -1).contiguous()
+    return (
+        torch.randn(shape),
+        F.softplus(torch.randn(shape) - 4),
+        rate,
+        torch.randn(B, N, state),
+        torch.randn(B, N, state),
+    )
+
+
+def scan(shape: Shape, state: int) -> Case:
+    """`nearfold::selective_scan` with inputs (B, N, C), as Mamba starts: decays of 1 to s, steps of about 0.02."""
+    ours = lambda *inputs: selective_scan(*inputs)[0]  # noqa: E731
+    found = {
+        "loop over time": Peer(loop_scan),
+        # its backward would keep 12 tensors (B, N, C, s) and more; in float64 they do not fit
+        "associative scan": Peer(associative_scan, dtype=torch.float32, backward=False),
+    }
+    return Case(_scan_inputs(shape, state), ours, _with_path(ours, found))
+
+
+def state_space_duality(shape: Shape, heads: int, state: int) -> Case:
+    """The scan with one decay per head, against the recurrence of the same."""
+    B, N, C = shape
+    inputs = (
+        torch.randn(B, 1, N, state),
+        torch.randn(B, 1, N, state),
+        torch.randn(B, heads, N, C // heads),
+        -F.softplus(torch.randn(B, heads, N) - 4),
+    )
+
+    def loop(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor) -> Tensor:
+        h = value.new_zeros(B, heads, state, C // heads)
+        rows = []
+        for t in range(N):
+            h = log_decay[:, :, t, None, None].exp() * h + key[:, :, t, :, None] * value[:, :, t, None]
+            rows.append(torch.einsum("bhsp,bhs->bhp", h, query[:, :, t].expand(-1, heads, -1)))
+        return torch.stack(rows, 2)
+
+    return Case(inputs, decayed_attention, {"loop over time": Peer(loop)})
+
+
+def unfold_inside(layer: Mixer, x: Tensor, window: int, heads: int) -> Tensor:
+    """Neighbourhood attention by unfold: windows inside the image, those at the border used again."""
+    B, C, height, width = x.shape
+    d, reach = C // heads, window // 2
+    q, k, v = (t.transpose(2, 3) for t in projected(layer, x.flatten(2).mT, heads))  # (B, H, d, N)
+    rows, columns = (torch.arange(n).clamp(reach, n - 1 - reach) - reach for n in (height, width))
+
+    def windows(t: Tensor) -> Tensor:
+        cut = F.unfold(t.reshape(B * heads, d, height, width), window)
+        cut = cut.view(B, heads, d, window * window, height - 2 * reach, width - 2 * reach)
+        return cut[..., rows[:, None], columns].flatten(-2)
+
+    scores = (q.unsqueeze(3) * windows(k)).sum(2) * d**-0.5
+    y = (scores.softmax(2).unsqueeze(2) * windows(v)).sum(3)
+    p = layer.tensors()
+    return F.linear(y.flatten(1, 2).mT, p["out_weight"], p["out_bias"]).mT.unflatten(2, (height, width))
+
+
+def neighbourhood_inside(shape: Shape, window: int, heads: int) -> Case:
+    """Neighbourhood attention with the border rule of arXiv 2204.07143, projections included."""
+    layer = Mixer(f"window({window}, mode=inside) | box | softmax(heads={heads})", shape[1])
+    found = {"unfold": Peer(lambda x: unfold_inside(layer, x, window, heads))}
+    return Case((torch.randn(shape),), layer, _with_path(layer, found), module=layer)
+
+
+def grid_sample_deformable(layer: DeformConv2d, x: Tensor) -> Tensor:
+    """Deformable 3x3 convolution by one F.grid_sample per slot, and a matrix product."""
+    p = layer.tensors()
+    B, C, height, width = x.shape
+    offset = F.conv2d(x, p["offset_weight"], p["offset_bias"], padding=1)
+    mask = torch.sigmoid(F.conv2d(x, p["mask_weight"], p["mask_bias"], padding=1)) if "mask_weight" in p else None
+    rows = torch.arange(height, dtype=x.dtype)[:, None]
+    columns = torch.arange(width, dtype=x.dtype)
+    read = []
+    for slot in range(9):
+        y = offset[:, 2 * slot] + rows + (slot // 3 - 1)
+        at = offset[:, 2 * slot + 1] + columns + (slot % 3 - 1)
+        grid = torch.stack([at * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1], -1)
+        seen = F.grid_sample(x, grid, padding_mode="zeros", align_corners=True)
+        read.append(seen if mask is None else seen * mask[:, slot : slot + 1])
+    columns_BKN = torch.stack(read, 2).reshape(B, C * 9, -1)
+    y = p["weight"].flatten(1) @ columns_BKN + p["bias"][:, None]
+    return y.unflatten(2, (height, width))
+
+
+def deformable(shape: Shape, modulated: bool) -> Case:
+    """DeformConv2d 3x3 with as many channels out as in; offsets of about one position."""
+    layer = DeformConv2d(shape[1], shape[1], 3, padding=1, modulated=modulated)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith(("offset", "mask")):
+                p.normal_(std=(9 * shape[1]) ** -0.5)
+    found = {"grid_sample": Peer(lambda x: grid_sample_deformable(layer, x))}
+    absent: dict[str, str] = {}
+    theirs = _optional(lambda: _torchvision(layer), absent, "torchvision")
+    if theirs is not None:
+        found["torchvision"] = Peer(theirs)
+    return Case((torch.randn(shape),), layer, _with_path(layer, found), absent, module=layer)
+
+
+def _torchvision(layer: DeformConv2d) -> Forward:
+    """Its compiled operator; ImportError where that does not load."""
+    from nearfold.train._torchvision import load
+
+    try:
+        run = load("torchvision.ops").deform_conv2d
+        run(torch.zeros(1, 1, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1))
+    except (ImportError, RuntimeError) as error:
+        raise ImportError("its compiled operators do not load") from error
+
+    def forward(x: Tensor) -> Tensor:
+        p = layer.tensors()
+        offset = F.conv2d(x, p["offset_weight"], p["offset_bias"], padding=1)
+        mask = torch.sigmoid(F.conv2d(x, p["mask_weight"], p["mask_bias"], padding=1)) if "mask_weight" in p else None
+        y: Tensor = run(x, offset, p["weight"], p["bias"], padding=1, mask=mask)
+        return y
+
+    return forward

@@ -1,0 +1,334 @@
+"""Words for where to look (Path, with the candidates of `nearest`) and for which slots there are (Shape)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nearfold.grammar.similarity import Cosine, Scaled, Similarity
+from nearfold.grammar.word import Word, check, number, positive, sizes
+
+Size = int | tuple[int, ...]
+
+
+# --- candidates: which positions `nearest` may choose from
+
+
+class Candidates(Word):
+    """The positions among which `nearest` searches."""
+
+    kind = "candidates"
+
+
+@dataclass(frozen=True)
+class AllCandidates(Candidates):
+    """Every position."""
+
+    word = "all"
+
+
+@dataclass(frozen=True)
+class Random(Candidates):
+    """r positions drawn afresh at every training step, the same for the whole batch; all in evaluation."""
+
+    word = "random"
+    r: int
+
+    def __post_init__(self) -> None:
+        positive(self, r=self.r)
+
+
+@dataclass(frozen=True)
+class Grid(Candidates):
+    """A fixed grid of r positions per axis, evenly spaced, ``inset`` positions away from the border."""
+
+    word = "grid"
+    r: int
+    inset: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, r=self.r)
+        check(type(self.inset) is int and self.inset >= 0, self, "inset", self.inset, "an integer >= 0")
+
+
+@dataclass(frozen=True)
+class Nearby(Candidates):
+    """The positions inside a window of this odd size around the query."""
+
+    word = "window"
+    size: int
+
+    def __post_init__(self) -> None:
+        positive(self, size=self.size)
+        check(self.size % 2 == 1, self, "size", self.size, "odd")
+
+
+# --- Path: where to look
+
+
+class Path(Word):
+    """Where to look."""
+
+    kind = "path"
+    similarity: Similarity
+
+
+def _similar(word: Path) -> None:
+    check(isinstance(word.similarity, Similarity), word, "similarity", word.similarity, "a similarity")
+
+
+@dataclass(frozen=True)
+class Window(Path):
+    """A window of fixed offsets. Sizes are an int (every axis) or a tuple (one per axis).
+
+    ``padding`` is "same" or the positions added on each side. Outside positions are not valid (zero padding)
+    or, with ``mode=reflect``, read the mirrored position. With ``mode=inside`` the window is moved at the border so
+    that it stays inside the grid, and ``step`` queries in a row share the window of the one in their middle
+    (neighbourhood attention, arXiv 2204.07143; its "stride", arXiv 2504.16922). The similarity matters only to a weight
+    that looks at it (softmax ...).
+    """
+
+    word = "window"
+    primitive = ("STATIC_SLIDING", 1)
+    size: Size
+    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
+    stride: Size = 1
+    dilation: Size = 1
+    padding: Size | str = "same"
+    mode: str = "zeros"
+    step: Size = 1
+
+    def __post_init__(self) -> None:
+        sizes(self, size=self.size, stride=self.stride, dilation=self.dilation, step=self.step)
+        _similar(self)
+        pads = self.padding if isinstance(self.padding, tuple) else (self.padding,)
+        ok = self.padding == "same" or (len(pads) > 0 and all(type(p) is int and p >= 0 for p in pads))
+        check(ok, self, "padding", self.padding, '"same", an integer >= 0 or a tuple of them')
+        check(self.mode in ("zeros", "reflect", "inside"), self, "mode", self.mode, "zeros, reflect or inside")
+        given = (self.size, self.stride, self.dilation, self.padding, self.step)
+        if len({len(v) for v in given if type(v) is tuple}) > 1:
+            raise ValueError(f"window: tuples must have one entry per axis each, got {self}")
+        if self.mode == "inside":
+            check(self.padding == "same", self, "padding", self.padding, "left out with mode=inside")
+        else:
+            check(self.step in (1, (1,) * 1, (1, 1), (1, 1, 1)), self, "step", self.step, "given with mode=inside only")
+
+
+@dataclass(frozen=True)
+class All(Path):
+    """Every position; outputs on a strided grid. With ``cross``, every position of the context, another input."""
+
+    word = "all"
+    primitive = ("GLOBAL_INDEXED", 1)
+    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
+    stride: Size = 1
+    cross: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes(self, stride=self.stride)
+        _similar(self)
+
+
+@dataclass(frozen=True)
+class Block(Path):
+    """The block of the grid that holds the position: every position of a block reads the same ``size`` positions.
+
+    ``shift`` moves the blocks' borders, so that the blocks at the grid's own border are smaller: ``shift`` half of
+    ``size`` is Swin's shifted window (arXiv 2103.14030), whose mask after its cyclic shift says the same.
+    """
+
+    word = "block"
+    primitive = ("STATIC_BLOCK", 1)
+    size: Size
+    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
+    shift: Size = 0
+
+    def __post_init__(self) -> None:
+        sizes(self, size=self.size)
+        _similar(self)
+        size, shift = (v if isinstance(v, tuple) else (v,) for v in (self.size, self.shift))
+        ok = all(type(n) is int and n >= 0 for n in shift) and (len(shift) == len(size) or 1 in (len(shift), len(size)))
+        check(
+            ok and all(n < m for n in shift for m in size[: len(shift)]),
+            self,
+            "shift",
+            self.shift,
+            "from 0 to size - 1",
+        )
+
+
+@dataclass(frozen=True)
+class Deformable(Path):
+    """A window whose every slot is moved by a learned, fractional offset; values are interpolated between positions.
+
+    The offsets come from a convolution of the input over the same window (arXiv 1703.06211), for ``groups`` groups of
+    channels on their own. It starts at zero: as the window.
+    """
+
+    word = "deformable"
+    primitive = ("CONTENT_AWARE", 2)
+    size: Size
+    stride: Size = 1
+    dilation: Size = 1
+    padding: Size | str = "same"
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        window = Window(self.size, stride=self.stride, dilation=self.dilation, padding=self.padding)
+        assert window.mode == "zeros"
+        positive(self, groups=self.groups)
+
+    @property
+    def similarity(self) -> Similarity:  # type: ignore[override]
+        """Nothing is compared here."""
+        return Scaled()
+
+
+ORDERS = ("raster", "columns", "snake")
+
+
+@dataclass(frozen=True)
+class Scan(Path):
+    """Every position that came before, along one order, through a state of ``state`` numbers per channel.
+
+    ``order`` is raster (rows, one after the other), columns, or snake (rows, every other one backwards);
+    ``reverse`` goes the other way. A state-space recurrence (arXiv 2312.00752).
+    """
+
+    word = "scan"
+    primitive = ("RECURRENT", 1)
+    state: int = field(default=16, metadata={"always": True, "named": True})
+    order: str = "raster"
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, state=self.state)
+        check(self.order in ORDERS, self, "order", self.order, " or ".join((", ".join(ORDERS[:-1]), ORDERS[-1])))
+
+    @property
+    def similarity(self) -> Similarity:  # type: ignore[override]
+        """Nothing is compared here."""
+        return Scaled()
+
+
+@dataclass(frozen=True)
+class Nearest(Path):
+    """The k most similar positions, ties broken by the lowest index (raster order).
+
+    ``padding`` adds a border of zero inputs that are candidates too. ``self`` puts the position itself in
+    slot 0 and takes it out of the search; a number instead fixes the score of that slot. ``again`` leaves the
+    position in the search with this fixed score (the public attention layer does so; default: taken out).
+    ``recall`` below 1 allows an approximate search, expected to find at least this share of the k; it is exact where
+    that is as fast, and always on the oracle. With ``cross`` the positions are those of the context, another input.
+    """
+
+    word = "nearest"
+    primitive = ("CONTENT_AWARE", 2)
+    k: int
+    similarity: Similarity = field(default=Cosine(), metadata={"positional": True, "always": True})
+    candidates: Candidates = field(default=AllCandidates(), metadata={"positional": True})
+    include_self: bool | float = field(default=False, metadata={"notation": "self"})
+    again: float | None = None
+    stride: Size = 1
+    padding: int = 0
+    recall: float = 1.0
+    cross: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, k=self.k)
+        sizes(self, stride=self.stride)
+        _similar(self)
+        check(
+            isinstance(self.candidates, Candidates),
+            self,
+            "candidates",
+            self.candidates,
+            "all, random, grid or window",
+        )
+        if not isinstance(self.include_self, bool):
+            number(self, "self", self.include_self)
+            object.__setattr__(self, "include_self", float(self.include_self))
+        if self.again is not None:
+            number(self, "again", self.again)
+            check(self.include_self is not False, self, "again", self.again, "given together with self")
+            object.__setattr__(self, "again", float(self.again))
+        check(type(self.padding) is int and self.padding >= 0, self, "padding", self.padding, "an int >= 0")
+        number(self, "recall", self.recall)
+        check(0 < self.recall <= 1, self, "recall", self.recall, "above 0 and at most 1 (exact)")
+        object.__setattr__(self, "recall", float(self.recall))
+        if getattr(self.similarity, "relative", False):
+            raise ValueError("nearest: scaled(relative) is a window's position term; use scaled(coordinates)")
+
+    @property
+    def primitives(self) -> dict[str, float]:
+        """Content-aware as far as features decide: none of it by position alone, a share of it in a blend."""
+        share = getattr(self.similarity, "lam", 1.0 if self.similarity.uses_features else 0.0)
+        return {"STATIC_SLIDING": 1.0 - share, "CONTENT_AWARE": 2.0 * share}
+
+    def __eq__(self, other: object) -> bool:
+        # by the notation: self=1.0 fixes a score and self does not, but Python says 1.0 == True
+        return isinstance(other, Nearest) and str(self) == str(other)
+
+
+# --- Shape: which slots exist, in which order
+
+
+class Shape(Word):
+    """What form to look for."""
+
+    kind = "shape"
+
+
+@dataclass(frozen=True)
+class Box(Shape):
+    """Slots in raster order of the positions they read."""
+
+    word = "box"
+    primitive = ("DENSE_SQUARE", 1)
+
+
+@dataclass(frozen=True)
+class Ranked(Shape):
+    """Slots by similarity, nearest first."""
+
+    word = "ranked"
+    primitive = ("RANKED", 1)
+
+
+@dataclass(frozen=True)
+class Row(Shape):
+    """One slot for every position of the input."""
+
+    word = "row"
+    primitive = ("FULL_ROW", 1)
+
+
+@dataclass(frozen=True)
+class Causal(Shape):
+    """Only positions up to and including the query, in raster order of the grid or in the order of a scan.
+
+    For a window: up to the query along ``axes`` (0 is the first); it may be left out where there is only one.
+    """
+
+    word = "causal"
+    primitive = ("CAUSAL_1D", 1)
+    axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.axes, tuple) and all(type(a) is int and a >= 0 for a in self.axes)
+        check(ok and len(set(self.axes)) == len(self.axes), self, "axes", self.axes, "a tuple of axes, such as (0,)")
+        object.__setattr__(self, "axes", tuple(sorted(self.axes)))
+
+
+@dataclass(frozen=True)
+class Strided(Shape):
+    """Only positions a multiple of ``step`` away in raster order (strided sparse attention, arXiv 1904.10509)."""
+
+    word = "strided"
+    primitive = ("STRIDED_ROW", 1)
+    step: int
+
+    def __post_init__(self) -> None:
+        positive(self, step=self.step)

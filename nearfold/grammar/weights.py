@@ -1,0 +1,318 @@
+"""Words for what to value (Weight): rho turns scores into one number per slot, a kernel maps slots to channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nearfold.grammar.similarity import check_coordinates
+from nearfold.grammar.word import Word, check, number, positive
+
+
+class Rho(Word):
+    """One number per slot, alpha, from the scores."""
+
+    kind = "rho"
+    needs_score: ClassVar[bool] = True
+    default_projections: ClassVar[str] = "qkvo"
+    heads: int
+    project: str | None
+
+
+class _Static(Rho):
+    """A rho without arguments of its own that looks at no score."""
+
+    needs_score = False
+    default_projections = ""
+
+
+def _rho(word: Any) -> None:
+    positive(word, heads=word.heads)
+    if word.project is not None:
+        ok = word.project == "none" or (
+            isinstance(word.project, str)
+            and word.project != ""
+            and word.project == "".join(c for c in "qkvo" if c in word.project)
+        )
+        check(ok, word, "project", word.project, "none or letters of qkvo in this order")
+
+
+@dataclass(frozen=True)
+class Ones(Rho):
+    """alpha = 1."""
+
+    word = "ones"
+    primitive = ("IDENTITY", 1)
+    needs_score = False
+    default_projections = ""
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+
+
+@dataclass(frozen=True)
+class Identity(Rho):
+    """alpha = score."""
+
+    word = "identity"
+    primitive = ("DYNAMIC_ATTENTION", 2)
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+
+
+@dataclass(frozen=True)
+class Softmax(Rho):
+    """alpha = softmax over the slots of scale * score.
+
+    ``kv`` heads of keys and values, each shared by heads / kv heads of queries: grouped-query attention (arXiv
+    2305.13245), multi-query with one (arXiv 1911.02150).
+    """
+
+    word = "softmax"
+    primitive = ("DYNAMIC_ATTENTION", 2)
+    heads: int = 1
+    scale: float = 1.0
+    project: str | None = None
+    kv: int | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+        if self.kv is not None:
+            positive(self, kv=self.kv)
+            check(self.heads % self.kv == 0, self, "kv", self.kv, f"a divisor of heads={self.heads}")
+            ok = self.project is None or set("kv") <= set(self.project)
+            check(ok, self, "project", self.project, "left out, or with k and v, next to kv")
+        number(self, "scale", self.scale)
+        object.__setattr__(self, "scale", float(self.scale))
+
+
+@dataclass(frozen=True)
+class Inverse(Rho):
+    """alpha = 1 / (distance + 1e-8), distance = -score."""
+
+    word = "inverse"
+    primitive = ("DYNAMIC_ATTENTION", 2)
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+
+
+@dataclass(frozen=True)
+class Normalized(Rho):
+    """alpha = score / sum of the scores over the slots: linear attention, with a similarity that is never negative.
+
+    Source: arXiv 2006.16236, eq. 4; a row whose scores sum to zero is zero.
+    """
+
+    word = "normalized"
+    primitive = ("DYNAMIC_ATTENTION", 2)
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+
+
+@dataclass(frozen=True)
+class Mean(Rho):
+    """alpha = 1 / number of valid slots: average pooling."""
+
+    word = "mean"
+    primitive = ("IDENTITY", 1)
+    needs_score = False
+    default_projections = ""
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+
+
+@dataclass(frozen=True)
+class Max(_Static):
+    """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling."""
+
+    word = "max"
+    primitive = ("LARGEST", 2)  # which slot counts depends on the input
+    heads = 1
+    project = None
+
+
+@dataclass(frozen=True)
+class Generated(Rho):
+    """alpha = one number per slot made from the query position's own features; ``groups`` of channels share them.
+
+    Two pointwise maps with a ReLU between, by a ``reduction`` of the channels, make it an involution (arXiv 2103.06255,
+    eq. 6, without its batch norm); reduction=0 is a single map. ``activation`` is none, softmax over the slots
+    (lightweight dynamic convolution, arXiv 1901.10430) or sigmoid.
+    """
+
+    word = "generated"
+    primitive = ("DYNAMIC_KERNEL", 2)
+    needs_score = False
+    default_projections = ""
+    heads: int = field(default=1, metadata={"notation": "groups", "always": True, "named": True})
+    reduction: int = 4
+    activation: str = "none"
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        _rho(self)
+        check(type(self.reduction) is int and self.reduction >= 0, self, "reduction", self.reduction, "an int >= 0")
+        check(
+            self.activation in ("none", "softmax", "sigmoid"),
+            self, "activation", self.activation, "none, softmax or sigmoid",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Modulated(_Static):
+    """alpha = sigmoid of a convolution of the input over the same window: deformable v2 (arXiv 1811.11168)."""
+
+    word = "modulated"
+    primitive = ("DYNAMIC_KERNEL", 2)
+    heads = 1
+    project = None
+
+
+@dataclass(frozen=True)
+class Table(_Static):
+    """alpha = a learned matrix of ``outputs`` x ``inputs`` positions: a grid of exactly this many (arXiv 2105.01601).
+
+    ``outputs`` other than ``inputs`` (the default) are for sequences.
+    """
+
+    word = "table"
+    primitive = ("SHARED_KERNEL", 1)
+    inputs: int
+    outputs: int | None = field(default=None, metadata={"positional": True})
+    heads = 1
+    project = None
+
+    def __post_init__(self) -> None:
+        positive(self, inputs=self.inputs)
+        if self.outputs is not None:
+            positive(self, outputs=self.outputs)
+
+
+@dataclass(frozen=True)
+class Selective(Rho):
+    """alpha[i, j] = C_i exp(sum of A delta over the positions from j + 1 to i) B_j delta_j: a selective state space.
+
+    B, C and the step delta are pointwise maps of what is scanned; the decay A is negative and learned, the skip D too.
+    Without ``heads`` every channel has a decay for each number of its state and a delta through ``rank`` numbers
+    (Mamba, arXiv 2312.00752; rank: a 16th of the channels). With ``heads`` a head's channels share one decay and delta
+    (Mamba-2's structured dual, arXiv 2405.21060).
+    """
+
+    word = "selective"
+    primitive = ("SELECTIVE", 2)
+    needs_score = False
+    default_projections = ""
+    scan_heads: int | None = field(default=None, metadata={"notation": "heads"})
+    rank: int | None = None
+    project: str | None = None
+    heads = 1
+
+    def __post_init__(self) -> None:
+        _rho(self)
+        if self.scan_heads is not None:
+            positive(self, heads=self.scan_heads)
+            check(self.rank is None, self, "rank", self.rank, "left out next to heads")
+        if self.rank is not None:
+            positive(self, rank=self.rank)
+        if self.project is not None:
+            check(not set("qk") & set(self.project.replace("none", "")), self, "project", self.project, "v, o or vo")
+
+
+class Kernel(Word):
+    """Learned weights over slots, in torch's layout (out, in / groups, *slots)."""
+
+    kind = "kernel"
+
+
+@dataclass(frozen=True)
+class Dense(Kernel):
+    """A full convolution kernel. ``coordinates`` appends the positions, encoded, to the values it reads."""
+
+    word = "kernel"
+    primitive = ("SHARED_KERNEL", 1)
+    groups: int = 1
+    coordinates: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_coordinates(self)
+        positive(self, groups=self.groups)
+
+
+@dataclass(frozen=True)
+class Depthwise(Kernel):
+    """One weight per channel and slot."""
+
+    word = "depthwise"
+    primitive = ("SHARED_KERNEL", 1)
+
+
+@dataclass(frozen=True)
+class Separable(Kernel):
+    """Depthwise over slots, then a pointwise map of the channels."""
+
+    word = "separable"
+    primitive = ("SHARED_KERNEL", 1)
+    groups: int = 1
+    coordinates: bool | str = False
+
+    @property
+    def primitives(self) -> dict[str, float]:
+        """The kernel, and the pointwise map, which has no path and no shape of its own."""
+        return {"SHARED_KERNEL": 1, "POINTWISE": 1}
+
+    def __post_init__(self) -> None:
+        check_coordinates(self)
+        positive(self, groups=self.groups)
+
+
+@dataclass(frozen=True)
+class Experts(Kernel):
+    """``count`` kernels, mixed anew for every input: their shares come from its mean over all positions.
+
+    Two pointwise maps with a ReLU between, by a ``reduction`` of the channels, then softmax(. / temperature): dynamic
+    convolution over kernels (arXiv 1912.03458, eq. 2 to 4).
+    """
+
+    word = "experts"
+    primitive = ("DYNAMIC_KERNEL", 2)
+    count: int
+    reduction: int = 4
+    temperature: float = 30.0
+
+    def __post_init__(self) -> None:
+        positive(self, count=self.count, reduction=self.reduction)
+        number(self, "temperature", self.temperature)
+        check(self.temperature > 0, self, "temperature", self.temperature, "above 0")
+        object.__setattr__(self, "temperature", float(self.temperature))
+
+
+@dataclass(frozen=True)
+class Shift(Kernel):
+    """ACmix's convolution: k^2 pointwise maps of the 3 x heads projections, shifted and summed.
+
+    Reads query, key and value (arXiv 2111.14556, eq. 9-11). ``interleaved`` leaves the output channels
+    in the grouped convolution's order (head dimension first), as the public code does.
+    """
+
+    word = "shift"
+    primitive = ("SHARED_KERNEL", 1)
+    heads: int
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, heads=self.heads)

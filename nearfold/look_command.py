@@ -1,0 +1,60 @@
+"""`nearfold look`: the command line of `nearfold.look`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nearfold.look import DEFAULT, look
+
+SUMMARY = "draw what operators read of a photograph for one position, and their mixing matrices"
+EXAMPLES = """\
+examples:
+  nearfold look sample:china.jpg --at 190,255
+  nearfold look photo.jpg --at 120,300 --op conv --op convnn --op "all | row | softmax(heads=4)"
+  nearfold look sample:flower.jpg --size 40 --op swin --op swin_shifted --out swin.png"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> arguments(parser)
+    >>> parser.parse_args(["photo.jpg", "--at", "10,20"]).at
+    (10, 20)
+    """
+    parser.add_argument(
+        "image", metavar="IMAGE", help="a file, or sample:china.jpg or sample:flower.jpg, which come with scikit-learn"
+    )
+    parser.add_argument(
+        "--op", action="append", metavar="NOTATION", dest="operations",
+        help="an operator in the notation, or its name in `ops`; give it again for more (default: "
+        f"{', '.join(DEFAULT)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--at", type=_position, metavar="Y,X", help="the position asked, row and column in pixels (default: the middle)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=28, metavar="N", help="the image is seen as N x N patches (default: 28)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("look.png"), metavar="FILE", help="default: look.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the picture, write it, and say where: the exit code."""
+    formats = (".png", ".pdf", ".svg", ".jpg")
+    if args.out.suffix.lower() not in formats:
+        raise ValueError(f"--out {args.out}: the picture can be written as {', '.join(formats)}")
+    figure = look(args.image, args.operations or DEFAULT, args.at, size=args.size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out)
+    print(args.out)
+    return 0
+
+
+def _position(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"wanted row and column in pixels, such as 190,255; got {text!r}")
+    row, column = text.split(",")
+    return int(row), int(column)

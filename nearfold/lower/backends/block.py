@@ -1,0 +1,147 @@
+"""`block`: positions that look at one another and at nobody else are attention in small pieces.
+
+Blocks of the grid (Swin's windows), and the residues of strided attention.
+
+Shape legend: B batch, H heads, P pieces, n positions of a piece, e embedded features, a grid axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
+from nearfold.grammar.words import All, Block, Softmax, Strided
+from nearfold.lower.bias import has_bias, score_bias
+from nearfold.lower.call import Call, count_positions
+from nearfold.lower.geometry import crop
+from nearfold.lower.parameters import as_tuple
+from nearfold.lower.verdict import Facts, Verdict
+
+NAME = "block"
+
+
+def supports(facts: Facts) -> Verdict:
+    """Softmax of a dot-like similarity over blocks, or over every step-th position."""
+    op = facts.op
+    strided = isinstance(op.path, All) and isinstance(op.shape, Strided) and not op.cross
+    if not (isinstance(op.path, Block) or strided):
+        return Verdict.no(f"{op.path.word} | {op.shape.word} does not part the positions")
+    if getattr(op.path, "stride", 1) not in (1, (1,), (1, 1), (1, 1, 1)):
+        return Verdict.no("outputs are on a strided grid")
+    if not isinstance(op.weight.rho, Softmax) or op.weight.kernel is not None:
+        return Verdict.no(f"weight is {op.weight}, not softmax alone")
+    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
+        return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
+    if strided and has_bias(op):
+        return Verdict.no("the bias is another one for every piece")
+    return Verdict.yes("F.scaled_dot_product_attention of every piece by itself", "roundoff")
+
+
+class _Blocks:
+    """Blocks of the grid: padded to whole ones, cut, and put together again."""
+
+    def __init__(self, call: Call) -> None:
+        path, self.ndim, self.grid = call.op.path, call.ndim, call.grid
+        assert isinstance(path, Block)
+        self.size = as_tuple(path.size, self.ndim, "size")
+        shift = as_tuple(path.shift, self.ndim, "shift")
+        self.before = tuple((n - s) % n for n, s in zip(self.size, shift, strict=True))
+        self.after = tuple(-(g + b) % n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
+        self.whole = all(b == 0 for b in self.before + self.after)
+        self.many = tuple(
+            (g + b + a) // n for g, b, a, n in zip(self.grid, self.before, self.after, self.size, strict=True)
+        )
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(B, H, N, e) -> (B, P, H, n, e)."""
+        x = x.unflatten(2, self.grid)
+        if not self.whole:
+            pads = [n for b, a in list(zip(self.before, self.after, strict=True))[::-1] for n in (b, a)]
+            x = F.pad(x, [0, 0, *pads])
+        B, H, e = x.shape[0], x.shape[1], x.shape[-1]
+        x = x.reshape(B, H, *(k for pair in zip(self.many, self.size, strict=True) for k in pair), e)
+        a = self.ndim
+        x = x.permute(0, *range(2, 2 + 2 * a, 2), 1, *range(3, 3 + 2 * a, 2), 2 + 2 * a)
+        return x.reshape(B, count_positions(self.many), H, count_positions(self.size), e)
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B, P, H, n, e) -> (B, H * e, *grid)."""
+        B, _, H, _, e = x.shape
+        a = self.ndim
+        x = x.reshape(B, *self.many, H, *self.size, e)
+        order = (0, a + 1, 2 * a + 2, *(k for i in range(a) for k in (1 + i, a + 2 + i)))
+        x = x.permute(order).reshape(B, H * e, *(m * n for m, n in zip(self.many, self.size, strict=True)))
+        return crop(x, self.before, self.grid)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Positions that are inside the grid: (P, 1, 1, n), or None where all are."""
+        if self.whole:
+            return None
+        inside = torch.ones(1, 1, count_positions(self.grid), 1, device=like.device)
+        return self.cut(inside)[0].transpose(-1, -2) > 0
+
+
+class _Residues:
+    """Every step-th position in raster order."""
+
+    def __init__(self, call: Call) -> None:
+        shape = call.op.shape
+        assert isinstance(shape, Strided)
+        self.step, self.grid = shape.step, call.grid
+        self.total = count_positions(call.grid)
+        self.after = -self.total % self.step
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(B, H, N, e) -> (B, step, H, n, e)."""
+        return F.pad(x, [0, 0, 0, self.after]).unflatten(2, (-1, self.step)).permute(0, 3, 1, 2, 4)
+
+    def join(self, x: Tensor) -> Tensor:
+        """(B, step, H, n, e) -> (B, H * e, *grid)."""
+        x = x.permute(0, 2, 4, 3, 1).flatten(3, 4)[..., : self.total]
+        return x.flatten(1, 2).unflatten(2, self.grid)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Positions that exist: (step, 1, 1, n), or None where all do."""
+        if not self.after:
+            return None
+        inside = torch.ones(1, 1, self.total, 1, device=like.device)
+        return self.cut(inside)[0].transpose(-1, -2) > 0
+
+
+def _bias(call: Call, pieces: _Blocks, like: Tensor) -> Tensor | None:
+    """The bias is the same in every block: that of one block by itself (H, n, n)."""
+    if not has_bias(call.op):
+        return None
+    assert isinstance(call.op.path, Block)
+    alone = dataclasses.replace(call.op, path=dataclasses.replace(call.op.path, shift=0))
+    return score_bias(alone, call.params, pieces.size, torch.empty(0), like)
+
+
+def run(call: Call) -> Tensor:
+    """(B, C, *grid)."""
+    rho = call.op.weight.rho
+    assert isinstance(rho, Softmax)
+    pieces = _Blocks(call) if isinstance(call.op.path, Block) else _Residues(call)
+    dtype = call.value.dtype
+    query, key, scale = call.embedded_differences()
+    value = call.value.flatten(2).unflatten(1, (call.heads, -1)).transpose(2, 3)
+    B, H = value.shape[:2]
+    query, key, value = (pieces.cut(t.to(dtype).expand(B, H, -1, -1)) for t in (query, key, value))
+    mask = pieces.mask(value)
+    bias = _bias(call, pieces, value) if isinstance(pieces, _Blocks) else None
+    if bias is not None:
+        bias = (bias * rho.scale).to(dtype)
+        mask = bias if mask is None else bias.expand(mask.shape[0], *bias.shape).masked_fill(~mask, float("-inf"))
+    P = query.shape[1]
+    if mask is not None:
+        mask = (
+            mask.expand(P, mask.shape[-3], query.shape[3], key.shape[3])[None].expand(B, -1, -1, -1, -1).flatten(0, 1)
+        )
+    y = F.scaled_dot_product_attention(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, scale=scale * rho.scale
+    )
+    return pieces.join(y.unflatten(0, (B, P)))

@@ -1,0 +1,98 @@
+"""`gather`: any table of positions: windows that move at the border, scores with a bias, generated kernels, fractions.
+
+What a slot reads is the same for every input and head, or made by a few numbers per slot: scores, weights and sums
+touch the rows of channels that they need, and nothing of size slots x channels x positions exists.
+
+Shape legend: B batch, H heads, N positions, M outputs, S slots, E entries of a slot, C channels.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nearfold.grammar.words import Block, Deformable, Experts, Max, Modulated, Shift, Window
+from nearfold.kernels.aggregate import aggregate
+from nearfold.kernels.names import DOT_LIKE, INVALID
+from nearfold.kernels.slot_scores import slot_scores
+from nearfold.lower import oracle
+from nearfold.lower.bias import score_bias
+from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
+from nearfold.lower.deform import sampled
+from nearfold.lower.generated import constant_alpha, modulation
+from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.weighting import alpha_of
+from nearfold.lower.windows import flatten, window_reads
+
+NAME = "gather"
+
+
+def supports(facts: Facts) -> Verdict:
+    """Windows, blocks and deformable windows; scores of a dot product only."""
+    op = facts.op
+    if not isinstance(op.path, Window | Block | Deformable):
+        return Verdict.no(f"path is {op.path.word}: its slots are not known beforehand")
+    if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, Experts | Shift):
+        return Verdict.no(f"weight {op.weight} is another one for every channel or input")
+    if op.weight.rho.needs_score and op.path.similarity.reduced not in DOT_LIKE:
+        return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
+    if isinstance(op.path, Deformable):
+        return Verdict.yes("corners of every moved slot, blended by tiles, times the kernel", "roundoff")
+    return Verdict.yes("scores and sums over a table of positions", "roundoff")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, N, e) -> (B, N, H * e)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _fractional(call: Call) -> tuple[Tensor, Tensor]:
+    """Index and alpha (B, M, S * E, G) of a deformable window."""
+    index, valid, alpha = sampled(call)
+    if isinstance(call.op.weight.rho, Modulated):
+        alpha = alpha * modulation(call).repeat_interleave(2**call.ndim, -1)
+    return index.masked_fill(~valid, INVALID).permute(0, 2, 3, 1), alpha.permute(0, 2, 3, 1)
+
+
+def _whole(call: Call) -> tuple[Tensor, Tensor]:
+    """Index and alpha (B, M, S, H) of slots that read one position each."""
+    op, B, heads = call.op, call.value.shape[0], call.heads
+    at_MSa, valid_MS, home_Ma = window_reads(op, call.grid, call.value.device)
+    index_MS = flatten(at_MSa, call.grid)
+    index = index_MS.masked_fill(~valid_MS, INVALID)[None, :, :, None].expand(B, -1, -1, heads)
+    if not op.weight.rho.needs_score:
+        alpha = constant_alpha(call, valid_MS[None, None], index_MS[None, None])
+        assert alpha is not None
+        return index, alpha.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
+    query, key = (t.expand(B, heads, -1, -1) for t in call.embedded())
+    home_M = flatten(home_Ma, call.grid)
+    if len(home_M) != query.shape[2] or any(s != 1 for s in call.stride):
+        query = query[:, :, home_M]
+    score = slot_scores(_rows(query), _rows(key), index).permute(0, 3, 1, 2)
+    bias = score_bias(op, call.params, call.grid, home_M, score)
+    score = score if bias is None else score + bias
+    lost = query.isnan().any(-1)[..., None]
+    alpha = alpha_of(
+        op.weight.rho, score.masked_fill(~valid_MS, float("-inf")).masked_fill(lost, float("nan")), valid_MS
+    )
+    return index, alpha.permute(0, 2, 3, 1)
+
+
+def run(call: Call) -> Tensor:
+    """(B, O, *out)."""
+    refuse_forward_mode(call)
+    fractional = isinstance(call.op.path, Deformable)
+    index, alpha = _fractional(call) if fractional else _whole(call)
+    kernel = oracle.kernel_weight(call)
+    weight, groups = (None, 1) if kernel is None else (kernel[0].flatten(2), kernel[1])
+    dtype = autocast_dtype(call.value) or call.value.dtype
+    plain = oracle.values(call) if getattr(call.op.weight.kernel, "coordinates", False) is not False else None
+    value = call.rows() if plain is None else plain.transpose(1, 2)
+    y = aggregate(
+        value.to(dtype).contiguous(),
+        index,
+        alpha.to(dtype),
+        None if weight is None else weight.to(dtype),
+        groups,
+        2**call.ndim if fractional else 1,
+    )
+    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))

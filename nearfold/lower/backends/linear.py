@@ -1,0 +1,82 @@
+"""`linear`: alpha of low rank, or a table, never needs the matrix of all pairs of scores.
+
+Shape legend: B batch, H heads, N positions, M outputs, e embedded features, d value features of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
+from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.ssd import decayed_attention
+from nearfold.lower.call import Call, split_heads
+from nearfold.lower.generated import require_table
+from nearfold.lower.verdict import Facts, Verdict
+
+NAME = "linear"
+
+
+def supports(facts: Facts) -> Verdict:
+    """Path all with a table, without scores, or with scores used as they are (not softmaxed)."""
+    op = facts.op
+    if not isinstance(op.path, All):
+        return Verdict.no(f"path is {op.path.word}, not all")
+    if isinstance(op.weight.rho, Table):
+        return Verdict.yes("a table over positions is F.linear", "roundoff")
+    whole = op.path.stride in (1, (1,), (1, 1), (1, 1, 1))
+    if not isinstance(op.shape, Row) and not (isinstance(op.shape, Causal) and whole):
+        return Verdict.no(f"shape {op.shape} is neither a whole row nor causal at stride 1")
+    if isinstance(op.weight.rho, Ones | Mean):
+        return Verdict.yes("one sum over all positions", "roundoff")
+    if not isinstance(op.weight.rho, Identity | Normalized):
+        return Verdict.no(f"rho {op.weight.rho.word} is not linear in the scores")
+    if op.path.similarity.reduced not in DOT_LIKE:
+        return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
+    return Verdict.yes("query (key^T value), in this order: no matrix of scores", "roundoff")
+
+
+def _table(call: Call) -> Tensor:
+    require_table(call)
+    params = call.params
+    y = F.linear(call.value.flatten(2), params["table_weight"], params.get("table_bias"))
+    return y.unflatten(2, call.out_grid)
+
+
+def _sums(call: Call) -> Tensor:
+    """Without scores: running sums or the one sum, and means."""
+    value_BCN = call.value.flatten(2)
+    wide_BCN = value_BCN.to(torch.promote_types(value_BCN.dtype, torch.float32))
+    causal, count = isinstance(call.op.shape, Causal), value_BCN.shape[2]
+    y_BCM = wide_BCN.cumsum(2) if causal else wide_BCN.sum(2, keepdim=True)
+    if isinstance(call.op.weight.rho, Mean):
+        y_BCM = y_BCM / (torch.arange(1, count + 1, device=y_BCM.device) if causal else count)
+    if not causal:
+        y_BCM = y_BCM.expand(-1, -1, len(call.query_index()))
+    return y_BCM.to(value_BCN.dtype).unflatten(2, call.out_grid)
+
+
+def run(call: Call) -> Tensor:
+    """(B, C, *out)."""
+    rho = call.op.weight.rho
+    if isinstance(rho, Table):
+        return _table(call)
+    if isinstance(rho, Ones | Mean):
+        return _sums(call)
+    query, key = call.embedded()
+    value = split_heads(call.value, call.heads)
+    dtype, wide = value.dtype, query.dtype
+    value = value.to(wide)
+    if any(s != 1 for s in call.stride):
+        query = query[:, :, call.query_index()]
+    B, H = value.shape[:2]
+    query, key = query.expand(B, H, -1, -1), key.expand(B, H, -1, -1)
+    if isinstance(rho, Normalized):  # the sum of the scores is one more value, of ones
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+    y = decayed_attention(query, key, value, None) if isinstance(call.op.shape, Causal) else query @ (key.mT @ value)
+    if isinstance(rho, Normalized):
+        total = y[..., -1:]
+        y = y[..., :-1] / total.masked_fill(total == 0, 1)
+    return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid).to(dtype)

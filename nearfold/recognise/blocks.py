@@ -1,0 +1,191 @@
+"""Rules for what takes more than one layer to say: attention made of parts, layers whose meaning is with their parent.
+
+Verified against torchvision 0.28, timm 1.0.31 and, by name only, transformers 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from nearfold.grammar import Basic, Weight
+from nearfold.grammar.similarity import Scaled
+from nearfold.grammar.words import (
+    All,
+    Block,
+    Box,
+    Deformable,
+    Dense,
+    Modulated,
+    Ones,
+    Row,
+    Softmax,
+    Table,
+    Window,
+)
+from nearfold.recognise.foreign import Found, Ints, Rule, Unsaid, attention_rule, count, crossed, plain, window
+
+CUT = "on maps that the block size divides; padding at the border takes part as zeros"
+
+
+def _timm_attention(m: Any) -> Found:
+    if type(m.q_norm) is not nn.Identity or type(m.norm) is not nn.Identity or m.gate is not None:
+        raise Unsaid("no word for normalised queries and keys, a norm or a gate before the output projection")
+    if m.attn_dim != m.proj.out_features or m.attn_dim != m.qkv.in_features:
+        raise Unsaid("no word for heads of fewer or more channels than the input has")
+    return attention_rule(m.num_heads, m, note="without a mask, unless the caller gives one")
+
+
+def shifted_block(m: Any, size: Ints, shift: Ints) -> Found:
+    """Attention in blocks with Swin's relative bias."""
+    path = Block(plain(size), Scaled(bias="table"), shift=plain(shift))
+    return Found(Basic(path, Box(), Weight(Softmax(m.num_heads))), count(m), axis=-1, note=CUT)
+
+
+def _swin(m: Any) -> Found:
+    return shifted_block(m, tuple(m.window_size), tuple(m.shift_size))
+
+
+def _window_attention(m: Any) -> Found:
+    return shifted_block(m, tuple(m.window_size), 0)
+
+
+def _patch_merging(m: Any) -> Found:
+    norm = "" if m.norm.normalized_shape[0] != m.reduction.in_features else "; a norm of the four comes first"
+    path = Window(2, stride=2, padding=0)
+    return Found(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
+
+
+def _hugging_face(m: Any) -> Found:
+    """A whole ViTAttention or BertAttention, with its output projection."""
+    inner = getattr(m, "attention", None) or getattr(m, "self", None)
+    out = getattr(getattr(m, "output", None), "dense", None)
+    if inner is None or not isinstance(out, nn.Linear):
+        raise Unsaid("its parts are not those of transformers 4: attention or self, and output.dense")
+    found = _hugging_face_inner(inner)
+    return attention_rule(inner.num_attention_heads, inner, out, note=found.note)
+
+
+def _hugging_face_inner(m: Any) -> Found:
+    if any(not isinstance(getattr(m, name, None), nn.Linear) for name in ("query", "key", "value")):
+        raise Unsaid("its parts are not those of transformers 4: query, key and value")
+    if getattr(m, "is_decoder", False) or getattr(m, "position_embedding_type", "absolute") not in ("absolute", None):
+        raise Unsaid("a decoder, or scores with relative positions")
+    note = "without a mask, unless the caller gives one"
+    return attention_rule(m.num_attention_heads, m, project="qkv", note=note)
+
+
+_TRANSFORMERS = "transformers.models"
+BLOCK_RULES: dict[str, Rule] = {
+    "timm.layers.attention.Attention": _timm_attention,
+    "timm.models.swin_transformer.WindowAttention": _window_attention,
+    "timm.models.swin_transformer.PatchMerging": _patch_merging,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
+    "torchvision.models.swin_transformer.PatchMerging": _patch_merging,
+    "torchvision.models.swin_transformer.PatchMergingV2": _patch_merging,
+    **{f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face for name in ("ViTAttention", "ViTSdpaAttention")},
+    **{
+        f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face_inner
+        for name in ("ViTSelfAttention", "ViTSdpaSelfAttention")
+    },
+    f"{_TRANSFORMERS}.bert.modeling_bert.BertAttention": _hugging_face,
+    **{
+        f"{_TRANSFORMERS}.bert.modeling_bert.{name}": _hugging_face_inner
+        for name in ("BertSelfAttention", "BertSdpaSelfAttention")
+    },
+}
+
+
+# --- layers whose meaning is with their parent: child name to what it is
+
+
+def _timm_swin_block(m: Any) -> dict[str, Found]:
+    return {"attn": shifted_block(m.attn, tuple(m.window_size), tuple(m.shift_size))}
+
+
+def token_table(*layers: nn.Linear) -> Found:
+    """One or more nn.Linear over positions, with activations between: one operation.
+
+    >>> print(token_table(nn.Linear(49, 96), nn.Linear(96, 49)).operation)
+    all | row | table(49)
+    """
+    inputs, outputs = layers[0].in_features, layers[-1].out_features
+    table = Table(inputs, None if outputs == inputs else outputs)
+    note = "" if len(layers) == 1 else f"{len(layers)} tables with an activation between"
+    return Found(Basic(All(), Row(), Weight(table)), axis=-1, note=note)
+
+
+def _timm_mixer_block(m: Any) -> dict[str, Found]:
+    return {"mlp_tokens": token_table(m.mlp_tokens.fc1, m.mlp_tokens.fc2)}
+
+
+def _timm_res_block(m: Any) -> dict[str, Found]:
+    return {"linear_tokens": token_table(m.linear_tokens)}
+
+
+def deformable(m: Any, parent: nn.Module) -> Found:
+    """A DeformConv2d, with the sibling convolutions that make its offsets and mask: known by their channels."""
+    size = tuple(m.kernel_size)
+    slots = math.prod(size)
+    nets: dict[int, list[nn.Conv2d]] = {}
+    for child in parent.children():
+        if type(child) is nn.Conv2d and child.out_channels in (slots, 2 * slots, 3 * slots):
+            nets.setdefault(child.out_channels // slots, []).append(child)
+    path = window(size, tuple(m.stride), tuple(m.dilation), tuple(m.padding))
+    plan = Deformable(path.size, path.stride, path.dilation, path.padding)
+    kernel = Dense(m.groups)
+    chosen = nets.get(3) or (nets.get(2, []) + nets.get(1, []) if nets.get(2) else [])
+    if any(len(some) > 1 for some in nets.values()) or not chosen:
+        op = Basic(plan, Box(), Weight(kernel=kernel))
+        return Found(op, note="offsets are given from outside; what makes them is not among its siblings")
+    rho = Ones() if len(chosen) == 1 and not nets.get(3) else Modulated()
+    op = Basic(plan, Box(), Weight(rho, kernel))
+    makers = "offsets" if isinstance(rho, Ones) else "offsets and mask"
+    return Found(op, count(*chosen), nets=tuple(chosen), note=f"{makers} from {len(chosen)} sibling convolution")
+
+
+def _deformable_pair(m: nn.Module) -> dict[str, Found]:
+    return {name: deformable(child, m) for name, child in m.named_children() if is_deformable(child)}
+
+
+def is_deformable(module: nn.Module) -> bool:
+    """Whether a module is torchvision's DeformConv2d."""
+    own = type(module)
+    return (own.__module__, own.__qualname__) == ("torchvision.ops.deform_conv", "DeformConv2d")
+
+
+PARENTS: dict[str, Callable[[Any], dict[str, Found]]] = {
+    "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
+    "timm.models.mlp_mixer.MixerBlock": _timm_mixer_block,
+    "timm.models.mlp_mixer.ResBlock": _timm_res_block,
+}
+
+
+# --- what only a call shows: replaces what was found, from (module, found, positional and named arguments)
+
+
+def _multihead_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+    given = (
+        dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
+        | kwargs
+    )
+    if any(given.get(name) is not None for name in ("key_padding_mask", "attn_mask")) or given.get("is_causal"):
+        raise Unsaid("it is called with a mask")
+    if given["key"] is given["query"]:
+        return found
+    return crossed(found)
+
+
+def _swin_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+    grid = args[0].shape[1:3]  # a block that covers the padded map is not shifted
+    shift = tuple(0 if size >= n else s for n, size, s in zip(grid, m.window_size, m.shift_size, strict=True))
+    return shifted_block(m, tuple(m.window_size), shift)
+
+
+AT_CALL: dict[str, Callable[[Any, Found, tuple[Any, ...], dict[str, Any]], Found]] = {
+    "torch.nn.modules.activation.MultiheadAttention": _multihead_call,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin_call,
+}

@@ -1,0 +1,66 @@
+"""C_P: the parameters that generate behaviour, in millions; C_D, the other half, lives in the grammar."""
+
+from __future__ import annotations
+
+import math
+
+from nearfold.grammar import Basic, Branch, Operation, Sum, parse
+from nearfold.grammar.complexity import content_share
+from nearfold.lower.parameters import LETTERS, SHARED, parameters
+
+MILLION = 1e6
+# What these make depends on the input, or it decides how positions compare, whatever the words around them say.
+ALWAYS = (
+    "offset", "mask", "reduce", "span", "router", "router_reduce", "x_proj", "dt_proj", "dt", "A_log",
+    "relative_bias", "position", "encoding", "value_encoding",
+)  # fmt: skip
+# These make something only where features are compared or generate: around a static operation they are plain maps.
+PROJECTIONS = tuple(LETTERS.values())
+
+
+def generates(op: Operation, name: str) -> bool:
+    """Whether a parameter, by its name in `nearfold.lower.parameters`, generates behaviour.
+
+    >>> generates(parse("all | row | softmax"), "query_weight"), generates(parse("window(3) | box | kernel"), "weight")
+    (True, False)
+    """
+    index, dot, rest = name.partition(".")
+    if isinstance(op, Basic):
+        stem = name.removesuffix("_weight").removesuffix("_bias")
+        return stem in ALWAYS or name in ALWAYS or (stem in PROJECTIONS and content_share(op) > 0)
+    operands = _operands(op)
+    if dot:
+        return generates(operands[int(index)], rest)
+    return name in SHARED and any(generates(operand, name) for operand in operands)  # never rates and mix
+
+
+def c_p(
+    op: Operation | str,
+    in_channels: int,
+    out_channels: int,
+    ndim: int = 2,
+    bias: bool = True,
+    context_channels: int | None = None,
+) -> float:
+    """Parameters that generate behaviour, in millions.
+
+    They are the nets of offsets, masks, generated kernels and expert shares, what makes a state space's B, C, delta and
+    decay, learned encodings and relative biases, and the projections of an operation that compares features (query,
+    key, value and output: for attention this is the whole layer). Static kernels, tables, rates, a mixing map and the
+    state space's skip D are the same for every input: they are no part of it.
+
+    >>> c_p("all | row | softmax(heads=2)", 64, 64) == 4 * (64 * 64 + 64) / 1e6
+    True
+    >>> c_p("window(3) | box | kernel", 64, 64)
+    0.0
+    """
+    op = parse(op) if isinstance(op, str) else op
+    specs = parameters(op, in_channels, out_channels, ndim, bias, context_channels)
+    return sum(math.prod(spec.shape) for name, spec in specs.items() if generates(op, name)) / MILLION
+
+
+def _operands(op: Operation) -> tuple[Operation, ...]:
+    if isinstance(op, Sum):
+        return tuple(term for _, term in op.terms)
+    assert isinstance(op, Branch)
+    return op.first, op.second

@@ -1,0 +1,362 @@
+"""`complexity` and `describe`: what is said about a model as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from nearfold.grammar import Operation
+from nearfold.recognise.blocks import PARENTS, token_table
+from nearfold.recognise.foreign import GLOBAL_MEAN, Found, count
+from nearfold.recognise.generating import MILLION
+from nearfold.recognise.observe import Observation, observe
+from nearfold.recognise.pointwise import is_elementwise, is_linear
+from nearfold.recognise.walk import Layer, of_found, walk, with_halves
+
+TIERS = {"S": 1800.0, "A": 1250.0, "B": 900.0, "C": 500.0}
+GLUED = frozenset(PARENTS)  # containers whose own forward a rule explains
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer that is said in the words.
+
+    Attributes:
+        name: dotted name in the model.
+        kind: name of its class.
+        operation: what it is.
+        mixes: whether it reads other positions; a 1x1 convolution does not.
+        c_d: its share in the model's C_D, which is not always that of the operation; ``note`` says why.
+        c_p: its parameters that generate behaviour, in millions.
+        parameters: all of them.
+        flops: multiply and add as two, for one input; None without an input size.
+        field: receptive field in the model's input, per axis: a number, "all", "any" (data-dependent), "?" (behind
+            something unknown), or empty without an input size.
+        note: what the words leave open.
+    """
+
+    name: str
+    kind: str
+    operation: Operation
+    mixes: bool
+    c_d: float
+    c_p: float
+    parameters: int
+    flops: int | None = None
+    field: str = ""
+    note: str = ""
+
+    @property
+    def notation(self) -> str:
+        """The operation, spelled."""
+        return str(self.operation)
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """Path, shape and weight; those of several parts joined by " + "."""
+        parts = self.operation.parts
+        columns = zip(*((str(p.path), str(p.shape), str(p.weight)) for p in parts), strict=True)
+        path, shape, weight = (" + ".join(dict.fromkeys(column)) for column in columns)
+        return path, shape, weight
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A layer that is not known, and why."""
+
+    name: str
+    kind: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """GWO's operational complexity of a model (doi 10.5281/zenodo.17103133).
+
+    Attributes:
+        c_d: descriptive complexity: the primitives of all its operations, added.
+        c_p: millions of parameters that generate behaviour.
+        alpha: what a million of them weighs.
+        rows: the layers it is made of.
+        unknown: layers that are not in it, so that it is a lower bound where there are any.
+    """
+
+    c_d: float
+    c_p: float
+    alpha: float
+    rows: tuple[Row, ...]
+    unknown: tuple[Strange, ...]
+
+    @property
+    def omega(self) -> float:
+        """C_D + alpha C_P."""
+        return self.c_d + self.alpha * self.c_p
+
+    def score(self, accuracy_percent: float) -> float:
+        """GWO's score: 100 * accuracy / (1 + omega).
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        >>> round(complexity(model).score(69.31), 2)
+        990.14
+        """
+        if not 0 <= accuracy_percent <= 100:
+            raise ValueError(f"accuracy_percent must be between 0 and 100, got {accuracy_percent}")
+        return 100 * accuracy_percent / (1 + self.omega)
+
+    @staticmethod
+    def tier(score: float) -> str:
+        """GWO's tier of a score: S, A, B or C; "-" below.
+
+        >>> Complexity.tier(990.14), Complexity.tier(499.9)
+        ('B', '-')
+        """
+        return next((name for name, least in TIERS.items() if score >= least), "-")
+
+    def __str__(self) -> str:
+        bound = f", without {len(self.unknown)} unknown layers" if self.unknown else ""
+        return f"C_D {self.c_d:g}   C_P {self.c_p:.3f} M   Omega {self.omega:.3f} (alpha {self.alpha:g}{bound})"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Every mixing layer of a model in the words; ``str()`` is a table.
+
+    Attributes:
+        title: class of the model.
+        input_size: channels and grid it was run on, if any.
+        rows: layers that mix positions.
+        pointwise: how often each kind of layer that does not occurs.
+        unknown: layers that are not known.
+        notes: what is assumed, and what the run showed.
+        parameters: of the whole model.
+        complexity: its totals.
+    """
+
+    title: str
+    input_size: tuple[int, ...] | None
+    rows: tuple[Row, ...]
+    pointwise: dict[str, int]
+    unknown: tuple[Strange, ...]
+    notes: tuple[str, ...]
+    parameters: int
+    complexity: Complexity
+
+    def __str__(self) -> str:
+        seen = f" on {'x'.join(map(str, self.input_size))}" if self.input_size else ""
+        lines = [f"{self.title}{seen}: {self.parameters:,} parameters", ""]
+        footnotes: dict[str, int] = {}
+        cells = [("layer", "path", "shape", "weight", "C_D", "C_P/M", "params", "FLOPs", "field")]
+        for row in self.rows:
+            mark = f" [{footnotes.setdefault(row.note, len(footnotes) + 1)}]" if row.note else ""
+            cells.append(
+                (
+                    (row.name or row.kind) + mark, *row.words, f"{row.c_d:g}", f"{row.c_p:.3f}" if row.c_p else "",
+                    f"{row.parameters:,}", "" if row.flops is None else f"{row.flops:,}", row.field,
+                )
+            )  # fmt: skip
+        lines += _table(cells, left=4) if self.rows else ["no layer mixes positions"]
+        lines += [f"  [{number}] {note}" for note, number in footnotes.items()]
+        if self.unknown:
+            lines += ["", "unknown:"] + [f"  {s.name or '(model)'} ({s.kind}): {s.reason}" for s in self.unknown]
+        if self.pointwise:
+            lines += ["", "pointwise: " + ", ".join(f"{n} {kind}" for kind, n in self.pointwise.items())]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, "", str(self.complexity)])
+
+
+def _table(cells: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Aligned columns, the first ``left`` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        columns = enumerate(zip(row, widths, strict=True))
+        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in columns).rstrip()
+
+    return [line(row) for row in cells]
+
+
+def complexity(model: nn.Module, alpha: float = 1.0, input_size: tuple[int, ...] | None = None) -> Complexity:
+    """C_D and C_P of a model, derived from its layers.
+
+    Args:
+        model: any module; it is left as it is.
+        alpha: weight of C_P.
+        input_size: channels and grid. With it the model runs once, and what only a run shows is seen: token MLPs made
+            of nn.Linear, cross-attention, functions that mix positions outside of any layer.
+
+    Raises:
+        ValueError: when the model does not run on an input of that size.
+
+    >>> complexity(nn.MultiheadAttention(64, 4)).omega == 4 + 4 * (64 * 64 + 64) / 1e6
+    True
+    """
+    layers, _ = _layers(model, input_size)
+    return _totals(tuple(map(_row, filter(_said, layers))), tuple(map(_strange, filter(_reason, layers))), alpha)
+
+
+def describe(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Description:
+    """Every layer of a model in path, shape and weight.
+
+    Args:
+        model: any module; it is left as it is.
+        input_size: channels and grid, such as (3, 224, 224). With it the model runs once (on the meta device where it
+            can), and FLOPs and receptive fields are known.
+
+    Raises:
+        ValueError: when the model does not run on an input of that size.
+
+    >>> print(describe(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), (3, 9, 9)))
+    Sequential on 3x9x9: 224 parameters
+    <BLANKLINE>
+    layer  path                            shape  weight  C_D  C_P/M  params  FLOPs  field
+    0      window(3, stride=2, padding=0)  box    kernel    3            224  6,912      3
+    <BLANKLINE>
+    pointwise: 1 ReLU
+    <BLANKLINE>
+    C_D 3   C_P 0.000 M   Omega 3.000 (alpha 1)
+    """
+    layers, seen = _layers(model, input_size)
+    names = {module: name for name, module in model.named_modules()}
+    rows = tuple(_row(layer, seen, names) for layer in layers if layer.found)
+    rows += tuple(_mean_row(model, name) for name in (dict.fromkeys(seen.means) if seen else ()))
+    unknown = tuple(map(_strange, filter(_reason, layers)))
+    plain = Counter(_label(layer) for layer in layers if layer.pointwise)
+    return Description(
+        type(model).__name__,
+        input_size,
+        tuple(row for row in rows if row.mixes),
+        dict(plain),
+        unknown,
+        tuple(_notes(layers, seen)),
+        count(model),
+        _totals(rows, unknown, 1.0),
+    )
+
+
+def _totals(rows: tuple[Row, ...], unknown: tuple[Strange, ...], alpha: float) -> Complexity:
+    return Complexity(sum(row.c_d for row in rows), sum(row.c_p for row in rows), alpha, rows, unknown)
+
+
+def _said(layer: Layer) -> bool:
+    return layer.found is not None
+
+
+def _reason(layer: Layer) -> bool:
+    return bool(layer.reason)
+
+
+def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, str] | None = None) -> Row:
+    assert layer.found is not None
+    flops, own = None, [(names or {}).get(module, "") for module in layer.modules]
+    if seen is not None:
+        flops = sum(seen.flops.get(name, 0) for name in own)
+    reached = [str(seen.fields[name]) for name in own if seen and name in seen.fields]
+    return Row(
+        layer.name, layer.kind, layer.found.operation, layer.mixes, layer.counted,
+        layer.found.generating / MILLION, count(*layer.modules), flops, reached[0] if reached else "", layer.note,
+    )  # fmt: skip
+
+
+def _mean_row(model: nn.Module, name: str) -> Row:
+    """A container whose own forward takes the mean over positions: the pooling before a classifier, or of a gate."""
+    kind = type(model.get_submodule(name)).__name__
+    note = "a mean over positions in its own forward; pooling that shrinks the map counts 0"
+    return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, "all", note)
+
+
+def _strange(layer: Layer) -> Strange:
+    return Strange(layer.name, layer.kind, count(layer.modules[0]), layer.reason)
+
+
+def _label(layer: Layer) -> str:
+    return f"{layer.kind} 1x1 (C_D {layer.counted:g} each)" if layer.found else layer.kind
+
+
+def _notes(layers: list[Layer], seen: Observation | None) -> Iterable[str]:
+    linears = [layer for layer in layers if layer.pointwise and is_linear(layer.modules[0])]
+    if seen is None and linears:
+        yield f"{len(linears)} nn.Linear are assumed to act on channels; with an input size it is seen"
+    if seen is not None:
+        unseen = [layer.name for layer in linears if layer.name not in seen.linears]
+        if unseen:
+            some = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+            yield f"{len(unseen)} nn.Linear are assumed to act on channels: {some}"
+        for layer in linears:
+            if seen.linears.get(layer.name) == "all":
+                yield f"{layer.name} reads the whole flattened map, as a classifier does; it counts 0"
+    halves = sum(layer.counted == 1 for layer in linears)
+    if halves:
+        yield f"{halves} nn.Linear are the pointwise half of the depthwise layer before them: 1 each"
+
+
+# --- what a run adds to the layers
+
+
+def _layers(model: nn.Module, input_size: tuple[int, ...] | None) -> tuple[list[Layer], Observation | None]:
+    layers = walk(model)
+    if input_size is None:
+        return layers, None
+    seen = observe(model, layers, input_size, GLUED)
+    layers = [_as_called(layer, seen) for layer in _with_tables(layers, seen)]
+    strange = {layer.name for layer in layers if layer.reason}
+    for name, calls in seen.glue.items():
+        if name not in strange:
+            reason = f"its own forward calls {', '.join(sorted(calls))}; its parts are listed"
+            layers.append(Layer(name, (model.get_submodule(name),), reason=reason))
+    return with_halves(layers), seen
+
+
+def _as_called(layer: Layer, seen: Observation) -> Layer:
+    new = seen.calls.get(layer.name)
+    if isinstance(new, Found):
+        return of_found(layer.name, layer.modules, new)
+    if new is not None:
+        return dataclasses.replace(layer, found=None, reason=new, counted=0.0)
+    if layer.pointwise and seen.linears.get(layer.name) == "both":
+        return dataclasses.replace(layer, found=None, reason="reads positions that its container gathered", counted=0.0)
+    return layer
+
+
+def _with_tables(layers: list[Layer], seen: Observation) -> list[Layer]:
+    """The nn.Linear that act on positions; those with nothing but activations between are one operation."""
+    out: list[Layer] = []
+    run: list[Layer] = []
+    between: list[Layer] = []
+
+    def close() -> None:
+        if run:
+            linears = [layer.modules[0] for layer in run]
+            name = run[0].name if len(run) == 1 else _joined([layer.name for layer in run])
+            out.append(of_found(name, tuple(linears), token_table(*linears)))  # type: ignore[arg-type]
+        out.extend(between)
+        run.clear()
+        between.clear()
+
+    for layer in layers:
+        module = layer.modules[0]
+        if seen.linears.get(layer.name) == "positions" and is_linear(module):
+            follows = run and run[-1].modules[0].out_features == module.in_features and _siblings(run[-1], layer)
+            if not follows:
+                close()
+            run.append(layer)
+        elif run and is_elementwise(module) and _siblings(run[-1], layer):
+            between.append(layer)
+        else:
+            close()
+            out.append(layer)
+    close()
+    return out
+
+
+def _siblings(a: Layer, b: Layer) -> bool:
+    return a.name.rpartition(".")[0] == b.name.rpartition(".")[0]
+
+
+def _joined(names: list[str]) -> str:
+    """Names of siblings in one: mlp.fc1 and mlp.fc2 are mlp.fc1+fc2."""
+    return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])

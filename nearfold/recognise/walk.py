@@ -1,0 +1,169 @@
+"""Walking a model: every layer becomes mixing, pointwise or unknown, from what is registered alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from nearfold.grammar import Basic
+from nearfold.grammar.complexity import c_d
+from nearfold.grammar.words import Depthwise, Ones, Window
+from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, _deformable_pair, is_deformable
+from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.pointwise import is_elementwise, is_linear, is_pointwise, strange_parameters
+
+ALL_RULES = RULES | BLOCK_RULES
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model.
+
+    Attributes:
+        name: dotted.
+        modules: the layer itself; more than one where several make one operation.
+        found: what it is in the words; None: pointwise without a word, or unknown.
+        reason: why it is unknown; empty otherwise.
+        counted: its share in the model's C_D.
+        note: what the words leave open, or why it counts what it counts.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    found: Found | None = None
+    reason: str = ""
+    counted: float = 0.0
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Name of its class."""
+        return type(self.modules[0]).__name__
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it reads one position for each it makes."""
+        return not self.reason and (self.found is None or one_position(self.found))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it is known, and reads other positions."""
+        return self.found is not None and not one_position(self.found)
+
+
+def one_position(found: Found) -> bool:
+    """Whether an operation is a window of a single position: a 1x1 convolution."""
+    path = found.operation.path if isinstance(found.operation, Basic) else None
+    return isinstance(path, Window) and path.size in (1, (1,), (1, 1), (1, 1, 1))
+
+
+def walk(model: nn.Module) -> list[Layer]:
+    """The layers of a model in the order in which they are registered; a shared one once.
+
+    >>> [layer.found and str(layer.found.operation) for layer in walk(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))]
+    ['window(3, padding=0) | box | kernel', None]
+    """
+    return with_halves(list(_visit(model, "", None, set(), set())))
+
+
+def of_found(name: str, modules: tuple[nn.Module, ...], found: Found) -> Layer:
+    """A layer that can be said; weightless pooling that only shrinks the map counts nothing."""
+    note = found.note
+    if found.scaffold:
+        note = "; ".join(filter(None, (note, "pooling that shrinks the map counts 0")))
+    return Layer(name, modules, found, counted=0.0 if found.scaffold else c_d(found.operation), note=note)
+
+
+def _visit(
+    module: nn.Module, name: str, given: Found | None, seen: set[nn.Module], parts: set[nn.Module]
+) -> Iterator[Layer]:
+    """The layers of one module; ``parts`` are those that belong to a layer elsewhere."""
+    if module in seen or module in parts:
+        return
+    seen.add(module)
+    try:
+        found = given or _found(module)
+    except Unsaid as why:
+        yield Layer(name, (module,), reason=str(why))
+        return
+    if found is not None:
+        yield of_found(name, (module, *found.nets), found)
+        return
+    if is_pointwise(module):
+        yield Layer(name, (module,))
+        return
+    children = list(module.named_children())
+    strange = strange_parameters(module)
+    if not children:
+        owned = f"owns {', '.join(strange)}" if strange else "no rule for this class, which may mix positions"
+        if type(module) is not nn.Sequential:  # an empty one does nothing
+            yield Layer(name, (module,), reason=owned)
+        return
+    if strange:
+        yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed")
+    overrides = _overrides(module)
+    parts |= {net for found in overrides.values() for net in found.nets}
+    below: list[Layer] = []
+    for child_name, child in children:
+        below += _visit(child, f"{name}.{child_name}".lstrip("."), overrides.get(child_name), seen, parts)
+    if not strange and "att" in type(module).__name__.lower() and not any(b.mixes or b.reason for b in below):
+        yield Layer(name, (module,), reason="called attention, and no rule for this class")
+    yield from below
+
+
+def _found(module: nn.Module) -> Found | None:
+    if uninitialized(module) and not list(module.children()):
+        raise Unsaid("lazy, and not initialised yet")
+    if is_deformable(module):
+        raise Unsaid("offsets are given from outside, and it has no parent in which to look for what makes them")
+    rule = rule_of(module, ALL_RULES)
+    if rule is None:
+        return None
+    try:
+        return rule(module)
+    except AttributeError as error:
+        raise Unsaid(f"its attributes are not those of the version that the rule was written for: {error}") from error
+
+
+def _overrides(module: nn.Module) -> dict[str, Found]:
+    found = _deformable_pair(module)
+    for name in names_of(module):
+        if name in PARENTS:
+            found |= PARENTS[name](module)
+    return found
+
+
+def with_halves(layers: list[Layer]) -> list[Layer]:
+    """GWO's separable convolution: a pointwise map that directly follows a depthwise one is its second half, 1.
+
+    Norms, activations and dropout may be between.
+    """
+    out, first = [], None
+    for layer in layers:
+        if first is not None and _is_half(layer, first):
+            layer = dataclasses.replace(layer, counted=1.0, note=f"separable half of {first.name}")
+            first = None
+        elif _is_depthwise(layer):
+            first = layer
+        elif not is_elementwise(layer.modules[0]):
+            first = None
+        out.append(layer)
+    return out
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    op = layer.found.operation if layer.found else None
+    plain = isinstance(op, Basic) and isinstance(op.path, Window) and isinstance(op.weight.rho, Ones)
+    return plain and layer.mixes and isinstance(op.weight.kernel, Depthwise)  # type: ignore[union-attr]
+
+
+def _is_half(layer: Layer, first: Layer) -> bool:
+    if not layer.pointwise:
+        return False
+    module, channels = layer.modules[0], getattr(first.modules[0], "out_channels", None)
+    if is_linear(module):
+        return module.in_features == channels
+    return layer.found is not None and getattr(module, "groups", 1) == 1 and module.in_channels == channels
