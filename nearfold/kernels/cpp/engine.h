@@ -52,12 +52,13 @@ template <class T>
 struct AggregateArgs {
     const T *value;  // (B, N, C), channels contiguous
     int64_t value_stride[2];
-    const int64_t *index;  // (B, M, S, H)
+    const int64_t *index;  // (B, M, S * entries, H)
     int64_t index_stride[4];
-    const T *alpha;  // (B, M, S, H) or null
+    const T *alpha;  // (B, M, S * entries, H) or null
     int64_t alpha_stride[4];
     const T *weight;  // (O, C / G, S) contiguous, or null
     int64_t B, N, C, M, S, H, O, G;
+    int64_t entries;  // rows of value that a slot adds up; one without a weight
     T *out;  // (B, M, O) contiguous
     int threads;
 };
@@ -66,9 +67,14 @@ template <class T>
 struct AggregateBackwardArgs {
     AggregateArgs<T> of;  // `out` unused
     const T *grad;        // (B, M, O) contiguous
-    T *d_value;           // (B, N, C) contiguous
-    T *d_alpha;           // (B, M, S, H), alpha's strides
-    T *d_weight;          // (O, C / G, S) contiguous
+    T *d_value;           // (B, N, C) contiguous; without a dense kernel it may be null
+    T *d_alpha;           // (B, M, S * entries, H); there with alpha, and without a weight wherever it is wanted
+    int64_t d_alpha_stride[4];
+    T *d_weight;  // (O, C / G, S) contiguous
+
+    int64_t d_alpha_at(int64_t b, int64_t m, int64_t h) const {
+        return b * d_alpha_stride[0] + m * d_alpha_stride[1] + h * d_alpha_stride[3];
+    }
 };
 
 template <class T>
