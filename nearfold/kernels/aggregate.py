@@ -4,8 +4,8 @@ A slot may hold several entries that share its W_s, as the corners around a frac
 
 One operator, two implementations: the compiled engine on the CPU, and PyTorch (`aggregate_torch`) everywhere else.
 
-Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), M outputs, S slots, E entries of a
-slot, O output channels.
+Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), M outputs, S slots, O output
+channels.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _require(
         )
 
 
-def _served(value: Tensor, *others: Tensor | None) -> bool:
+def served(value: Tensor, *others: Tensor | None) -> bool:
     """Whether the engine computes this; bfloat16 and float16 are widened for it, O(N C) numbers."""
     if value.numel() == 0:
         return False
@@ -66,7 +66,8 @@ def _served(value: Tensor, *others: Tensor | None) -> bool:
     return engine.serves(value, *others)
 
 
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """bfloat16 and float16 as float32, everything else as it is."""
     return [t.float() if t is not None and t.dtype in LOW else t for t in tensors]
 
 
@@ -88,14 +89,14 @@ def aggregate(
     Sums are in float32 at least. ValueError where operands do not fit, or an index is beyond the N positions.
     """
     _require(value, index, alpha, weight, groups, entries)
-    if not _served(value, alpha, weight):
+    if not served(value, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
             return aggregate_torch.aggregate(value, index, alpha, weight, groups, entries)
     module = engine.get()
     assert module is not None
-    wide_value, wide_alpha, wide_weight = _wide(value, alpha, weight)
+    wide_value, wide_alpha, wide_weight = widened(value, alpha, weight)
     assert wide_value is not None
-    wide = _rows(wide_value)
+    wide = as_rows(wide_value)
     out = wide.new_empty(value.shape[0], index.shape[1], out_channels(value, weight))
     if wide_weight is not None:
         wide_weight = wide_weight.contiguous()
@@ -103,7 +104,7 @@ def aggregate(
     return out.to(value.dtype)
 
 
-def _rows(value: Tensor) -> Tensor:
+def as_rows(value: Tensor) -> Tensor:
     """The tensor itself where rows lie apart and their channels next to one another, or a copy where they do."""
     C = value.shape[2]
     if (C <= 1 or value.stride(2) == 1) and (value.shape[1] <= 1 or value.stride(1) >= C):
@@ -135,15 +136,15 @@ def aggregate_backward(
         raise ValueError(f"grad must be {out} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     none = value.new_empty(0)
     d_alpha = none if alpha is None else torch.empty_like(alpha)
-    if not _served(value, grad, alpha, weight):
+    if not served(value, grad, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
             d_value, found, d_weight = aggregate_torch.backward(grad, value, index, alpha, weight, groups, entries)
         return d_value.contiguous(), d_alpha if alpha is None else d_alpha.copy_(found), d_weight.contiguous()
     module = engine.get()
     assert module is not None
-    wide_grad, wide_value, wide_alpha, wide_weight = _wide(grad, value, alpha, weight)
+    wide_grad, wide_value, wide_alpha, wide_weight = widened(grad, value, alpha, weight)
     assert wide_grad is not None and wide_value is not None
-    wide = _rows(wide_value)
+    wide = as_rows(wide_value)
     if wide_weight is not None:
         wide_weight = wide_weight.contiguous()
     d_value = wide.new_empty(wide.shape)

@@ -4,8 +4,8 @@ Nothing of size (B, C, N, k) is held: a tile of neighbours is gathered into cach
 GEMM); the backward gathers it again instead of storing it.
 
 Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), d = C / H, M outputs,
-S slots, E entries of a slot, O output channels, G groups of the kernel, c = C / G, o = O / G, r rows of a tile (outputs).
-Where S stands alone in a shape and a dense kernel is not involved, entries count as slots.
+S slots, E entries of a slot, O output channels, G groups of the kernel, c = C / G, o = O / G, r rows of a tile
+(outputs). Without a dense kernel every entry counts as a slot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nearfold.kernels.names import LOST
 TILE_BYTES = 2 << 20  # of gathered neighbours held at once
 
 
-def _tiles(
+def tiles(
     value: Tensor, index: Tensor, heads_first: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
     """(rows, flat index into value's B*N*H rows of d, missing slots or None, neighbours).
@@ -106,7 +106,7 @@ def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) 
     out = whole.view(B * M, value.shape[2])
     w_HSd = _slot_weights(weight, H)
     rows = alpha.reshape(B * M, S, H)
-    for part, _, _, near in _tiles(value, index, heads_first=True):
+    for part, _, _, near in tiles(value, index, heads_first=True):
         if w_HSd is not None:
             near = (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         a = rows[part].transpose(1, 2).reshape(-1, 1, S)
@@ -125,7 +125,7 @@ def _attend_backward(
     w_HSd = _slot_weights(weight, H)
     d_w = None if w_HSd is None else torch.zeros(w_HSd.shape, dtype=wide, device=value.device)
     rows, grads = alpha.reshape(B * M, S, H), grad.reshape(B * M * H, 1, C // H)
-    for part, at, missing, near in _tiles(value, index, heads_first=True):
+    for part, at, missing, near in tiles(value, index, heads_first=True):
         g = grads[part.start * H : part.stop * H]
         read = near if w_HSd is None else (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         d_alpha[part] = torch.bmm(g, read.transpose(1, 2)).view(-1, H, S).transpose(1, 2)
@@ -166,7 +166,7 @@ def aggregate(
         return _attend(value, index, alpha, weight)
     matrix = None if weight is None or depthwise else _matrix(weight, groups)
     flat_alpha = None if alpha is None else alpha.reshape(B * M, *alpha.shape[2:])
-    for part, _, _, near in _tiles(value, index):
+    for part, _, _, near in tiles(value, index):
         near = _blended(near, None if flat_alpha is None else flat_alpha[part], entries)
         if weight is None:
             out[part] = near.sum(1)
@@ -223,7 +223,7 @@ def _backward_tiles(
     d_slots = torch.zeros(S, C, dtype=wide, device=value.device) if depthwise else None
     grad = grad.reshape(B * M, grad.shape[-1])
     flat_alpha = None if alpha is None else alpha.reshape(B * M, SE, H)
-    for part, at, missing, near in _tiles(value, index):
+    for part, at, missing, near in tiles(value, index):
         g, r = grad[part], len(near)
         tile_alpha = None if flat_alpha is None else flat_alpha[part]
         read = _blended(near, tile_alpha, entries)

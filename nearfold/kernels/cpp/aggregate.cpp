@@ -179,7 +179,8 @@ inline void blend_vectors(const T *const *rows, const T *alphas, int64_t count, 
     for (int v = 0; v < vectors; ++v) store<T>(to + first + v * lanes<T>, acc[v]);
 }
 
-// to = sum over the entries of a slot of alpha * value, for n channels from `value` on.
+// to = sum over the entries of a slot of alpha * value, for n channels from `value` on. A channel's bits do not depend on
+// where the channels begin and end, for how they are split may depend on the number of threads.
 template <class T>
 inline void blend(const Reader<T> &read, const Slots<T> &slots, int64_t s, const T *value, const T *zero, int64_t n, T *to) {
     const int64_t end = (s + 1) * read.a.entries, start = s * read.a.entries;
@@ -200,7 +201,7 @@ inline void blend(const Reader<T> &read, const Slots<T> &slots, int64_t s, const
         for (; c + lanes<T> <= n; c += lanes<T>) blend_vectors<T, 1>(rows, alphas, count, c, onto, to);
         for (; c < n; ++c) {
             T total = onto ? to[c] : T(0);
-            for (int64_t e = 0; e < count; ++e) total += alphas[e] * rows[e][c];
+            for (int64_t e = 0; e < count; ++e) total = fused_one(alphas[e], rows[e][c], total);
             to[c] = total;
         }
     }

@@ -12,6 +12,8 @@ namespace nearfold {
 enum Status { ok = 0, out_of_memory = 1, bad_index = 2 };
 enum Metric { dot = 0, cosine = 1, euclidean = 2, chebyshev = 3 };
 
+constexpr int64_t max_axes = 8;  // of an index of which nothing is copied
+
 constexpr int64_t invalid = -1;  // a slot that reads nothing
 constexpr int64_t lost = -2;     // a slot of a query that was NaN
 
@@ -80,7 +82,8 @@ struct AggregateBackwardArgs {
 template <class T>
 struct SoftmaxArgs {
     const T *score;        // (rows, k)
-    const int64_t *index;  // (rows, k); negative reads nothing
+    const int64_t *index;  // (rows, k), the rows over `axes` axes; negative reads nothing
+    int64_t axes, index_size[max_axes], index_stride[max_axes], index_step;
     T scale;
     int64_t rows, k;
     T *alpha;  // (rows, k)

@@ -264,13 +264,39 @@ void aggregate_backward(Array<const T, 3> grad, Array<const T, 3> value, Array<c
     run(Table<T>::aggregate_backward, a);
 }
 
+using AnyIndex = nb::ndarray<const int64_t, nb::device::cpu>;
+
+// The axes before the last one, those that lie behind one another as one; how many rows they are.
 template <class T>
-void softmax(Array<const T, 2> score, Array<const int64_t, 2> index, double scale, Array<T, 2> alpha, int threads) {
+int64_t rows_of(const AnyIndex &index, SoftmaxArgs<T> &a) {
+    int64_t rows = 1;
+    a.axes = 0;
+    for (size_t i = 0; i + 1 < index.ndim(); ++i) {
+        const int64_t size = index.shape(i), stride = index.stride(i), last = a.axes - 1;
+        rows *= size;
+        if (size == 1) continue;
+        if (last >= 0 && a.index_stride[last] == size * stride) {
+            a.index_size[last] *= size;
+            a.index_stride[last] = stride;
+        } else {
+            a.index_size[a.axes] = size;
+            a.index_stride[a.axes++] = stride;
+        }
+    }
+    return rows;
+}
+
+template <class T>
+void softmax(Array<const T, 2> score, AnyIndex index, double scale, Array<T, 2> alpha, int threads) {
     SoftmaxArgs<T> a;
     a.rows = score.shape(0), a.k = score.shape(1), a.scale = static_cast<T>(scale), a.threads = threads;
-    require(has_shape(index, {a.rows, a.k}) && has_shape(alpha, {a.rows, a.k}), "softmax: operands must be (rows, k)");
-    require(contiguous(score) && contiguous(index) && contiguous(alpha), "softmax: operands must be contiguous");
+    require(index.ndim() >= 1 && static_cast<int64_t>(index.ndim()) <= max_axes, "softmax: index has too many axes");
+    require(static_cast<int64_t>(index.shape(index.ndim() - 1)) == a.k && rows_of(index, a) == a.rows &&
+                has_shape(alpha, {a.rows, a.k}),
+            "softmax: operands must be (rows, k)");
+    require(contiguous(score) && contiguous(alpha), "softmax: score and alpha must be contiguous");
     require(threads >= 1, "softmax: threads must be at least 1");
+    a.index_step = a.k > 1 ? index.stride(index.ndim() - 1) : 1;
     a.score = score.data(), a.index = index.data(), a.alpha = alpha.data();
     run(Table<T>::softmax, a);
 }

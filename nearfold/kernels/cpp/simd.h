@@ -122,6 +122,16 @@ inline Vec<double> fused<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
 }
 #endif
 
+// The same of one number, with the same bits.
+template <class T>
+inline T fused_one(T a, T b, T c) {
+#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+    return sizeof(T) == 4 ? __builtin_fmaf(a, b, c) : __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 template <class T>
 inline T sum(Vec<T> v) {
     T total = 0;
