@@ -117,11 +117,13 @@ struct Slots {
 template <class T>
 int check_index(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
+    // an axis that an expanded index repeats is looked at once
+    const int64_t B = a.index_stride[0] ? a.B : smaller<int64_t>(a.B, 1), H = a.index_stride[3] ? a.H : 1;
     int bad = 0;
-    parallel(a.threads, a.B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
+    parallel(a.threads, B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
         const int64_t b = item / ceil_div(a.M, block_rows), m0 = item % ceil_div(a.M, block_rows) * block_rows;
         bool beyond = false;
-        for (int64_t h = 0; h < a.H; ++h)
+        for (int64_t h = 0; h < H; ++h)
             for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m) {
                 const Slots<T> slots(read, b, m, h);
                 if (slots.index_step == 1)
@@ -472,6 +474,7 @@ int dense_reads_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
         }
         const T *value = read.value(b, 0) + panel.first;
         const bool begins = panel.first == panel.head * read.head_channels;
+        Dots<T> dots;
         for (int64_t i = 0; i < n; ++i) {
             const Slots<T> slots(read, b, m0 + i, panel.head);
             T *d_alpha = b_args.d_alpha + b_args.d_alpha_at(b, m0 + i, panel.head);
@@ -479,9 +482,10 @@ int dense_reads_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
                 const int64_t at = slots.at(e);
                 T &slope = d_alpha[e * b_args.d_alpha_stride[2]];
                 if (begins) slope = 0;
-                if (at >= 0) slope += dot_product(to + i * panel.width, value + at * a.value_stride[1], panel.size);
+                if (at >= 0) dots.push(to + i * panel.width, value + at * a.value_stride[1], panel.size, &slope);
             }
         }
+        dots.flush(panel.size);
     };
     const auto add = [&](int64_t b, int64_t m0, const Panel<T> &panel, int64_t s, const T *from, int64_t j0, int64_t j1) {
         const int64_t n = smaller(block_rows, a.M - m0), E = a.entries;
@@ -630,12 +634,29 @@ int dense_backward(const AggregateBackwardArgs<T> &b_args) {
 
 // ---- no dense kernel: alpha, perhaps times a depthwise kernel --------------------------------------------------------
 
-template <class T>
-struct Near {  // what one output and head reads
-    const T *row;
-    const T *kernel;
-    T alpha;
+struct Near {  // something that one output reads: where its row and its slot of the kernel begin, and its number
+    int64_t row, kernel, entry;
 };
+
+// What an output and head reads, without what is missing; how many they are.
+template <class T>
+inline int64_t list_near(const Reader<T> &read, const Slots<T> &slots, Near *near) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < read.a.S; ++s)
+        for (int64_t e = s * read.a.entries; e < (s + 1) * read.a.entries; ++e) {
+            const int64_t at = slots.at(e);
+            near[count] = {at * read.a.value_stride[1], s * read.a.C, e};
+            count += at >= 0;
+        }
+    return count;
+}
+
+// How many heads one item takes: all that read the same, for then they read whole rows, or one, for what a head reads
+// of all positions is to stay in L2.
+template <class T>
+inline int64_t heads_together(const AggregateArgs<T> &a) {
+    return a.index_stride[3] == 0 ? a.H : 1;
+}
 
 // Depthwise kernel (C, 1, S) -> (S, C).
 template <class T>
@@ -644,14 +665,21 @@ void slots_first(const AggregateArgs<T> &a, T *to) {
         for (int64_t s = 0; s < a.S; ++s) to[s * a.C + c] = a.weight[c * a.S + s];
 }
 
+// One head: value, kernel and out begin at its channels.
+template <class T>
+struct Head {
+    const T *value, *kernel, *alphas;
+    T *out;
+};
+
 template <class T, bool depthwise, int vectors>
-inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *out) {
+inline void weighted_sum(const Head<T> &head, const Near *near, int64_t count, int64_t first) {
     Vec<T> acc[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) acc[v] = Vec<T>{};
-    for (int64_t s = 0; s < count; ++s) {
-        const Vec<T> alpha = splat<T>(near[s].alpha);
-        const T *row = near[s].row + first, *kernel = near[s].kernel + (depthwise ? first : 0);
+    for (int64_t i = 0; i < count; ++i) {
+        const Vec<T> alpha = splat<T>(head.alphas[i]);
+        const T *row = head.value + near[i].row + first, *kernel = head.kernel + (depthwise ? near[i].kernel + first : 0);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
             Vec<T> x = load<T>(row + v * lanes<T>);
@@ -660,53 +688,59 @@ inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *o
         }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store<T>(out + first + v * lanes<T>, acc[v]);
+    for (int v = 0; v < vectors; ++v) store<T>(head.out + first + v * lanes<T>, acc[v]);
 }
 
 template <class T, bool depthwise>
-inline void weighted_sums(const Near<T> *near, int64_t count, int64_t d, T *out) {
+inline void weighted_sums(const Head<T> &head, const Near *near, int64_t count, int64_t d) {
     int64_t c = 0;
-    for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, depthwise, 4>(near, count, c, out);
-    for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, depthwise, 1>(near, count, c, out);
+    for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, depthwise, 4>(head, near, count, c);
+    for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, depthwise, 1>(head, near, count, c);
     for (; c < d; ++c) {
         T total = 0;
-        for (int64_t s = 0; s < count; ++s) total += near[s].alpha * near[s].row[c] * (depthwise ? near[s].kernel[c] : T(1));
-        out[c] = total;
+        for (int64_t i = 0; i < count; ++i)
+            total += head.alphas[i] * head.value[near[i].row + c] * (depthwise ? head.kernel[near[i].kernel + c] : T(1));
+        head.out[c] = total;
     }
 }
 
 template <class T>
 int attend_forward(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
-    const int64_t d = read.head_channels, rows = 32, blocks = ceil_div(a.M, rows);
-    const int64_t worker_bytes = round_up(read.entries() * sizeof(Near<T>), 64);
+    const int64_t d = read.head_channels, rows = 32, blocks = ceil_div(a.M, rows), together = heads_together(a);
+    const int64_t total = read.entries(), worker_bytes = round_up(total * (sizeof(Near) + sizeof(T)), 64);
     const Scratch kernel(a.weight ? a.S * a.C * sizeof(T) : 0), workers(a.threads * worker_bytes);
     if (!kernel.ok() || !workers.ok()) return out_of_memory;
     if (a.weight) slots_first(a, kernel.at<T>());
-    // head by head: what one reads of all positions is to stay in L2
-    parallel(a.threads, a.B * a.H * blocks, [&](int64_t item, int worker) {
-        const int64_t problem = item / blocks, b = problem / a.H, h = problem % a.H, m0 = item % blocks * rows;
-        auto *near = workers.at<Near<T>>(worker * worker_bytes);
+    parallel(a.threads, a.B * (a.H / together) * blocks, [&](int64_t item, int worker) {
+        const int64_t problem = item / blocks, b = problem / (a.H / together), m0 = item % blocks * rows;
+        const int64_t h0 = problem % (a.H / together) * together;
+        auto *near = workers.at<Near>(worker * worker_bytes);
+        T *alphas = reinterpret_cast<T *>(near + total);
         for (int64_t m = m0; m < smaller(m0 + rows, a.M); ++m) {
-            T *out = a.out + (b * a.M + m) * a.C + h * d;
-            int64_t count = 0;
-            bool unknown = is_lost(read, b, m);
-            const Slots<T> slots(read, b, m, h);
-            const T *value = read.value(b, 0) + h * d, *weight = a.weight ? kernel.at<T>() + h * d : nullptr;
-            for (int64_t s = 0; s < a.S; ++s)
-                for (int64_t e = s * a.entries; e < (s + 1) * a.entries; ++e) {
-                    const int64_t at = slots.at(e);
-                    const T alpha = slots.alpha(e);
-                    unknown |= alpha != alpha;
-                    if (at < 0) continue;
-                    near[count++] = {value + at * a.value_stride[1], weight ? weight + s * a.C : nullptr, alpha};
+            const int64_t count = list_near(read, Slots<T>(read, b, m, h0), near);
+            const bool gone = is_lost(read, b, m);
+            if (a.alpha == nullptr) fill(alphas, count, T(1));
+            for (int64_t h = h0; h < h0 + together; ++h) {
+                Head<T> head = {read.value(b, 0) + h * d, a.weight ? kernel.at<T>() + h * d : nullptr, alphas,
+                                a.out + (b * a.M + m) * a.C + h * d};
+                int unknown = gone;
+                if (a.alpha != nullptr) {
+                    const T *from = a.alpha + read.alpha_at(b, m, 0, h);
+                    const int64_t step = a.alpha_stride[2];
+                    for (int64_t e = 0; e < total; ++e) unknown |= from[e * step] != from[e * step];
+                    if (step == 1 && count == total)
+                        head.alphas = from;
+                    else
+                        for (int64_t i = 0; i < count; ++i) alphas[i] = from[near[i].entry * step];
                 }
-            if (a.weight)
-                weighted_sums<T, true>(near, count, d, out);
-            else
-                weighted_sums<T, false>(near, count, d, out);
-            // a NaN in alpha is the output's, whatever the slot reads
-            if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
+                if (a.weight)
+                    weighted_sums<T, true>(head, near, count, d);
+                else
+                    weighted_sums<T, false>(head, near, count, d);
+                // a NaN in alpha is the output's, whatever the slot reads
+                if (unknown) fill(head.out, d, std::numeric_limits<T>::quiet_NaN());
+            }
         }
     });
     return ok;
@@ -720,41 +754,43 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
     const int64_t d = read.head_channels, total = a.B * a.M;
     const int64_t rows = larger<int64_t>(32, ceil_div(total, 64)), runs = ceil_div(total, rows);
     const bool depthwise = a.weight != nullptr;
-    const int64_t E = a.entries;
-    const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
+    const int64_t together = heads_together(a), worker_bytes = round_up(read.entries() * sizeof(Near), 64);
+    const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), lists(a.threads * worker_bytes);
+    const Scratch sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
     const Scratch products(a.threads * round_up(a.C, 16) * sizeof(T));
-    if (!kernel.ok() || !sums.ok() || !products.ok()) return out_of_memory;
+    if (!kernel.ok() || !lists.ok() || !sums.ok() || !products.ok()) return out_of_memory;
     if (depthwise) slots_first(a, kernel.at<T>());
 
     if (depthwise || b_args.d_alpha != nullptr)
-        parallel(a.threads, a.H * runs, [&](int64_t item, int worker) {
-            const int64_t h = item / runs, run = item % runs;  // head by head: what one reads is to stay in L2
-            T *product = products.at<T>() + worker * round_up(a.C, 16);
-            T *d_kernel = sums.at<T>() + run * a.S * a.C + h * d;
-            for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernel + s * a.C, d, T(0));
+        parallel(a.threads, a.H / together * runs, [&](int64_t item, int worker) {
+            const int64_t h0 = item / runs * together, run = item % runs;
+            T *product = products.at<T>() + worker * round_up(a.C, 16), *d_kernels = sums.at<T>() + run * a.S * a.C;
+            for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernels + s * a.C + h0 * d, together * d, T(0));
+            Near *near = lists.at<Near>(worker * worker_bytes);
+            Dots<T> dots;
             for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
                 const int64_t b = row / a.M, m = row % a.M;
-                const T *grad = b_args.grad + row * a.C + h * d, *values = read.value(b, 0) + h * d;
-                const Slots<T> slots(read, b, m, h);
-                T *d_alpha = b_args.d_alpha ? b_args.d_alpha + b_args.d_alpha_at(b, m, h) : nullptr;
-                for (int64_t s = 0; s < a.S; ++s)
-                    for (int64_t e = s * E; e < (s + 1) * E; ++e) {
-                        const int64_t at = slots.at(e);
-                        const T *value = at < 0 ? nullptr : values + at * a.value_stride[1];
-                        if (e + ahead < a.S * E)
-                            prefetch(values + larger<int64_t>(0, slots.at(e + ahead)) * a.value_stride[1], d);
-                        T slope = 0;
-                        if (value != nullptr && depthwise) {
-                            const T *w = kernel.at<T>() + s * a.C + h * d;
-                            for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
-                            add_scaled(d_kernel + s * a.C, slots.alpha(e), product, d);
-                            slope = dot_product(product, w, d);
-                        } else if (value != nullptr) {
-                            slope = dot_product(grad, value, d);
-                        }
-                        if (d_alpha != nullptr) d_alpha[e * b_args.d_alpha_stride[2]] = slope;
+                const int64_t count = list_near(read, Slots<T>(read, b, m, h0), near);
+                for (int64_t h = h0; h < h0 + together; ++h) {
+                    const T *grad = b_args.grad + row * a.C + h * d, *value = read.value(b, 0) + h * d;
+                    const Slots<T> slots(read, b, m, h);
+                    T *d_alpha = b_args.d_alpha ? b_args.d_alpha + b_args.d_alpha_at(b, m, h) : nullptr;
+                    const int64_t step = b_args.d_alpha_stride[2];
+                    for (int64_t e = 0; e < (d_alpha ? read.entries() : 0); ++e) d_alpha[e * step] = 0;
+                    if (!depthwise)
+                        for (int64_t i = 0; i < count; ++i)
+                            dots.push(grad, value + near[i].row, d, d_alpha + near[i].entry * step);
+                    for (int64_t i = 0; i < (depthwise ? count : 0); ++i) {
+                        const T *x = value + near[i].row;
+                        if (i + ahead < count) prefetch(value + near[i + ahead].row, d);
+                        for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * x[c];
+                        add_scaled(d_kernels + near[i].kernel + h * d, slots.alpha(near[i].entry), product, d);
+                        if (d_alpha != nullptr)
+                            d_alpha[near[i].entry * step] = dot_product(product, kernel.at<T>() + near[i].kernel + h * d, d);
                     }
+                }
             }
+            dots.flush(d);
         });
     if (depthwise)
         parallel(a.threads, a.C, [&](int64_t c, int) {
@@ -766,33 +802,35 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
         });
 
     if (b_args.d_value == nullptr) return ok;
-    const int64_t problems = a.B * a.H;
+    const int64_t problems = a.B * (a.H / together);
     int64_t ranges = problems >= a.threads ? 1 : ceil_div(2 * a.threads, problems);
     ranges = smaller(ranges, larger<int64_t>(1, a.N));
     parallel(a.threads, problems * ranges, [&](int64_t item, int) {
-        const int64_t problem = item / ranges, b = problem / a.H, h = problem % a.H, part = item % ranges;
-        const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges;
-        T *d_value = b_args.d_value + b * a.N * a.C + h * d;
-        for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, d, T(0));
-        const int64_t *index = a.index + b * a.index_stride[0] + h * a.index_stride[3];
-        const T *weights = a.alpha == nullptr ? nullptr : a.alpha + b * a.alpha_stride[0] + h * a.alpha_stride[3];
+        const int64_t problem = item / ranges, b = problem / (a.H / together), part = item % ranges;
+        const int64_t h0 = problem % (a.H / together) * together, width = together * d;
+        const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges, E = a.entries;
+        T *d_value = b_args.d_value + b * a.N * a.C + h0 * d;
+        for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, width, T(0));
         for (int64_t m = 0; m < a.M; ++m) {
-            const T *grad = b_args.grad + (b * a.M + m) * a.C + h * d;
+            const T *grad = b_args.grad + (b * a.M + m) * a.C + h0 * d;
+            const Slots<T> slots(read, b, m, h0);
             for (int64_t s = 0; s < a.S; ++s)
                 for (int64_t e = s * E; e < (s + 1) * E; ++e) {
-                    const int64_t j = index[m * a.index_stride[1] + e * a.index_stride[2]];
+                    const int64_t j = slots.at(e);
                     if (e + ahead < a.S * E) {
-                        const int64_t next = index[m * a.index_stride[1] + (e + ahead) * a.index_stride[2]];
-                        if (next >= j0 && next < j1) prefetch(d_value + next * a.C, d);
+                        const int64_t next = slots.at(e + ahead);
+                        if (next >= j0 && next < j1) prefetch(d_value + next * a.C, width);
                     }
                     if (j < j0 || j >= j1) continue;
-                    const T alpha = weights == nullptr ? T(1) : weights[m * a.alpha_stride[1] + e * a.alpha_stride[2]];
+                    const T *alpha = a.alpha == nullptr ? nullptr : a.alpha + read.alpha_at(b, m, e, h0);
+                    const T *w = depthwise ? kernel.at<T>() + s * a.C + h0 * d : nullptr;
                     T *to = d_value + j * a.C;
-                    if (!depthwise) {
-                        add_scaled(to, alpha, grad, d);
-                    } else {
-                        const T *w = kernel.at<T>() + s * a.C + h * d;
-                        for (int64_t c = 0; c < d; ++c) to[c] += alpha * grad[c] * w[c];
+                    for (int64_t h = 0; h < together; ++h) {
+                        const T factor = alpha == nullptr ? T(1) : alpha[h * a.alpha_stride[3]];
+                        if (!depthwise)
+                            add_scaled(to + h * d, factor, grad + h * d, d);
+                        else
+                            for (int64_t c = h * d; c < (h + 1) * d; ++c) to[c] += factor * grad[c] * w[c];
                     }
                 }
         }

@@ -97,8 +97,10 @@ bool has_shape(const A &array, std::initializer_list<int64_t> shape) {
 template <class A>
 bool disjoint(const A &array) {
     std::vector<std::pair<int64_t, int64_t>> axes;
-    for (size_t i = 0; i < array.ndim(); ++i)
+    for (size_t i = 0; i < array.ndim(); ++i) {
+        if (array.shape(i) == 0) return true;
         if (array.shape(i) > 1) axes.emplace_back(array.stride(i), array.shape(i));
+    }
     std::sort(axes.begin(), axes.end());
     int64_t room = 1;
     for (const auto &[stride, size] : axes) {
