@@ -200,7 +200,11 @@ inline void blend(const Reader<T> &read, const Slots<T> &slots, int64_t s, const
         const bool onto = first > start;
         int64_t c = 0;
         for (; c + 4 * lanes<T> <= n; c += 4 * lanes<T>) blend_vectors<T, 4>(rows, alphas, count, c, onto, to);
-        for (; c + lanes<T> <= n; c += lanes<T>) blend_vectors<T, 1>(rows, alphas, count, c, onto, to);
+        while (c + lanes<T> <= n) {
+            const int64_t width = smaller<int64_t>(tile_columns<T>, (n - c) / lanes<T> * lanes<T>);
+            with_vectors<T>(width, [&](auto v) { blend_vectors<T, v.n>(rows, alphas, count, c, onto, to); });
+            c += width;
+        }
         for (; c < n; ++c) {
             T total = onto ? to[c] : T(0);
             for (int64_t e = 0; e < count; ++e) total = fused_one(alphas[e], rows[e][c], total);
@@ -651,6 +655,18 @@ inline int64_t list_near(const Reader<T> &read, const Slots<T> &slots, Near *nea
     return count;
 }
 
+// to[i] = grad . what near[i] reads, over n channels; writes whole vectors.
+template <class T>
+inline void all_slopes(const T *grad, const T *value, const Near *near, int64_t count, int64_t n, T *to) {
+    int64_t i = 0;
+    for (; i + lanes<T> / 4 < count; i += lanes<T>) {
+        const T *rows[lanes<T>];
+        for (int l = 0; l < lanes<T>; ++l) rows[l] = value + near[smaller(i + l, count - 1)].row;
+        store<T>(to + i, dot_products<T>([&](int) { return grad; }, [&](int l) { return rows[l]; }, n));
+    }
+    for (; i < count; ++i) to[i] = dot_product(grad, value + near[i].row, n);
+}
+
 // How many heads one item takes: all that read the same, for then they read whole rows, or one, for what a head reads
 // of all positions is to stay in L2.
 template <class T>
@@ -754,7 +770,8 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
     const int64_t d = read.head_channels, total = a.B * a.M;
     const int64_t rows = larger<int64_t>(32, ceil_div(total, 64)), runs = ceil_div(total, rows);
     const bool depthwise = a.weight != nullptr;
-    const int64_t together = heads_together(a), worker_bytes = round_up(read.entries() * sizeof(Near), 64);
+    const int64_t together = heads_together(a), padded = round_up(read.entries(), 16);
+    const int64_t worker_bytes = round_up(padded * (sizeof(Near) + sizeof(T)), 64);
     const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), lists(a.threads * worker_bytes);
     const Scratch sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
     const Scratch products(a.threads * round_up(a.C, 16) * sizeof(T));
@@ -767,7 +784,7 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
             T *product = products.at<T>() + worker * round_up(a.C, 16), *d_kernels = sums.at<T>() + run * a.S * a.C;
             for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernels + s * a.C + h0 * d, together * d, T(0));
             Near *near = lists.at<Near>(worker * worker_bytes);
-            Dots<T> dots;
+            T *slopes = reinterpret_cast<T *>(near + padded);
             for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
                 const int64_t b = row / a.M, m = row % a.M;
                 const int64_t count = list_near(read, Slots<T>(read, b, m, h0), near);
@@ -776,21 +793,23 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
                     const Slots<T> slots(read, b, m, h);
                     T *d_alpha = b_args.d_alpha ? b_args.d_alpha + b_args.d_alpha_at(b, m, h) : nullptr;
                     const int64_t step = b_args.d_alpha_stride[2];
-                    for (int64_t e = 0; e < (d_alpha ? read.entries() : 0); ++e) d_alpha[e * step] = 0;
-                    if (!depthwise)
-                        for (int64_t i = 0; i < count; ++i)
-                            dots.push(grad, value + near[i].row, d, d_alpha + near[i].entry * step);
                     for (int64_t i = 0; i < (depthwise ? count : 0); ++i) {
                         const T *x = value + near[i].row;
                         if (i + ahead < count) prefetch(value + near[i + ahead].row, d);
                         for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * x[c];
                         add_scaled(d_kernels + near[i].kernel + h * d, slots.alpha(near[i].entry), product, d);
-                        if (d_alpha != nullptr)
-                            d_alpha[near[i].entry * step] = dot_product(product, kernel.at<T>() + near[i].kernel + h * d, d);
+                        slopes[i] = dot_product(product, kernel.at<T>() + near[i].kernel + h * d, d);
                     }
+                    if (d_alpha == nullptr) continue;
+                    if (!depthwise) all_slopes(grad, value, near, count, d, slopes);
+                    if (step == 1 && count == read.entries()) {
+                        memcpy(d_alpha, slopes, count * sizeof(T));
+                        continue;
+                    }
+                    for (int64_t e = 0; e < read.entries(); ++e) d_alpha[e * step] = 0;
+                    for (int64_t i = 0; i < count; ++i) d_alpha[near[i].entry * step] = slopes[i];
                 }
             }
-            dots.flush(d);
         });
     if (depthwise)
         parallel(a.threads, a.C, [&](int64_t c, int) {

@@ -337,19 +337,19 @@ inline Vec<T> sums(Vec<T> *v) {
 }
 #endif
 
-// Lane i: the dot product of x[i] and y[i].
-template <class T>
-inline Vec<T> dot_products(const T *const *x, const T *const *y, int64_t n) {
+// Lane i: the dot product of x(i) and y(i).
+template <class T, class X, class Y>
+inline Vec<T> dot_products(const X &x, const Y &y, int64_t n) {
     Vec<T> acc[lanes<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<T>; ++i) {
         Vec<T> a{};
-        for (int64_t c = 0; c + lanes<T> <= n; c += lanes<T>) a = fused<T>(load<T>(x[i] + c), load<T>(y[i] + c), a);
+        for (int64_t c = 0; c + lanes<T> <= n; c += lanes<T>) a = fused<T>(load<T>(x(i) + c), load<T>(y(i) + c), a);
         acc[i] = a;
     }
     Vec<T> total = sums<T>(acc);
     for (int64_t c = n / lanes<T> * lanes<T>; c < n; ++c)
-        for (int i = 0; i < lanes<T>; ++i) total[i] += x[i][c] * y[i][c];
+        for (int i = 0; i < lanes<T>; ++i) total[i] += x(i)[c] * y(i)[c];
     return total;
 }
 
@@ -369,7 +369,7 @@ struct Dots {
         if (count == 0) return;
         for (int i = count; i < lanes<T>; ++i) x[i] = x[0], y[i] = y[0];
         T found[lanes<T>];
-        store<T>(found, dot_products<T>(x, y, n));
+        store<T>(found, dot_products<T>([&](int i) { return x[i]; }, [&](int i) { return y[i]; }, n));
         for (int i = 0; i < count; ++i) *to[i] += found[i];
         count = 0;
     }

@@ -38,13 +38,18 @@ int softmax(const SoftmaxArgs<T> &a) {
                 index = copy;
             }
             T *alpha = a.alpha + row * a.k;
-            T most = nothing;
-            bool gone = false;
+            int gone = 0;
             for (int64_t s = 0; s < a.k; ++s) {
                 line[s] = index[s] >= 0 ? score[s] * a.scale : nothing;
-                most = line[s] > most ? line[s] : most;
                 gone |= index[s] == lost;
             }
+            Vec<T> best = splat<T>(nothing);
+            for (int64_t s = 0; s < padded; s += lanes<T>) {
+                const Vec<T> x = load<T>(line + s);
+                best = x > best ? x : best;
+            }
+            T most = best[0];
+            for (int i = 1; i < lanes<T>; ++i) most = best[i] > most ? best[i] : most;
             if (most == nothing) most = 0;  // nothing to read: every weight is zero
             Vec<T> total{};
             for (int64_t s = 0; s < padded; s += lanes<T>) {
