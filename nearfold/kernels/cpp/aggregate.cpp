@@ -218,16 +218,24 @@ template <class T>
 inline void slot_rows(const Reader<T> &read, int64_t b, int64_t m0, int64_t n, int64_t s, const Segment &seg, const T *zero,
                       T *tile, int64_t stride, const T **rows) {
     const T *value = read.value(b, 0) + seg.first;
-    const bool plain = read.a.alpha == nullptr && read.a.entries == 1;
-    for (int64_t i = 0; i < n; ++i) {
-        const Slots<T> slots(read, b, m0 + i, seg.head);
-        if (plain) {
-            const int64_t at = slots.at(s);
-            rows[i] = at < 0 ? zero : value + at * read.a.value_stride[1];
-        } else {
-            blend(read, slots, s, value, zero, seg.size, tile + i * stride);
+    if (read.a.entries > 1) {
+        for (int64_t i = 0; i < n; ++i) {
+            blend(read, Slots<T>(read, b, m0 + i, seg.head), s, value, zero, seg.size, tile + i * stride);
             rows[i] = tile + i * stride;
         }
+        return;
+    }
+    const int64_t *index = read.a.index + b * read.a.index_stride[0] + m0 * read.a.index_stride[1] +
+                           s * read.a.index_stride[2] + seg.head * read.a.index_stride[3];
+    const T *alphas = read.a.alpha ? read.a.alpha + read.alpha_at(b, m0, s, seg.head) : nullptr;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = index[i * read.a.index_stride[1]];
+        rows[i] = at < 0 ? zero : value + at * read.a.value_stride[1];
+        if (alphas == nullptr) continue;
+        const T alpha = alphas[i * read.a.alpha_stride[1]];
+        if (at < 0 && alpha == alpha) continue;  // NaN is the output's, whatever the slot reads
+        scale_to(tile + i * stride, alpha, rows[i], seg.size);
+        rows[i] = tile + i * stride;
     }
 }
 
@@ -582,7 +590,7 @@ int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment 
                     slot_rows(read, b, m0, n, s, seg, zero, copies, spare, rows);
                     if (plain)
                         for (int64_t i = 0; i < n; ++i) {
-                            if (rows[i] == zero || rows[i] <= last + b * a.value_stride[0]) continue;
+                            if (rows[i] <= last + b * a.value_stride[0] || rows[i] == zero) continue;
                             memcpy(copies + i * spare, rows[i], seg.size * sizeof(T));
                             rows[i] = copies + i * spare;
                         }
@@ -841,7 +849,7 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
                         if (next >= j0 && next < j1) prefetch(d_value + next * a.C, width);
                     }
                     if (j < j0 || j >= j1) continue;
-                    const T *alpha = a.alpha == nullptr ? nullptr : a.alpha + read.alpha_at(b, m, e, h0);
+                    const T *alpha = slots.alphas == nullptr ? nullptr : slots.alphas + e * slots.alpha_step;
                     const T *w = depthwise ? kernel.at<T>() + s * a.C + h0 * d : nullptr;
                     T *to = d_value + j * a.C;
                     for (int64_t h = 0; h < together; ++h) {
