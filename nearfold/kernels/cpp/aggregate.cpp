@@ -835,31 +835,31 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
     parallel(a.threads, problems * ranges, [&](int64_t item, int) {
         const int64_t problem = item / ranges, b = problem / (a.H / together), part = item % ranges;
         const int64_t h0 = problem % (a.H / together) * together, width = together * d;
-        const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges, E = a.entries;
+        const int64_t E = a.entries, entries = read.entries();
+        const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges;
         T *d_value = b_args.d_value + b * a.N * a.C + h0 * d;
         for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, width, T(0));
         for (int64_t m = 0; m < a.M; ++m) {
             const T *grad = b_args.grad + (b * a.M + m) * a.C + h0 * d;
             const Slots<T> slots(read, b, m, h0);
-            for (int64_t s = 0; s < a.S; ++s)
-                for (int64_t e = s * E; e < (s + 1) * E; ++e) {
-                    const int64_t j = slots.at(e);
-                    if (e + ahead < a.S * E) {
-                        const int64_t next = slots.at(e + ahead);
-                        if (next >= j0 && next < j1) prefetch(d_value + next * a.C, width);
-                    }
-                    if (j < j0 || j >= j1) continue;
-                    const T *alpha = slots.alphas == nullptr ? nullptr : slots.alphas + e * slots.alpha_step;
-                    const T *w = depthwise ? kernel.at<T>() + s * a.C + h0 * d : nullptr;
-                    T *to = d_value + j * a.C;
-                    for (int64_t h = 0; h < together; ++h) {
-                        const T factor = alpha == nullptr ? T(1) : alpha[h * a.alpha_stride[3]];
-                        if (!depthwise)
-                            add_scaled(to + h * d, factor, grad + h * d, d);
-                        else
-                            for (int64_t c = h * d; c < (h + 1) * d; ++c) to[c] += factor * grad[c] * w[c];
-                    }
+            for (int64_t e = 0; e < entries; ++e) {
+                const int64_t j = slots.at(e);
+                if (e + ahead < entries) {
+                    const int64_t next = slots.at(e + ahead);
+                    if (next >= j0 && next < j1) prefetch(d_value + next * a.C, width);
                 }
+                if (j < j0 || j >= j1) continue;
+                T *to = d_value + j * a.C;
+                const T *w = depthwise ? kernel.at<T>() + (E == 1 ? e : e / E) * a.C + h0 * d : nullptr;
+                int64_t h = 0;
+                do {
+                    const T factor = slots.alphas ? slots.alphas[e * slots.alpha_step + h * a.alpha_stride[3]] : T(1);
+                    if (!depthwise)
+                        add_scaled(to + h * d, factor, grad + h * d, d);
+                    else
+                        for (int64_t c = h * d; c < (h + 1) * d; ++c) to[c] += factor * grad[c] * w[c];
+                } while (++h < together);
+            }
         }
     });
     return ok;
