@@ -93,7 +93,6 @@ struct Reader {  // the operands of one call, by coordinates
     int64_t alpha_at(int64_t b, int64_t m, int64_t s, int64_t h) const {
         return b * a.alpha_stride[0] + m * a.alpha_stride[1] + s * a.alpha_stride[2] + h * a.alpha_stride[3];
     }
-    T alpha(int64_t b, int64_t m, int64_t s, int64_t h) const { return a.alpha ? a.alpha[alpha_at(b, m, s, h)] : T(1); }
     const T *value(int64_t b, int64_t n) const { return a.value + b * a.value_stride[0] + n * a.value_stride[1]; }
     bool depthwise() const { return a.weight != nullptr && a.O == a.G && a.G == a.C; }
     bool dense() const { return a.weight != nullptr && !depthwise(); }
