@@ -1,5 +1,7 @@
 """`nearfold::aggregate`: sum over slots of alpha * W_s * value[index], without holding (B, C, N, k).
 
+A slot may hold several entries that share its W_s, as the corners around a fractional position do.
+
 One operator, two implementations: the compiled engine on the CPU, and PyTorch (`aggregate_torch`) everywhere else.
 
 Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), M outputs, S slots, O output
@@ -18,25 +20,30 @@ from nearfold.kernels.aggregate_torch import out_channels
 LOW = (torch.bfloat16, torch.float16)
 
 
-def _require(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> None:
+def _require(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int
+) -> None:
     """ValueError where the operands do not fit one another."""
     if value.dim() != 3 or index.dim() != 4 or index.dtype != torch.long or value.shape[0] != index.shape[0]:
         raise ValueError(
             "value must be (B, N, C) and index (B, M, S, H) int64, got "
             f"{tuple(value.shape)} and {tuple(index.shape)} {index.dtype}"
         )
-    C, S, H = value.shape[2], index.shape[2], index.shape[3]
+    C, SE, H = value.shape[2], index.shape[2], index.shape[3]
     if alpha is not None and (alpha.shape != index.shape or alpha.dtype != value.dtype):
         raise ValueError(
             f"alpha must be {tuple(index.shape)} {value.dtype} as index and value, "
             f"got {tuple(alpha.shape)} {alpha.dtype}"
         )
-    if C < 1 or S < 1:
+    if C < 1 or SE < 1:
         raise ValueError(
             f"value and index must have channels and slots, got {tuple(value.shape)}, {tuple(index.shape)}"
         )
     if H < 1 or C % H or groups < 1 or C % groups:
         raise ValueError(f"the {C} channels must be divisible by heads={H} and by groups={groups}")
+    if entries < 1 or SE % entries:
+        raise ValueError(f"the {SE} slots of index must be divisible by entries={entries}")
+    S = SE // entries
     if weight is not None and (
         weight.dim() != 3
         or weight.shape[1:] != (C // groups, S)
@@ -44,12 +51,13 @@ def _require(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor 
         or weight.dtype != value.dtype
     ):
         raise ValueError(
-            f"weight must be (O, {C // groups}, {S}) {value.dtype} with O divisible by groups={groups}, got "
+            f"weight must be (O, {C // groups}, {S}) {value.dtype} with O divisible by groups={groups}, for {SE} slots "
+            f"of index and entries={entries}, got "
             f"{tuple(weight.shape)} {weight.dtype}"
         )
 
 
-def _served(value: Tensor, *others: Tensor | None) -> bool:
+def served(value: Tensor, *others: Tensor | None) -> bool:
     """Whether the engine computes this; bfloat16 and float16 are widened for it, O(N C) numbers."""
     if value.numel() == 0:
         return False
@@ -58,40 +66,45 @@ def _served(value: Tensor, *others: Tensor | None) -> bool:
     return engine.serves(value, *others)
 
 
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """bfloat16 and float16 as float32, everything else as it is."""
     return [t.float() if t is not None and t.dtype in LOW else t for t in tensors]
 
 
 @torch.library.custom_op("nearfold::aggregate", mutates_args=())
-def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
-    """y (B, M, O) = sum over slots s of alpha[.., s] * W_s value[index[.., s]].
+def aggregate(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int = 1
+) -> Tensor:
+    """y (B, M, O) = sum over slots s of W_s (sum over the slot's entries e of alpha[.., e] * value[index[.., e]]).
 
     Args:
         value: (B, N, C).
-        index: (B, M, S, H) int64 positions; -1 reads nothing; -2 too, and without alpha it makes the output NaN.
-        alpha: (B, M, S, H) in value's dtype, or None for ones.
+        index: (B, M, S * entries, H) int64 positions; -1 reads nothing; -2 too, and without alpha it makes the output
+            NaN. Slot s owns the entries from s * entries on; head h reads C / H consecutive channels.
+        alpha: (B, M, S * entries, H) in value's dtype, or None for ones.
         weight: (O, C / groups, S) in value's dtype; (C, 1, S) with groups = C is depthwise; None for ones.
         groups: groups of the kernel.
+        entries: entries of a slot, at least 1. Without a weight they only make more slots.
 
     Sums are in float32 at least. ValueError where operands do not fit, or an index is beyond the N positions.
     """
-    _require(value, index, alpha, weight, groups)
-    if not _served(value, alpha, weight):
+    _require(value, index, alpha, weight, groups, entries)
+    if not served(value, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
-            return aggregate_torch.aggregate(value, index, alpha, weight, groups)
+            return aggregate_torch.aggregate(value, index, alpha, weight, groups, entries)
     module = engine.get()
     assert module is not None
-    wide_value, wide_alpha, wide_weight = _wide(value, alpha, weight)
+    wide_value, wide_alpha, wide_weight = widened(value, alpha, weight)
     assert wide_value is not None
-    wide = _rows(wide_value)
+    wide = as_rows(wide_value)
     out = wide.new_empty(value.shape[0], index.shape[1], out_channels(value, weight))
     if wide_weight is not None:
         wide_weight = wide_weight.contiguous()
-    module.aggregate(wide, index, wide_alpha, wide_weight, groups, out, engine.threads())
+    module.aggregate(wide, index, wide_alpha, wide_weight, groups, out, engine.threads(), entries)
     return out.to(value.dtype)
 
 
-def _rows(value: Tensor) -> Tensor:
+def as_rows(value: Tensor) -> Tensor:
     """The tensor itself where rows lie apart and their channels next to one another, or a copy where they do."""
     C = value.shape[2]
     if (C <= 1 or value.stride(2) == 1) and (value.shape[1] <= 1 or value.stride(1) >= C):
@@ -100,41 +113,43 @@ def _rows(value: Tensor) -> Tensor:
 
 
 @aggregate.register_fake
-def _(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
+def _(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int = 1
+) -> Tensor:
     return value.new_empty(value.shape[0], index.shape[1], out_channels(value, weight))
 
 
 @torch.library.custom_op("nearfold::aggregate_backward", mutates_args=())
 def aggregate_backward(
-    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+    grad: Tensor,
+    value: Tensor,
+    index: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    groups: int,
+    entries: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at value, alpha and weight (empty tensors for those that are None)."""
-    _require(value, index, alpha, weight, groups)
+    _require(value, index, alpha, weight, groups, entries)
     out = (value.shape[0], index.shape[1], out_channels(value, weight))
     if grad.shape != out or grad.dtype != value.dtype:
         raise ValueError(f"grad must be {out} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     none = value.new_empty(0)
     d_alpha = none if alpha is None else torch.empty_like(alpha)
-    if not _served(value, grad, alpha, weight):
+    if not served(value, grad, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
-            d_value, found, d_weight = aggregate_torch.backward(grad, value, index, alpha, weight, groups)
+            d_value, found, d_weight = aggregate_torch.backward(grad, value, index, alpha, weight, groups, entries)
         return d_value.contiguous(), d_alpha if alpha is None else d_alpha.copy_(found), d_weight.contiguous()
     module = engine.get()
     assert module is not None
-    wide_grad, wide_value, wide_alpha, wide_weight = _wide(grad, value, alpha, weight)
+    wide_grad, wide_value, wide_alpha, wide_weight = widened(grad, value, alpha, weight)
     assert wide_grad is not None and wide_value is not None
-    wide = _rows(wide_value)
+    wide = as_rows(wide_value)
     if wide_weight is not None:
         wide_weight = wide_weight.contiguous()
     d_value = wide.new_empty(wide.shape)
     d_kernel = None if wide_weight is None else torch.empty_like(wide_weight)
-    into: Tensor | None = None
-    if alpha is not None and wide_alpha is not None:
-        # the engine writes the gradient where it reads alpha: an expanded alpha has no room for that
-        into = torch.empty_like(wide_alpha)
-        if into.stride() != wide_alpha.stride():
-            room = torch.empty_like(into)
-            wide_alpha = room.copy_(wide_alpha)
+    into = None if wide_alpha is None else torch.empty_like(wide_alpha)
     module.aggregate_backward(
         wide_grad.contiguous(),
         wide,
@@ -146,6 +161,7 @@ def aggregate_backward(
         into,
         d_kernel,
         engine.threads(),
+        entries,
     )
     if into is not None:
         d_alpha = into if into.dtype == value.dtype else d_alpha.copy_(into)
@@ -154,7 +170,13 @@ def aggregate_backward(
 
 @aggregate_backward.register_fake
 def _(
-    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+    grad: Tensor,
+    value: Tensor,
+    index: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    groups: int,
+    entries: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     none = value.new_empty(0)
     d_alpha = none if alpha is None else torch.empty_like(alpha)
@@ -163,28 +185,36 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    value, index, alpha, weight, groups = inputs
+    value, index, alpha, weight, groups, entries = inputs
     ctx.save_for_backward(value, index, alpha, weight)
-    ctx.groups = groups
+    ctx.groups, ctx.entries = groups, entries
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     value, index, alpha, weight = ctx.saved_tensors
-    d_value, d_alpha, d_weight = aggregate_backward(grad, value, index, alpha, weight, ctx.groups)
-    return d_value, None, None if alpha is None else d_alpha, None if weight is None else d_weight, None
+    d_value, d_alpha, d_weight = aggregate_backward(grad, value, index, alpha, weight, ctx.groups, ctx.entries)
+    return d_value, None, None if alpha is None else d_alpha, None if weight is None else d_weight, None, None
 
 
 aggregate.register_autograd(_backward, setup_context=_setup)
 
 
-@register_flop_formula(torch.ops.nearfold.aggregate)
-def _flops(value_shape, index_shape, alpha_shape, weight_shape, groups, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _count(value_shape, index_shape, weight_shape, groups, entries) -> int:  # type: ignore[no-untyped-def]
     B, _, C = value_shape
-    _, M, S, _ = index_shape
-    out = 1 if weight_shape is None else weight_shape[0] // groups
-    return int(2 * B * M * S * C * out)
+    _, M, SE, _ = index_shape
+    if weight_shape is None:
+        return int(2 * B * M * SE * C)
+    blending = 2 * SE * C if entries > 1 else 0
+    return int(B * M * (2 * SE // entries * C * (weight_shape[0] // groups) + blending))
+
+
+@register_flop_formula(torch.ops.nearfold.aggregate)
+def _flops(value_shape, index_shape, alpha_shape, weight_shape, groups, entries=1, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _count(value_shape, index_shape, weight_shape, groups, entries)
 
 
 @register_flop_formula(torch.ops.nearfold.aggregate_backward)
-def _backward_flops(grad_shape, value_shape, index_shape, alpha_shape, weight_shape, groups, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * _flops(value_shape, index_shape, alpha_shape, weight_shape, groups)
+def _backward_flops(  # type: ignore[no-untyped-def]
+    grad_shape, value_shape, index_shape, alpha_shape, weight_shape, groups, entries=1, **kwargs
+) -> int:
+    return 2 * _count(value_shape, index_shape, weight_shape, groups, entries)

@@ -4,7 +4,8 @@ Nothing of size (B, C, N, k) is held: a tile of neighbours is gathered into cach
 GEMM); the backward gathers it again instead of storing it.
 
 Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), d = C / H, M outputs,
-S slots, O output channels, G groups of the kernel, c = C / G, o = O / G, r rows of a tile (outputs).
+S slots, E entries of a slot, O output channels, G groups of the kernel, c = C / G, o = O / G, r rows of a tile
+(outputs). Without a dense kernel every entry counts as a slot.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nearfold.kernels.names import LOST
 TILE_BYTES = 2 << 20  # of gathered neighbours held at once
 
 
-def _tiles(
+def tiles(
     value: Tensor, index: Tensor, heads_first: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
     """(rows, flat index into value's B*N*H rows of d, missing slots or None, neighbours).
@@ -57,6 +58,12 @@ def _scaled(near: Tensor, alpha: Tensor | None) -> Tensor:
         return near
     r, S, C = near.shape
     return (near.view(r, S, alpha.shape[-1], -1) * alpha[..., None]).view(r, S, C)
+
+
+def _blended(near: Tensor, alpha: Tensor | None, entries: int) -> Tensor:
+    """(r, S * E, C) -> (r, S, C): the entries of a slot, times alpha, added up."""
+    read = _scaled(near, alpha)
+    return read if entries == 1 else read.unflatten(1, (-1, entries)).sum(2)
 
 
 def _matrix(weight: Tensor, groups: int) -> Tensor:
@@ -99,7 +106,7 @@ def _attend(value: Tensor, index: Tensor, alpha: Tensor, weight: Tensor | None) 
     out = whole.view(B * M, value.shape[2])
     w_HSd = _slot_weights(weight, H)
     rows = alpha.reshape(B * M, S, H)
-    for part, _, _, near in _tiles(value, index, heads_first=True):
+    for part, _, _, near in tiles(value, index, heads_first=True):
         if w_HSd is not None:
             near = (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         a = rows[part].transpose(1, 2).reshape(-1, 1, S)
@@ -118,7 +125,7 @@ def _attend_backward(
     w_HSd = _slot_weights(weight, H)
     d_w = None if w_HSd is None else torch.zeros(w_HSd.shape, dtype=wide, device=value.device)
     rows, grads = alpha.reshape(B * M, S, H), grad.reshape(B * M * H, 1, C // H)
-    for part, at, missing, near in _tiles(value, index, heads_first=True):
+    for part, at, missing, near in tiles(value, index, heads_first=True):
         g = grads[part.start * H : part.stop * H]
         read = near if w_HSd is None else (near.view(-1, *w_HSd.shape) * w_HSd).view_as(near)
         d_alpha[part] = torch.bmm(g, read.transpose(1, 2)).view(-1, H, S).transpose(1, 2)
@@ -135,8 +142,20 @@ def _attend_backward(
     return d_value.view(B, N, C).to(value.dtype), d_alpha.view(B, M, S, H), d_weight
 
 
-def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int) -> Tensor:
+def _own_slots(weight: Tensor | None, groups: int, channels: int, entries: int) -> tuple[Tensor | None, int]:
+    """Kernel and entries, every entry a slot of its own where it costs nothing: without a dense kernel."""
+    if entries == 1 or weight is None:
+        return weight, 1
+    if is_depthwise(weight, groups, channels):
+        return weight.repeat_interleave(entries, 2), 1
+    return weight, entries
+
+
+def aggregate(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int = 1
+) -> Tensor:
     """`nearfold.kernels.aggregate.aggregate`."""
+    weight, entries = _own_slots(weight, groups, value.shape[2], entries)
     B, _, C = value.shape
     M = index.shape[1]
     O = out_channels(value, weight)
@@ -147,8 +166,8 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
         return _attend(value, index, alpha, weight)
     matrix = None if weight is None or depthwise else _matrix(weight, groups)
     flat_alpha = None if alpha is None else alpha.reshape(B * M, *alpha.shape[2:])
-    for part, _, _, near in _tiles(value, index):
-        near = _scaled(near, None if flat_alpha is None else flat_alpha[part])
+    for part, _, _, near in tiles(value, index):
+        near = _blended(near, None if flat_alpha is None else flat_alpha[part], entries)
         if weight is None:
             out[part] = near.sum(1)
         elif matrix is None:
@@ -164,32 +183,50 @@ def aggregate(value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor
 
 
 def backward(
-    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+    grad: Tensor,
+    value: Tensor,
+    index: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    groups: int,
+    entries: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at value, alpha and weight (empty tensors for those that are None)."""
-    if alpha is not None and (weight is None or is_depthwise(weight, groups, value.shape[2])):
-        return _attend_backward(grad, value, index, alpha, weight)
-    return _backward_tiles(grad, value, index, alpha, weight, groups)
+    kernel, left = _own_slots(weight, groups, value.shape[2], entries)
+    if alpha is not None and (kernel is None or is_depthwise(kernel, groups, value.shape[2])):
+        d_value, d_alpha, d_weight = _attend_backward(grad, value, index, alpha, kernel)
+    else:
+        d_value, d_alpha, d_weight = _backward_tiles(grad, value, index, alpha, kernel, groups, left)
+    if kernel is not None and left != entries:
+        d_weight = d_weight.unflatten(2, (-1, entries)).sum(-1)
+    return d_value, d_alpha, d_weight
 
 
 def _backward_tiles(
-    grad: Tensor, value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int
+    grad: Tensor,
+    value: Tensor,
+    index: Tensor,
+    alpha: Tensor | None,
+    weight: Tensor | None,
+    groups: int,
+    entries: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, N, C = value.shape
-    _, M, S, H = index.shape
+    _, M, SE, H = index.shape
+    S = SE // entries
     wide = torch.promote_types(value.dtype, torch.float32)  # sums over many outputs
     d_value = torch.zeros(B * N * H, C // H, dtype=wide, device=value.device)
-    d_alpha = value.new_empty((B * M, S, H) if alpha is not None else 0)
+    d_alpha = value.new_empty((B * M, SE, H) if alpha is not None else 0)
     depthwise = is_depthwise(weight, groups, C)
     matrix = None if weight is None or depthwise else _matrix(weight, groups)
     d_matrix = None if matrix is None else torch.zeros(matrix.shape, dtype=wide, device=value.device)
     d_slots = torch.zeros(S, C, dtype=wide, device=value.device) if depthwise else None
     grad = grad.reshape(B * M, grad.shape[-1])
-    flat_alpha = None if alpha is None else alpha.reshape(B * M, S, H)
-    for part, at, missing, near in _tiles(value, index):
+    flat_alpha = None if alpha is None else alpha.reshape(B * M, SE, H)
+    for part, at, missing, near in tiles(value, index):
         g, r = grad[part], len(near)
         tile_alpha = None if flat_alpha is None else flat_alpha[part]
-        read = _scaled(near, tile_alpha)
+        read = _blended(near, tile_alpha, entries)
         if matrix is None:
             d_read = g[:, None, :].expand(r, S, C)
             if d_slots is not None and weight is not None:
@@ -205,9 +242,11 @@ def _backward_tiles(
             d_matrix += torch.bmm(_grouped(read, groups).transpose(1, 2), g_G).to(wide)
             d_read = torch.bmm(g_G, matrix.transpose(1, 2)).view(groups, r, S, C // groups)
             d_read = d_read.permute(1, 2, 0, 3).reshape(r, S, C)
+        if entries > 1:
+            d_read = d_read.reshape(r, S, C).repeat_interleave(entries, 1)
         if tile_alpha is not None:
-            d_alpha[part] = (near * d_read).view(r, S, H, -1).sum(-1)
-            d_read = _scaled(d_read.reshape(r, S, C), tile_alpha)
+            d_alpha[part] = (near * d_read).view(r, SE, H, -1).sum(-1)
+            d_read = _scaled(d_read.reshape(r, SE, C), tile_alpha)
         d_near = d_read.reshape(-1, C // H).to(wide)
         if missing is not None:
             d_near = d_near.masked_fill(missing, 0)
@@ -222,6 +261,6 @@ def _backward_tiles(
         d_weight = d_weight.to(weight.dtype).contiguous()
     return (
         d_value.view(B, N, C).to(value.dtype),
-        d_alpha.view(B, M, S, H) if alpha is not None else d_alpha,
+        d_alpha.view(B, M, SE, H) if alpha is not None else d_alpha,
         d_weight,
     )

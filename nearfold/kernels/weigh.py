@@ -14,10 +14,12 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import engine
 from nearfold.kernels.names import LOST
 
+MAX_AXES = 8  # of an index that the engine reads where it lies, expanded or not
+
 
 @torch.library.custom_op("nearfold::slot_softmax", mutates_args=())
 def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
-    """Softmax of scale * score (.., k) over the slots with index >= 0: (.., k), contiguous.
+    """Softmax of scale * score (.., k) over the slots with index >= 0: (.., k), contiguous. An index may be expanded.
 
     A slot with index -1 weighs zero, whatever its score; rows without any slot are zero, rows with index -2 NaN.
     """
@@ -28,8 +30,8 @@ def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
         assert module is not None
         alpha = torch.empty_like(score, memory_format=torch.contiguous_format)
         k = score.shape[-1]
-        rows = score.contiguous().view(-1, k), index.contiguous().view(-1, k)
-        module.softmax(*rows, scale, alpha.view(-1, k), engine.threads())
+        at = index if index.dim() <= MAX_AXES else index.reshape(-1, k)
+        module.softmax(score.contiguous().view(-1, k), at, scale, alpha.view(-1, k), engine.threads())
         return alpha
     valid = index >= 0
     # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN

@@ -1,8 +1,10 @@
 // y = sum over slots of alpha * W_s * value[index], and its gradients, without the gathered (B, C, N, k).
 //
 // With a dense kernel this is an implicit GEMM: rows of six outputs read their neighbours through pointers, where a GEMM
-// would read a packed matrix. Gradients at value follow the inverse index, so every position adds its terms in a fixed
-// order: results do not depend on the number of threads.
+// would read a packed matrix. Where alpha or several entries make a slot's row, it is computed into a tile that stays in
+// cache. Every position adds its terms in a fixed order: results do not depend on the number of threads.
+//
+// An output and head reads S * entries rows of value; entry e of slot s is number s * entries + e.
 #include <limits>
 
 #include "engine.h"
@@ -14,6 +16,9 @@ namespace {
 
 constexpr int64_t block_rows = 8 * tile_rows;  // rows that share a panel of the kernel while it is in L1
 constexpr int64_t reduce_rows = 64;            // outputs that one step of the kernel's gradient takes
+constexpr int64_t panels_together = 4;         // panels of the kernel that one gathering of rows serves
+constexpr int64_t blended_together = 8;        // entries whose sum stays in registers
+constexpr int64_t slope_bytes = 4 << 20;       // of gradients at slots that threads share
 
 // acc[r] += rows[r] . panel, for tile_rows rows of K values and a panel (K, vectors * lanes).
 template <class T, int vectors>
@@ -81,13 +86,13 @@ struct Reader {  // the operands of one call, by coordinates
 
     explicit Reader(const AggregateArgs<T> &args)
         : a(args), head_channels(args.C / args.H), group_channels(args.C / args.G), group_out(args.O / args.G) {}
+    int64_t entries() const { return a.S * a.entries; }
     int64_t index(int64_t b, int64_t m, int64_t s, int64_t h) const {
         return a.index[b * a.index_stride[0] + m * a.index_stride[1] + s * a.index_stride[2] + h * a.index_stride[3]];
     }
     int64_t alpha_at(int64_t b, int64_t m, int64_t s, int64_t h) const {
         return b * a.alpha_stride[0] + m * a.alpha_stride[1] + s * a.alpha_stride[2] + h * a.alpha_stride[3];
     }
-    T alpha(int64_t b, int64_t m, int64_t s, int64_t h) const { return a.alpha ? a.alpha[alpha_at(b, m, s, h)] : T(1); }
     const T *value(int64_t b, int64_t n) const { return a.value + b * a.value_stride[0] + n * a.value_stride[1]; }
     bool depthwise() const { return a.weight != nullptr && a.O == a.G && a.G == a.C; }
     bool dense() const { return a.weight != nullptr && !depthwise(); }
@@ -111,17 +116,19 @@ struct Slots {
 template <class T>
 int check_index(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
+    // an axis that an expanded index repeats is looked at once
+    const int64_t B = a.index_stride[0] ? a.B : smaller<int64_t>(a.B, 1), H = a.index_stride[3] ? a.H : 1;
     int bad = 0;
-    parallel(a.threads, a.B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
+    parallel(a.threads, B * ceil_div(a.M, block_rows), [&](int64_t item, int) {
         const int64_t b = item / ceil_div(a.M, block_rows), m0 = item % ceil_div(a.M, block_rows) * block_rows;
         bool beyond = false;
-        for (int64_t h = 0; h < a.H; ++h)
+        for (int64_t h = 0; h < H; ++h)
             for (int64_t m = m0; m < smaller(m0 + block_rows, a.M); ++m) {
                 const Slots<T> slots(read, b, m, h);
                 if (slots.index_step == 1)
-                    for (int64_t s = 0; s < a.S; ++s) beyond |= slots.index[s] >= a.N;
+                    for (int64_t s = 0; s < read.entries(); ++s) beyond |= slots.index[s] >= a.N;
                 else
-                    for (int64_t s = 0; s < a.S; ++s) beyond |= slots.at(s) >= a.N;
+                    for (int64_t s = 0; s < read.entries(); ++s) beyond |= slots.at(s) >= a.N;
             }
         if (beyond) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
     });
@@ -132,7 +139,7 @@ int check_index(const AggregateArgs<T> &a) {
 template <class T>
 bool is_lost(const Reader<T> &read, int64_t b, int64_t m) {
     if (read.a.alpha != nullptr) return false;
-    for (int64_t s = 0; s < read.a.S; ++s)
+    for (int64_t s = 0; s < read.entries(); ++s)
         for (int64_t h = 0; h < read.a.H; ++h)
             if (read.index(b, m, s, h) == lost) return true;
     return false;
@@ -157,6 +164,78 @@ inline int64_t segments_of(int64_t C, int64_t H, int64_t G, Segment *to) {
 template <class T>
 inline void scale_to(T *to, T a, const T *x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = a * x[i];
+}
+
+template <class T, int vectors>
+inline void blend_vectors(const T *const *rows, const T *alphas, int64_t count, int64_t first, bool onto, T *to) {
+    Vec<T> acc[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) acc[v] = onto ? load<T>(to + first + v * lanes<T>) : Vec<T>{};
+    for (int64_t e = 0; e < count; ++e) {
+        const Vec<T> alpha = splat<T>(alphas[e]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) acc[v] = fused<T>(alpha, load<T>(rows[e] + first + v * lanes<T>), acc[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store<T>(to + first + v * lanes<T>, acc[v]);
+}
+
+// to = sum over the entries of a slot of alpha * value, for n channels from `value` on. A channel's bits do not depend on
+// where the channels begin and end, for how they are split may depend on the number of threads.
+template <class T>
+inline void blend(const Reader<T> &read, const Slots<T> &slots, int64_t s, const T *value, const T *zero, int64_t n, T *to) {
+    const int64_t end = (s + 1) * read.a.entries, start = s * read.a.entries;
+    for (int64_t first = start; first < end; first += blended_together) {
+        const T *rows[blended_together];
+        T alphas[blended_together];
+        int64_t count = 0;
+        for (int64_t e = first; e < smaller(first + blended_together, end); ++e) {
+            const int64_t at = slots.at(e);
+            const T alpha = slots.alpha(e);
+            if (at < 0 && alpha == alpha) continue;  // NaN is the output's, whatever the slot reads
+            rows[count] = at < 0 ? zero : value + at * read.a.value_stride[1];
+            alphas[count++] = alpha;
+        }
+        const bool onto = first > start;
+        int64_t c = 0;
+        for (; c + 4 * lanes<T> <= n; c += 4 * lanes<T>) blend_vectors<T, 4>(rows, alphas, count, c, onto, to);
+        while (c + lanes<T> <= n) {
+            const int64_t width = smaller<int64_t>(tile_columns<T>, (n - c) / lanes<T> * lanes<T>);
+            with_vectors<T>(width, [&](auto v) { blend_vectors<T, v.n>(rows, alphas, count, c, onto, to); });
+            c += width;
+        }
+        for (; c < n; ++c) {
+            T total = onto ? to[c] : T(0);
+            for (int64_t e = 0; e < count; ++e) total = fused_one(alphas[e], rows[e][c], total);
+            to[c] = total;
+        }
+    }
+}
+
+// What slot s of n outputs from m0 on reads in a segment: rows of value, or rows of `tile` where they have to be computed.
+template <class T>
+inline void slot_rows(const Reader<T> &read, int64_t b, int64_t m0, int64_t n, int64_t s, const Segment &seg, const T *zero,
+                      T *tile, int64_t stride, const T **rows) {
+    const T *value = read.value(b, 0) + seg.first;
+    if (read.a.entries > 1) {
+        for (int64_t i = 0; i < n; ++i) {
+            blend(read, Slots<T>(read, b, m0 + i, seg.head), s, value, zero, seg.size, tile + i * stride);
+            rows[i] = tile + i * stride;
+        }
+        return;
+    }
+    const int64_t *index = read.a.index + b * read.a.index_stride[0] + m0 * read.a.index_stride[1] +
+                           s * read.a.index_stride[2] + seg.head * read.a.index_stride[3];
+    const T *alphas = read.a.alpha ? read.a.alpha + read.alpha_at(b, m0, s, seg.head) : nullptr;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = index[i * read.a.index_stride[1]];
+        rows[i] = at < 0 ? zero : value + at * read.a.value_stride[1];
+        if (alphas == nullptr) continue;
+        const T alpha = alphas[i * read.a.alpha_stride[1]];
+        if (at < 0 && alpha == alpha) continue;  // NaN is the output's, whatever the slot reads
+        scale_to(tile + i * stride, alpha, rows[i], seg.size);
+        rows[i] = tile + i * stride;
+    }
 }
 
 // ---- a dense kernel -------------------------------------------------------------------------------------------------
@@ -205,8 +284,10 @@ template <class T>
 int dense_forward(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
     const int64_t c = read.group_channels, o = read.group_out, size = packed_size<T>(a.S * c, o);
-    const int64_t blocks = ceil_div(a.M, block_rows);
-    const int64_t tile = block_rows * tile_columns<T>, worker_size = round_up(tile + (1 + tile_rows) * a.C, 16);
+    const int64_t blocks = ceil_div(a.M, block_rows), together = panels_together * tile_columns<T>;
+    const int64_t acc_size = block_rows * smaller(together, round_up(o, lanes<T>));
+    const bool plain = a.alpha == nullptr && a.entries == 1;
+    const int64_t worker_size = round_up(acc_size + (1 + (plain ? 0 : block_rows)) * a.C, 16);
     const Scratch packed(a.G * size * sizeof(T)), workers(a.threads * worker_size * sizeof(T));
     const Scratch segment_memory((a.H + a.G) * sizeof(Segment));
     if (!packed.ok() || !workers.ok() || !segment_memory.ok()) return out_of_memory;
@@ -216,40 +297,37 @@ int dense_forward(const AggregateArgs<T> &a) {
 
     parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
         const int64_t b = item / blocks, m0 = item % blocks * block_rows, n = smaller(block_rows, a.M - m0);
-        T *acc = workers.at<T>() + worker * worker_size, *zero = acc + tile, *scaled = zero + a.C;
+        const int64_t padded = round_up(n, tile_rows);
+        T *acc = workers.at<T>() + worker * worker_size, *zero = acc + acc_size, *tile = zero + a.C;
         fill(zero, a.C, T(0));
+        const T *rows[block_rows];
+        for (int64_t i = n; i < padded; ++i) rows[i] = zero;
         for (int64_t q0 = 0, q1; q0 < count; q0 = q1) {
             const int64_t g = segments[q0].group;
             for (q1 = q0; q1 < count && segments[q1].group == g;) ++q1;
-            for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
-                const int64_t width = panel_width<T>(o, o0);
-                const T *panel = packed.at<T>() + g * size + a.S * c * o0;
-                fill(acc, round_up(n, tile_rows) * width, T(0));
+            for (int64_t from = 0; from < o; from += together) {
+                const int64_t to = smaller(o, from + together);
+                fill(acc, padded * round_up(to - from, lanes<T>), T(0));
                 for (int64_t s = 0; s < a.S; ++s)
                     for (int64_t q = q0; q < q1; ++q) {
                         const Segment seg = segments[q];
-                        const T *kernel = panel + (s * c + seg.first - g * c) * width;
-                        for (int64_t i0 = 0; i0 < n; i0 += tile_rows) {
-                            const T *rows[tile_rows];
-                            T *sums[tile_rows];
-                            for (int64_t r = 0; r < tile_rows; ++r) {
-                                sums[r] = acc + (i0 + r) * width;
-                                rows[r] = zero;
-                                if (i0 + r >= n) continue;
-                                const int64_t at = read.index(b, m0 + i0 + r, s, seg.head);
-                                if (at >= 0) rows[r] = read.value(b, at) + seg.first;
-                                if (a.alpha == nullptr) continue;
-                                const T alpha = read.alpha(b, m0 + i0 + r, s, seg.head);
-                                if (at < 0 && alpha == alpha) continue;  // NaN is the output's, whatever the slot reads
-                                scale_to(scaled + r * a.C, alpha, rows[r], seg.size);
-                                rows[r] = scaled + r * a.C;
+                        slot_rows(read, b, m0, n, s, seg, zero, tile, seg.size, rows);
+                        for (int64_t o0 = from; o0 < to; o0 += tile_columns<T>) {
+                            const int64_t width = panel_width<T>(o, o0);
+                            const T *kernel = packed.at<T>() + g * size + a.S * c * o0 + (s * c + seg.first - g * c) * width;
+                            for (int64_t i0 = 0; i0 < n; i0 += tile_rows) {
+                                T *sums[tile_rows];
+                                for (int64_t r = 0; r < tile_rows; ++r)
+                                    sums[r] = acc + padded * (o0 - from) + (i0 + r) * width;
+                                with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows + i0, kernel, seg.size, sums); });
                             }
-                            with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows, kernel, seg.size, sums); });
                         }
                     }
-                for (int64_t i = 0; i < n; ++i)
-                    memcpy(a.out + (b * a.M + m0 + i) * a.O + g * o + o0, acc + i * width,
-                           smaller(width, o - o0) * sizeof(T));
+                for (int64_t o0 = from; o0 < to; o0 += tile_columns<T>)
+                    for (int64_t i = 0; i < n; ++i)
+                        memcpy(a.out + (b * a.M + m0 + i) * a.O + g * o + o0,
+                               acc + padded * (o0 - from) + i * panel_width<T>(o, o0),
+                               smaller(panel_width<T>(o, o0), o - o0) * sizeof(T));
             }
         }
         for (int64_t i = 0; i < n; ++i)
@@ -266,29 +344,32 @@ struct Inverse {
 
 template <class T>
 void invert(const Reader<T> &read, int64_t b, int64_t h, Inverse to) {
-    const int64_t S = read.a.S, bins = read.a.N * S;
+    const int64_t S = read.a.S, E = read.a.entries, bins = read.a.N * S;
     fill<int32_t>(to.start, bins + 1, 0);
     for (int64_t m = 0; m < read.a.M; ++m)
-        for (int64_t s = 0; s < S; ++s) {
-            const int64_t j = read.index(b, m, s, h);
-            if (j >= 0) ++to.start[j * S + s + 1];
-        }
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t e = s * E; e < (s + 1) * E; ++e) {
+                const int64_t j = read.index(b, m, e, h);
+                if (j >= 0) ++to.start[j * S + s + 1];
+            }
     for (int64_t i = 0; i < bins; ++i) to.start[i + 1] += to.start[i];
     for (int64_t m = 0; m < read.a.M; ++m)
-        for (int64_t s = 0; s < S; ++s) {
-            const int64_t j = read.index(b, m, s, h);
-            if (j >= 0) to.members[to.start[j * S + s]++] = static_cast<int32_t>(m);
-        }
+        for (int64_t s = 0; s < S; ++s)
+            for (int64_t e = s * E; e < (s + 1) * E; ++e) {
+                const int64_t j = read.index(b, m, e, h);
+                if (j >= 0) to.members[to.start[j * S + s]++] = static_cast<int32_t>(m);
+            }
     for (int64_t i = bins; i > 0; --i) to.start[i] = to.start[i - 1];  // filling moved every start to its end
     to.start[0] = 0;
 }
 
+// Where there is no alpha: all outputs that read a position through one slot send it one product.
 template <class T>
 int dense_value_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count, const T *packed) {
     const AggregateArgs<T> &a = b_args.of;
     const Reader<T> read(a);
     const int64_t o = read.group_out, blocks = ceil_div(a.N, block_rows), problems = a.B * a.H;
-    const int64_t inverse_size = round_up(a.N * a.S + 1 + a.M * a.S, 16);
+    const int64_t inverse_size = round_up(a.N * a.S + 1 + a.M * read.entries(), 16);
     const int64_t tile = (block_rows + 1) * tile_columns<T>, worker_size = round_up(tile + (1 + tile_rows) * o, 16);
     const Scratch inverses(problems * inverse_size * sizeof(int32_t)), workers(a.threads * worker_size * sizeof(T));
     if (!inverses.ok() || !workers.ok()) return out_of_memory;
@@ -333,12 +414,12 @@ int dense_value_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
                         for (int32_t at = start[0]; at < start[1]; ++at) {
                             const int64_t m = inverse.members[at];
                             const T *grad = b_args.grad + (b * a.M + m) * a.O + seg.group * o;
-                            if (a.alpha == nullptr && start[1] - start[0] == 1)
+                            if (start[1] - start[0] == 1)
                                 rows[filled] = grad;
                             else if (at == start[0])
-                                scale_to(sum, read.alpha(b, m, s, h), grad, o);
+                                memcpy(sum, grad, o * sizeof(T));
                             else
-                                add_scaled(sum, read.alpha(b, m, s, h), grad, o);
+                                add_scaled(sum, T(1), grad, o);
                         }
                         if (++filled == tile_rows) flush();
                     }
@@ -353,62 +434,130 @@ int dense_value_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *
     return ok;
 }
 
-// d_alpha = value[index] . (W_s^T grad)
+// Some channels of a segment, and where their part of the kernel lies.
 template <class T>
-int dense_alpha_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count, const T *packed) {
+struct Panel {
+    int64_t head, group, first, size, width, before;  // `before`: the widths of the panels before it
+    const T *kernel;
+};
+
+// Where there is alpha: slopes = W_s^T grad by tiles of outputs, d_alpha = value[index] . slopes, and every entry adds
+// alpha * slopes to the position it reads. One product serves both.
+template <class T>
+int dense_reads_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count, const T *packed) {
     const AggregateArgs<T> &a = b_args.of;
     const Reader<T> read(a);
-    const int64_t o = read.group_out, blocks = ceil_div(a.M, tile_rows);
-    const int64_t worker_size = round_up(tile_rows * tile_columns<T> + o, 16);
-    const Scratch workers(a.threads * worker_size * sizeof(T));
-    if (!workers.ok()) return out_of_memory;
-    parallel(a.threads, a.B * blocks, [&](int64_t item, int worker) {
-        const int64_t b = item / blocks, m0 = item % blocks * tile_rows, n = smaller<int64_t>(tile_rows, a.M - m0);
-        T *acc = workers.at<T>() + worker * worker_size, *zero = acc + tile_rows * tile_columns<T>;
-        fill(zero, o, T(0));
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t s = 0; s < a.S; ++s)
-                for (int64_t h = 0; h < a.H; ++h) b_args.d_alpha[read.alpha_at(b, m0 + i, s, h)] = 0;
-        const T *base = packed;
-        for (int64_t q = 0; q < count; base += packed_size<T>(a.S * o, segments[q].size), ++q) {
-            const Segment seg = segments[q];
-            for (int64_t c0 = 0; c0 < seg.size; c0 += tile_columns<T>) {
-                const int64_t width = panel_width<T>(seg.size, c0), real = smaller(width, seg.size - c0);
-                for (int64_t s = 0; s < a.S; ++s) {
-                    const T *rows[tile_rows];
-                    T *sums[tile_rows];
-                    for (int64_t r = 0; r < tile_rows; ++r) {
-                        rows[r] = r < n ? b_args.grad + (b * a.M + m0 + r) * a.O + seg.group * o : zero;
-                        sums[r] = acc + r * width;
-                    }
-                    fill(acc, tile_rows * width, T(0));
-                    const T *kernel = base + a.S * o * c0 + s * o * width;
-                    with_vectors<T>(width, [&](auto v) { multiply<T, v.n>(rows, kernel, o, sums); });
-                    for (int64_t r = 0; r < n; ++r) {
-                        const int64_t at = read.index(b, m0 + r, s, seg.head);
-                        if (at < 0) continue;
-                        const T *v = read.value(b, at) + seg.first + c0;
-                        T total = 0;
-                        for (int64_t i = 0; i < real; ++i) total += v[i] * sums[r][i];
-                        b_args.d_alpha[read.alpha_at(b, m0 + r, s, seg.head)] += total;
-                    }
-                }
+    const int64_t o = read.group_out, blocks = ceil_div(a.M, block_rows);
+    const Scratch panel_memory(a.C * sizeof(Panel<T>));
+    if (!panel_memory.ok()) return out_of_memory;
+    Panel<T> *panels = panel_memory.at<Panel<T>>();
+    int64_t panel_count = 0, widths = 0;
+    for (int64_t q = 0; q < count; packed += packed_size<T>(a.S * o, segments[q].size), ++q)
+        for (int64_t c0 = 0; c0 < segments[q].size; c0 += tile_columns<T>) {
+            const int64_t width = panel_width<T>(segments[q].size, c0);
+            panels[panel_count++] = {segments[q].head, segments[q].group, segments[q].first + c0,
+                                     smaller(width, segments[q].size - c0), width, widths, packed + a.S * o * c0};
+            widths += width;
+        }
+
+    // a thread that has a sample to itself adds at once; those that share one compute for some blocks, and then add
+    const bool apart = a.threads == 1 || (a.B >= a.threads && (a.B % a.threads == 0 || a.B >= 4 * a.threads));
+    const int64_t tile = larger<int64_t>(1, block_rows * widths * a.S);
+    int64_t shared = larger<int64_t>(a.threads, slope_bytes / (tile * static_cast<int64_t>(sizeof(T))));
+    shared = smaller(shared, larger<int64_t>(1, blocks));
+    const Scratch slopes((apart ? a.threads * block_rows * tile_columns<T> : shared * tile) * sizeof(T));
+    const Scratch zero(o * sizeof(T));
+    if (!slopes.ok() || !zero.ok()) return out_of_memory;
+    fill(zero.at<T>(), o, T(0));
+
+    const auto compute = [&](int64_t b, int64_t m0, const Panel<T> &panel, int64_t s, T *to) {
+        const int64_t n = smaller(block_rows, a.M - m0), E = a.entries;
+        fill(to, round_up(n, tile_rows) * panel.width, T(0));
+        for (int64_t i0 = 0; i0 < n; i0 += tile_rows) {
+            const T *rows[tile_rows];
+            T *sums[tile_rows];
+            for (int64_t r = 0; r < tile_rows; ++r) {
+                rows[r] = i0 + r < n ? b_args.grad + (b * a.M + m0 + i0 + r) * a.O + panel.group * o : zero.at<T>();
+                sums[r] = to + (i0 + r) * panel.width;
+            }
+            const T *kernel = panel.kernel + s * o * panel.width;
+            with_vectors<T>(panel.width, [&](auto v) { multiply<T, v.n>(rows, kernel, o, sums); });
+        }
+        const T *value = read.value(b, 0) + panel.first;
+        const bool begins = panel.first == panel.head * read.head_channels;
+        Dots<T> dots;
+        for (int64_t i = 0; i < n; ++i) {
+            const Slots<T> slots(read, b, m0 + i, panel.head);
+            T *d_alpha = b_args.d_alpha + b_args.d_alpha_at(b, m0 + i, panel.head);
+            for (int64_t e = s * E; e < (s + 1) * E; ++e) {
+                const int64_t at = slots.at(e);
+                T &slope = d_alpha[e * b_args.d_alpha_stride[2]];
+                if (begins) slope = 0;
+                if (at >= 0) dots.push(to + i * panel.width, value + at * a.value_stride[1], panel.size, &slope);
             }
         }
-    });
+        dots.flush(panel.size);
+    };
+    const auto add = [&](int64_t b, int64_t m0, const Panel<T> &panel, int64_t s, const T *from, int64_t j0, int64_t j1) {
+        const int64_t n = smaller(block_rows, a.M - m0), E = a.entries;
+        T *d_value = b_args.d_value + b * a.N * a.C + panel.first;
+        for (int64_t i = 0; i < n; ++i) {
+            const Slots<T> slots(read, b, m0 + i, panel.head);
+            for (int64_t e = s * E; e < (s + 1) * E; ++e) {
+                const int64_t at = slots.at(e);
+                if (at >= j0 && at < j1) add_scaled(d_value + at * a.C, slots.alpha(e), from + i * panel.width, panel.size);
+            }
+        }
+    };
+
+    if (apart) {
+        parallel(a.threads, a.B, [&](int64_t b, int worker) {
+            T *mine = slopes.at<T>() + worker * block_rows * tile_columns<T>;
+            fill(b_args.d_value + b * a.N * a.C, a.N * a.C, T(0));
+            for (int64_t block = 0; block < blocks; ++block)
+                for (int64_t p = 0; p < panel_count; ++p)
+                    for (int64_t s = 0; s < a.S; ++s) {
+                        compute(b, block * block_rows, panels[p], s, mine);
+                        add(b, block * block_rows, panels[p], s, mine, 0, a.N);
+                    }
+        });
+        return ok;
+    }
+    const int64_t ranges = smaller<int64_t>(2 * a.threads, larger<int64_t>(1, a.N));
+    const auto slopes_of = [&](int64_t block, const Panel<T> &panel, int64_t s) {
+        return slopes.at<T>() + block * tile + block_rows * (panel.before * a.S + s * panel.width);
+    };
+    for (int64_t b = 0; b < a.B; ++b) {
+        fill(b_args.d_value + b * a.N * a.C, a.N * a.C, T(0));
+        for (int64_t first = 0; first < blocks; first += shared) {
+            const int64_t some = smaller(shared, blocks - first);
+            parallel(a.threads, some, [&](int64_t block, int) {
+                for (int64_t p = 0; p < panel_count; ++p)
+                    for (int64_t s = 0; s < a.S; ++s)
+                        compute(b, (first + block) * block_rows, panels[p], s, slopes_of(block, panels[p], s));
+            });
+            parallel(a.threads, ranges, [&](int64_t range, int) {
+                for (int64_t block = 0; block < some; ++block)
+                    for (int64_t p = 0; p < panel_count; ++p)
+                        for (int64_t s = 0; s < a.S; ++s)
+                            add(b, (first + block) * block_rows, panels[p], s, slopes_of(block, panels[p], s),
+                                a.N * range / ranges, a.N * (range + 1) / ranges);
+            });
+        }
+    }
     return ok;
 }
 
-// d_W[s] = sum over outputs of value[index]^T grad: every item owns some rows of it.
+// d_W[s] = sum over outputs of (the slot's row)^T grad: every item owns some rows of it.
 template <class T>
 int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment *segments, int64_t count) {
     const AggregateArgs<T> &a = b_args.of;
     const Reader<T> read(a);
-    const int64_t c = read.group_channels, o = read.group_out;
+    const int64_t c = read.group_channels, o = read.group_out, together = panels_together * tile_columns<T>;
     int64_t chunk = block_rows;  // channels of an item
     while (chunk > tile_rows && a.S * ceil_div(a.C, chunk) < 4 * a.threads) chunk = round_up(chunk / 2, tile_rows);
-    // panels of grad, accumulators (chunk, width), rows of zeros, rows scaled by alpha
-    const int64_t grad_size = reduce_rows * tile_columns<T>, acc_size = chunk * tile_columns<T>;
+    // a panel of grad, accumulators (chunk, width) by panel, rows of zeros, rows that were computed or copied
+    const int64_t grad_size = reduce_rows * tile_columns<T>, acc_size = chunk * smaller(together, round_up(o, lanes<T>));
     const int64_t spare = round_up(chunk + tile_rows, 16);
     const int64_t worker_size = grad_size + acc_size + spare * (1 + reduce_rows);
     const Scratch workers(a.threads * worker_size * sizeof(T));
@@ -420,50 +569,56 @@ int dense_weight_gradient(const AggregateBackwardArgs<T> &b_args, const Segment 
         for (int64_t c0 = 0; c0 < segments[q].size; c0 += chunk)
             items[item_count++] = {segments[q].head, segments[q].group, segments[q].first + c0,
                                    smaller(chunk, segments[q].size - c0)};
+    const bool plain = a.alpha == nullptr && a.entries == 1;
 
     parallel(a.threads, item_count * a.S, [&](int64_t item, int worker) {
         const Segment seg = items[item / a.S];
-        const int64_t s = item % a.S, groups = ceil_div(seg.size, tile_rows);
+        const int64_t s = item % a.S, padded = round_up(seg.size, tile_rows);
         T *grads = workers.at<T>() + worker * worker_size, *acc = grads + grad_size, *zero = acc + acc_size;
         T *copies = zero + spare;
         fill(zero, spare * (1 + reduce_rows), T(0));
-        // the last group may read past its channels, into rows that follow: rows with too little behind them are copied
-        const auto ends = [&](int64_t at) {
-            return (a.N - 1 - at) * a.value_stride[1] + a.C - seg.first < round_up(seg.size, tile_rows);
-        };
-        for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
-            const int64_t width = panel_width<T>(o, o0), real = smaller(width, o - o0);
-            fill(acc, groups * tile_rows * width, T(0));
+        // the last six may reach past their channels, into rows that follow: rows with too little behind them are copied
+        const T *last = read.value(0, a.N - 1) + a.C - padded;
+        for (int64_t from = 0; from < o; from += together) {
+            const int64_t to = smaller(o, from + together);
+            fill(acc, padded * round_up(to - from, lanes<T>), T(0));
             for (int64_t b = 0; b < a.B; ++b)
                 for (int64_t m0 = 0; m0 < a.M; m0 += reduce_rows) {
                     const int64_t n = smaller(reduce_rows, a.M - m0);
-                    const T *panel = b_args.grad + (b * a.M + m0) * a.O + seg.group * o + o0;
-                    int64_t stride = a.O;
-                    if (real < width) {
-                        for (int64_t i = 0; i < n; ++i)
-                            for (int64_t j = 0; j < width; ++j) grads[i * width + j] = j < real ? panel[i * stride + j] : 0;
-                        panel = grads;
-                        stride = width;
-                    }
                     const T *rows[reduce_rows];
-                    for (int64_t i = 0; i < n; ++i) {
-                        const int64_t at = read.index(b, m0 + i, s, seg.head);
-                        rows[i] = zero;
-                        if (at < 0) continue;
-                        rows[i] = read.value(b, at) + seg.first;
-                        if (a.alpha == nullptr && !ends(at)) continue;
-                        scale_to(copies + i * spare, read.alpha(b, m0 + i, s, seg.head), rows[i], seg.size);
-                        rows[i] = copies + i * spare;
+                    slot_rows(read, b, m0, n, s, seg, zero, copies, spare, rows);
+                    if (plain)
+                        for (int64_t i = 0; i < n; ++i) {
+                            if (rows[i] <= last + b * a.value_stride[0] || rows[i] == zero) continue;
+                            memcpy(copies + i * spare, rows[i], seg.size * sizeof(T));
+                            rows[i] = copies + i * spare;
+                        }
+                    for (int64_t o0 = from; o0 < to; o0 += tile_columns<T>) {
+                        const int64_t width = panel_width<T>(o, o0), real = smaller(width, o - o0);
+                        const T *panel = b_args.grad + (b * a.M + m0) * a.O + seg.group * o + o0;
+                        int64_t stride = a.O;
+                        if (real < width) {
+                            for (int64_t i = 0; i < n; ++i)
+                                for (int64_t j = 0; j < width; ++j)
+                                    grads[i * width + j] = j < real ? panel[i * stride + j] : 0;
+                            panel = grads;
+                            stride = width;
+                        }
+                        T *sums = acc + padded * (o0 - from);
+                        for (int64_t i = 0; i < seg.size; i += tile_rows)
+                            with_vectors<T>(width, [&](auto v) {
+                                multiply_outer<T, v.n>(rows, i, panel, stride, n, sums + i * width);
+                            });
                     }
-                    for (int64_t g = 0; g < groups; ++g)
-                        with_vectors<T>(width, [&](auto v) {
-                            multiply_outer<T, v.n>(rows, g * tile_rows, panel, stride, n, acc + g * tile_rows * width);
-                        });
                 }
-            for (int64_t i = 0; i < seg.size; ++i)
-                for (int64_t j = 0; j < real; ++j)
-                    b_args.d_weight[((seg.group * o + o0 + j) * c + seg.first + i - seg.group * c) * a.S + s] =
-                        acc[i * width + j];
+            for (int64_t o0 = from; o0 < to; o0 += tile_columns<T>) {
+                const int64_t width = panel_width<T>(o, o0), real = smaller(width, o - o0);
+                const T *sums = acc + padded * (o0 - from);
+                for (int64_t i = 0; i < seg.size; ++i)
+                    for (int64_t j = 0; j < real; ++j)
+                        b_args.d_weight[((seg.group * o + o0 + j) * c + seg.first + i - seg.group * c) * a.S + s] =
+                            sums[i * width + j];
+            }
         }
     });
     return ok;
@@ -483,19 +638,48 @@ int dense_backward(const AggregateBackwardArgs<T> &b_args) {
     if (!packed.ok()) return out_of_memory;
     pack_backward(a, segments, count, packed.at<T>());
     int status = dense_weight_gradient(b_args, segments, count);
-    if (status == ok) status = dense_value_gradient(b_args, segments, count, packed.at<T>());
-    if (status == ok && a.alpha != nullptr) status = dense_alpha_gradient(b_args, segments, count, packed.at<T>());
-    return status;
+    if (status != ok) return status;
+    return a.alpha ? dense_reads_gradient(b_args, segments, count, packed.at<T>())
+                   : dense_value_gradient(b_args, segments, count, packed.at<T>());
 }
 
 // ---- no dense kernel: alpha, perhaps times a depthwise kernel --------------------------------------------------------
 
-template <class T>
-struct Near {  // what one output and head reads
-    const T *row;
-    const T *kernel;
-    T alpha;
+struct Near {  // something that one output reads: where its row and its slot of the kernel begin, and its number
+    int64_t row, kernel, entry;
 };
+
+// What an output and head reads, without what is missing; how many they are.
+template <class T>
+inline int64_t list_near(const Reader<T> &read, const Slots<T> &slots, Near *near) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < read.a.S; ++s)
+        for (int64_t e = s * read.a.entries; e < (s + 1) * read.a.entries; ++e) {
+            const int64_t at = slots.at(e);
+            near[count] = {at * read.a.value_stride[1], s * read.a.C, e};
+            count += at >= 0;
+        }
+    return count;
+}
+
+// to[i] = grad . what near[i] reads, over n channels; writes whole vectors.
+template <class T>
+inline void all_slopes(const T *grad, const T *value, const Near *near, int64_t count, int64_t n, T *to) {
+    int64_t i = 0;
+    for (; i + lanes<T> / 4 < count; i += lanes<T>) {
+        const T *rows[lanes<T>];
+        for (int l = 0; l < lanes<T>; ++l) rows[l] = value + near[smaller(i + l, count - 1)].row;
+        store<T>(to + i, dot_products<T>([&](int) { return grad; }, [&](int l) { return rows[l]; }, n));
+    }
+    for (; i < count; ++i) to[i] = dot_product(grad, value + near[i].row, n);
+}
+
+// How many heads one item takes: all that read the same, for then they read whole rows, or one, for what a head reads
+// of all positions is to stay in L2.
+template <class T>
+inline int64_t heads_together(const AggregateArgs<T> &a) {
+    return a.index_stride[3] == 0 ? a.H : 1;
+}
 
 // Depthwise kernel (C, 1, S) -> (S, C).
 template <class T>
@@ -504,14 +688,21 @@ void slots_first(const AggregateArgs<T> &a, T *to) {
         for (int64_t s = 0; s < a.S; ++s) to[s * a.C + c] = a.weight[c * a.S + s];
 }
 
+// One head: value, kernel and out begin at its channels.
+template <class T>
+struct Head {
+    const T *value, *kernel, *alphas;
+    T *out;
+};
+
 template <class T, bool depthwise, int vectors>
-inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *out) {
+inline void weighted_sum(const Head<T> &head, const Near *near, int64_t count, int64_t first) {
     Vec<T> acc[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) acc[v] = Vec<T>{};
-    for (int64_t s = 0; s < count; ++s) {
-        const Vec<T> alpha = splat<T>(near[s].alpha);
-        const T *row = near[s].row + first, *kernel = near[s].kernel + (depthwise ? first : 0);
+    for (int64_t i = 0; i < count; ++i) {
+        const Vec<T> alpha = splat<T>(head.alphas[i]);
+        const T *row = head.value + near[i].row + first, *kernel = head.kernel + (depthwise ? near[i].kernel + first : 0);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
             Vec<T> x = load<T>(row + v * lanes<T>);
@@ -520,52 +711,59 @@ inline void weighted_sum(const Near<T> *near, int64_t count, int64_t first, T *o
         }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store<T>(out + first + v * lanes<T>, acc[v]);
+    for (int v = 0; v < vectors; ++v) store<T>(head.out + first + v * lanes<T>, acc[v]);
 }
 
 template <class T, bool depthwise>
-inline void weighted_sums(const Near<T> *near, int64_t count, int64_t d, T *out) {
+inline void weighted_sums(const Head<T> &head, const Near *near, int64_t count, int64_t d) {
     int64_t c = 0;
-    for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, depthwise, 4>(near, count, c, out);
-    for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, depthwise, 1>(near, count, c, out);
+    for (; c + 4 * lanes<T> <= d; c += 4 * lanes<T>) weighted_sum<T, depthwise, 4>(head, near, count, c);
+    for (; c + lanes<T> <= d; c += lanes<T>) weighted_sum<T, depthwise, 1>(head, near, count, c);
     for (; c < d; ++c) {
         T total = 0;
-        for (int64_t s = 0; s < count; ++s) total += near[s].alpha * near[s].row[c] * (depthwise ? near[s].kernel[c] : T(1));
-        out[c] = total;
+        for (int64_t i = 0; i < count; ++i)
+            total += head.alphas[i] * head.value[near[i].row + c] * (depthwise ? head.kernel[near[i].kernel + c] : T(1));
+        head.out[c] = total;
     }
 }
 
 template <class T>
 int attend_forward(const AggregateArgs<T> &a) {
     const Reader<T> read(a);
-    const int64_t d = read.head_channels, rows = 32, blocks = ceil_div(a.M, rows);
-    const int64_t worker_bytes = round_up(a.S * sizeof(Near<T>), 64);
+    const int64_t d = read.head_channels, rows = 32, blocks = ceil_div(a.M, rows), together = heads_together(a);
+    const int64_t total = read.entries(), worker_bytes = round_up(total * (sizeof(Near) + sizeof(T)), 64);
     const Scratch kernel(a.weight ? a.S * a.C * sizeof(T) : 0), workers(a.threads * worker_bytes);
     if (!kernel.ok() || !workers.ok()) return out_of_memory;
     if (a.weight) slots_first(a, kernel.at<T>());
-    // head by head: what one reads of all positions is to stay in L2
-    parallel(a.threads, a.B * a.H * blocks, [&](int64_t item, int worker) {
-        const int64_t problem = item / blocks, b = problem / a.H, h = problem % a.H, m0 = item % blocks * rows;
-        auto *near = workers.at<Near<T>>(worker * worker_bytes);
+    parallel(a.threads, a.B * (a.H / together) * blocks, [&](int64_t item, int worker) {
+        const int64_t problem = item / blocks, b = problem / (a.H / together), m0 = item % blocks * rows;
+        const int64_t h0 = problem % (a.H / together) * together;
+        auto *near = workers.at<Near>(worker * worker_bytes);
+        T *alphas = reinterpret_cast<T *>(near + total);
         for (int64_t m = m0; m < smaller(m0 + rows, a.M); ++m) {
-            T *out = a.out + (b * a.M + m) * a.C + h * d;
-            int64_t count = 0;
-            bool unknown = is_lost(read, b, m);
-            const Slots<T> slots(read, b, m, h);
-            const T *value = read.value(b, 0) + h * d, *weight = a.weight ? kernel.at<T>() + h * d : nullptr;
-            for (int64_t s = 0; s < a.S; ++s) {
-                const int64_t at = slots.at(s);
-                const T alpha = slots.alpha(s);
-                unknown |= alpha != alpha;
-                if (at < 0) continue;
-                near[count++] = {value + at * a.value_stride[1], weight ? weight + s * a.C : nullptr, alpha};
+            const int64_t count = list_near(read, Slots<T>(read, b, m, h0), near);
+            const bool gone = is_lost(read, b, m);
+            if (a.alpha == nullptr) fill(alphas, count, T(1));
+            for (int64_t h = h0; h < h0 + together; ++h) {
+                Head<T> head = {read.value(b, 0) + h * d, a.weight ? kernel.at<T>() + h * d : nullptr, alphas,
+                                a.out + (b * a.M + m) * a.C + h * d};
+                int unknown = gone;
+                if (a.alpha != nullptr) {
+                    const T *from = a.alpha + read.alpha_at(b, m, 0, h);
+                    const int64_t step = a.alpha_stride[2];
+                    for (int64_t e = 0; e < total; ++e) unknown |= from[e * step] != from[e * step];
+                    if (step == 1 && count == total)
+                        head.alphas = from;
+                    else
+                        for (int64_t i = 0; i < count; ++i) alphas[i] = from[near[i].entry * step];
+                }
+                if (a.weight)
+                    weighted_sums<T, true>(head, near, count, d);
+                else
+                    weighted_sums<T, false>(head, near, count, d);
+                // a NaN in alpha is the output's, whatever the slot reads
+                if (unknown) fill(head.out, d, std::numeric_limits<T>::quiet_NaN());
             }
-            if (a.weight)
-                weighted_sums<T, true>(near, count, d, out);
-            else
-                weighted_sums<T, false>(near, count, d, out);
-            // a NaN in alpha is the output's, whatever the slot reads
-            if (unknown) fill(out, d, std::numeric_limits<T>::quiet_NaN());
         }
     });
     return ok;
@@ -579,35 +777,44 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
     const int64_t d = read.head_channels, total = a.B * a.M;
     const int64_t rows = larger<int64_t>(32, ceil_div(total, 64)), runs = ceil_div(total, rows);
     const bool depthwise = a.weight != nullptr;
-    const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
+    const int64_t together = heads_together(a), padded = round_up(read.entries(), 16);
+    const int64_t worker_bytes = round_up(padded * (sizeof(Near) + sizeof(T)), 64);
+    const Scratch kernel(depthwise ? a.S * a.C * sizeof(T) : 0), lists(a.threads * worker_bytes);
+    const Scratch sums(depthwise ? runs * a.S * a.C * sizeof(T) : 0);
     const Scratch products(a.threads * round_up(a.C, 16) * sizeof(T));
-    if (!kernel.ok() || !sums.ok() || !products.ok()) return out_of_memory;
+    if (!kernel.ok() || !lists.ok() || !sums.ok() || !products.ok()) return out_of_memory;
     if (depthwise) slots_first(a, kernel.at<T>());
 
-    if (depthwise || a.alpha != nullptr)
-        parallel(a.threads, a.H * runs, [&](int64_t item, int worker) {
-            const int64_t h = item / runs, run = item % runs;  // head by head: what one reads is to stay in L2
-            T *product = products.at<T>() + worker * round_up(a.C, 16);
-            T *d_kernel = sums.at<T>() + run * a.S * a.C + h * d;
-            for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernel + s * a.C, d, T(0));
+    if (depthwise || b_args.d_alpha != nullptr)
+        parallel(a.threads, a.H / together * runs, [&](int64_t item, int worker) {
+            const int64_t h0 = item / runs * together, run = item % runs;
+            T *product = products.at<T>() + worker * round_up(a.C, 16), *d_kernels = sums.at<T>() + run * a.S * a.C;
+            for (int64_t s = 0; s < (depthwise ? a.S : 0); ++s) fill(d_kernels + s * a.C + h0 * d, together * d, T(0));
+            Near *near = lists.at<Near>(worker * worker_bytes);
+            T *slopes = reinterpret_cast<T *>(near + padded);
             for (int64_t row = run * rows; row < smaller((run + 1) * rows, total); ++row) {
                 const int64_t b = row / a.M, m = row % a.M;
-                const T *grad = b_args.grad + row * a.C + h * d, *values = read.value(b, 0) + h * d;
-                const Slots<T> slots(read, b, m, h);
-                for (int64_t s = 0; s < a.S; ++s) {
-                    const int64_t at = slots.at(s);
-                    const T *value = at < 0 ? nullptr : values + at * a.value_stride[1];
-                    if (s + ahead < a.S) prefetch(values + larger<int64_t>(0, slots.at(s + ahead)) * a.value_stride[1], d);
-                    T slope = 0;
-                    if (value != nullptr && depthwise) {
-                        const T *w = kernel.at<T>() + s * a.C + h * d;
-                        for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * value[c];
-                        add_scaled(d_kernel + s * a.C, slots.alpha(s), product, d);
-                        slope = dot_product(product, w, d);
-                    } else if (value != nullptr) {
-                        slope = dot_product(grad, value, d);
+                const int64_t count = list_near(read, Slots<T>(read, b, m, h0), near);
+                for (int64_t h = h0; h < h0 + together; ++h) {
+                    const T *grad = b_args.grad + row * a.C + h * d, *value = read.value(b, 0) + h * d;
+                    const Slots<T> slots(read, b, m, h);
+                    T *d_alpha = b_args.d_alpha ? b_args.d_alpha + b_args.d_alpha_at(b, m, h) : nullptr;
+                    const int64_t step = b_args.d_alpha_stride[2];
+                    for (int64_t i = 0; i < (depthwise ? count : 0); ++i) {
+                        const T *x = value + near[i].row;
+                        if (i + ahead < count) prefetch(value + near[i + ahead].row, d);
+                        for (int64_t c = 0; c < d; ++c) product[c] = grad[c] * x[c];
+                        add_scaled(d_kernels + near[i].kernel + h * d, slots.alpha(near[i].entry), product, d);
+                        slopes[i] = dot_product(product, kernel.at<T>() + near[i].kernel + h * d, d);
                     }
-                    if (a.alpha != nullptr) b_args.d_alpha[read.alpha_at(b, m, s, h)] = slope;
+                    if (d_alpha == nullptr) continue;
+                    if (!depthwise) all_slopes(grad, value, near, count, d, slopes);
+                    if (step == 1 && count == read.entries()) {
+                        memcpy(d_alpha, slopes, count * sizeof(T));
+                        continue;
+                    }
+                    for (int64_t e = 0; e < read.entries(); ++e) d_alpha[e * step] = 0;
+                    for (int64_t i = 0; i < count; ++i) d_alpha[near[i].entry * step] = slopes[i];
                 }
             }
         });
@@ -620,33 +827,37 @@ int attend_backward(const AggregateBackwardArgs<T> &b_args) {
             }
         });
 
-    const int64_t problems = a.B * a.H;
+    if (b_args.d_value == nullptr) return ok;
+    const int64_t problems = a.B * (a.H / together);
     int64_t ranges = problems >= a.threads ? 1 : ceil_div(2 * a.threads, problems);
     ranges = smaller(ranges, larger<int64_t>(1, a.N));
     parallel(a.threads, problems * ranges, [&](int64_t item, int) {
-        const int64_t problem = item / ranges, b = problem / a.H, h = problem % a.H, part = item % ranges;
+        const int64_t problem = item / ranges, b = problem / (a.H / together), part = item % ranges;
+        const int64_t h0 = problem % (a.H / together) * together, width = together * d;
+        const int64_t E = a.entries, entries = read.entries();
         const int64_t j0 = a.N * part / ranges, j1 = a.N * (part + 1) / ranges;
-        T *d_value = b_args.d_value + b * a.N * a.C + h * d;
-        for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, d, T(0));
-        const int64_t *index = a.index + b * a.index_stride[0] + h * a.index_stride[3];
-        const T *weights = a.alpha == nullptr ? nullptr : a.alpha + b * a.alpha_stride[0] + h * a.alpha_stride[3];
+        T *d_value = b_args.d_value + b * a.N * a.C + h0 * d;
+        for (int64_t j = j0; j < j1; ++j) fill(d_value + j * a.C, width, T(0));
         for (int64_t m = 0; m < a.M; ++m) {
-            const T *grad = b_args.grad + (b * a.M + m) * a.C + h * d;
-            for (int64_t s = 0; s < a.S; ++s) {
-                const int64_t j = index[m * a.index_stride[1] + s * a.index_stride[2]];
-                if (s + ahead < a.S) {
-                    const int64_t next = index[m * a.index_stride[1] + (s + ahead) * a.index_stride[2]];
-                    if (next >= j0 && next < j1) prefetch(d_value + next * a.C, d);
+            const T *grad = b_args.grad + (b * a.M + m) * a.C + h0 * d;
+            const Slots<T> slots(read, b, m, h0);
+            for (int64_t e = 0; e < entries; ++e) {
+                const int64_t j = slots.at(e);
+                if (e + ahead < entries) {
+                    const int64_t next = slots.at(e + ahead);
+                    if (next >= j0 && next < j1) prefetch(d_value + next * a.C, width);
                 }
                 if (j < j0 || j >= j1) continue;
-                const T alpha = weights == nullptr ? T(1) : weights[m * a.alpha_stride[1] + s * a.alpha_stride[2]];
                 T *to = d_value + j * a.C;
-                if (!depthwise) {
-                    add_scaled(to, alpha, grad, d);
-                } else {
-                    const T *w = kernel.at<T>() + s * a.C + h * d;
-                    for (int64_t c = 0; c < d; ++c) to[c] += alpha * grad[c] * w[c];
-                }
+                const T *w = depthwise ? kernel.at<T>() + (E == 1 ? e : e / E) * a.C + h0 * d : nullptr;
+                int64_t h = 0;
+                do {
+                    const T factor = slots.alphas ? slots.alphas[e * slots.alpha_step + h * a.alpha_stride[3]] : T(1);
+                    if (!depthwise)
+                        add_scaled(to + h * d, factor, grad + h * d, d);
+                    else
+                        for (int64_t c = h * d; c < (h + 1) * d; ++c) to[c] += factor * grad[c] * w[c];
+                } while (++h < together);
             }
         }
     });

@@ -12,6 +12,8 @@ namespace nearfold {
 enum Status { ok = 0, out_of_memory = 1, bad_index = 2 };
 enum Metric { dot = 0, cosine = 1, euclidean = 2, chebyshev = 3 };
 
+constexpr int64_t max_axes = 8;  // of an index of which nothing is copied
+
 constexpr int64_t invalid = -1;  // a slot that reads nothing
 constexpr int64_t lost = -2;     // a slot of a query that was NaN
 
@@ -52,12 +54,13 @@ template <class T>
 struct AggregateArgs {
     const T *value;  // (B, N, C), channels contiguous
     int64_t value_stride[2];
-    const int64_t *index;  // (B, M, S, H)
+    const int64_t *index;  // (B, M, S * entries, H)
     int64_t index_stride[4];
-    const T *alpha;  // (B, M, S, H) or null
+    const T *alpha;  // (B, M, S * entries, H) or null
     int64_t alpha_stride[4];
     const T *weight;  // (O, C / G, S) contiguous, or null
     int64_t B, N, C, M, S, H, O, G;
+    int64_t entries;  // rows of value that a slot adds up; one without a weight
     T *out;  // (B, M, O) contiguous
     int threads;
 };
@@ -66,15 +69,21 @@ template <class T>
 struct AggregateBackwardArgs {
     AggregateArgs<T> of;  // `out` unused
     const T *grad;        // (B, M, O) contiguous
-    T *d_value;           // (B, N, C) contiguous
-    T *d_alpha;           // (B, M, S, H), alpha's strides
-    T *d_weight;          // (O, C / G, S) contiguous
+    T *d_value;           // (B, N, C) contiguous; without a dense kernel it may be null
+    T *d_alpha;           // (B, M, S * entries, H); there with alpha, and without a weight wherever it is wanted
+    int64_t d_alpha_stride[4];
+    T *d_weight;  // (O, C / G, S) contiguous
+
+    int64_t d_alpha_at(int64_t b, int64_t m, int64_t h) const {
+        return b * d_alpha_stride[0] + m * d_alpha_stride[1] + h * d_alpha_stride[3];
+    }
 };
 
 template <class T>
 struct SoftmaxArgs {
     const T *score;        // (rows, k)
-    const int64_t *index;  // (rows, k); negative reads nothing
+    const int64_t *index;  // (rows, k), the rows over `axes` axes; negative reads nothing
+    int64_t axes, index_size[max_axes], index_stride[max_axes], index_step;
     T scale;
     int64_t rows, k;
     T *alpha;  // (rows, k)

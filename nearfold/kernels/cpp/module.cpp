@@ -5,10 +5,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "module.h"
@@ -88,6 +90,23 @@ bool has_shape(const A &array, std::initializer_list<int64_t> shape) {
     size_t axis = 0;
     for (int64_t n : shape)
         if (static_cast<int64_t>(array.shape(axis++)) != n) return false;
+    return true;
+}
+
+// Whether no two elements share their memory: each axis, from the closest on, steps over all of those before it.
+template <class A>
+bool disjoint(const A &array) {
+    std::vector<std::pair<int64_t, int64_t>> axes;
+    for (size_t i = 0; i < array.ndim(); ++i) {
+        if (array.shape(i) == 0) return true;
+        if (array.shape(i) > 1) axes.emplace_back(array.stride(i), array.shape(i));
+    }
+    std::sort(axes.begin(), axes.end());
+    int64_t room = 1;
+    for (const auto &[stride, size] : axes) {
+        if (stride < room) return false;
+        room += stride * (size - 1);
+    }
     return true;
 }
 
@@ -180,20 +199,25 @@ void select_backward(Array<const T, 4> grad, Array<const T, 4> query, Array<cons
 template <class T>
 AggregateArgs<T> aggregate_args(const Array<const T, 3> &value, const Array<const int64_t, 4> &index,
                                 const std::optional<Array<const T, 4>> &alpha,
-                                const std::optional<Array<const T, 3>> &weight, int64_t groups, int threads) {
+                                const std::optional<Array<const T, 3>> &weight, int64_t groups, int threads,
+                                int64_t entries) {
     AggregateArgs<T> a;
     a.B = value.shape(0), a.N = value.shape(1), a.C = value.shape(2);
-    a.M = index.shape(1), a.S = index.shape(2), a.H = index.shape(3), a.G = groups;
+    a.M = index.shape(1), a.H = index.shape(3), a.G = groups;
+    const int64_t reads = index.shape(2);
+    require(entries >= 1 && reads % entries == 0, "aggregate: the slots of index must be divisible by entries");
+    a.entries = weight ? entries : 1;  // without a kernel they are slots like all others
+    a.S = reads / a.entries;
     a.O = weight ? weight->shape(0) : a.C;
     require(static_cast<int64_t>(index.shape(0)) == a.B, "aggregate: index and value must have one batch size");
     require(a.C >= 1 && a.H >= 1 && a.C % a.H == 0, "aggregate: channels must be divisible by heads");
     require(a.G >= 1 && a.C % a.G == 0 && a.O >= 1 && a.O % a.G == 0, "aggregate: channels must be divisible by groups");
     require(value.stride(2) == 1 || a.C == 1, "aggregate: the channels of value must be contiguous");
     require(value.stride(1) >= a.C || a.N <= 1, "aggregate: rows of value overlap");
-    require(!alpha || has_shape(*alpha, {a.B, a.M, a.S, a.H}), "aggregate: alpha must have the shape of index");
+    require(!alpha || has_shape(*alpha, {a.B, a.M, reads, a.H}), "aggregate: alpha must have the shape of index");
     require(!weight || (has_shape(*weight, {a.O, a.C / a.G, a.S}) && contiguous(*weight)),
             "aggregate: weight must be (O, C / groups, S), contiguous");
-    require(threads >= 1 && a.N * a.S < (int64_t(1) << 31) && a.M * a.S < (int64_t(1) << 31), "aggregate: too many slots");
+    require(threads >= 1 && a.N * a.S < (int64_t(1) << 31) && a.M * reads < (int64_t(1) << 31), "aggregate: too many slots");
     a.value = value.data(), a.index = index.data();
     a.alpha = alpha ? alpha->data() : nullptr;
     a.weight = weight ? weight->data() : nullptr;
@@ -207,8 +231,8 @@ AggregateArgs<T> aggregate_args(const Array<const T, 3> &value, const Array<cons
 
 template <class T>
 void aggregate(Array<const T, 3> value, Array<const int64_t, 4> index, std::optional<Array<const T, 4>> alpha,
-               std::optional<Array<const T, 3>> weight, int64_t groups, Array<T, 3> out, int threads) {
-    AggregateArgs<T> a = aggregate_args<T>(value, index, alpha, weight, groups, threads);
+               std::optional<Array<const T, 3>> weight, int64_t groups, Array<T, 3> out, int threads, int64_t entries) {
+    AggregateArgs<T> a = aggregate_args<T>(value, index, alpha, weight, groups, threads, entries);
     require(has_shape(out, {a.B, a.M, a.O}) && contiguous(out), "aggregate: out must be (B, M, O), contiguous");
     a.out = out.data();
     run(Table<T>::aggregate, a);
@@ -217,35 +241,64 @@ void aggregate(Array<const T, 3> value, Array<const int64_t, 4> index, std::opti
 template <class T>
 void aggregate_backward(Array<const T, 3> grad, Array<const T, 3> value, Array<const int64_t, 4> index,
                         std::optional<Array<const T, 4>> alpha, std::optional<Array<const T, 3>> weight, int64_t groups,
-                        Array<T, 3> d_value, std::optional<Array<T, 4>> d_alpha, std::optional<Array<T, 3>> d_weight,
-                        int threads) {
+                        std::optional<Array<T, 3>> d_value, std::optional<Array<T, 4>> d_alpha,
+                        std::optional<Array<T, 3>> d_weight, int threads, int64_t entries) {
     AggregateBackwardArgs<T> a;
-    a.of = aggregate_args<T>(value, index, alpha, weight, groups, threads);
+    a.of = aggregate_args<T>(value, index, alpha, weight, groups, threads, entries);
     require(has_shape(grad, {a.of.B, a.of.M, a.of.O}) && contiguous(grad), "aggregate: grad must be (B, M, O), contiguous");
-    require(has_shape(d_value, {a.of.B, a.of.N, a.of.C}) && contiguous(d_value),
+    require(d_value || !weight, "aggregate: d_value can be left out where there is no weight");
+    require(!d_value || (has_shape(*d_value, {a.of.B, a.of.N, a.of.C}) && contiguous(*d_value)),
             "aggregate: d_value must be (B, N, C), contiguous");
-    require(alpha.has_value() == d_alpha.has_value() && weight.has_value() == d_weight.has_value(),
+    require((!weight || alpha.has_value() == d_alpha.has_value()) && weight.has_value() == d_weight.has_value(),
             "aggregate: gradients must be asked for exactly the operands there are");
-    if (alpha) {
-        require(has_shape(*d_alpha, {a.of.B, a.of.M, a.of.S, a.of.H}), "aggregate: d_alpha must have alpha's shape");
-        for (size_t i = 0; i < 4; ++i)
-            require(d_alpha->shape(i) <= 1 || d_alpha->stride(i) == alpha->stride(i), "aggregate: d_alpha needs alpha's strides");
+    if (d_alpha) {
+        require(has_shape(*d_alpha, {a.of.B, a.of.M, a.of.S * a.of.entries, a.of.H}),
+                "aggregate: d_alpha must have the shape of index");
+        require(disjoint(*d_alpha), "aggregate: numbers of d_alpha overlap");
+        strides_of(*d_alpha, a.d_alpha_stride);
     }
     require(!weight || (has_shape(*d_weight, {a.of.O, a.of.C / a.of.G, a.of.S}) && contiguous(*d_weight)),
             "aggregate: d_weight must have weight's shape, contiguous");
-    a.grad = grad.data(), a.d_value = d_value.data();
+    a.grad = grad.data();
+    a.d_value = d_value ? d_value->data() : nullptr;
     a.d_alpha = d_alpha ? d_alpha->data() : nullptr;
     a.d_weight = d_weight ? d_weight->data() : nullptr;
     run(Table<T>::aggregate_backward, a);
 }
 
+using AnyIndex = nb::ndarray<const int64_t, nb::device::cpu>;
+
+// The axes before the last one, those that lie behind one another as one; how many rows they are.
 template <class T>
-void softmax(Array<const T, 2> score, Array<const int64_t, 2> index, double scale, Array<T, 2> alpha, int threads) {
+int64_t rows_of(const AnyIndex &index, SoftmaxArgs<T> &a) {
+    int64_t rows = 1;
+    a.axes = 0;
+    for (size_t i = 0; i + 1 < index.ndim(); ++i) {
+        const int64_t size = index.shape(i), stride = index.stride(i), last = a.axes - 1;
+        rows *= size;
+        if (size == 1) continue;
+        if (last >= 0 && a.index_stride[last] == size * stride) {
+            a.index_size[last] *= size;
+            a.index_stride[last] = stride;
+        } else {
+            a.index_size[a.axes] = size;
+            a.index_stride[a.axes++] = stride;
+        }
+    }
+    return rows;
+}
+
+template <class T>
+void softmax(Array<const T, 2> score, AnyIndex index, double scale, Array<T, 2> alpha, int threads) {
     SoftmaxArgs<T> a;
     a.rows = score.shape(0), a.k = score.shape(1), a.scale = static_cast<T>(scale), a.threads = threads;
-    require(has_shape(index, {a.rows, a.k}) && has_shape(alpha, {a.rows, a.k}), "softmax: operands must be (rows, k)");
-    require(contiguous(score) && contiguous(index) && contiguous(alpha), "softmax: operands must be contiguous");
+    require(index.ndim() >= 1 && static_cast<int64_t>(index.ndim()) <= max_axes, "softmax: index has too many axes");
+    require(static_cast<int64_t>(index.shape(index.ndim() - 1)) == a.k && rows_of(index, a) == a.rows &&
+                has_shape(alpha, {a.rows, a.k}),
+            "softmax: operands must be (rows, k)");
+    require(contiguous(score) && contiguous(alpha), "softmax: score and alpha must be contiguous");
     require(threads >= 1, "softmax: threads must be at least 1");
+    a.index_step = a.k > 1 ? index.stride(index.ndim() - 1) : 1;
     a.score = score.data(), a.index = index.data(), a.alpha = alpha.data();
     run(Table<T>::softmax, a);
 }
@@ -268,10 +321,11 @@ void bind(nb::module_ &m) {
     m.def("softmax_backward", &softmax_backward<T>, "grad"_a.noconvert(), "alpha"_a.noconvert(), "scale"_a,
           "d_score"_a.noconvert(), "threads"_a);
     m.def("aggregate", &aggregate<T>, "value"_a.noconvert(), "index"_a.noconvert(), "alpha"_a.noconvert().none(),
-          "weight"_a.noconvert().none(), "groups"_a, "out"_a.noconvert(), "threads"_a);
+          "weight"_a.noconvert().none(), "groups"_a, "out"_a.noconvert(), "threads"_a, "entries"_a = 1);
     m.def("aggregate_backward", &aggregate_backward<T>, "grad"_a.noconvert(), "value"_a.noconvert(),
           "index"_a.noconvert(), "alpha"_a.noconvert().none(), "weight"_a.noconvert().none(), "groups"_a,
-          "d_value"_a.noconvert(), "d_alpha"_a.noconvert().none(), "d_weight"_a.noconvert().none(), "threads"_a);
+          "d_value"_a.noconvert().none(), "d_alpha"_a.noconvert().none(), "d_weight"_a.noconvert().none(), "threads"_a,
+          "entries"_a = 1);
     m.def("select", &select<T>, "query"_a.noconvert(), "key"_a.noconvert(), "metric"_a, "squared"_a,
           "query_index"_a.noconvert(), "key_index"_a.noconvert(), "grid"_a, "causal"_a, "reach"_a, "dilation"_a, "own"_a,
           "again"_a, "score"_a.noconvert(), "index"_a.noconvert(), "threads"_a);

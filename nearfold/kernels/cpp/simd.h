@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "threads.h"
 
@@ -121,6 +122,16 @@ inline Vec<double> fused<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
     return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
 #endif
+
+// The same of one number, with the same bits.
+template <class T>
+inline T fused_one(T a, T b, T c) {
+#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+    return sizeof(T) == 4 ? __builtin_fmaf(a, b, c) : __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
 
 template <class T>
 inline T sum(Vec<T> v) {
@@ -291,6 +302,78 @@ inline T dot_product(const T *x, const T *y, int64_t n) {
     for (; i < n; ++i) total += x[i] * y[i];
     return total;
 }
+
+// Lane i: the sum of v[i]. Each sum adds its lanes in the same order, wherever it stands.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define NEARFOLD_SHUFFLES
+#endif
+#endif
+#if defined(NEARFOLD_SHUFFLES)
+// Where bit `step` of the lane is clear: a[lane] + a[lane ^ step], elsewhere the same of b.
+template <class T, int step, size_t... lane>
+inline Vec<T> add_halves(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
+    constexpr int n = lanes<T>;
+    return __builtin_shufflevector(a, b, (lane & step ? n + lane : lane)...) +
+           __builtin_shufflevector(a, b, (lane & step ? n + (lane ^ step) : lane ^ step)...);
+}
+template <class T, int step>
+inline void add_all_halves(Vec<T> *v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < step; ++i) v[i] = add_halves<T, step>(v[i], v[i + step], std::make_index_sequence<lanes<T>>());
+    if constexpr (step > 1) add_all_halves<T, step / 2>(v);
+}
+template <class T>
+inline Vec<T> sums(Vec<T> *v) {
+    add_all_halves<T, lanes<T> / 2>(v);
+    return v[0];
+}
+#else
+template <class T>
+inline Vec<T> sums(Vec<T> *v) {
+    Vec<T> total;
+    for (int i = 0; i < lanes<T>; ++i) total[i] = sum<T>(v[i]);
+    return total;
+}
+#endif
+
+// Lane i: the dot product of x(i) and y(i).
+template <class T, class X, class Y>
+inline Vec<T> dot_products(const X &x, const Y &y, int64_t n) {
+    Vec<T> acc[lanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i) {
+        Vec<T> a{};
+        for (int64_t c = 0; c + lanes<T> <= n; c += lanes<T>) a = fused<T>(load<T>(x(i) + c), load<T>(y(i) + c), a);
+        acc[i] = a;
+    }
+    Vec<T> total = sums<T>(acc);
+    for (int64_t c = n / lanes<T> * lanes<T>; c < n; ++c)
+        for (int i = 0; i < lanes<T>; ++i) total[i] += x(i)[c] * y(i)[c];
+    return total;
+}
+
+// Dot products that wait for one another, to be computed together.
+template <class T>
+struct Dots {
+    const T *x[lanes<T>], *y[lanes<T>];
+    T *to[lanes<T>];
+    int count = 0;
+
+    // *where += one . other over n numbers, at the latest when `flush` is called with the same n.
+    void push(const T *one, const T *other, int64_t n, T *where) {
+        x[count] = one, y[count] = other, to[count] = where;
+        if (++count == lanes<T>) flush(n);
+    }
+    void flush(int64_t n) {
+        if (count == 0) return;
+        for (int i = count; i < lanes<T>; ++i) x[i] = x[0], y[i] = y[0];
+        T found[lanes<T>];
+        store<T>(found, dot_products<T>([&](int i) { return x[i]; }, [&](int i) { return y[i]; }, n));
+        for (int i = 0; i < count; ++i) *to[i] += found[i];
+        count = 0;
+    }
+};
 
 // Asks for a row that is read soon: rows of neighbours lie where no hardware foresees.
 template <class T>

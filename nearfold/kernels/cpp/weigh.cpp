@@ -10,27 +10,46 @@ namespace {
 
 constexpr int64_t block_rows = 256;
 
+template <class T>
+inline const int64_t *index_row(const SoftmaxArgs<T> &a, int64_t row) {
+    const int64_t *from = a.index;
+    for (int64_t axis = a.axes - 1; axis > 0; row /= a.index_size[axis--])
+        from += row % a.index_size[axis] * a.index_stride[axis];
+    return a.axes > 0 ? from + row * a.index_stride[0] : from;
+}
+
 // Rows are padded to whole vectors in `line`, with scores that weigh nothing.
 template <class T>
 int softmax(const SoftmaxArgs<T> &a) {
     const int64_t blocks = ceil_div(a.rows, block_rows), padded = round_up(a.k, lanes<T>);
-    const Scratch lines(a.threads * padded * sizeof(T));
-    if (!lines.ok()) return out_of_memory;
+    const bool apart = a.index_step != 1;
+    const Scratch lines(a.threads * padded * sizeof(T)), copies(apart ? a.threads * a.k * sizeof(int64_t) : 0);
+    if (!lines.ok() || !copies.ok()) return out_of_memory;
     const T nothing = -std::numeric_limits<T>::infinity();
     parallel(a.threads, blocks, [&](int64_t item, int worker) {
         T *line = lines.at<T>() + worker * padded;
         for (int64_t row = item * block_rows; row < smaller((item + 1) * block_rows, a.rows); ++row) {
             for (int64_t i = a.k; i < padded; ++i) line[i] = nothing;
             const T *score = a.score + row * a.k;
-            const int64_t *index = a.index + row * a.k;
+            const int64_t *index = index_row(a, row);
+            if (apart) {
+                int64_t *copy = copies.at<int64_t>() + worker * a.k;
+                for (int64_t s = 0; s < a.k; ++s) copy[s] = index[s * a.index_step];
+                index = copy;
+            }
             T *alpha = a.alpha + row * a.k;
-            T most = nothing;
-            bool gone = false;
+            int gone = 0;
             for (int64_t s = 0; s < a.k; ++s) {
                 line[s] = index[s] >= 0 ? score[s] * a.scale : nothing;
-                most = line[s] > most ? line[s] : most;
                 gone |= index[s] == lost;
             }
+            Vec<T> best = splat<T>(nothing);
+            for (int64_t s = 0; s < padded; s += lanes<T>) {
+                const Vec<T> x = load<T>(line + s);
+                best = x > best ? x : best;
+            }
+            T most = best[0];
+            for (int i = 1; i < lanes<T>; ++i) most = best[i] > most ? best[i] : most;
             if (most == nothing) most = 0;  // nothing to read: every weight is zero
             Vec<T> total{};
             for (int64_t s = 0; s < padded; s += lanes<T>) {
