@@ -39,9 +39,7 @@ def _require(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
 
 def _require_backward(grad: Tensor, u: Tensor, A: Tensor, states: Tensor) -> None:
     if grad.shape != u.shape or grad.dtype != u.dtype:
-        raise ValueError(
-            f"grad must be {tuple(u.shape)} {u.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}"
-        )
+        raise ValueError(f"grad must be {tuple(u.shape)} {u.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     if states.shape != _states_shape(u, A) or states.dtype != _compute(u.dtype):
         raise ValueError(
             f"states must be {_states_shape(u, A)} {_compute(u.dtype)} as the forward returned them, got "
@@ -129,16 +127,17 @@ def selective_scan_backward(
     """
     _require(u, delta, A, B, C)
     _require_backward(grad, u, A, states)
-    wide = _wide(u, delta, A, B, C)
-    wide_grad = grad.to(wide[0].dtype)
+    wide_u, wide_delta, wide_A, wide_B, wide_C = wide = _wide(u, delta, A, B, C)
+    wide_grad = grad.to(wide_u.dtype)
     if not _served(u, delta, A, B, C):
         with torch.autocast(u.device.type, enabled=False):
-            of_u, of_delta, of_A, of_B, of_C = scan_torch.backward(wide_grad, *wide, states)
+            of_u, of_delta, of_A, of_B, of_C = scan_torch.backward(
+                wide_grad, wide_u, wide_delta, wide_A, wide_B, wide_C, states
+            )
     else:
         module = engine.get()
         assert module is not None
         of_u, of_delta, of_A, of_B, of_C = (x.new_empty(x.shape) for x in wide)
-        wide_u, wide_delta, wide_A, wide_B, wide_C = wide
         module.scan_backward(
             *(wide_grad.contiguous(), _rows(wide_u), _rows(wide_delta), wide_A.contiguous()),
             *(_rows(wide_B), _rows(wide_C), states.contiguous(), scan_torch.CHUNK),

@@ -108,7 +108,8 @@ def backward(
     """Gradients at u, delta, A, inp and out."""
     N = u.shape[1]
     if u.numel() == 0 or A.numel() == 0:
-        return (*(torch.zeros_like(x) for x in (u, delta, A, inp, out)),)
+        zeros = torch.zeros_like
+        return zeros(u), zeros(delta), zeros(A), zeros(inp), zeros(out)
     steps = _Steps(u, delta, A, inp, out)
     upstream = _chunked(grad)
     back: Tensor | None = None  # decay times the state's gradient: what the position before receives
