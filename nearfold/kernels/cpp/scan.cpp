@@ -123,41 +123,56 @@ void pack(const ScanArgs<T> &a, T factor, Vec<T> *to) {
         }
 }
 
+// One chunk of one vector of channels, from state h to state h.
+template <class T>
+void chunk_forward(const ScanArgs<T> &a, int64_t b, int64_t start, int64_t steps, int64_t channel, const Vec<T> *rate,
+                   Vec<T> *h) {
+    const int64_t S = a.S, n = smaller<int64_t>(lanes<T>, a.C - channel);
+    const T *u = a.u + b * a.u_stride[0] + start * a.u_stride[1] + channel;
+    const T *deltas = a.delta + b * a.delta_stride[0] + start * a.delta_stride[1] + channel;
+    for (int64_t t = 0; t < steps; ++t) {
+        const Vec<T> delta = load_some<T>(deltas + t * a.delta_stride[1], n);
+        const Vec<T> x = delta * load_some<T>(u + t * a.u_stride[1], n);
+        const T *in = a.in + b * a.in_stride[0] + (start + t) * a.in_stride[1];
+        const T *out = a.out + b * a.out_stride[0] + (start + t) * a.out_stride[1];
+        Vec<T> y{};
+#pragma GCC unroll 4
+        for (int64_t s = 0; s < S; ++s) {
+            h[s] = fused<T>(power_of_two<T>(delta * rate[s]), h[s], x * splat<T>(in[s]));
+            y = fused<T>(splat<T>(out[s]), h[s], y);
+        }
+        store_some<T>(a.y + (b * a.N + start + t) * a.C + channel, y, n);
+    }
+}
+
+constexpr int64_t most_groups = 16;  // of all batch elements: so many threads have work at least
+
+// A worker takes a few vectors of channels chunk by chunk: one alone would read a line here and there in every page.
 template <class T>
 int forward(const ScanArgs<T> &a) {
     const int64_t L = lanes<T>, S = a.S, vectors = ceil_div(a.C, L), chunks = ceil_div(a.N, a.chunk);
-    const Scratch rates(vectors * S * sizeof(Vec<T>)), workers(a.threads * S * sizeof(Vec<T>));
-    if (!rates.ok() || !workers.ok()) return out_of_memory;
+    const int64_t groups = smaller(vectors, larger(ceil_div(most_groups, a.B), ceil_div(vectors, 4)));
+    const Scratch rates(vectors * S * sizeof(Vec<T>)), running(a.B * vectors * S * sizeof(Vec<T>));
+    if (!rates.ok() || !running.ok()) return out_of_memory;
     pack<T>(a, T(log2e), rates.at<Vec<T>>());
-    parallel(a.threads, a.B * vectors, [&](int64_t item, int worker) {
-        const int64_t b = item / vectors, v = item % vectors, first = v * L, n = smaller(L, a.C - first);
-        const Vec<T> *rate = rates.at<Vec<T>>() + v * S;
-        Vec<T> *h = workers.at<Vec<T>>() + worker * S;
-        for (int64_t s = 0; s < S; ++s) h[s] = Vec<T>{};
-        for (int64_t t = 0; t < a.N; ++t) {
-            if (t % a.chunk == 0) {
-                T *state = a.states + (b * chunks + t / a.chunk) * S * a.C + first;
-                for (int64_t s = 0; s < S; ++s) store_some<T>(state + s * a.C, h[s], n);
+    parallel(a.threads, a.B * groups, [&](int64_t item, int) {
+        const int64_t b = item / groups, g = item % groups, begin = g * vectors / groups, end = (g + 1) * vectors / groups;
+        Vec<T> *states = running.at<Vec<T>>() + b * vectors * S;
+        for (int64_t i = begin * S; i < end * S; ++i) states[i] = Vec<T>{};
+        for (int64_t k = 0; k < chunks; ++k)
+            for (int64_t v = begin; v < end; ++v) {
+                const int64_t start = k * a.chunk, channel = v * L, n = smaller(L, a.C - channel);
+                T *state = a.states + (b * chunks + k) * S * a.C + channel;
+                for (int64_t s = 0; s < S; ++s) store_some<T>(state + s * a.C, states[v * S + s], n);
+                chunk_forward<T>(a, b, start, smaller(a.chunk, a.N - start), channel, rates.at<Vec<T>>() + v * S,
+                                 states + v * S);
             }
-            const Vec<T> delta = load_some<T>(a.delta + b * a.delta_stride[0] + t * a.delta_stride[1] + first, n);
-            const Vec<T> x = delta * load_some<T>(a.u + b * a.u_stride[0] + t * a.u_stride[1] + first, n);
-            const T *in = a.in + b * a.in_stride[0] + t * a.in_stride[1];
-            const T *out = a.out + b * a.out_stride[0] + t * a.out_stride[1];
-            Vec<T> y{};
-#pragma GCC unroll 4
-            for (int64_t s = 0; s < S; ++s) {
-                h[s] = fused<T>(power_of_two<T>(delta * rate[s]), h[s], x * splat<T>(in[s]));
-                y = fused<T>(splat<T>(out[s]), h[s], y);
-            }
-            store_some<T>(a.y + (b * a.N + t) * a.C + first, y, n);
-        }
     });
     return ok;
 }
 
 constexpr int block_states = 4;  // states whose recurrence is in registers
 constexpr int64_t group_vectors = 8;
-constexpr int64_t most_groups = 16;  // of all batch elements: so many threads have work at least
 
 // What one worker holds of a chunk. Lists of `chunk` for each vector of the group, and for the states of one block.
 template <class T>
