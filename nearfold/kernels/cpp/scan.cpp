@@ -232,6 +232,36 @@ void block_backward(const Chunk<T> &c, int64_t v, int64_t chunk, int64_t steps, 
     for (int s = 0; s < states; ++s) carry[s] = back[s], d_A[s] = d_rate[s];
 }
 
+// to[i] = sum of the lanes of rows[i]; `to` may be the memory of `rows`.
+template <class T>
+inline void sums(const Vec<T> *rows, int64_t n, T *to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = sum<T>(rows[i]);
+}
+#if defined(__AVX512F__)
+// Sixteen at once: every step adds halves of two vectors, and what is left is one vector of sums.
+template <>
+inline void sums<float>(const Vec<float> *rows, int64_t n, float *to) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 quarter[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+            const __m512 a = (__m512)rows[i + 4 * q], b = (__m512)rows[i + 4 * q + 1];
+            const __m512 c = (__m512)rows[i + 4 * q + 2], d = (__m512)rows[i + 4 * q + 3];
+            const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+            const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+            quarter[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                       _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        }
+        const auto halves = [](__m512 x, __m512 y) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+        };
+        _mm512_storeu_ps(to + i, halves(halves(quarter[0], quarter[1]), halves(quarter[2], quarter[3])));
+    }
+    for (; i < n; ++i) to[i] = sum<float>(rows[i]);
+}
+#endif
+
 // The vectors first_vector.. of one group over one chunk; sums over their channels go into rows d_in and d_out.
 template <class T>
 void group_backward(const ScanBackwardArgs<T> &args, const Chunk<T> &c, int64_t b, int64_t k, int64_t first_vector,
@@ -260,12 +290,14 @@ void group_backward(const ScanBackwardArgs<T> &args, const Chunk<T> &c, int64_t 
                                      a.states + ((b * chunks + k) * S + s) * a.C + channel, a.C,
                                      smaller(L, a.C - channel), rates + at, A + at, carry + at, d_A + at);
         }
+        T *by_in = reinterpret_cast<T *>(c.d_in), *by_out = reinterpret_cast<T *>(c.d_out);
+        sums<T>(c.d_in, steps * width, by_in);
+        sums<T>(c.d_out, steps * width, by_out);
         for (int64_t t = 0; t < steps; ++t)
             for (int i = 0; i < width; ++i) {
                 const int64_t to = (start + t) * S + s + i;
-                const T by_in = sum<T>(c.d_in[t * width + i]), by_out = sum<T>(c.d_out[t * width + i]);
-                d_in[to] = first ? by_in : d_in[to] + by_in;
-                d_out[to] = first ? by_out : d_out[to] + by_out;
+                d_in[to] = first ? by_in[t * width + i] : d_in[to] + by_in[t * width + i];
+                d_out[to] = first ? by_out[t * width + i] : d_out[to] + by_out[t * width + i];
             }
     };
     int64_t s = 0;
