@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "local.h"
+#include "scan.h"
 
 namespace nearfold {
 
@@ -121,6 +122,10 @@ struct Engine {
     int (*grouped_double)(const GroupedArgs<double> &);
     int (*grouped_backward_float)(const GroupedBackwardArgs<float> &);
     int (*grouped_backward_double)(const GroupedBackwardArgs<double> &);
+    int (*scan_float)(const ScanArgs<float> &);
+    int (*scan_double)(const ScanArgs<double> &);
+    int (*scan_backward_float)(const ScanBackwardArgs<float> &);
+    int (*scan_backward_double)(const ScanBackwardArgs<double> &);
 };
 
 extern const Engine engine_generic;

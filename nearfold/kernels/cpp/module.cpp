@@ -350,4 +350,5 @@ NB_MODULE(_engine, m) {
     nearfold::bind<float>(m);
     nearfold::bind<double>(m);
     nearfold::bind_local(m);
+    nearfold::bind_scan(m);
 }
