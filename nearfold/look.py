@@ -37,12 +37,12 @@ Below each: its whole mixing matrix, a line for each output position and a colum
 order. The blue marks are the position asked: its line is the picture above, unrolled."""
 CAPTION = """\
 No layer here is trained. A patch is described by 8 numbers (its colour, contrast, slopes and edges, each normalised \
-over the image); queries, keys and values are these numbers themselves, the query times {sharpness:g}, and all heads \
-see all of them. Kernels average their slots. The slots of a deformable window slide uphill, towards brighter patches. \
-A scan writes and reads the features (B and C), each step is {step:g}, without the skip D. Tables, and the maps that \
-generate kernels, are random (seed 0). Heads and channels are averaged. Colours follow the square root of the weight: \
-above up to the largest of the row, below up to the strongest hundredth of the matrix, of which every cell of the \
-picture shows the strongest of its weights."""
+over the image, then each patch to one length). Queries, keys and values are these numbers themselves, the query \
+times {sharpness:g}, and all heads see all of them. Kernels average their slots. The slots of a deformable window \
+slide uphill, towards brighter patches. A scan writes and reads the features (B and C), each step is {step:g}, \
+without the skip D. Tables, and the maps that generate kernels, are random (seed 0). Heads and channels are averaged. \
+Colours follow the square root of the weight: above up to the largest of the row, below up to the strongest hundredth \
+of the matrix, of which every cell of the picture shows the strongest of its weights."""
 
 
 def look(
@@ -55,8 +55,9 @@ def look(
     """Draw what operations read of a photograph for one position, and their mixing matrices.
 
     The image becomes a grid of ``size`` x ``size`` patches with 8 features each: brightness, red - green, blue -
-    yellow, contrast, the slopes of brightness down and right, horizontal and vertical edges, all normalised over the
-    image. An untrained layer with random weights would say little, so that the layers are plain ones:
+    yellow, contrast, the slopes of brightness down and right, horizontal and vertical edges; each normalised over the
+    image, then each patch to one length. An untrained layer with random weights would say little, so that the layers
+    are plain ones:
 
     - query, key, value and out are the features themselves (identity, no biases; the query times 2). The features are
       repeated for every head, so that each sees them all;
@@ -164,7 +165,7 @@ def _picture(pixels: Tensor, found: Sequence[Reading], at: tuple[int, int], patc
     columns = min(4, len(found) + 1)
     cells: list[Reading | None] = [None, *found]
     bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    headings = [max(len(_heading(reading)) for reading in band if reading is not None) for band in bands if any(band)]
+    headings = [max(sum(map(len, _heading(reading))) for reading in band if reading is not None) for band in bands]
     tall = PANEL * min(max(pixels.shape[1] / pixels.shape[2], 0.3), 2.0)
     caption = textwrap.fill(CAPTION.format(sharpness=SHARPNESS, step=STEP), int(15.5 * CELL * columns))
     below = LINE * (caption.count("\n") + 2)
@@ -192,19 +193,19 @@ def _picture(pixels: Tensor, found: Sequence[Reading], at: tuple[int, int], patc
     return figure
 
 
-def _heading(reading: Reading) -> list[str]:
-    """Lines above a panel; the first one is its name."""
-    notation = textwrap.wrap(reading.notation, 44)
-    return [*([reading.title] if reading.title else []), *notation, reading.summary]
+def _heading(reading: Reading) -> tuple[list[str], list[str]]:
+    """Lines above a panel: its name, and what is said about it."""
+    notation = textwrap.wrap(reading.notation, 44 if reading.title else 38)
+    return ([reading.title], [*notation, reading.summary]) if reading.title else (notation, [reading.summary])
 
 
-def _show_heading(panel: Axes, lines: Sequence[str]) -> None:
-    for above, line in enumerate(reversed(lines)):
-        first = above == len(lines) - 1
+def _show_heading(panel: Axes, name: Sequence[str], about: Sequence[str]) -> None:
+    lines = [(line, True) for line in name] + [(line, False) for line in about]
+    for above, (line, bold) in enumerate(reversed(lines)):
         panel.annotate(
             line, (0, 1), xytext=(0, 5 + 72 * LINE * above), xycoords="axes fraction", textcoords="offset points",
-            fontsize=9 if first else 8, fontweight="bold" if first else "normal",
-            color="#222222" if first else "#555555", annotation_clip=False,
+            fontsize=9 if bold else 8, fontweight="bold" if bold else "normal",
+            color="#222222" if bold else "#555555", annotation_clip=False,
         )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def _show_image(panel: Axes, pixels: Tensor, row: Tensor, at: tuple[int, int], p
     _mark(panel, pixels, row, patch)
     grid = " x ".join(map(str, row.shape))
     where = f"row {at[0]}, column {at[1]} of {pixels.shape[1]} x {pixels.shape[2]} pixels"
-    _show_heading(panel, ["The image, and the position asked", where, f"seen as {grid} patches"])
+    _show_heading(panel, ["The image, and the position asked"], [where, f"seen as {grid} patches"])
     text = "\n".join(textwrap.fill(line, 46) for line in HOW_TO_READ.split("\n"))
     panel.annotate(
         text, (0, 0), xytext=(0, -14), xycoords="axes fraction", textcoords="offset points",
@@ -235,7 +236,7 @@ def _show_row(panel: Axes, side: Axes, pixels: Tensor, reading: Reading, patch: 
     )  # fmt: skip
     panel.set_axis_off()
     _mark(panel, pixels, reading.row, patch)
-    _show_heading(panel, _heading(reading))
+    _show_heading(panel, *_heading(reading))
     marks = [0.0, most / 4, most]
     bar = panel.figure.colorbar(ScalarMappable(norm, colours), cax=side)
     bar.set_ticks([-m for m in marks[:0:-1]] + marks if reading.signed else marks)
@@ -300,8 +301,9 @@ def _mark(panel: Axes, pixels: Tensor, row: Tensor, patch: tuple[int, int]) -> N
     from matplotlib.patches import Rectangle
 
     high, wide = pixels.shape[1] / row.shape[0], pixels.shape[2] / row.shape[1]
-    corner = ((patch[1] - 0.3) * wide, (patch[0] - 0.3) * high)
+    top, left = max(0.0, (patch[0] - 0.3) * high), max(0.0, (patch[1] - 0.3) * wide)
+    bottom, right = min(pixels.shape[1], (patch[0] + 1.3) * high), min(pixels.shape[2], (patch[1] + 1.3) * wide)
     for colour, line in (("white", 2.8), (MARK, 1.5)):
         panel.add_patch(
-            Rectangle(corner, 1.6 * wide, 1.6 * high, fill=False, edgecolor=colour, lw=line, clip_on=False)
-        )  # fmt: skip
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=line, clip_on=False)
+        )

@@ -24,7 +24,7 @@ FEATURES = (
     "brightness", "red - green", "blue - yellow", "contrast",
     "slope down", "slope right", "horizontal edges", "vertical edges",
 )  # fmt: skip
-"""What a patch of the image is described by, every one with mean 0 and variance 1 over the image."""
+"""What a patch of the image is described by."""
 SHARPNESS = 2.0  # times the query: attention as peaked as a trained layer's, not the haze of an untrained one
 STEP = 0.01  # delta of a state space: its slowest state remembers 1 / STEP = 100 positions
 
@@ -62,12 +62,15 @@ class Reading:
         share = self.row.abs().double().flatten()
         share = share / share.sum().clamp(min=1e-30)
         spread = float(torch.special.entr(share).sum().exp())
-        read = int((share > 1e-9).sum())
+        read = int((share > 0).sum())
         return f"reads {read} of {share.numel()} positions, spread as over {spread:.1f}"
 
 
 def features(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Every patch of an image (3, H, W) as the numbers of `FEATURES`: (1, F, h, w).
+
+    First every feature gets mean 0 and variance 1 over the image, then every patch the mean square 1 over its features,
+    as the norm before a layer does it: without, the few odd patches would be all that attention sees.
 
     >>> features(torch.rand(3, 20, 30), (4, 5)).shape
     torch.Size([1, 8, 4, 5])
@@ -79,7 +82,8 @@ def features(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     patches = F.adaptive_avg_pool2d(maps[None], grid)
     patches[:, 3] = (patches[:, 3] - patches[:, 0] ** 2).clamp(min=0).sqrt()
     centred = patches - patches.mean((2, 3), keepdim=True)
-    return centred / (centred.square().mean((2, 3), keepdim=True).sqrt() + 1e-4)
+    equal = centred / (centred.square().mean((2, 3), keepdim=True).sqrt() + 1e-4)
+    return equal / (equal.square().mean(1, keepdim=True).sqrt() + 1e-4)
 
 
 def read(operation: str | Operation, x: Tensor, patch: tuple[int, int]) -> Reading:
@@ -96,7 +100,7 @@ def read(operation: str | Operation, x: Tensor, patch: tuple[int, int]) -> Readi
     tiled = x.repeat(1, layer.in_channels // x.shape[1], 1, 1)
     matrix = mixing_matrix(layer, tiled.flatten(2) if sequence else tiled)[0].mean(0)
     line = _line(layer, grid, patch, len(matrix))
-    return Reading(title, str(op), matrix[line].unflatten(0, grid), matrix, line)
+    return Reading(title, str(fit), matrix[line].unflatten(0, grid), matrix, line)
 
 
 def _line(layer: Mixer, grid: tuple[int, int], patch: tuple[int, int], outputs: int) -> int:

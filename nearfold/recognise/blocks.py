@@ -147,7 +147,8 @@ def deformable(m: Any, parent: nn.Module) -> Found:
     return Found(op, count(*chosen), nets=tuple(chosen), note=f"{makers} from {len(chosen)} sibling convolution")
 
 
-def _deformable_pair(m: nn.Module) -> dict[str, Found]:
+def deformable_children(m: nn.Module) -> dict[str, Found]:
+    """Every DeformConv2d among the children, by name."""
     return {name: deformable(child, m) for name, child in m.named_children() if is_deformable(child)}
 
 
@@ -180,7 +181,8 @@ def _multihead_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _swin_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
-    grid = args[0].shape[1:3]  # a block that covers the padded map is not shifted
+    x = args[0] if args else kwargs["x"]
+    grid = x.shape[1:3]  # a block that covers the padded map is not shifted
     shift = tuple(0 if size >= n else s for n, size, s in zip(grid, m.window_size, m.shift_size, strict=True))
     return shifted_block(m, tuple(m.window_size), shift)
 

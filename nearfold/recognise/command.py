@@ -71,13 +71,13 @@ def load_model(spec: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> nn.Module:
-    _library("torchvision", "timm")
-    timm = _library("timm", "timm")
+    import_library("torchvision", "timm")
+    timm = import_library("timm", "timm")
     return _built(f"timm:{name}", name, timm.list_models(), lambda: timm.create_model(name, pretrained=False))
 
 
 def _from_torchvision(name: str) -> nn.Module:
-    _library("torchvision", "torchvision")
+    import_library("torchvision", "torchvision")
     models = importlib.import_module("torchvision.models")
     return _built(f"torchvision:{name}", name, models.list_models(), lambda: models.get_model(name, weights=None))
 
@@ -127,7 +127,7 @@ def _guarded(spec: str, make: Callable[[], Any]) -> Any:
         raise ValueError(f"{spec}: {type(error).__name__}: {error}") from error
 
 
-def _library(name: str, wanted: str) -> ModuleType:
+def import_library(name: str, wanted: str) -> ModuleType:
     """Import a library; torchvision also where its compiled operators do not fit this torch, as models need few."""
     try:
         return importlib.import_module(name)

@@ -51,8 +51,9 @@ Rule = Callable[[nn.Module], Found]
 
 
 def count(*modules: nn.Module) -> int:
-    """Parameters of modules."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+    """Parameters of modules; those that a lazy layer does not have yet are none."""
+    own = (p for module in modules for p in module.parameters())
+    return sum(p.numel() for p in own if not isinstance(p, UninitializedParameter))
 
 
 def names_of(module: nn.Module) -> Iterator[str]:

@@ -174,7 +174,7 @@ class _Watch(TorchDispatchMode):
         self.leaves = {module for layer in layers for module in layer.modules if layer.found or not _listed(layer)}
         self.names = {module: name for name, module in model.named_modules()}
         self.layouts, self.fields = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self.stack: list[tuple[nn.Module, int, Field | None]] = []
+        self.stack: list[tuple[nn.Module, int, Tensor | None, Field | None]] = []
 
     # --- modules
 
@@ -197,35 +197,37 @@ class _Watch(TorchDispatchMode):
 
     def _inside(self) -> bool:
         """Whether what runs now belongs to a layer that is listed as a whole."""
-        return any(module in self.leaves for module, _, _ in self.stack)
+        return any(module in self.leaves for module, *_ in self.stack)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fields = [self.fields[t] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self.fields]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        fields = [self.fields[t] for t in given if t in self.fields]
         layer = None if self._inside() else self.by_module.get(module)
         if layer is not None:
             if is_linear(module):
-                self._look(layer.name, args[0])
+                self._look(layer.name, given[0])
             for name in names_of(module):
                 if layer.found is not None and name in AT_CALL:
                     try:
                         self.seen.calls[layer.name] = AT_CALL[name](module, layer.found, args, kwargs)
                     except Unsaid as why:
                         self.seen.calls[layer.name] = str(why)
-        self.stack.append((module, self.counter.get_total_flops(), join(*fields) if fields else None))
+        came = join(*fields) if fields else None
+        self.stack.append((module, self.counter.get_total_flops(), given[0] if given else None, came))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _, before, came = self.stack.pop()
+        _, before, x, came = self.stack.pop()
         if self._inside():
             return
         name = self.names[module]
         self.seen.flops[name] = self.seen.flops.get(name, 0) + self.counter.get_total_flops() - before
         y = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
         layer = self.by_module.get(module)
-        if y is None or layer is None:
+        if x is None or y is None or layer is None:
             return
         found = self.seen.calls.get(name, layer.found)
         if is_linear(module):
-            self._behind_linear(name, args[0], y, came)
+            self._behind_linear(name, x, y, came)
         elif isinstance(found, Found):
             self._layout(y, found.axis)
             if came is not None:

@@ -11,11 +11,12 @@ from torch import nn
 from nearfold.grammar import Basic
 from nearfold.grammar.complexity import c_d
 from nearfold.grammar.words import Depthwise, Ones, Window
-from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, _deformable_pair, is_deformable
+from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
 from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.pointwise import is_elementwise, is_linear, is_pointwise, strange_parameters
 
 ALL_RULES = RULES | BLOCK_RULES
+EMPTY = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children they do nothing
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _visit(
     strange = strange_parameters(module)
     if not children:
         owned = f"owns {', '.join(strange)}" if strange else "no rule for this class, which may mix positions"
-        if type(module) is not nn.Sequential:  # an empty one does nothing
+        if not isinstance(module, EMPTY) or strange:
             yield Layer(name, (module,), reason=owned)
         return
     if strange:
@@ -129,7 +130,7 @@ def _found(module: nn.Module) -> Found | None:
 
 
 def _overrides(module: nn.Module) -> dict[str, Found]:
-    found = _deformable_pair(module)
+    found = deformable_children(module)
     for name in names_of(module):
         if name in PARENTS:
             found |= PARENTS[name](module)
