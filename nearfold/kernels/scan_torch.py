@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32
-SLAB = 2**25  # numbers (chunks, B, S, C, T) that the backward holds at a time
+SLAB = 2**23  # numbers (chunks, B, S, C, T) that the backward holds at a time
 
 
 def chunks_of(positions: int) -> int:
