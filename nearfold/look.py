@@ -243,7 +243,7 @@ def _show_row(panel: Axes, side: Axes, pixels: Tensor, reading: Reading, patch: 
     bar.minorticks_off()
     side.yaxis.set_major_formatter("{x:.2g}")
     side.tick_params(labelsize=7, length=2, pad=2)
-    bar.set_label("weight", fontsize=7.5, labelpad=2)
+    bar.set_label("weight", fontsize=7.5, labelpad=4)
 
 
 def _show_matrix(panel: Axes, reading: Reading) -> None:

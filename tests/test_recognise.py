@@ -431,6 +431,31 @@ def test_how_attention_is_called_decides():
     assert [s.reason for s in describe(Calls(mask=1), (8, 6)).unknown] == ["it is called with a mask"]
 
 
+def test_attention_on_parts_of_the_map_does_not_look_everywhere():
+    """Windows made by hand: their positions are folded into the batch."""
+
+    class Windows(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+        def forward(self, x):
+            x = x.reshape(1, 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(4, 16, 8)
+            x = x if self.attention.batch_first else x.transpose(0, 1)
+            return self.attention(x, x, x)[0]
+
+    for batch_first in (True, False):
+        (row,) = describe(Windows(batch_first), (8, 8, 8)).rows
+        assert "folded" in row.note and row.field == "?"
+
+
+def test_the_larger_of_two_tensors_and_a_norm_over_channels_mix_nothing():
+    model = Wired(lambda x: torch.maximum(x, 2 * x), nn.Conv2d(4, 4, 1), lambda x: x / x.norm(dim=1, keepdim=True))
+    assert describe(model, (4, 6, 6)).unknown == ()
+    over = Wired(lambda x: x, nn.Conv2d(4, 4, 1), lambda x: x / x.norm(dim=(2, 3), keepdim=True))
+    assert [s.kind for s in describe(over, (4, 6, 6)).unknown] == ["Wired"]
+
+
 # --- whole models
 
 TORCHVISION = {

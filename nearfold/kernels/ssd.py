@@ -19,16 +19,19 @@ LOW = (torch.bfloat16, torch.float16)
 
 def _require(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, chunk: int) -> None:
     """ValueError where the operands do not fit one another."""
-    decay = "None" if log_decay is None else str(tuple(log_decay.shape))
-    got = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, log_decay {decay}"
+
+    def got() -> str:
+        decay = "None" if log_decay is None else f"{tuple(log_decay.shape)}"
+        return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, log_decay {decay}"
+
     if query.dim() != 4 or value.dim() != 4 or key.dim() != 4:
-        raise ValueError(f"query, key (B, H or 1, N, s) and value (B, H, N, p) must have four axes, got {got}")
+        raise ValueError(f"query, key (B, H or 1, N, s) and value (B, H, N, p) must have four axes, got {got()}")
     B, H, N, _ = value.shape
     s = query.shape[3]
     if query.shape not in ((B, H, N, s), (B, 1, N, s)) or key.shape not in ((B, H, N, s), (B, 1, N, s)):
-        raise ValueError(f"query and key must be (B, H, N, s) or (B, 1, N, s) as value (B, H, N, p), got {got}")
+        raise ValueError(f"query and key must be (B, H, N, s) or (B, 1, N, s) as value (B, H, N, p), got {got()}")
     if log_decay is not None and log_decay.shape != (B, H, N):
-        raise ValueError(f"log_decay must be {(B, H, N)} as value, got {got}")
+        raise ValueError(f"log_decay must be {(B, H, N)} as value, got {got()}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
 

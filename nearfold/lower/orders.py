@@ -16,7 +16,8 @@ def _raster(index: Tensor) -> Tensor:
 
 
 def _columns(index: Tensor) -> Tensor:
-    return index.permute(*range(index.dim())[::-1]).reshape(-1)
+    last = index.dim() - 1
+    return index.permute([last - axis for axis in range(index.dim())]).reshape(-1)
 
 
 def _snake(index: Tensor) -> Tensor:

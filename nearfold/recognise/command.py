@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -79,7 +80,13 @@ def _from_timm(name: str) -> nn.Module:
 def _from_torchvision(name: str) -> nn.Module:
     import_library("torchvision", "torchvision")
     models = importlib.import_module("torchvision.models")
-    return _built(f"torchvision:{name}", name, models.list_models(), lambda: models.get_model(name, weights=None))
+
+    def make() -> Any:
+        builder = models.get_model_builder(name)  # some would fetch the weights of their backbone
+        names = ("weights", "weights_backbone")
+        return builder(**{n: None for n in names if n in inspect.signature(builder).parameters})
+
+    return _built(f"torchvision:{name}", name, models.list_models(), make)
 
 
 SOURCES: dict[str, Callable[[str], nn.Module]] = {"timm": _from_timm, "torchvision": _from_torchvision}

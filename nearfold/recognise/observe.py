@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nearfold.grammar.words import All
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.field import Field, bounded, join, start, through
 from nearfold.recognise.foreign import Found, Unsaid, names_of
@@ -173,6 +174,7 @@ class _Watch(TorchDispatchMode):
         self.by_module = {layer.modules[0]: layer for layer in layers}
         self.leaves = {module for layer in layers for module in layer.modules if layer.found or not _listed(layer)}
         self.names = {module: name for name, module in model.named_modules()}
+        self.folded: set[str] = set()
         self.layouts, self.fields = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self.stack: list[tuple[nn.Module, int, Tensor | None, Field | None]] = []
 
@@ -203,7 +205,7 @@ class _Watch(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fields = [self.fields[t] for t in given if t in self.fields]
         layer = None if self._inside() else self.by_module.get(module)
-        if layer is not None:
+        if layer is not None and given:
             if is_linear(module):
                 self._look(layer.name, given[0])
             for name in names_of(module):
@@ -212,6 +214,11 @@ class _Watch(TorchDispatchMode):
                         self.seen.calls[layer.name] = AT_CALL[name](module, layer.found, args, kwargs)
                     except Unsaid as why:
                         self.seen.calls[layer.name] = str(why)
+            found = self.seen.calls.get(layer.name, layer.found)
+            if isinstance(found, Found) and _folds(module, found, given[0]):
+                note = "parts of the map are folded into the batch; it looks within each of them"
+                self.seen.calls[layer.name] = dataclasses.replace(found, note=note)
+                self.folded.add(layer.name)
         came = join(*fields) if fields else None
         self.stack.append((module, self.counter.get_total_flops(), given[0] if given else None, came))
 
@@ -230,7 +237,9 @@ class _Watch(TorchDispatchMode):
             self._behind_linear(name, x, y, came)
         elif isinstance(found, Found):
             self._layout(y, found.axis)
-            if came is not None:
+            if came is not None and name in self.folded:
+                self.fields[y] = join(came, dataclasses.replace(came, kind="?"))
+            elif came is not None:
                 self.fields[y] = through(came, found.operation)
         elif came is not None and (layer.reason or found):  # unknown
             self.fields[y] = join(came, dataclasses.replace(came, kind="?"))
@@ -281,7 +290,7 @@ class _Watch(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         fields = [self.fields[t] for t in given if t in self.fields]
-        reduces = name in REDUCTIONS and self._over_positions(args)
+        reduces = name in REDUCTIONS and self._over_positions(name, args, kwargs or {})
         mixes = (name in MIXING or reduces) and bool(fields) and not self._inside() and self._in_glue(name)
         for t in made:
             if fields:
@@ -304,17 +313,16 @@ class _Watch(TorchDispatchMode):
             self.seen.glue.setdefault(self.names[module], set()).add(name)
         return True
 
-    def _over_positions(self, args: tuple[Any, ...]) -> bool:
+    def _over_positions(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether positions lie along the axes of a reduction; without any it is over all."""
         layout = self.layouts.get(args[0])
-        if layout is None:
+        place = 2 if name == "linalg_vector_norm" else 1  # behind the order of the norm
+        given = args[place] if len(args) > place else kwargs.get("dim")
+        if layout is None or isinstance(given, Tensor):  # the larger of two tensors is no reduction
             return False
-        given = args[1] if len(args) > 1 and args[1] is not None else list(range(layout.dim()))
+        axes = [given] if isinstance(given, int) else given or range(layout.dim())
         position = layout % SHIFT
-        return any(
-            bool((position != position.select(axis, 0).unsqueeze(axis)).any())
-            for axis in ([given] if isinstance(given, int) else given)
-        )
+        return any(bool((position != position.select(axis, 0).unsqueeze(axis)).any()) for axis in axes)
 
     def _follow(
         self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]
@@ -341,6 +349,13 @@ class _Watch(TorchDispatchMode):
             return torch.zeros(t.shape, dtype=torch.long, device="cpu") if layout is None else layout.contiguous()
 
         return torch.utils._pytree.tree_map(swap, tree)
+
+
+def _folds(module: nn.Module, found: Found, x: Tensor) -> bool:
+    """Whether a layer that looks everywhere is given several parts of the one input as a batch."""
+    batch = 1 if isinstance(module, nn.MultiheadAttention) and not module.batch_first else 0
+    everywhere = any(isinstance(part.path, All) for part in found.operation.parts)
+    return everywhere and x.dim() > 2 and x.shape[batch] != 1
 
 
 def _listed(layer: Layer) -> bool:
