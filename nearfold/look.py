@@ -34,7 +34,7 @@ To the right, for every operator: the image in grey, and in colour how much it r
 asked. Patches without colour are not read.
 
 Below each: its whole mixing matrix, a line for each output position and a column for each input position, in raster \
-order. The blue marks are the position asked: its line is the picture above, unrolled."""
+order. The blue marks at its edges are the position asked: its line is the picture above, unrolled."""
 CAPTION = """\
 No layer here is trained. A patch is described by 8 numbers (its colour, contrast, slopes and edges, each normalised \
 over the image, then each patch to one length). Queries, keys and values are these numbers themselves, the query \
@@ -297,13 +297,18 @@ def _extent(pixels: Tensor) -> tuple[float, float, float, float]:
 
 
 def _mark(panel: Axes, pixels: Tensor, row: Tensor, patch: tuple[int, int]) -> None:
-    """A frame around a patch, not over it: its own weight stays visible."""
+    """A frame around a patch, not over it, and marks at the edges that find it where patches are small."""
     from matplotlib.patches import Rectangle
 
-    high, wide = pixels.shape[1] / row.shape[0], pixels.shape[2] / row.shape[1]
+    height, width = pixels.shape[1:]
+    high, wide = height / row.shape[0], width / row.shape[1]
     top, left = max(0.0, (patch[0] - 0.3) * high), max(0.0, (patch[1] - 0.3) * wide)
-    bottom, right = min(pixels.shape[1], (patch[0] + 1.3) * high), min(pixels.shape[2], (patch[1] + 1.3) * wide)
-    for colour, line in (("white", 2.8), (MARK, 1.5)):
+    bottom, right = min(height, (patch[0] + 1.3) * high), min(width, (patch[1] + 1.3) * wide)
+    thick = min(1.5, 16 * PANEL / row.shape[1])  # a fifth of a patch: its neighbours stay visible too
+    for colour, line in (("white", 1.9 * thick), (MARK, thick)):
         panel.add_patch(
             Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=line, clip_on=False)
         )
+    panel.plot(0, (patch[0] + 0.5) * high, ">", color=MARK, markersize=5, clip_on=False)
+    panel.plot((patch[1] + 0.5) * wide, height, "^", color=MARK, markersize=5, clip_on=False)
+    panel.set(xlim=(0, width), ylim=(height, 0))

@@ -75,7 +75,7 @@ def features(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     >>> features(torch.rand(3, 20, 30), (4, 5)).shape
     torch.Size([1, 8, 4, 5])
     """
-    red, green, blue = pixels
+    red, green, blue = pixels = pixels.double()  # contrast is a small difference of large numbers
     bright = pixels.mean(0)
     down, right = torch.gradient(bright)
     maps = torch.stack([bright, red - green, blue - (red + green) / 2, bright**2, down, right, down.abs(), right.abs()])
@@ -83,7 +83,7 @@ def features(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     patches[:, 3] = (patches[:, 3] - patches[:, 0] ** 2).clamp(min=0).sqrt()
     centred = patches - patches.mean((2, 3), keepdim=True)
     equal = centred / (centred.square().mean((2, 3), keepdim=True).sqrt() + 1e-4)
-    return equal / (equal.square().mean(1, keepdim=True).sqrt() + 1e-4)
+    return (equal / (equal.square().mean(1, keepdim=True).sqrt() + 1e-2)).float()
 
 
 def read(operation: str | Operation, x: Tensor, patch: tuple[int, int]) -> Reading:

@@ -318,6 +318,8 @@ def _outputs(layer: nn.Module, x: Tensor, context: Tensor | None, tokens: bool) 
     given[-1] = source = given[-1].clone().requires_grad_()
     try:
         y = layer(*given)
+    except torch.OutOfMemoryError:  # says enough, and not that the shape is wrong
+        raise
     except (TypeError, RuntimeError, IndexError, AssertionError) as error:
         shapes = " and ".join(str(tuple(t.shape)) for t in given)
         raise ValueError(f"{name} does not take {shapes}: {error}") from error

@@ -53,36 +53,58 @@ def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device
     return at_os, at_os < n, home_o
 
 
-def _joined(per_axis: list[Tensor]) -> Tensor:
-    """(o, s) of every axis -> (M, S) of tuples: (M, S, a); (o,) -> (M, a)."""
-    axes = len(per_axis)
-    wide = []
-    for axis, x in enumerate(per_axis):
-        shape = [1] * (axes * x.dim())
-        for part, n in enumerate(x.shape):
-            shape[part * axes + axis] = n
-        wide.append(x.reshape(shape))
-    full = torch.broadcast_tensors(*wide)
-    joined = torch.stack(full, -1)
-    return joined.flatten(0, axes - 1) if per_axis[0].dim() == 1 else joined.flatten(axes, -2).flatten(0, axes - 1)
+def _axes(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`axis_reads` of every axis, shaped so that they broadcast to (o of every axis, s of every axis), or (o ...)."""
+    ndim = len(grid)
+    at, valid, home = [], [], []
+    for axis in range(ndim):
+        at_os, valid_os, home_o = axis_reads(op, grid, axis, device)
+        alone = [1] * ndim
+        alone[axis] = at_os.shape[0]
+        slots = [1] * ndim
+        slots[axis] = at_os.shape[1]
+        at.append(at_os.view(*alone, *slots))
+        valid.append(valid_os.view(*alone, *slots))
+        home.append(home_o.view(alone))
+    return at, valid, home
 
 
 def window_reads(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Positions read (M, S, a), valid (M, S), and the queries' own positions (M, a), slots in raster order."""
-    axes = [axis_reads(op, grid, axis, device) for axis in range(len(grid))]
-    at, valid, home = zip(*axes, strict=True)
-    return _joined(list(at)), _joined(list(valid)).all(-1), _joined(list(home))
+    at, valid, home = _axes(op, grid, device)
+    ndim = len(grid)
+    at_MSa = torch.stack(torch.broadcast_tensors(*at), -1).flatten(ndim, -2).flatten(0, ndim - 1)
+    valid_MS = torch.stack(torch.broadcast_tensors(*valid), -1).flatten(ndim, -2).flatten(0, ndim - 1).all(-1)
+    home_Ma = torch.stack(torch.broadcast_tensors(*home), -1).flatten(0, ndim - 1)
+    return at_MSa, valid_MS, home_Ma
 
 
 def flatten(at: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Positions as tuples (..., a) -> raster index (...)."""
-    flat = torch.zeros_like(at[..., 0])
-    for axis, n in enumerate(grid):
-        flat = flat * n + at[..., axis]
+    return _raster([at[..., axis] for axis in range(len(grid))], grid)
+
+
+def _raster(at: list[Tensor], grid: tuple[int, ...]) -> Tensor:
+    flat = at[0]
+    for n, more in zip(grid[1:], at[1:], strict=True):
+        flat = flat * n + more
     return flat
 
 
-def window_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Raster positions (M, S) that the slots read, and which are valid (index 0 where not)."""
-    at, valid, _ = window_reads(op, grid, device)
-    return flatten(at, grid).masked_fill(~valid, 0), valid
+def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
+    """Raster positions (M, S) that the slots read, ``missing`` where they read none, and which read one.
+
+    As `window_reads` says, by a few operations on as many numbers as there are slots.
+    """
+    at, valid, _ = _axes(op, grid, device)
+    inside = valid[0]
+    for more in valid[1:]:
+        inside = inside & more
+    flat = _raster(at, grid).masked_fill(~inside, missing)
+    ndim = len(grid)
+    return flat.flatten(ndim, -1).flatten(0, ndim - 1), inside.flatten(ndim, -1).flatten(0, ndim - 1)
+
+
+def home_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """Raster positions (M,) of the queries."""
+    return _raster(_axes(op, grid, device)[2], grid).flatten()

@@ -99,7 +99,7 @@ def window(size: Ints, stride: Ints, dilation: Ints, padding: Ints | str, mode: 
         sizes = _axes(size, size if isinstance(size, tuple) else padding)
         pads = _axes(padding, sizes)
         reach = [d * (k - 1) for d, k in zip(_axes(dilation, sizes), sizes, strict=True)]
-        same = all(2 * p >= r for p, r in zip(pads, reach, strict=True))
+        same = all(2 * p == r for p, r in zip(pads, reach, strict=True))
         padding = "same" if same else plain(pads)
     return Window(plain(size), stride=plain(stride), dilation=plain(dilation), padding=padding, mode=mode)
 

@@ -122,6 +122,10 @@ struct Engine {
     int (*grouped_double)(const GroupedArgs<double> &);
     int (*grouped_backward_float)(const GroupedBackwardArgs<float> &);
     int (*grouped_backward_double)(const GroupedBackwardArgs<double> &);
+    int (*corners_float)(const CornersArgs<float> &);
+    int (*corners_double)(const CornersArgs<double> &);
+    int (*corners_backward_float)(const CornersBackwardArgs<float> &);
+    int (*corners_backward_double)(const CornersBackwardArgs<double> &);
     int (*scan_float)(const ScanArgs<float> &);
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);

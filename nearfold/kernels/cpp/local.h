@@ -38,6 +38,26 @@ struct LocalBackwardArgs {
     Map<T> d_query, d_key, d_value;
 };
 
+// Fractional positions of a window whose slots are moved.
+template <class T>
+struct CornersArgs {
+    Window window;
+    int axes;  // the last ones of the window's three
+    int64_t planes, S, M;  // samples and groups, slots, outputs
+    const T *offset;  // (planes, S, axes, M) contiguous
+    const T *mask;    // (planes, S, M) contiguous, or null
+    int64_t *index;   // (planes, M, S, 2^axes) contiguous
+    T *share;         // as index
+    int threads;
+};
+
+template <class T>
+struct CornersBackwardArgs {
+    CornersArgs<T> of;  // `index` and `share` unused
+    const T *grad;      // as share
+    T *d_offset, *d_mask;
+};
+
 // A grouped convolution whose input channels lie in several maps, (B, G, inputs of a group, *grid) each.
 constexpr int most_maps = 4;
 

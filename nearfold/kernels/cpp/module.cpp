@@ -350,5 +350,6 @@ NB_MODULE(_engine, m) {
     nearfold::bind<float>(m);
     nearfold::bind<double>(m);
     nearfold::bind_local(m);
+    nearfold::bind_corners(m);
     nearfold::bind_scan(m);
 }

@@ -11,6 +11,7 @@ namespace nearfold {
 
 const Engine *chosen_engine();
 void bind_local(nanobind::module_ &m);  // module_local.cpp
+void bind_corners(nanobind::module_ &m);  // module_corners.cpp
 void bind_scan(nanobind::module_ &m);   // module_scan.cpp
 
 inline void require(bool holds, const char *what) {

@@ -24,6 +24,10 @@ int grouped_float(const GroupedArgs<float> &);
 int grouped_double(const GroupedArgs<double> &);
 int grouped_backward_float(const GroupedBackwardArgs<float> &);
 int grouped_backward_double(const GroupedBackwardArgs<double> &);
+int corners_float(const CornersArgs<float> &);
+int corners_double(const CornersArgs<double> &);
+int corners_backward_float(const CornersBackwardArgs<float> &);
+int corners_backward_double(const CornersBackwardArgs<double> &);
 int scan_float(const ScanArgs<float> &);
 int scan_double(const ScanArgs<double> &);
 int scan_backward_float(const ScanBackwardArgs<float> &);
@@ -58,6 +62,10 @@ extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
     NEARFOLD_ISA::grouped_double,
     NEARFOLD_ISA::grouped_backward_float,
     NEARFOLD_ISA::grouped_backward_double,
+    NEARFOLD_ISA::corners_float,
+    NEARFOLD_ISA::corners_double,
+    NEARFOLD_ISA::corners_backward_float,
+    NEARFOLD_ISA::corners_backward_double,
     NEARFOLD_ISA::scan_float,
     NEARFOLD_ISA::scan_double,
     NEARFOLD_ISA::scan_backward_float,

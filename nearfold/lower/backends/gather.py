@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nearfold.grammar.words import Block, Deformable, Experts, Max, Modulated, Shift, Window
+from nearfold.grammar.words import Block, Deformable, Experts, Max, Modulated, Shift, Softmax, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
+from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
@@ -21,7 +22,7 @@ from nearfold.lower.deform import sampled
 from nearfold.lower.generated import constant_alpha, modulation
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
-from nearfold.lower.windows import flatten, window_reads
+from nearfold.lower.windows import home_index, window_index
 
 NAME = "gather"
 
@@ -56,24 +57,26 @@ def _fractional(call: Call) -> tuple[Tensor, Tensor]:
 def _whole(call: Call) -> tuple[Tensor, Tensor]:
     """Index and alpha (B, M, S, H) of slots that read one position each."""
     op, B, heads = call.op, call.value.shape[0], call.heads
-    at_MSa, valid_MS, home_Ma = window_reads(op, call.grid, call.value.device)
-    index_MS = flatten(at_MSa, call.grid)
-    index = index_MS.masked_fill(~valid_MS, INVALID)[None, :, :, None].expand(B, -1, -1, heads)
-    if not op.weight.rho.needs_score:
+    index_MS, valid_MS = window_index(op, call.grid, call.value.device, INVALID)
+    index = index_MS[None, :, :, None].expand(B, -1, -1, heads)
+    rho = op.weight.rho
+    if not rho.needs_score:
         alpha = constant_alpha(call, valid_MS[None, None], index_MS[None, None])
         assert alpha is not None
         return index, alpha.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
     query, key = (t.expand(B, heads, -1, -1) for t in call.embedded())
-    home_M = flatten(home_Ma, call.grid)
+    home_M = home_index(op, call.grid, query.device)
     if len(home_M) != query.shape[2] or any(s != 1 for s in call.stride):
         query = query[:, :, home_M]
     score = slot_scores(_rows(query), _rows(key), index).permute(0, 3, 1, 2)
     bias = score_bias(op, call.params, call.grid, home_M, score)
     score = score if bias is None else score + bias
-    lost = query.isnan().any(-1)[..., None]
-    alpha = alpha_of(
-        op.weight.rho, score.masked_fill(~valid_MS, float("-inf")).masked_fill(lost, float("nan")), valid_MS
-    )
+    if isinstance(rho, Softmax):
+        alpha = slot_softmax(score, index.permute(0, 3, 1, 2), float(rho.scale))
+    else:
+        lost = query.isnan().any(-1)[..., None]
+        score = score.masked_fill(~valid_MS, float("-inf")).masked_fill(lost, float("nan"))
+        alpha = alpha_of(rho, score, valid_MS)
     return index, alpha.permute(0, 2, 3, 1)
 
 

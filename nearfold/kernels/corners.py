@@ -1,0 +1,163 @@
+"""`nearfold::corners`: for slots that offsets have moved, the positions around each, and how much of every one.
+
+One operator, two implementations: the compiled engine on the CPU, and PyTorch (`corners_torch`) everywhere else.
+
+Shape legend: P samples and groups, S slots, M outputs, E = 2^a corners, a grid axes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nearfold.kernels import corners_torch, engine
+from nearfold.kernels.corners_torch import Frame
+
+
+def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
+    """ValueError where the operands do not fit one another."""
+    axes, slots, outputs = frame.axes, math.prod(frame.size), math.prod(frame.out)
+    numbers = (frame.grid, frame.out, frame.size, frame.stride, frame.dilation)
+    if not 1 <= axes <= 3 or any(len(n) != axes or min(n) < 1 for n in numbers) or len(frame.before) != axes:
+        raise ValueError(f"grid, out, size, stride, dilation and before must be positive, one per axis, got {frame}")
+    if offset.dim() != 4 or offset.shape[1:] != (slots, axes, outputs) or not offset.is_floating_point():
+        raise ValueError(
+            f"offset must be (P, {slots}, {axes}, {outputs}), floating point, got {tuple(offset.shape)} {offset.dtype}"
+        )
+    if mask is not None and (mask.shape != (offset.shape[0], slots, outputs) or mask.dtype != offset.dtype):
+        raise ValueError(
+            f"mask must be ({offset.shape[0]}, {slots}, {outputs}) {offset.dtype}, got {tuple(mask.shape)} {mask.dtype}"
+        )
+
+
+def _served(offset: Tensor, mask: Tensor | None) -> bool:
+    return offset.numel() > 0 and engine.serves(offset, mask)
+
+
+def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:
+    P, S, axes, M = offset.shape
+    share = offset.new_empty(P, M, S << axes)
+    return torch.empty_like(share, dtype=torch.long), share
+
+
+@torch.library.custom_op("nearfold::corners", mutates_args=())
+def corners(
+    offset: Tensor,
+    mask: Tensor | None,
+    grid: list[int],
+    out: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Index (P, M, S * E) int64 and share (P, M, S * E), corners of one slot next to one another, the last axis fastest.
+
+    Args:
+        offset: (P, S, a, M): how far every slot is moved on every axis, in positions.
+        mask: (P, S, M): what a slot's shares are multiplied with, or None.
+        grid: positions per axis.
+        out: outputs per axis, M of them.
+        size: slots per axis, S of them. Slot k of output o starts at o * stride + k * dilation - before.
+        stride: per axis.
+        dilation: per axis.
+        before: padding before the first position, per axis.
+
+    The shares of a slot are those of (bi, tri)linear interpolation. A corner outside the grid has index -1 and share 0;
+    an offset that is NaN has shares that are NaN. Gradients flow to offset and mask. ValueError where operands do not
+    fit.
+    """
+    frame = Frame(grid, out, size, stride, dilation, before)
+    _require(offset, mask, frame)
+    if not _served(offset, mask):
+        with torch.autocast(offset.device.type, enabled=False):
+            index, share = corners_torch.corners(offset, mask, frame)
+        return index.contiguous(), share.contiguous()
+    module = engine.get()
+    assert module is not None
+    index, share = _outputs(offset)
+    still = None if mask is None else mask.contiguous()
+    module.corners(
+        offset.contiguous(), still, grid, out, size, stride, dilation, before, index, share, engine.threads()
+    )
+    return index, share
+
+
+@corners.register_fake
+def _(
+    offset: Tensor,
+    mask: Tensor | None,
+    grid: list[int],
+    out: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+) -> tuple[Tensor, Tensor]:
+    return _outputs(offset)
+
+
+@torch.library.custom_op("nearfold::corners_backward", mutates_args=())
+def corners_backward(
+    grad: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    grid: list[int],
+    out: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Gradients at offset and mask (an empty tensor where that is None)."""
+    frame = Frame(grid, out, size, stride, dilation, before)
+    none = offset.new_empty(0)
+    if not _served(offset, mask):
+        with torch.autocast(offset.device.type, enabled=False):
+            d_offset, found = corners_torch.backward(grad, offset, mask, frame)
+        return d_offset.contiguous(), none if found is None else found.contiguous()
+    module = engine.get()
+    assert module is not None
+    still = None if mask is None else mask.contiguous()
+    d_offset = torch.empty_like(offset, memory_format=torch.contiguous_format)
+    d_mask = None if still is None else torch.empty_like(still)
+    module.corners_backward(
+        *(grad.contiguous(), offset.contiguous(), still, grid, out, size, stride, dilation, before, d_offset, d_mask),
+        engine.threads(),
+    )
+    return d_offset, none if d_mask is None else d_mask
+
+
+@corners_backward.register_fake
+def _(
+    grad: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    grid: list[int],
+    out: list[int],
+    size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+) -> tuple[Tensor, Tensor]:
+    return offset.new_empty(offset.shape), offset.new_empty(0) if mask is None else mask.new_empty(mask.shape)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    offset, mask, *ctx.frame = inputs
+    ctx.save_for_backward(offset, mask)
+    ctx.mark_non_differentiable(output[0])
+    ctx.set_materialize_grads(False)  # no zeros for the indices
+
+
+def _backward(ctx, _, grad):  # type: ignore[no-untyped-def]
+    offset, mask = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 8
+    d_offset, d_mask = corners_backward(grad, offset, mask, *ctx.frame)
+    return d_offset, None if mask is None else d_mask, *(None,) * 6
+
+
+corners.register_autograd(_backward, setup_context=_setup)
