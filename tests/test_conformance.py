@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nearfold import CATALOGUE, parse
 from nearfold.grammar.word import WORDS
+from nearfold.kernels import engine
 from nearfold.lower import lower
 from nearfold.lower.plan import BACKENDS
 from nearfold.lower.verdict import Facts
@@ -53,6 +54,12 @@ def test_float64(name, grid):
         return
     with poisoned_empties():
         conform(CASES[name], grid)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_the_engine(name):
+    with poisoned_empties(), engine.forced(engine.OFF):
+        conform(CASES[name], (7, 6))
 
 
 @pytest.mark.parametrize("dtype", [d for d in BUDGET if d != torch.float64], ids=str)
@@ -226,7 +233,7 @@ def test_ops_pass_opcheck():
 
 def test_the_suite_sees_a_wrong_kernel(monkeypatch):
     """Break the tie rule, the stride of a view and a gradient of the PyTorch path: each must show."""
-    from nearfold.kernels import engine, local, local_attention_torch, select_torch
+    from nearfold.kernels import local, local_attention_torch, select_torch
 
     def backwards(score, k):
         best, index = score.flip(-1).topk(k, -1)

@@ -39,7 +39,7 @@ def _served(offset: Tensor, mask: Tensor | None) -> bool:
 def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:
     P, S, axes, M = offset.shape
     share = offset.new_empty(P, M, S << axes)
-    return torch.empty_like(share, dtype=torch.long), share
+    return share, torch.empty_like(share, dtype=torch.long)
 
 
 @torch.library.custom_op("nearfold::corners", mutates_args=())
@@ -53,7 +53,7 @@ def corners(
     dilation: list[int],
     before: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Index (P, M, S * E) int64 and share (P, M, S * E), corners of one slot next to one another, the last axis fastest.
+    """Share (P, M, S * E) and index (P, M, S * E) int64, a slot's corners next to one another, the last axis fastest.
 
     Args:
         offset: (P, S, a, M): how far every slot is moved on every axis, in positions.
@@ -73,16 +73,16 @@ def corners(
     _require(offset, mask, frame)
     if not _served(offset, mask):
         with torch.autocast(offset.device.type, enabled=False):
-            index, share = corners_torch.corners(offset, mask, frame)
-        return index.contiguous(), share.contiguous()
+            share, index = corners_torch.corners(offset, mask, frame)
+        return share.contiguous(), index.contiguous()
     module = engine.get()
     assert module is not None
-    index, share = _outputs(offset)
+    share, index = _outputs(offset)
     still = None if mask is None else mask.contiguous()
     module.corners(
         offset.contiguous(), still, grid, out, size, stride, dilation, before, index, share, engine.threads()
     )
-    return index, share
+    return share, index
 
 
 @corners.register_fake
@@ -148,11 +148,11 @@ def _(
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     offset, mask, *ctx.frame = inputs
     ctx.save_for_backward(offset, mask)
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the indices
 
 
-def _backward(ctx, _, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     offset, mask = ctx.saved_tensors
     if grad is None:
         return (None,) * 8

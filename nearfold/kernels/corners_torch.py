@@ -42,7 +42,7 @@ class Frame:
 
 
 def corners(offset_PSaM: Tensor, mask_PSM: Tensor | None, frame: Frame) -> tuple[Tensor, Tensor]:
-    """Index (P, M, S * E), -1 outside the grid, and share (P, M, S * E); differentiable."""
+    """Share (P, M, S * E), and index (P, M, S * E), -1 outside the grid; differentiable."""
     where = frame.starts(offset_PSaM) + offset_PSaM
     low = where.floor()
     share = where - low
@@ -62,15 +62,24 @@ def corners(offset_PSaM: Tensor, mask_PSM: Tensor | None, frame: Frame) -> tuple
             part = part * (share[:, :, axis] if one else 1 - share[:, :, axis])
         index.append(flat.masked_fill(~inside, -1).masked_fill(lost_PSM, 0))
         parts.append(part.masked_fill(~inside, 0).masked_fill(lost_PSM, float("nan")))
-    rows = (torch.stack(t, -1).permute(0, 2, 1, 3).flatten(2) for t in (index, parts))
-    found, share = rows
-    return found, share
+    rows = [torch.stack(t, -1).permute(0, 2, 1, 3).flatten(2) for t in (parts, index)]
+    return rows[0], rows[1]
 
 
-def backward(grad: Tensor, offset: Tensor, mask: Tensor | None, frame: Frame) -> tuple[Tensor, Tensor | None]:
-    """Gradients at offset and mask."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (offset, mask) if t is not None]
-        share = corners(inputs[0], inputs[1] if mask is not None else None, frame)[1]
-        found = torch.autograd.grad(share, inputs, grad)
-    return found[0], found[1] if mask is not None else None
+def backward(grad_PMe: Tensor, offset: Tensor, mask: Tensor | None, frame: Frame) -> tuple[Tensor, Tensor | None]:
+    """Gradients at offset and mask; a slot whose offset is NaN has none."""
+    slots, outputs = offset.shape[1], offset.shape[3]
+    grad_PSMe = grad_PMe.unflatten(2, (slots, -1)).transpose(1, 2)
+    index_PSMe = corners(offset, mask, frame)[1].unflatten(2, (slots, -1)).transpose(1, 2)
+    where = frame.starts(offset) + offset
+    there = (index_PSMe >= 0) & ~where.isnan().any(2)[..., None]
+    share = where - where.floor()
+    d_share, d_mask = torch.zeros_like(offset), offset.new_zeros(offset.shape[0], slots, outputs)
+    for e, corner in enumerate(itertools.product((0, 1), repeat=frame.axes)):
+        parts = [share[:, :, axis] if one else 1 - share[:, :, axis] for axis, one in enumerate(corner)]
+        g = grad_PSMe[..., e]
+        d_mask += (g * torch.stack(parts).prod(0)).masked_fill(~there[..., e], 0)
+        for axis, one in enumerate(corner):
+            others = torch.stack([torch.ones_like(g), *parts[:axis], *parts[axis + 1 :]]).prod(0)
+            d_share[:, :, axis] += (g * others * (1 if one else -1)).masked_fill(~there[..., e], 0)
+    return (d_share, None) if mask is None else (d_share * mask[:, :, None], d_mask)

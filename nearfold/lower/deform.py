@@ -5,17 +5,18 @@ Shape legend: B batch, G groups of channels, M outputs, S slots, E = 2^a corners
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Deformable
+from nearfold.grammar.words import Deformable, Modulated
+from nearfold.kernels import corners_torch
+from nearfold.kernels.corners_torch import Frame
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import WindowGeometry
-from nearfold.lower.windows import flatten, window_reads
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -30,30 +31,38 @@ def over_window(op: Basic, params: dict[str, Tensor], name: str, x: Tensor) -> T
     return _CONV[x.dim() - 2](x, weight, bias, geometry.stride, padding, geometry.dilation)
 
 
-def sampled(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Index, valid and coefficient, each (B, G, M, S * E): the corners around every moved slot of one cell.
+def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
+    """What `nearfold::corners` takes: offset (B * G, S, a, M), mask (B * G, S, M) or None, and where the window lies.
 
-    The offset channels are ordered (group, slot, axis), as torchvision's and the papers' code have them. Corners
-    outside the grid are not valid: the map fades to zero within one position of its border. Coefficients are in float32
-    at least: in half precision, positions beyond 2048 would be off by whole pixels.
+    The offset channels are ordered (group, slot, axis), as torchvision's and the papers' code have them. Both are in
+    float32 at least: in half precision, positions beyond 2048 would be off by whole pixels.
     """
-    op = call.op
+    op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Deformable)
     wide = torch.promote_types(call.value.dtype, torch.float32)
-    offset = over_window(op, call.params, "offset", call.x).to(wide)
-    offset_BGMSa = offset.flatten(2).unflatten(1, (op.path.groups, -1, call.ndim)).permute(0, 1, 4, 2, 3)
-    at_MSa, _, _ = window_reads(op, call.grid, call.value.device)
-    where = at_MSa.to(wide) + offset_BGMSa
-    low = where.floor()
-    share = where - low
-    # far outside or NaN: no corner is on the grid, and integers do not overflow
-    low = low.clamp(-2, max(call.grid) + 1).nan_to_num(-2)
-    index, valid, coefficient = [], [], []
-    for corner in itertools.product((0, 1), repeat=call.ndim):
-        at = low.long() + torch.tensor(corner, device=low.device)
-        inside = ((at >= 0) & (at < torch.tensor(call.grid, device=low.device))).all(-1)
-        part = torch.stack([share[..., a] if one else 1 - share[..., a] for a, one in enumerate(corner)], -1).prod(-1)
-        index.append(flatten(at, call.grid).masked_fill(~inside, 0))
-        valid.append(inside)
-        coefficient.append(part.masked_fill(~inside, 0))
-    return tuple(torch.stack(t, -1).flatten(-2) for t in (index, valid, coefficient))  # type: ignore[return-value]
+    frame = Frame(
+        list(call.grid),
+        list(call.out_grid),
+        list(geometry.size),
+        list(geometry.stride),
+        list(geometry.dilation),
+        list(geometry.before),
+    )
+    slots, outputs = math.prod(frame.size), math.prod(frame.out)
+    offset = over_window(op, call.params, "offset", call.x).to(wide).reshape(-1, slots, call.ndim, outputs)
+    if not isinstance(op.weight.rho, Modulated):
+        return offset, None, frame
+    mask = torch.sigmoid(over_window(op, call.params, "mask", call.x).to(wide))
+    return offset, mask.reshape(-1, slots, outputs), frame
+
+
+def sampled(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """From the formula: index, valid and coefficient, each (B, G, M, S * E); the modulation is not in it.
+
+    Corners outside the grid are not valid: the map fades to zero within one position of its border.
+    """
+    offset, _, frame = moved(call)
+    share, index = (
+        t.unflatten(0, (call.value.shape[0], call.heads)) for t in corners_torch.corners(offset, None, frame)
+    )
+    return index.clamp(min=0), index >= 0, share

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nearfold.grammar.words import Block, Deformable, Experts, Max, Modulated, Shift, Softmax, Window
+from nearfold.grammar.words import Block, Deformable, Experts, Max, Shift, Softmax, Window
 from nearfold.kernels.aggregate import aggregate
+from nearfold.kernels.corners import corners
 from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
-from nearfold.lower.deform import sampled
-from nearfold.lower.generated import constant_alpha, modulation
+from nearfold.lower.deform import moved
+from nearfold.lower.generated import constant_alpha
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 from nearfold.lower.windows import home_index, window_index
@@ -48,10 +49,10 @@ def _rows(x: Tensor) -> Tensor:
 
 def _fractional(call: Call) -> tuple[Tensor, Tensor]:
     """Index and alpha (B, M, S * E, G) of a deformable window."""
-    index, valid, alpha = sampled(call)
-    if isinstance(call.op.weight.rho, Modulated):
-        alpha = alpha * modulation(call).repeat_interleave(2**call.ndim, -1)
-    return index.masked_fill(~valid, INVALID).permute(0, 2, 3, 1), alpha.permute(0, 2, 3, 1)
+    offset, mask, frame = moved(call)
+    alpha, index = corners(offset, mask, frame.grid, frame.out, frame.size, frame.stride, frame.dilation, frame.before)
+    groups = (call.value.shape[0], call.heads)
+    return index.unflatten(0, groups).permute(0, 2, 3, 1), alpha.unflatten(0, groups).permute(0, 2, 3, 1)
 
 
 def _whole(call: Call) -> tuple[Tensor, Tensor]:
