@@ -8,19 +8,39 @@ nearest(9, cosine) | ranked | kernel
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
 
+if TYPE_CHECKING:
+    from nearfold.mixing import mixing_matrix
+    from nearfold.recognise import complexity, describe
+
 __version__ = "0.1.0"
 
-__all__ = ["CATALOGUE", "NotationError", "Operation", "__version__", "parse", "preset"]
+__all__ = [
+    "CATALOGUE",
+    "NotationError",
+    "Operation",
+    "__version__",
+    "complexity",
+    "describe",
+    "mixing_matrix",
+    "parse",
+    "preset",
+]
 
-_PACKAGES = ("compat", "grammar", "kernels", "lower", "models", "nn", "study", "testing", "train")
+_PACKAGES = (
+    *("compat", "grammar", "kernels", "look", "lower", "mixing", "models", "nn", "recognise", "study", "testing"),
+    "train",
+)
+_FUNCTIONS = {"complexity": "recognise", "describe": "recognise", "mixing_matrix": "mixing"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Load a part of the library at its first use: ``import nearfold`` alone stays light."""
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"nearfold.{_FUNCTIONS[name]}"), name)
     if name in _PACKAGES:
         return importlib.import_module(f"nearfold.{name}")
     raise AttributeError(f"module 'nearfold' has no attribute {name!r}")

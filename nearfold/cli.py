@@ -1,4 +1,4 @@
-"""The command line: `nearfold ops`, `explain`, `train` and `study spectrum`.
+"""The command line: `nearfold ops`, `explain`, `look`, `describe`, `train` and `study spectrum`.
 
 Exit codes: 0 done, 1 a study some of whose runs failed, 2 bad input (one clear message on stderr), 130
 interrupted.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nearfold import __version__
+from nearfold import __version__, look_command
 from nearfold.grammar import CATALOGUE, parse
 
 INTRODUCTION = """\
@@ -29,10 +29,14 @@ form (shape), and value what is found (weight). An operator is written in these 
     nearest(9, cosine, self) | ranked | kernel  in between: read the 9 most similar positions"""
 
 EXAMPLES = {
+    "look": look_command.EXAMPLES,
     "": """\
 start here:
   nearfold study spectrum        the main job: a few minutes on a laptop, ends with an HTML report
   nearfold ops                   the operators that have a name
+  nearfold look sample:china.jpg where six of them look in a photograph
+  nearfold describe torchvision:resnet18
+                                 a network in these words, and its complexity
   nearfold explain "all | row | softmax(heads=4)" --shape 8,64,32,32
                                  which code would run, why, and what it costs
   nearfold train --op convnn     train one network around one operator""",
@@ -45,6 +49,11 @@ examples:
   nearfold explain "window(3) | box | kernel" --shape 16,64,32,32
   nearfold explain "nearest(9, cosine, self) | ranked | kernel" --shape 16x64x32x32 --dtype bfloat16
   nearfold explain convnn --shape 8,32,100 --no-grad""",
+    "describe": """\
+examples:
+  nearfold describe torchvision:resnet50 --input 3,224,224
+  nearfold describe timm:swin_tiny_patch4_window7_224
+  nearfold describe my_network.py:make_model --input 3,32,32""",
     "train": """\
 examples:
   nearfold train
@@ -127,6 +136,20 @@ def _parser() -> argparse.ArgumentParser:
         help="with gradients (default) or without",
     )
     explain.set_defaults(command=_explain)
+
+    look = _new(commands.add_parser, "look", look_command.SUMMARY)
+    look_command.arguments(look)
+    look.set_defaults(command=look_command.run)
+
+    describe = _new(
+        commands.add_parser, "describe", "say any network in these words, layer by layer, and its complexity"
+    )
+    describe.add_argument("model", metavar="SPEC", help="timm:NAME, torchvision:NAME or path/to/file.py:factory")
+    describe.add_argument(
+        "--input", type=_input_size, metavar="C,H,W",
+        help="size of one input, for FLOPs and receptive fields (default: a timm model's own, else none)",
+    )  # fmt: skip
+    describe.set_defaults(command=_describe)
 
     train = _new(commands.add_parser, "train", "train the small network around one operator")
     _data_arguments(train)
@@ -252,6 +275,13 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _describe(args: argparse.Namespace) -> int:
+    from nearfold.recognise.command import run
+
+    print(run(args.model, args.input))
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from nearfold.models import SpectrumNet, stem_stride
     from nearfold.train import Recipe, fit, load_data
@@ -305,6 +335,15 @@ def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*){2,}", text):
         raise argparse.ArgumentTypeError(f"wanted batch, channels and grid, such as 16,64,32,32; got {text!r}")
     return tuple(int(number) for number in re.split("[,x]", text))
+
+
+def _input_size(text: str) -> tuple[int, ...]:
+    from nearfold.recognise.command import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _positive(text: str) -> int:
