@@ -21,13 +21,15 @@ from nearfold.lower.geometry import WindowGeometry
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def over_window(op: Basic, params: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """A convolution of the input over the path's own window: (B, channels, *out)."""
+def over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x: Tensor) -> Tensor:
+    """Convolutions of the input over the path's own window, as one: (B, channels of all of them, *out)."""
     geometry = WindowGeometry.of(op, x.dim() - 2)
     padding = geometry.before
     if geometry.before != geometry.after:
         x, padding = geometry.pad(x, "zeros"), (0,) * (x.dim() - 2)
-    weight, bias = params[f"{name}_weight"], params.get(f"{name}_bias")
+    weight = torch.cat([params[f"{name}_weight"] for name in names])
+    biases = [params[f"{name}_bias"] for name in names if f"{name}_bias" in params]
+    bias = torch.cat(biases) if biases else None
     return _CONV[x.dim() - 2](x, weight, bias, geometry.stride, padding, geometry.dilation)
 
 
@@ -49,11 +51,12 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
         list(geometry.before),
     )
     slots, outputs = math.prod(frame.size), math.prod(frame.out)
-    offset = over_window(op, call.params, "offset", call.x).to(wide).reshape(-1, slots, call.ndim, outputs)
-    if not isinstance(op.weight.rho, Modulated):
-        return offset, None, frame
-    mask = torch.sigmoid(over_window(op, call.params, "mask", call.x).to(wide))
-    return offset, mask.reshape(-1, slots, outputs), frame
+    modulated = isinstance(op.weight.rho, Modulated)
+    made = over_window(op, call.params, ("offset", "mask") if modulated else ("offset",), call.x).to(wide)
+    points = call.heads * slots
+    offset = made[:, : points * call.ndim].reshape(-1, slots, call.ndim, outputs)
+    mask = torch.sigmoid(made[:, points * call.ndim :]).reshape(-1, slots, outputs) if modulated else None
+    return offset, mask, frame
 
 
 def sampled(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ def generated(call: Call) -> Tensor:
 
 def modulation(call: Call) -> Tensor:
     """Alpha of `modulated` (B, G, M, S)."""
-    mask = over_window(call.op, call.params, "mask", call.x).flatten(2)
+    mask = over_window(call.op, call.params, ("mask",), call.x).flatten(2)
     return torch.sigmoid(mask.unflatten(1, (call.heads, -1)).transpose(2, 3).to(wide_dtype(call)))
 
 

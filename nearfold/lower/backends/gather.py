@@ -8,9 +8,10 @@ Shape legend: B batch, H heads, N positions, M outputs, S slots, E entries of a 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Block, Deformable, Experts, Max, Shift, Softmax, Window
+from nearfold.grammar.words import Block, Deformable, Experts, Max, Separable, Shift, Softmax, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.names import DOT_LIKE, INVALID
@@ -47,8 +48,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
 def _fractional(call: Call) -> tuple[Tensor, Tensor]:
     """Index and alpha (B, M, S * E, G) of a deformable window."""
+    if call.ndim in CHANNELS_LAST and call.value is call.x:
+        # the convolution of the offsets is twice as fast on it, backward, and `rows` are then a view of it
+        call.x = call.value = call.x.contiguous(memory_format=CHANNELS_LAST[call.ndim])
     offset, mask, frame = moved(call)
     alpha, index = corners(offset, mask, frame.grid, frame.out, frame.size, frame.stride, frame.dilation, frame.before)
     groups = (call.value.shape[0], call.heads)
@@ -99,4 +106,8 @@ def run(call: Call) -> Tensor:
         groups,
         2**call.ndim if fractional else 1,
     )
-    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
+    bias = call.params.get("bias")
+    later = isinstance(call.op.weight.kernel, Separable)  # the bias follows its pointwise half
+    if bias is not None and not later:
+        y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
+    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=later)
