@@ -88,16 +88,22 @@ CASES: dict[str, Spec] = {
         {"shape": TINY_IMAGE, "window": 5, "heads": 4},
     ),
     "deformable": Spec(
-        "DeformConv2d 3x3",
+        "deform_conv 3x3",
         language.deformable,
         {"shape": PYRAMID, "modulated": False},
         {"shape": TINY_IMAGE, "modulated": False},
     ),
     "deformable_v2": Spec(
-        "DeformConv2d 3x3, modulated",
+        "deform_conv 3x3, modulated",
         language.deformable,
         {"shape": PYRAMID, "modulated": True},
         {"shape": TINY_IMAGE, "modulated": True},
+    ),
+    "deformable_layer": Spec(
+        "DeformConv2d 3x3, modulated, as a layer",
+        language.deformable_layer,
+        {"shape": PYRAMID},
+        {"shape": TINY_IMAGE},
     ),
     "scan": Spec(
         "selective scan",

@@ -14,7 +14,7 @@ from benchmarks.case import Case, Forward, Peer
 from benchmarks.peers import projected
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
-from nearfold.nn import DeformConv2d, Mixer
+from nearfold.nn import DeformConv2d, Mixer, deform_conv
 
 
 def loop_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -107,12 +107,9 @@ def neighbourhood_inside(shape: Shape, window: int, heads: int) -> Case:
     return Case((torch.randn(shape),), layer, _with_path(layer, found), module=layer)
 
 
-def grid_sample_deformable(layer: DeformConv2d, x: Tensor) -> Tensor:
+def grid_sample_deformable(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """Deformable 3x3 convolution by one F.grid_sample per slot, and a matrix product."""
-    p = layer.tensors()
-    B, C, height, width = x.shape
-    offset = F.conv2d(x, p["offset_weight"], p["offset_bias"], padding=1)
-    mask = torch.sigmoid(F.conv2d(x, p["mask_weight"], p["mask_bias"], padding=1)) if "mask_weight" in p else None
+    height, width = x.shape[2:]
     rows = torch.arange(height, dtype=x.dtype)[:, None]
     columns = torch.arange(width, dtype=x.dtype)
     read = []
@@ -122,27 +119,48 @@ def grid_sample_deformable(layer: DeformConv2d, x: Tensor) -> Tensor:
         grid = torch.stack([at * 2 / (width - 1) - 1, y * 2 / (height - 1) - 1], -1)
         seen = F.grid_sample(x, grid, padding_mode="zeros", align_corners=True)
         read.append(seen if mask is None else seen * mask[:, slot : slot + 1])
-    columns_BKN = torch.stack(read, 2).reshape(B, C * 9, -1)
-    y = p["weight"].flatten(1) @ columns_BKN + p["bias"][:, None]
-    return y.unflatten(2, (height, width))
+    columns_BKN = torch.stack(read, 2).flatten(1, 2).flatten(2)
+    return (weight.flatten(1) @ columns_BKN).unflatten(2, (height, width))
 
 
 def deformable(shape: Shape, modulated: bool) -> Case:
-    """DeformConv2d 3x3 with as many channels out as in; offsets of about one position."""
-    layer = DeformConv2d(shape[1], shape[1], 3, padding=1, modulated=modulated)
+    """`nearfold.nn.deform_conv` 3x3 with as many channels out as in; offsets of about one position."""
+    B, C, *grid = shape
+    offset = torch.randn(B, 18, *grid)
+    offset = offset.floor() + 0.05 + 0.9 * offset.frac().abs()  # at whole numbers there is no gradient to compare
+    inputs = [torch.randn(shape), offset, torch.randn(C, C, 3, 3) * (9 * C) ** -0.5]
+    if modulated:
+        inputs.append(torch.rand(B, 9, *grid))
+
+    def ours(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        return deform_conv(x, offset, weight, padding=1, mask=mask)
+
+    found = {"grid_sample": Peer(grid_sample_deformable)}
+    absent: dict[str, str] = {}
+    theirs = _optional(_torchvision, absent, "torchvision")
+    if theirs is not None:
+        found["torchvision"] = Peer(theirs)
+    return Case(tuple(inputs), ours, _with_path(ours, found), absent)
+
+
+def deformable_layer(shape: Shape) -> Case:
+    """DeformConv2d, version 2: the convolution that makes offsets and masks included."""
+    layer = DeformConv2d(shape[1], shape[1], 3, padding=1, modulated=True, bias=False)
     with torch.no_grad():
         for name, p in layer.named_parameters():
             if name.startswith(("offset", "mask")):
                 p.normal_(std=(9 * shape[1]) ** -0.5)
-    found = {"grid_sample": Peer(lambda x: grid_sample_deformable(layer, x))}
-    absent: dict[str, str] = {}
-    theirs = _optional(lambda: _torchvision(layer), absent, "torchvision")
-    if theirs is not None:
-        found["torchvision"] = Peer(theirs)
-    return Case((torch.randn(shape),), layer, _with_path(layer, found), absent, module=layer)
+
+    def naive(x: Tensor) -> Tensor:
+        p = layer.tensors()
+        offset = F.conv2d(x, p["offset_weight"], padding=1)
+        mask = torch.sigmoid(F.conv2d(x, p["mask_weight"], padding=1))
+        return grid_sample_deformable(x, offset, p["weight"], mask)
+
+    return Case((torch.randn(shape),), layer, _with_path(layer, {"grid_sample": Peer(naive)}), module=layer)
 
 
-def _torchvision(layer: DeformConv2d) -> Forward:
+def _torchvision() -> Forward:
     """Its compiled operator; ImportError where that does not load."""
     from nearfold.train._torchvision import load
 
@@ -151,12 +169,4 @@ def _torchvision(layer: DeformConv2d) -> Forward:
         run(torch.zeros(1, 1, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1))
     except (ImportError, RuntimeError) as error:
         raise ImportError("its compiled operators do not load") from error
-
-    def forward(x: Tensor) -> Tensor:
-        p = layer.tensors()
-        offset = F.conv2d(x, p["offset_weight"], p["offset_bias"], padding=1)
-        mask = torch.sigmoid(F.conv2d(x, p["mask_weight"], p["mask_bias"], padding=1)) if "mask_weight" in p else None
-        y: Tensor = run(x, offset, p["weight"], p["bias"], padding=1, mask=mask)
-        return y
-
-    return forward
+    return lambda x, offset, weight, mask=None: run(x, offset, weight, padding=1, mask=mask)

@@ -43,7 +43,6 @@ NAIVE = {
     "convnn_random": "naive",
     "convnn_memory": "naive",
     "acmix": "unfold",
-    "neighbourhood_inside": "unfold",
 }
 TARGETS: list[Target] = [
     *_faster("knn", "SDPA", 2.7, 7),
@@ -64,6 +63,7 @@ TARGETS: list[Target] = [
     *_faster("neighbourhood_inside", "unfold", 15, 15),
     *_faster("deformable", "grid_sample", 5, 5),
     *_faster("deformable_v2", "grid_sample", 5, 5),
+    *_faster("deformable_layer", "grid_sample", 5, 5),
     *_faster("scan", "loop over time", 20, 20),
     Target("scan", "associative scan", "forward", 3),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),

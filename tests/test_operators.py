@@ -95,6 +95,24 @@ def deformed(x, offset, mask, weight, bias, stride, padding, dilation, groups, o
     return y + bias.view(-1, 1, 1)
 
 
+def deformed_pairs(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups):
+    """`deformed`, with a stride, padding and dilation for each axis, by zeros around and dropped outputs."""
+    B, C, H, W = x.shape
+    O, per_group, kh, kw = weight.shape
+    y = x.new_zeros(B, O, *offset.shape[2:])
+    of_group = C // offset_groups
+    for b, o, i, j, c, r, s in itertools.product(*map(range, (B, O, *offset.shape[2:], per_group, kh, kw))):
+        channel = o // (O // groups) * per_group + c
+        slot = (channel // of_group * kh + r) * kw + s
+        py = i * stride[0] - padding[0] + r * dilation[0] + offset[b, 2 * slot, i, j].item()
+        px = j * stride[1] - padding[1] + s * dilation[1] + offset[b, 2 * slot + 1, i, j].item()
+        for at_y, at_x in itertools.product(range(H), range(W)):
+            share = max(0.0, 1 - abs(py - at_y)) * max(0.0, 1 - abs(px - at_x))
+            if share:
+                y[b, o, i, j] += (weight[o, c, r, s] * share * mask[b, slot, i, j] * x[b, channel, at_y, at_x]).item()
+    return y + bias.detach().view(-1, 1, 1)
+
+
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize(("stride", "dilation", "groups", "offset_groups"), [(1, 1, 1, 1), (2, 1, 2, 1), (1, 2, 1, 2)])
 def test_deformable_convolution(modulated, stride, dilation, groups, offset_groups):
@@ -118,6 +136,35 @@ def test_deformable_convolution(modulated, stride, dilation, groups, offset_grou
     mask = torch.sigmoid(F.conv2d(x, layer.mask_weight, layer.mask_bias, **how)) if modulated else None
     truth = deformed(x, offset, mask, layer.weight, layer.bias, **how, groups=groups, offset_groups=offset_groups)
     close(layer(x), truth)
+    other = near.deform_conv(x, offset, layer.weight, layer.bias, **how, mask=mask)
+    close(other, truth)
+
+
+def test_the_function_of_deformable_convolution():
+    x, weight = torch.randn(2, 4, 5, 6, requires_grad=True), torch.randn(6, 2, 3, 2, requires_grad=True)
+    offset, mask = torch.randn(2, 24, 3, 3, requires_grad=True), torch.rand(2, 12, 3, 3, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    how = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 2)}
+
+    def run(x, offset, weight, bias, mask):
+        return near.deform_conv(x, offset, weight, bias, **how, mask=mask)
+
+    truth = deformed_pairs(x, offset, mask, weight, bias, **how, groups=2, offset_groups=2)
+    close(run(x, offset, weight, bias, mask), truth)
+    assert torch.autograd.gradcheck(run, (x, offset, weight, bias, mask))
+    for change, message in (
+        ({"offset": offset[:, :23]}, r"offset must be \(B, G \* 12, \*out\)"),
+        ({"offset": offset[:, :, :2]}, "offset must be"),
+        ({"mask": mask[:, :6]}, r"mask must be \(2, 12, 3, 3\)"),
+        ({"weight": weight[:5]}, "does not fit 4 channels"),
+        ({"bias": bias.float()}, "one floating dtype"),
+        ({"x": x[0]}, "one to three grid axes"),
+    ):
+        arguments = {"x": x, "offset": offset, "weight": weight, "bias": bias, "mask": mask} | change
+        with pytest.raises(ValueError, match=message):
+            run(**arguments)
+    with pytest.raises(ValueError, match="stride must be an integer of at least 1"):
+        near.deform_conv(x, offset, weight, stride=0)
 
 
 def test_deformable_convolution_starts_as_the_convolution():

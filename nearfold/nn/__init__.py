@@ -12,7 +12,7 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
-from nearfold.nn.functional import knn_attention
+from nearfold.nn.functional import deform_conv, knn_attention
 from nearfold.nn.layers import (
     ACmix2d,
     BranchingAttention,
@@ -55,5 +55,6 @@ __all__ = [
     "StridedAttention",
     "TokenMLP",
     "TokenMixer",
+    "deform_conv",
     "knn_attention",
 ]

@@ -1,14 +1,18 @@
-"""Functions over query, key and value, for those who bring their own projections.
+"""Functions for those who bring their own projections or offsets.
 
-Shape legend: B batch, H heads, M queries, N keys, d features of a head, k neighbours.
+Shape legend: B batch, H heads, M queries or outputs, N keys or positions, d features of a head, k neighbours,
+C channels, O output channels, S slots, G groups that move on their own, a grid axes.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from nearfold.kernels.aggregate import aggregate
+from nearfold.kernels.corners import corners
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
 
@@ -84,3 +88,86 @@ def knn_attention(
         value.flatten(0, 1), index.flatten(0, 1)[..., None], alpha.to(value.dtype).flatten(0, 1)[..., None], None, 1
     )
     return y.unflatten(0, (B, H))
+
+
+def deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable convolution with offsets from outside: `torchvision.ops.deform_conv2d` on one to three grid axes.
+
+    Args:
+        input: (B, C, *grid), float32, float64, bfloat16 or float16; sums and positions are in float32 at least.
+        offset: (B, G * S * a, *out) in input's dtype: how far every slot is moved, in positions; channels are ordered
+            (group, slot, axis), the first axis first. G divides C.
+        weight: (O, C / groups, *size), S slots.
+        bias: (O,).
+        stride: per axis.
+        padding: positions added on each side; they read zero.
+        dilation: per axis.
+        mask: (B, G * S, *out): every slot's value is multiplied with it (version 2, arXiv 1811.11168).
+
+    Returns:
+        (B, O, *out), (bi, tri)linearly interpolated; zero beyond the grid. Gradients flow to everything.
+
+    ValueError where shapes or dtypes do not fit. Source: arXiv 1703.06211, eq. 2 to 4.
+
+    >>> x, weight = torch.randn(2, 4, 6, 7), torch.randn(8, 4, 3, 3)
+    >>> y = deform_conv(x, torch.zeros(2, 18, 6, 7), weight, padding=1)
+    >>> torch.allclose(y, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-5)
+    True
+    """
+    axes = input.dim() - 2
+    if not 1 <= axes <= 3 or weight.dim() != input.dim() or offset.dim() != input.dim():
+        raise ValueError(
+            "input (B, C, *grid), offset (B, G * S * a, *out) and weight (O, C / groups, *size) must have one to three "
+            f"grid axes, got {tuple(input.shape)}, {tuple(offset.shape)} and {tuple(weight.shape)}"
+        )
+    size, grid = list(weight.shape[2:]), list(input.shape[2:])
+    how = {}
+    for name, given, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        numbers = [given] * axes if isinstance(given, int) else list(given)
+        if len(numbers) != axes or any(type(n) is not int or n < least for n in numbers):
+            raise ValueError(f"{name} must be an integer of at least {least}, or {axes} of them, got {given!r}")
+        how[name] = numbers
+    room = [n + 2 * p - d * (k - 1) - 1 for n, p, d, k in zip(grid, how["padding"], how["dilation"], size, strict=True)]
+    out = [r // s + 1 for r, s in zip(room, how["stride"], strict=True)]
+    B, C, slots = input.shape[0], input.shape[1], math.prod(size)
+    groups = offset.shape[1] // (slots * axes)
+    if min(room) < 0 or offset.shape != (B, groups * slots * axes, *out) or groups < 1 or C % groups:
+        raise ValueError(
+            f"offset must be (B, G * {slots * axes}, *out), here ({B}, G * {slots * axes}, "
+            f"{', '.join(map(str, out))}), with G a divisor of the {C} channels, got {tuple(offset.shape)}"
+        )
+    if mask is not None and mask.shape != (B, groups * slots, *out):
+        raise ValueError(f"mask must be {(B, groups * slots, *out)}, got {tuple(mask.shape)}")
+    if C % weight.shape[1] or weight.shape[0] % (C // weight.shape[1]):
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit {C} channels: it is (O, C / groups, *size)")
+    dtypes = {t.dtype for t in (input, offset, weight, bias, mask) if t is not None}
+    if len(dtypes) > 1 or not input.is_floating_point():
+        raise ValueError(f"all operands must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    wide = torch.promote_types(input.dtype, torch.float32)
+    outputs = math.prod(out)
+    share, index = corners(
+        offset.to(wide).reshape(B * groups, slots, axes, outputs),
+        None if mask is None else mask.to(wide).reshape(B * groups, slots, outputs),
+        *(grid, out, size, how["stride"], how["dilation"], how["padding"]),
+    )
+    index, share = (t.unflatten(0, (B, groups)).permute(0, 2, 3, 1) for t in (index, share))
+    y = aggregate(
+        input.flatten(2).transpose(1, 2).contiguous(),
+        index,
+        share.to(input.dtype),
+        weight.flatten(2),
+        C // weight.shape[1],
+        2**axes,
+    )
+    if bias is not None:
+        y.add_(bias)
+    return y.transpose(1, 2).unflatten(2, out)
