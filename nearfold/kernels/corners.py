@@ -38,8 +38,8 @@ def _served(offset: Tensor, mask: Tensor | None) -> bool:
 
 def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:
     P, S, axes, M = offset.shape
-    share = offset.new_empty(P, M, S << axes)
-    return share, torch.empty_like(share, dtype=torch.long)
+    share = offset.new_empty(P, S << axes, M)
+    return share.transpose(1, 2), torch.empty_like(share, dtype=torch.long).transpose(1, 2)
 
 
 @torch.library.custom_op("nearfold::corners", mutates_args=())
@@ -65,7 +65,7 @@ def corners(
         dilation: per axis.
         before: padding before the first position, per axis.
 
-    The shares of a slot are those of (bi, tri)linear interpolation. A corner outside the grid has index -1 and share 0;
+    In memory both are (P, S * E, M). The shares of a slot are those of (bi, tri)linear interpolation. A corner outside the grid has index -1 and share 0;
     an offset that is NaN has shares that are NaN. Gradients flow to offset and mask. ValueError where operands do not
     fit.
     """
@@ -74,13 +74,15 @@ def corners(
     if not _served(offset, mask):
         with torch.autocast(offset.device.type, enabled=False):
             share, index = corners_torch.corners(offset, mask, frame)
-        return share.contiguous(), index.contiguous()
+        into = _outputs(offset)
+        return into[0].copy_(share), into[1].copy_(index)
     module = engine.get()
     assert module is not None
     share, index = _outputs(offset)
     still = None if mask is None else mask.contiguous()
     module.corners(
-        offset.contiguous(), still, grid, out, size, stride, dilation, before, index, share, engine.threads()
+        *(offset.contiguous(), still, grid, out, size, stride, dilation, before),
+        *(index.transpose(1, 2), share.transpose(1, 2), engine.threads()),
     )
     return share, index
 
@@ -124,7 +126,19 @@ def corners_backward(
     d_offset = torch.empty_like(offset, memory_format=torch.contiguous_format)
     d_mask = None if still is None else torch.empty_like(still)
     module.corners_backward(
-        *(grad.contiguous(), offset.contiguous(), still, grid, out, size, stride, dilation, before, d_offset, d_mask),
+        *(
+            grad.transpose(1, 2).contiguous(),
+            offset.contiguous(),
+            still,
+            grid,
+            out,
+            size,
+            stride,
+            dilation,
+            before,
+            d_offset,
+            d_mask,
+        ),
         engine.threads(),
     )
     return d_offset, none if d_mask is None else d_mask

@@ -1,4 +1,6 @@
 // Fractional positions: for every slot that an offset has moved, the corners of the cell around it, and how much of each.
+//
+// A line is the outputs of one slot along the last axis: plain loops over arrays, which the compiler turns into vectors.
 #include <limits>
 
 #include "engine.h"
@@ -8,78 +10,99 @@ namespace nearfold {
 namespace NEARFOLD_ISA {
 namespace {
 
-constexpr int64_t block_outputs = 256;
+constexpr int64_t most = 256;  // outputs of a line that are worked on at once
 
-// Where one moved slot lies: the cell's lowest corner, and how far into the cell it is, on the last `axes` axes.
+// The cells of a line's slots: lowest corner, and how far into the cell, on each of the last `axes` axes.
 template <class T, int axes>
-struct Place {
-    int64_t low[axes];
-    T share[axes];
-    bool lost;  // NaN
+struct Line {
+    int64_t count;
+    int32_t low[axes][most], grid[axes], lost[most];
+    T share[axes][most];
 
-    Place(const Window &w, const int64_t *output, const int64_t *slot, const T *offset, int64_t step) {
-        lost = false;
-        for (int a = 0; a < axes; ++a) {
+    // Outputs first.. of the line: `row` counts the outputs' coordinates but the last, `offset` is that of the slot.
+    void place(const Window &w, int64_t row, int64_t first, int64_t slot, const T *offset, int64_t M) {
+        const int last = axes - 1;
+        count = smaller<int64_t>(most, w.out[2] - first);
+        for (int64_t x = 0; x < count; ++x) lost[x] = 0;
+        int64_t rest = row;
+        for (int a = last; a >= 0; --a) {
             const int b = 3 - axes + a;
-            const T from = static_cast<T>(output[a] * w.stride[b] - w.before[b] + slot[a] * w.dilation[b]);
-            const T at = from + offset[a * step], below = __builtin_floor(at), end = static_cast<T>(w.grid[b] + 1);
-            lost |= at != at;
-            share[a] = at - below;
-            // far outside there is no corner on the grid, and no integer overflows
-            low[a] = static_cast<int64_t>(below > -2 ? (below < end ? below : end) : -2);
+            const int64_t k = slot % w.size[b], o = a == last ? first : rest % w.out[b], step = a == last ? w.stride[b] : 0;
+            slot /= w.size[b];
+            if (a != last) rest /= w.out[b];
+            grid[a] = static_cast<int32_t>(w.grid[b]);
+            const T *by = offset + a * M + row * w.out[2] + first;
+            const int32_t from = static_cast<int32_t>(o * w.stride[b] + k * w.dilation[b] - w.before[b]);
+            const int32_t by_output = static_cast<int32_t>(step);
+            const T end = static_cast<T>(w.grid[b] + 1);
+            for (int32_t x = 0; x < count; ++x) {
+                const T at = static_cast<T>(from + x * by_output) + by[x], below = __builtin_floor(at);
+                lost[x] |= at != at;
+                share[a][x] = at - below;
+                // far outside there is no corner on the grid, and no integer overflows
+                const T capped = below < end ? below : end;
+                low[a][x] = static_cast<int32_t>(capped > -2 ? capped : -2);
+            }
         }
     }
-    // Raster index of a corner (bit `axes - 1 - a` says which side on axis a), or -1 where it is outside.
-    int64_t index(const Window &w, int corner) const {
-        int64_t flat = 0;
-        bool inside = true;
+    // Bit `axes - 1 - a` of a corner says which side on axis a.
+    static bool upper(int corner, int a) { return corner >> (axes - 1 - a) & 1; }
+
+    // Raster indices of a corner, -1 where it is outside; 0 for a place that is NaN.
+    void index(int corner, int32_t *to) const {
+        for (int64_t x = 0; x < count; ++x) {
+            int32_t flat = 0, inside = 1;
+            for (int a = 0; a < axes; ++a) {
+                const int32_t at = low[a][x] + upper(corner, a);
+                inside &= at >= 0 && at < grid[a];
+                flat = flat * grid[a] + at;
+            }
+            to[x] = lost[x] ? 0 : inside ? flat : -1;
+        }
+    }
+    // What of every axis but one belongs to a corner.
+    void parts(int corner, int but, T *to) const {
+        for (int64_t x = 0; x < count; ++x) to[x] = 1;
         for (int a = 0; a < axes; ++a) {
-            const int64_t n = w.grid[3 - axes + a], at = low[a] + (corner >> (axes - 1 - a) & 1);
-            inside &= at >= 0 && at < n;
-            flat = flat * n + at;
+            if (a == but) continue;
+            const T sign = upper(corner, a) ? 1 : -1, from = upper(corner, a) ? 0 : 1;
+            for (int64_t x = 0; x < count; ++x) to[x] *= from + sign * share[a][x];
         }
-        return inside ? flat : invalid;
     }
-    T part(int corner, int a) const { return corner >> (axes - 1 - a) & 1 ? share[a] : 1 - share[a]; }
 };
 
-// body(output in raster order, its coordinates, slot, its coordinates) for every output of a block and every slot.
-template <int axes, class F>
-void for_block(const Window &w, int64_t block, int64_t M, const F &body) {
-    for (int64_t m = block * block_outputs; m < smaller((block + 1) * block_outputs, M); ++m) {
-        int64_t output[axes], slot[axes] = {}, rest = m;
-        for (int a = axes - 1; a >= 0; --a) {
-            output[a] = rest % w.out[3 - axes + a];
-            rest /= w.out[3 - axes + a];
-        }
-        int64_t count = 1;
-        for (int a = 0; a < axes; ++a) count *= w.size[3 - axes + a];
-        for (int64_t s = 0; s < count; ++s) {
-            body(m, output, s, slot);
-            for (int a = axes - 1; a >= 0 && ++slot[a] == w.size[3 - axes + a]; --a) slot[a] = 0;
-        }
-    }
+// body(line, plane, slot, where the line begins among the M outputs) for all of them.
+template <class T, int axes, class F>
+void for_lines(const CornersArgs<T> &a, const F &body) {
+    const int64_t rows = a.M / a.window.out[2];
+    parallel(a.threads, a.planes * a.S, [&](int64_t item, int) {
+        Line<T, axes> line;
+        const int64_t plane = item / a.S, s = item % a.S;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t first = 0; first < a.window.out[2]; first += most) {
+                line.place(a.window, row, first, s, a.offset + (plane * a.S + s) * axes * a.M, a.M);
+                body(line, plane, s, row * a.window.out[2] + first);
+            }
+    });
 }
 
 template <class T, int axes>
 void forward(const CornersArgs<T> &a) {
     constexpr int E = 1 << axes;
-    const int64_t blocks = ceil_div(a.M, block_outputs);
-    parallel(a.threads, a.planes * blocks, [&](int64_t item, int) {
-        const int64_t plane = item / blocks;
-        const T *offset = a.offset + plane * a.S * axes * a.M, *mask = a.mask + plane * a.S * a.M;
-        for_block<axes>(a.window, item % blocks, a.M, [&](int64_t m, const int64_t *output, int64_t s, const int64_t *slot) {
-            const Place<T, axes> at(a.window, output, slot, offset + s * axes * a.M + m, a.M);
-            const T turned = a.mask ? mask[s * a.M + m] : 1;
-            const int64_t to = ((plane * a.M + m) * a.S + s) * E;
-            for (int e = 0; e < E; ++e) {
-                T share = turned;
-                for (int x = 0; x < axes; ++x) share *= at.part(e, x);
-                const int64_t index = at.index(a.window, e);
-                a.index[to + e] = at.lost ? 0 : index;
-                a.share[to + e] = at.lost ? std::numeric_limits<T>::quiet_NaN() : index < 0 ? 0 : share;
-            }
-        });
+    for_lines<T, axes>(a, [&](const Line<T, axes> &line, int64_t plane, int64_t s, int64_t at) {
+        const T *mask = a.mask ? a.mask + (plane * a.S + s) * a.M + at : nullptr;
+        int32_t index[most];
+        T part[most];
+        for (int e = 0; e < E; ++e) {
+            const int64_t to = ((plane * a.S + s) * E + e) * a.M + at;
+            line.index(e, index);
+            line.parts(e, -1, part);
+            if (mask)
+                for (int64_t x = 0; x < line.count; ++x) part[x] *= mask[x];
+            for (int64_t x = 0; x < line.count; ++x) a.index[to + x] = index[x];
+            for (int64_t x = 0; x < line.count; ++x)
+                a.share[to + x] = line.lost[x] ? std::numeric_limits<T>::quiet_NaN() : index[x] < 0 ? 0 : part[x];
+        }
     });
 }
 
@@ -87,30 +110,29 @@ template <class T, int axes>
 void backward(const CornersBackwardArgs<T> &all) {
     constexpr int E = 1 << axes;
     const CornersArgs<T> &a = all.of;
-    const int64_t blocks = ceil_div(a.M, block_outputs);
-    parallel(a.threads, a.planes * blocks, [&](int64_t item, int) {
-        const int64_t plane = item / blocks, from = plane * a.S * axes * a.M;
-        const T *mask = a.mask + plane * a.S * a.M;
-        for_block<axes>(a.window, item % blocks, a.M, [&](int64_t m, const int64_t *output, int64_t s, const int64_t *slot) {
-            const Place<T, axes> at(a.window, output, slot, a.offset + from + s * axes * a.M + m, a.M);
-            const T *grad = all.grad + ((plane * a.M + m) * a.S + s) * E;
-            T d_share[axes] = {}, d_mask = 0;
-            for (int e = 0; e < E && !at.lost; ++e) {
-                if (at.index(a.window, e) < 0) continue;
-                T whole = grad[e];
-                for (int x = 0; x < axes; ++x) whole *= at.part(e, x);
-                d_mask += whole;
-                for (int x = 0; x < axes; ++x) {
-                    T others = e >> (axes - 1 - x) & 1 ? grad[e] : -grad[e];
-                    for (int y = 0; y < axes; ++y)
-                        if (y != x) others *= at.part(e, y);
-                    d_share[x] += others;
-                }
+    for_lines<T, axes>(a, [&](const Line<T, axes> &line, int64_t plane, int64_t s, int64_t at) {
+        const int64_t slot = plane * a.S + s;
+        const T *mask = a.mask ? a.mask + slot * a.M + at : nullptr;
+        int32_t index[most];
+        T part[most], grad[most], sum[axes + 1][most] = {};  // by axis, and at last for the mask
+        for (int e = 0; e < E; ++e) {
+            const T *from = all.grad + (slot * E + e) * a.M + at;
+            line.index(e, index);
+            for (int64_t x = 0; x < line.count; ++x) grad[x] = index[x] < 0 || line.lost[x] ? 0 : from[x];
+            for (int x_axis = 0; x_axis <= axes; ++x_axis) {
+                if (x_axis == axes && !mask) break;
+                line.parts(e, x_axis < axes ? x_axis : -1, part);
+                const T sign = x_axis == axes || Line<T, axes>::upper(e, x_axis) ? 1 : -1;
+                for (int64_t x = 0; x < line.count; ++x)  // a share that is NaN has no gradient, not a NaN one
+                    sum[x_axis][x] += line.lost[x] ? 0 : sign * grad[x] * part[x];
             }
-            const T turned = a.mask ? mask[s * a.M + m] : 1;
-            for (int x = 0; x < axes; ++x) all.d_offset[from + (s * axes + x) * a.M + m] = d_share[x] * turned;
-            if (a.mask) all.d_mask[(plane * a.S + s) * a.M + m] = d_mask;
-        });
+        }
+        for (int x_axis = 0; x_axis < axes; ++x_axis) {
+            T *to = all.d_offset + (slot * axes + x_axis) * a.M + at;
+            for (int64_t x = 0; x < line.count; ++x) to[x] = mask ? sum[x_axis][x] * mask[x] : sum[x_axis][x];
+        }
+        if (mask)
+            for (int64_t x = 0; x < line.count; ++x) all.d_mask[slot * a.M + at + x] = sum[axes][x];
     });
 }
 

@@ -46,7 +46,7 @@ struct CornersArgs {
     int64_t planes, S, M;  // samples and groups, slots, outputs
     const T *offset;  // (planes, S, axes, M) contiguous
     const T *mask;    // (planes, S, M) contiguous, or null
-    int64_t *index;   // (planes, M, S, 2^axes) contiguous
+    int64_t *index;   // (planes, S, 2^axes, M) contiguous
     T *share;         // as index
     int threads;
 };

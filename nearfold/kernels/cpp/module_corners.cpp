@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -46,6 +47,12 @@ CornersArgs<T> arguments(const Array<const T, 4> &offset, const std::optional<Ar
     a.window.reflect = false;
     a.planes = offset.shape(0), a.S = 1, a.M = 1;
     for (size_t x = 0; x < axes; ++x) a.S *= size[x], a.M *= out[x];
+    int64_t positions = 1;
+    for (size_t x = 0; x < axes; ++x) {
+        positions *= grid[x] + 2;
+        require(std::max({out[x] * stride[x], size[x] * dilation[x], before[x], positions}) < int64_t{1} << 30,
+                "corners: the grid and the window must be below 2^30 positions");
+    }
     const auto is = [](size_t n, int64_t m) { return static_cast<int64_t>(n) == m; };
     require(is(offset.shape(1), a.S) && is(offset.shape(2), a.axes) && is(offset.shape(3), a.M) && contiguous(offset),
             "corners: offset must be (planes, slots, axes, outputs), contiguous");
@@ -73,15 +80,15 @@ struct Table<double> {
 
 template <class A, class T>
 bool entries(const A &array, const CornersArgs<T> &a) {
-    return static_cast<int64_t>(array.shape(0)) == a.planes && static_cast<int64_t>(array.shape(1)) == a.M &&
-           static_cast<int64_t>(array.shape(2)) == (a.S << a.axes) && contiguous(array);
+    return static_cast<int64_t>(array.shape(0)) == a.planes && static_cast<int64_t>(array.shape(1)) == (a.S << a.axes) &&
+           static_cast<int64_t>(array.shape(2)) == a.M && contiguous(array);
 }
 
 template <class T>
 void corners(Array<const T, 4> offset, std::optional<Array<const T, 3>> mask, Sizes grid, Sizes out, Sizes size,
              Sizes stride, Sizes dilation, Sizes before, Array<int64_t, 3> index, Array<T, 3> share, int threads) {
     CornersArgs<T> a = arguments<T>(offset, mask, grid, out, size, stride, dilation, before, threads);
-    require(entries(index, a) && entries(share, a), "corners: index and share must be (planes, outputs, entries)");
+    require(entries(index, a) && entries(share, a), "corners: index and share must be (planes, entries, outputs)");
     a.index = index.data(), a.share = share.data();
     run(Table<T>::corners, a);
 }
@@ -92,7 +99,7 @@ void corners_backward(Array<const T, 3> grad, Array<const T, 4> offset, std::opt
                       std::optional<Array<T, 3>> d_mask, int threads) {
     CornersBackwardArgs<T> a;
     a.of = arguments<T>(offset, mask, grid, out, size, stride, dilation, before, threads);
-    require(entries(grad, a.of), "corners: grad must be (planes, outputs, entries), contiguous");
+    require(entries(grad, a.of), "corners: grad must be (planes, entries, outputs), contiguous");
     require(contiguous(d_offset) && d_offset.size() == offset.size(), "corners: d_offset must be as offset");
     require(d_mask.has_value() == mask.has_value() && (!d_mask || (contiguous(*d_mask) && d_mask->size() == mask->size())),
             "corners: d_mask must be as mask");
