@@ -20,6 +20,10 @@ def slopes(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device, dtype=dtype) / heads)
 
 
+def _alibi(op: Basic, far_MS: Tensor) -> Tensor:
+    return -slopes(op.weight.heads, far_MS.device, far_MS.dtype)[:, None, None] * far_MS
+
+
 def has_bias(op: Basic) -> bool:
     """Whether scores get a bias."""
     return getattr(op.path.similarity, "bias", "none") != "none"
@@ -33,14 +37,14 @@ def score_bias(
     if not isinstance(near, Scaled) or near.bias == "none":
         return None
     if isinstance(op.path, All):
-        at_Na = Place(grid, like.device, like.dtype).index()
-        offset_MSa = at_Na[query_M][:, None] - at_Na[None]
-    else:
-        at_MSa, valid_MS, home_Ma = window_reads(op, grid, like.device)
-        offset_MSa = (home_Ma[:, None] - at_MSa).masked_fill(~valid_MS[..., None], 0)
+        at_aN = Place(grid, like.device, like.dtype).index().T.to(torch.promote_types(like.dtype, torch.float32))
+        far_MS = sum((at_N[query_M][:, None] - at_N).square() for at_N in at_aN).sqrt()
+        return _alibi(op, far_MS).to(like.dtype)
+    at_MSa, valid_MS, home_Ma = window_reads(op, grid, like.device)
+    offset_MSa = (home_Ma[:, None] - at_MSa).masked_fill(~valid_MS[..., None], 0)
     if near.bias == "alibi":
-        far_MS = offset_MSa.to(like.dtype).square().sum(-1).sqrt()
-        return -slopes(op.weight.heads, like.device, like.dtype)[:, None, None] * far_MS
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return _alibi(op, offset_MSa.to(wide).square().sum(-1).sqrt()).to(like.dtype)
     sizes = as_tuple(op.path.size, len(grid), "size")  # type: ignore[attr-defined]
     dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
     ends = torch.tensor([n - 1 for n in sizes], device=like.device)

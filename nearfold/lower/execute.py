@@ -67,6 +67,14 @@ def execute(
     return total
 
 
+def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:
+    """A copy for each query head that shares a key head: O(N C) numbers, as many as the queries. Rows of channels."""
+    rows_BNC = y.flatten(2).transpose(1, 2)
+    B, N, C = rows_BNC.shape
+    each = rows_BNC.unflatten(2, (groups, 1, C // groups)).expand(-1, -1, -1, heads // groups, -1)
+    return each.reshape(B, N, C // groups * heads).transpose(1, 2).unflatten(2, y.shape[2:])
+
+
 def _same_grid(op: Operation, grids: list[torch.Size]) -> None:
     if any(g != grids[0] for g in grids):
         sizes = " and ".join(str(tuple(g)) for g in grids)
@@ -99,10 +107,7 @@ def _basic(
             y = shared[letter]
         else:
             y = project(op, letter, params, x if letter == "q" else read)
-        if letter != "q" and groups is not None and groups != op.weight.heads:
-            # a copy for each query head that shares it: O(N C) numbers, as many as the queries
-            y = y.unflatten(1, (groups, -1)).repeat_interleave(op.weight.heads // groups, 1).flatten(1, 2)
-        return y
+        return y if letter == "q" or groups is None else _shared_heads(y, groups, op.weight.heads)
 
     features = reads_features(op) or isinstance(op.weight.kernel, Shift)
     query = projected("q") if features else None

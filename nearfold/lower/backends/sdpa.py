@@ -56,5 +56,6 @@ def run(call: Call) -> Tensor:
     if bias is not None:  # SDPA adds the mask after its scale
         bias = (bias * rho.scale).to(value.dtype)
         mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
+        mask = mask[None]  # with three axes it would not be taken by the fast kernel
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
     return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)
