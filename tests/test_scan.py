@@ -342,3 +342,10 @@ def test_dual_shapes_that_do_not_fit():
             decayed_attention(*bad)
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         decayed_attention(q, k, v, d, chunk=0)
+
+
+def test_tiny_numbers_are_flushed_inside_only():
+    u, delta, A, B, C = (torch.rand(shape) for shape in ((2, 50, 33), (2, 50, 33), (33, 5), (2, 50, 5), (2, 50, 5)))
+    selective_scan(u * 1e-38, delta, -A, B, C)
+    tiny = torch.full((4096,), 1e-40)
+    assert (tiny * 1.0 == tiny).all() and tiny.sum() > 0

@@ -21,12 +21,14 @@ template <class T, size_t ndim>
 using Array = nb::ndarray<T, nb::ndim<ndim>, nb::device::cpu>;
 using Sizes = std::vector<int64_t>;
 
+constexpr int64_t limit = int64_t{1} << 28;  // of a number, and of the positions of a grid: products stay integers
+
 // Axes that are not there come first, with one position.
 void take(int64_t *to, const Sizes &from, size_t axes, int64_t least, int64_t missing, const char *what) {
     require(from.size() == axes, what);
     for (size_t a = 0; a < 3; ++a) {
         to[a] = a + axes < 3 ? missing : from[a + axes - 3];
-        require(to[a] >= least, what);
+        require(to[a] >= least && to[a] < limit, what);
     }
 }
 
@@ -46,12 +48,11 @@ CornersArgs<T> arguments(const Array<const T, 4> &offset, const std::optional<Ar
     take(a.window.before, before, axes, 0, 0, "corners: before is one number per axis");
     a.window.reflect = false;
     a.planes = offset.shape(0), a.S = 1, a.M = 1;
-    for (size_t x = 0; x < axes; ++x) a.S *= size[x], a.M *= out[x];
     int64_t positions = 1;
     for (size_t x = 0; x < axes; ++x) {
-        positions *= grid[x] + 2;
-        require(std::max({out[x] * stride[x], size[x] * dilation[x], before[x], positions}) < int64_t{1} << 30,
-                "corners: the grid and the window must be below 2^30 positions");
+        a.S *= size[x], a.M *= out[x], positions *= grid[x] + 2;
+        require(std::max({a.S, a.M, positions, out[x] * stride[x], size[x] * dilation[x], before[x]}) < limit,
+                "corners: the grid, the outputs and the window must be below 2^28 positions");
     }
     const auto is = [](size_t n, int64_t m) { return static_cast<int64_t>(n) == m; };
     require(is(offset.shape(1), a.S) && is(offset.shape(2), a.axes) && is(offset.shape(3), a.M) && contiguous(offset),

@@ -1,0 +1,205 @@
+"""Calls that are right, for tests/test_engine_misuse.py: arguments by name, drawn from a random.Random."""
+
+import math
+
+import torch
+
+# ---- calls that are right: arguments by name, drawn from a random.Random ---------------------------------------------
+
+
+def numbers(dtype, *shape):
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def right_select(rng):
+    B, H, R, e = (rng.randint(1, n) for n in (2, 3, 40, 20))
+    M, dtype = rng.randint(1, min(R, 20)), rng.choice([torch.float32, torch.float64])
+    metric, squared = rng.choice(["dot", "cosine", "euclidean", "chebyshev", "gram"]), rng.random() < 0.5
+    a = {"query": numbers(dtype, B, H, M, e), "key": numbers(dtype, B, H, R, e), "k": rng.randint(1, 12)}
+    a |= {"metric": metric, "squared": squared, "query_index": torch.randperm(R)[:M], "key_index": torch.arange(R)}
+    rule = rng.choice([[0, -1, 1], [1, -1, 1], [0, rng.randint(0, 3), rng.randint(1, 2)]])
+    again = rng.choice([0.0, 1.5, float("-inf")])
+    return a | {"grid": [R], "rule": rule, "own": rng.random() < 0.4, "again": again}
+
+
+def right_select_backward(rng):
+    a = right_select(rng)
+    shape, R = (*a["query"].shape[:3], a["k"]), a["key"].shape[2]
+    a |= {"grad": numbers(a["query"].dtype, *shape), "index": torch.randint(-2, R, shape)}
+    return {name: a[name] for name in ("grad", "query", "key", "index", "metric", "squared")}
+
+
+def right_aggregate(rng, dtypes=(torch.float32, torch.float64, torch.bfloat16)):
+    B, N, M, S = (rng.randint(1, n) for n in (2, 40, 20, 6))
+    dtype, C = rng.choice(dtypes), rng.choice([1, 2, 4, 6, 12, 32])
+    H, G = (rng.choice([d for d in range(1, C + 1) if C % d == 0]) for _ in range(2))
+    weight = numbers(dtype, G * rng.randint(1, 4), C // G, S) if rng.random() < 0.6 else None
+    index, alpha = torch.randint(-2, N, (B, M, S, H)), numbers(dtype, B, M, S, H) if rng.random() < 0.6 else None
+    E = rng.choice([1, 1, 2, 4])
+    if weight is not None and E > 1:  # entries share a slot of the kernel
+        index = torch.randint(-2, N, (B, M, S * E, H))
+        alpha = None if alpha is None else numbers(dtype, B, M, S * E, H)
+    a = {"value": numbers(dtype, B, N, C), "index": index, "alpha": alpha, "weight": weight, "groups": G}
+    return a | {"entries": 1 if weight is None else E}
+
+
+def aggregated(a):
+    return *a["index"].shape[:2], a["value"].shape[2] if a["weight"] is None else a["weight"].shape[0]
+
+
+def right_aggregate_backward(rng, **keywords):
+    a = right_aggregate(rng, **keywords)
+    return {"grad": numbers(a["value"].dtype, *aggregated(a)), **a}
+
+
+def right_slot_scores(rng):
+    a = right_aggregate(rng)
+    B, M = a["index"].shape[:2]
+    return {"query": numbers(a["value"].dtype, B, M, a["value"].shape[2]), "key": a["value"], "index": a["index"]}
+
+
+def right_scan(rng):
+    B, N, C, S = (rng.randint(1, n) for n in (2, 80, 40, 9))
+    dtype = rng.choice([torch.float32, torch.float64])
+    u, delta = torch.randn(B, N, C, dtype=dtype), torch.rand(B, N, C, dtype=dtype)
+    A, into, out = (torch.randn(*shape, dtype=dtype) for shape in ((C, S), (B, N, S), (B, N, S)))
+    return {"u": u, "delta": delta, "A": -A.abs(), "B": into, "C": out}
+
+
+def scanned(a):
+    (B, N, C), S = a["u"].shape, a["A"].shape[1]
+    return [(B, N, C), (B, -(-N // 32), S, C)]
+
+
+def right_scan_backward(rng):
+    a = right_scan(rng)
+    states = torch.randn(scanned(a)[1], dtype=a["u"].dtype)
+    return {"grad": torch.randn_like(a["u"]), **a, "states": states}
+
+
+def right_corners(rng):
+    grid, out, size, stride, dilation, before, _ = _window(rng)
+    P, dtype = rng.randint(1, 3), rng.choice([torch.float32, torch.float64])
+    offset = torch.randn(P, math.prod(size), len(grid), math.prod(out), dtype=dtype)
+    mask = torch.rand(P, math.prod(size), math.prod(out), dtype=dtype) if rng.random() < 0.5 else None
+    frame = {"grid": grid, "out": out, "size": size, "stride": stride, "dilation": dilation, "before": before}
+    return {"offset": offset, "mask": mask, **frame}
+
+
+def cornered(a):
+    P, S, axes, M = a["offset"].shape
+    return [(P, M, S << axes)] * 2
+
+
+def right_softmax(rng):
+    shape = [rng.randint(1, n) for n in (2, 20, 12)]
+    score = torch.randn(shape, dtype=rng.choice([torch.float32, torch.float64]))
+    return {"score": score, "index": torch.randint(-1, 5, shape), "scale": rng.choice([1.0, -0.5])}
+
+
+def _window(rng):
+    axes = rng.randint(1, 3)
+    ranges = (2, 6), (1, 5), (1, 3), (1, 2), (1, 2), (0, 2)
+    return *([rng.randint(*between) for _ in range(axes)] for between in ranges), rng.random() < 0.5
+
+
+def right_local(rng):
+    grid, out, size, stride, dilation, before, reflect = _window(rng)
+    (B, H, e, d), dtype = (rng.randint(1, 3) for _ in range(4)), rng.choice([torch.float32, torch.float64])
+    maps = (numbers(dtype, B, H, *shape) for shape in ((e, *out), (e, *grid), (d, *grid)))
+    a = dict(zip(("query", "key", "value"), maps, strict=True))
+    a |= {"size": size, "stride": stride, "dilation": dilation, "before": before, "reflect": reflect}
+    return a | {"metric": rng.choice(["dot", "euclidean"]), "squared": rng.random() < 0.5, "scale": 0.5}
+
+
+def right_grouped(rng):
+    grid, out, size, stride, dilation, before, reflect = _window(rng)
+    (B, G, O), dtype = (rng.randint(1, 3) for _ in range(3)), rng.choice([torch.float32, torch.float64])
+    maps = [numbers(dtype, B, G, rng.randint(1, 3), *grid) for _ in range(rng.randint(1, 4))]
+    weight = numbers(dtype, G, O, sum(m.shape[2] for m in maps), *size)
+    a = {"maps": maps, "weight": weight, "stride": stride, "dilation": dilation, "before": before}
+    return a | {"out": out, "reflect": reflect}
+
+
+def right_attention(rng):
+    B, H, M, N, d, v = (rng.randint(1, n) for n in (2, 3, 20, 40, 12, 12))
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    a = {"query": numbers(dtype, B, H, M, d), "key": numbers(dtype, B, H, N, d), "value": numbers(dtype, B, H, N, v)}
+    return a | {"k": rng.randint(1, 12), "is_causal": rng.random() < 0.3, "scale": rng.choice([None, 0.5])}
+
+
+def image(rng):
+    return {"x": torch.randn(rng.randint(1, 2), 8, rng.randint(3, 7), rng.randint(3, 7))}
+
+
+def tokens(rng):
+    return {"x": torch.randn(rng.randint(1, 2), rng.randint(1, 30), 8)}
+
+
+# ---- the same of the compiled module's functions, which also take where the results go, and threads ------------------
+
+
+def raw(name):
+    """Arguments of one function of the module."""
+
+    def right(rng):
+        threads = {"threads": rng.randint(1, 3)}
+        like = torch.zeros_like
+        if name == "select":
+            a = right_select(rng)
+            causal, reach, dilation = a.pop("rule")
+            shape = (*a["query"].shape[:3], a.pop("k"))
+            own, again = a.pop("own"), a.pop("again")
+            a |= {"metric": rng.randint(0, 3), "causal": bool(causal), "reach": reach, "dilation": dilation, "own": own}
+            into = {"to_score": numbers(a["query"].dtype, *shape), "to_index": numbers(torch.long, *shape)}
+            return a | {"again": again} | into | threads
+        if name == "select_backward":
+            a = right_select_backward(rng) | {"metric": rng.randint(0, 2)}
+            return a | {"d_query": like(a["query"]), "d_key": like(a["key"])} | threads
+        if name == "aggregate":
+            a = right_aggregate(rng, (torch.float32, torch.float64))
+            entries = {"entries": a.pop("entries")}
+            return a | {"to_out": numbers(a["value"].dtype, *aggregated(a))} | threads | entries
+        if name == "aggregate_backward":
+            a = right_aggregate_backward(rng, dtypes=(torch.float32, torch.float64))
+            entries = {"entries": a.pop("entries")}
+            into = {f"d_{n}": None if a[n] is None else like(a[n]) for n in ("value", "alpha", "weight")}
+            return a | into | threads | entries
+        if name == "scan":
+            a = right_scan(rng)
+            y, states = (numbers(a["u"].dtype, *shape) for shape in scanned(a))
+            return a | {"chunk": 32, "to_y": y, "to_states": states} | threads
+        if name == "scan_backward":
+            a = right_scan_backward(rng)
+            into = {f"d_{n}": like(a[n]) for n in ("u", "delta", "A", "B", "C")}
+            return a | {"chunk": 32} | into | threads
+        if name.startswith("corners"):
+            a = right_corners(rng)
+            P, M, entries = cornered(a)[0]
+            share = numbers(a["offset"].dtype, P, entries, M)
+            if name == "corners":
+                return a | {"to_index": numbers(torch.long, P, entries, M), "to_share": share} | threads
+            into = {"d_offset": like(a["offset"]), "d_mask": None if a["mask"] is None else like(a["mask"])}
+            return {"grad": share, **a, **into, **threads}
+        if name.startswith("softmax"):
+            a = {n: t.flatten(0, 1) if n != "scale" else t for n, t in right_softmax(rng).items()}
+            if name == "softmax":
+                return a | {"to_alpha": like(a["score"])} | threads
+            return {"grad": a["score"], "alpha": like(a["score"]), "scale": 0.5, "d_score": like(a["score"])} | threads
+        if name.startswith("local"):
+            a = right_local(rng) | {"metric": rng.choice([0, 2])}
+            (B, H, _, *out), value = a["query"].shape, a["value"]
+            y, stats = (numbers(value.dtype, B, H, n, *out) for n in (value.shape[2], 2))
+            if name == "local":
+                return a | {"to_y": y, "to_stats": stats} | threads
+            maps = {n: a.pop(n) for n in ("query", "key", "value")}
+            into = {f"d_{n}": like(t) for n, t in maps.items()}
+            return {"grad": y, **maps, "stats": stats, **a, **into, **threads}
+        a = right_grouped(rng)
+        (B, G), (_, O) = a["maps"][0].shape[:2], a["weight"].shape[:2]
+        y = numbers(a["weight"].dtype, B, O, G, *a.pop("out"))
+        if name == "grouped":
+            return a | {"to_y": y} | threads
+        return {"grad": y, **a, "d_maps": [like(m) for m in a["maps"]], "d_weight": like(a["weight"]), **threads}
+
+    return right
