@@ -114,7 +114,7 @@ CASES: dict[str, Spec] = {
     "duality": Spec(
         "state-space duality",
         language.state_space_duality,
-        {"shape": (4, 4096, 192), "heads": 6, "state": 64},
+        {"shape": (2, 2048, 192), "heads": 6, "state": 64},
         {"shape": (2, 50, 12), "heads": 3, "state": 5},
     ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),

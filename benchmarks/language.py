@@ -52,7 +52,7 @@ def _scan_inputs(shape: Shape, state: int) -> tuple[Tensor, ...]:
 
 def scan(shape: Shape, state: int) -> Case:
     """`nearfold::selective_scan` with inputs (B, N, C), as Mamba starts: decays of 1 to s, steps of about 0.02."""
-    ours = lambda *inputs: selective_scan(*inputs)[0]  # noqa: E731
+    ours = lambda *inputs: selective_scan(*inputs, torch.is_grad_enabled())[0]  # noqa: E731
     found = {
         "loop over time": Peer(loop_scan),
         # its backward would keep 12 tensors (B, N, C, s) and more; in float64 they do not fit

@@ -351,6 +351,31 @@ def test_memory_grows_with_n_not_its_square(path):
     assert peak(96) < block, "a float32 matrix of all pairs alone is 324 MiB"
 
 
+LINEAR = [
+    "window(7, mode=inside) | box | softmax",
+    "window(7) | box | generated(groups=2)",
+    "deformable(3) | box | modulated*kernel",
+    "block(8, scaled(bias=table), shift=4) | box | softmax",
+    "all | strided(96) | softmax",
+    "all(elu) | row | normalized",
+    "all(elu) | causal | normalized",
+    "scan(state=16) | causal | selective",
+    "scan(state=16, order=snake) | causal | selective(heads=2)",
+]
+
+
+@pytest.mark.parametrize("text", LINEAR)
+@pytest.mark.parametrize("which", ["engine", engine.OFF])
+def test_memory_of_linear_operators_is_linear(text, which):
+    """No matrix of all pairs, no window of all channels, no state of all positions: 324, 115 and 18 MiB and more."""
+    from nearfold.study.measure import peak_bytes
+
+    layer, x = make(text, (96, 96), torch.float32, batch=1)
+    x.requires_grad_()
+    with engine.forced(engine.OFF) if which == engine.OFF else torch.enable_grad():
+        assert peak_bytes(lambda: layer(x).sum().backward(), x.device) < 60 << 20
+
+
 def test_looks_follows_rates_and_layers():
     from nearfold.lower import looks
 

@@ -349,3 +349,15 @@ def test_tiny_numbers_are_flushed_inside_only():
     selective_scan(u * 1e-38, delta, -A, B, C)
     tiny = torch.full((4096,), 1e-40)
     assert (tiny * 1.0 == tiny).all() and tiny.sum() > 0
+
+
+@pytest.mark.parametrize("which", ["auto", engine.OFF])
+def test_states_are_kept_only_where_there_is_a_backward(which):
+    u, delta, A, B, C = (torch.rand(shape) for shape in ((2, 70, 9), (2, 70, 9), (9, 5), (2, 70, 5), (2, 70, 5)))
+    with engine.forced(which) if which != "auto" else torch.enable_grad():
+        y, states = selective_scan(u, delta, -A, B, C)
+        bare, none = selective_scan(u, delta, -A, B, C, False)
+    assert torch.equal(y, bare) and states.shape == (2, 3, 5, 9) and none.shape == (2, 0, 5, 9)
+    u.requires_grad_()
+    with pytest.raises(ValueError, match="as the forward returned them"):
+        selective_scan(u, delta, -A, B, C, False)[0].sum().backward()

@@ -65,9 +65,9 @@ def corners(
         dilation: per axis.
         before: padding before the first position, per axis.
 
-    In memory both are (P, S * E, M). The shares of a slot are those of (bi, tri)linear interpolation. A corner outside the grid has index -1 and share 0;
-    an offset that is NaN has shares that are NaN. Gradients flow to offset and mask. ValueError where operands do not
-    fit.
+    In memory both are (P, S * E, M). The shares of a slot are those of (bi, tri)linear interpolation. A corner outside
+    the grid has index -1 and share 0; an offset that is NaN has shares that are NaN. Gradients flow to offset and mask.
+    ValueError where operands do not fit.
     """
     frame = Frame(grid, out, size, stride, dilation, before)
     _require(offset, mask, frame)

@@ -51,8 +51,8 @@ def _compute(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW else dtype
 
 
-def _states_shape(u: Tensor, A: Tensor) -> tuple[int, int, int, int]:
-    return u.shape[0], scan_torch.chunks_of(u.shape[1]), A.shape[1], A.shape[0]
+def _states_shape(u: Tensor, A: Tensor, keep: bool = True) -> tuple[int, int, int, int]:
+    return u.shape[0], scan_torch.chunks_of(u.shape[1]) if keep else 0, A.shape[1], A.shape[0]
 
 
 def _served(u: Tensor, *others: Tensor) -> bool:
@@ -74,7 +74,9 @@ def _wide(*operands: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("nearfold::selective_scan", mutates_args=())
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool = True
+) -> tuple[Tensor, Tensor]:
     """y_t = C_t h_t of h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t with h = 0 before the first position.
 
     Every channel has S states of its own: h_t is (C, S), B_t and C_t are read by all channels.
@@ -85,9 +87,11 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
         A: (C, S), normally negative: positive ones grow without bound.
         B: (B, N, S).
         C: (B, N, S).
+        keep: whether there will be a backward, which needs the states.
 
     Returns:
-        y (B, N, C) in u's dtype, and for the backward the states (B, K, S, C) before every chunk, without gradient;
+        y (B, N, C) in u's dtype, and for the backward the states (B, K, S, C) before every chunk, without gradient
+        (K = 0 where they are not kept);
         bfloat16 and float16 are computed in float32, and their states are float32.
 
     Raises:
@@ -100,21 +104,21 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
     if not _served(u, delta, A, B, C):
         with torch.autocast(u.device.type, enabled=False):
             y, states = scan_torch.forward(wide_u, wide_delta, wide_A, wide_B, wide_C)
-        return y.to(u.dtype).contiguous(), states.contiguous()
+        return y.to(u.dtype).contiguous(), states.contiguous() if keep else states.new_empty(_states_shape(u, A, False))
     module = engine.get()
     assert module is not None
-    y, states = wide_u.new_empty(u.shape), wide_u.new_empty(_states_shape(u, A))
+    y, states = wide_u.new_empty(u.shape), wide_u.new_empty(_states_shape(u, A, keep))
     module.scan(
         *(_rows(wide_u), _rows(wide_delta), wide_A.contiguous(), _rows(wide_B), _rows(wide_C)),
-        *(scan_torch.CHUNK, y, states, engine.threads()),
+        *(scan_torch.CHUNK, y, states if keep else None, engine.threads()),
     )
     return y.to(u.dtype), states
 
 
 @selective_scan.register_fake
-def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
     _require(u, delta, A, B, C)
-    return u.new_empty(u.shape), u.new_empty(_states_shape(u, A), dtype=_compute(u.dtype))
+    return u.new_empty(u.shape), u.new_empty(_states_shape(u, A, keep), dtype=_compute(u.dtype))
 
 
 @torch.library.custom_op("nearfold::selective_scan_backward", mutates_args=())
@@ -166,12 +170,12 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:5], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    return selective_scan_backward(grad, *ctx.saved_tensors)
+    return *selective_scan_backward(grad, *ctx.saved_tensors), None
 
 
 selective_scan.register_autograd(_backward, setup_context=_setup)

@@ -2,7 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <nanobind/stl/optional.h>
+
 #include <initializer_list>
+#include <optional>
 
 #include "module.h"
 
@@ -70,10 +73,10 @@ void take_states(ScanArgs<T> &a, const Array<T, 4> &states) {
 
 template <class T>
 void scan(Array<const T, 3> u, Array<const T, 3> delta, Array<const T, 2> A, Array<const T, 3> in, Array<const T, 3> out,
-          int64_t chunk, Array<T, 3> y, Array<T, 4> states, int threads) {
+          int64_t chunk, Array<T, 3> y, std::optional<Array<T, 4>> states, int threads) {
     ScanArgs<T> a = scan_args<T>(u, delta, A, in, out, chunk, threads);
     require(is(y, {a.B, a.N, a.C}) && contiguous(y), "scan: y must be (B, N, C), contiguous");
-    take_states<T>(a, states);
+    if (states) take_states<T>(a, *states);
     a.y = y.data();
     run(Table<T>::scan, a);
 }
@@ -98,7 +101,7 @@ void scan_backward(Array<const T, 3> grad, Array<const T, 3> u, Array<const T, 3
 template <class T>
 void bind(nb::module_ &m) {
     m.def("scan", &scan<T>, "u"_a.noconvert(), "delta"_a.noconvert(), "A"_a.noconvert(), "B"_a.noconvert(),
-          "C"_a.noconvert(), "chunk"_a, "y"_a.noconvert(), "states"_a.noconvert(), "threads"_a);
+          "C"_a.noconvert(), "chunk"_a, "y"_a.noconvert(), "states"_a.noconvert().none(), "threads"_a);
     m.def("scan_backward", &scan_backward<T>, "grad"_a.noconvert(), "u"_a.noconvert(), "delta"_a.noconvert(),
           "A"_a.noconvert(), "B"_a.noconvert(), "C"_a.noconvert(), "states"_a.noconvert(), "chunk"_a, "d_u"_a.noconvert(),
           "d_delta"_a.noconvert(), "d_A"_a.noconvert(), "d_B"_a.noconvert(), "d_C"_a.noconvert(), "threads"_a);

@@ -175,8 +175,10 @@ int forward(const ScanArgs<T> &a) {
         for (int64_t k = 0; k < chunks; ++k)
             for (int64_t v = begin; v < end; ++v) {
                 const int64_t start = k * a.chunk, channel = v * L, n = smaller(L, a.C - channel);
-                T *state = a.states + (b * chunks + k) * S * a.C + channel;
-                for (int64_t s = 0; s < S; ++s) store_some<T>(state + s * a.C, states[v * S + s], n);
+                if (a.states) {
+                    T *state = a.states + (b * chunks + k) * S * a.C + channel;
+                    for (int64_t s = 0; s < S; ++s) store_some<T>(state + s * a.C, states[v * S + s], n);
+                }
                 chunk_forward<T>(a, b, start, smaller(a.chunk, a.N - start), channel, rates.at<Vec<T>>() + v * S,
                                  states + v * S);
             }

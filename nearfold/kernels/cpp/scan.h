@@ -13,7 +13,8 @@ struct ScanArgs {
     int64_t in_stride[2], out_stride[2];
     int64_t B, N, C, S, chunk;
     T *y;       // (B, N, C) contiguous
-    T *states;  // (B, ceil(N / chunk), S, C) contiguous: the state before the first position of every chunk
+    T *states;  // (B, ceil(N / chunk), S, C) contiguous: the state before the first position of every chunk;
+                // null where the forward need not keep them
     int threads;
 };
 

@@ -5,6 +5,7 @@ Shape legend: B batch, C channels, H heads, N positions, s numbers of a state.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nearfold.grammar.words import Scan, Selective
@@ -40,7 +41,8 @@ def run(call: Call) -> Tensor:
     x_BNC = value_BNC.to(wide)
     if rho.scan_heads is None:
         refuse_forward_mode(call)
-        y_BNC = selective_scan(x_BNC, delta_BNh, rate, write_BNs, read_BNs)[0] + x_BNC * skip
+        keep = torch.is_grad_enabled()
+        y_BNC = selective_scan(x_BNC, delta_BNh, rate, write_BNs, read_BNs, keep)[0] + x_BNC * skip
     else:
         x_BHNp = x_BNC.unflatten(2, (rho.scan_heads, -1)).transpose(1, 2)
         delta_BHN = delta_BNh.transpose(1, 2)
