@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nearfold.compat.reference import Config, Conversion, State, UnsupportedReference
-from nearfold.nn.layers import _acmix
+from nearfold.nn.acmix import _acmix
 from nearfold.nn.mixer import Mixer
 
 

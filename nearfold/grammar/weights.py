@@ -151,7 +151,8 @@ class Generated(Rho):
 
     Two pointwise maps with a ReLU between, by a ``reduction`` of the channels, make it an involution (arXiv 2103.06255,
     eq. 6, without its batch norm); reduction=0 is a single map. ``activation`` is none, softmax over the slots
-    (lightweight dynamic convolution, arXiv 1901.10430) or sigmoid.
+    (lightweight dynamic convolution, arXiv 1901.10430; those outside the grid take their share and read zero) or
+    sigmoid.
     """
 
     word = "generated"

@@ -1,5 +1,6 @@
 """Layers: `Mixer` over any operation, and the names people type."""
 
+from nearfold.nn.acmix import ACmix2d
 from nearfold.nn.attention import (
     BlockAttention2d,
     CrossAttention,
@@ -14,7 +15,6 @@ from nearfold.nn.attention import (
 )
 from nearfold.nn.functional import deform_conv, knn_attention
 from nearfold.nn.layers import (
-    ACmix2d,
     BranchingAttention,
     BranchingConv2d,
     ConvNN1d,
