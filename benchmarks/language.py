@@ -162,7 +162,7 @@ def deformable_layer(shape: Shape) -> Case:
 
 def _torchvision() -> Forward:
     """Its compiled operator; ImportError where that does not load."""
-    from nearfold.train._torchvision import load
+    from nearfold._torchvision import load
 
     try:
         run = load("torchvision.ops").deform_conv2d

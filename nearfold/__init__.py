@@ -30,10 +30,20 @@ __all__ = [
     "preset",
 ]
 
-_PACKAGES = (
-    *("compat", "grammar", "kernels", "look", "lower", "mixing", "models", "nn", "recognise", "study", "testing"),
+_PACKAGES = [
+    "compat",
+    "grammar",
+    "kernels",
+    "look",
+    "lower",
+    "mixing",
+    "models",
+    "nn",
+    "recognise",
+    "study",
+    "testing",
     "train",
-)
+]
 _FUNCTIONS = {"complexity": "recognise", "describe": "recognise", "mixing_matrix": "mixing"}
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
-from nearfold.grammar.words import Causal, Dense, Depthwise, Experts, Scan, Separable, Shift, Table, Window
+from nearfold.grammar.words import Dense, Depthwise, Experts, Scan, Separable, Shift, Table
 from nearfold.mixing import mixing_matrix
 from nearfold.nn.mixer import Mixer
 
@@ -93,9 +93,7 @@ def read(operation: str | Operation, x: Tensor, patch: tuple[int, int]) -> Readi
         raise ValueError(f"{op}: reads a second input, and there is one image; leave cross out")
     grid = (x.shape[2], x.shape[3])
     fit = _fitted(op, grid[0] * grid[1])
-    sequence = any(
-        isinstance(p.path, Window) and isinstance(p.shape, Causal) and not p.shape.axes for p in fit.parts
-    )  # such windows are for sequences: patches in raster order
+    sequence = fit.for_sequences  # then patches in raster order
     layer = plain_layer(fit, 1 if sequence else 2)
     tiled = x.repeat(1, layer.in_channels // x.shape[1], 1, 1)
     matrix = mixing_matrix(layer, tiled.flatten(2) if sequence else tiled)[0].mean(0)

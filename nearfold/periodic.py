@@ -8,7 +8,7 @@ import textwrap
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
 from nearfold.grammar.complexity import c_d, primitives
 from nearfold.grammar.presets import FAMILIES
-from nearfold.lower import explain
+from nearfold.lower import Explanation, explain
 
 WIDTHS = (23, 43, 12, 31, 4)  # name, path, shape, weight, C_D; the backend follows
 HEAD = ("", "PATH: where to look", "SHAPE: form", "WEIGHT: what to value", "C_D", "runs on")
@@ -56,18 +56,13 @@ def card(name: str) -> str:
     return "\n".join(lines)
 
 
-def sequence_only(op: Operation) -> bool:
-    """Whether a part is a causal window that names no axes."""
-    return any(p.path.word == "window" and p.shape.word == "causal" and not p.shape.axes for p in op.parts)  # type: ignore[attr-defined]
-
-
-def _explained(entry: Entry) -> object:
-    grid = (64,) if sequence_only(entry.operation) else (8, 8)
+def _explained(entry: Entry) -> Explanation:
+    grid = (64,) if entry.operation.for_sequences else (8, 8)
     return explain(entry.notation, (1, 16, *grid))
 
 
 def _rows(entry: Entry) -> list[str]:
-    op, parts = entry.operation, _explained(entry).parts  # type: ignore[attr-defined]
+    op, parts = entry.operation, _explained(entry).parts
     found: list[str] = []
     for i, (lead, part) in enumerate(_parts(op)):
         name = f"  {entry.name}" if i == 0 else f"    {lead}"

@@ -25,7 +25,7 @@ from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, p
 from nearfold.grammar.operation import SHAPES
 from nearfold.grammar.similarity import Blend, Similarity
 from nearfold.grammar.word import WORDS
-from nearfold.grammar.words import ORDERS, Candidates, Causal, Nearest, Table, Window
+from nearfold.grammar.words import ORDERS, Candidates, Nearest, Table
 from nearfold.lower.plan import verdicts
 from nearfold.lower.verdict import Facts
 from nearfold.nn.mixer import Mixer
@@ -35,7 +35,6 @@ from nearfold.nn.mixer import Mixer
 BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 # beyond the catalogue: every similarity, candidate, shape, rho and kernel at least once
-# what a newcomer would call by the same name on two rows is told apart by its words
 CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items()} | {
     "window_axes": "window((3, 5)) | causal(axes=(1)) | softmax(heads=2)",
     "window_inside": "window(3, mode=inside, dilation=2, step=2) | box | softmax(heads=2)",
@@ -161,8 +160,7 @@ def forward(layer: Mixer, x: Tensor) -> Tensor:
 
 def grid_for(op: Operation, grid: tuple[int, ...]) -> tuple[int, ...]:
     """Causal windows that name no axes are for sequences: their grid keeps the first axis only."""
-    one = any(isinstance(p.path, Window) and isinstance(p.shape, Causal) and not p.shape.axes for p in op.parts)
-    return grid[:1] if one else grid
+    return grid[:1] if op.for_sequences else grid
 
 
 def fitted(op: Operation, grid: tuple[int, ...]) -> Operation:

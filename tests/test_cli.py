@@ -7,6 +7,7 @@ import pytest
 import nearfold
 from nearfold.cli import attribute_docs, main
 from nearfold.grammar import CATALOGUE
+from nearfold.grammar.complexity import c_d
 from nearfold.train import Recipe
 
 
@@ -52,10 +53,13 @@ def test_ops_lists_the_catalogue(capsys):
     assert main(["ops"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 125
-    for entry in CATALOGUE.values():
-        assert f" {entry.name}" in out
-        for part in entry.operation.parts:
-            assert str(part.path) in out and str(part.shape) in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and line[2] != " "}
+    assert rows.keys() == CATALOGUE.keys()
+    for name, entry in CATALOGUE.items():
+        if len(entry.operation.parts) == 1:
+            (part,) = entry.operation.parts
+            score = f"{c_d(entry.operation):g}"
+            assert all(f" {word} " in rows[name] for word in (part.path, part.shape, score)), rows[name]
     assert "oracle" not in out, "every operator that has a name has a fast backend"
 
 

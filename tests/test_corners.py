@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -18,6 +19,11 @@ FRAMES = {
     "volume": ([3, 4, 5], [3, 2, 5], [2, 1, 3], [1, 2, 1], [1, 1, 1], [1, 0, 1]),
     "point": ([1, 1], [1, 1], [3, 3], [1, 1], [1, 1], [1, 1]),
 }
+
+
+def using(which):
+    """The engine as it is, or one instruction set of it, or none."""
+    return contextlib.nullcontext() if which == "auto" else engine.forced(which)
 
 
 def operands(frame, planes=3, masked=True, dtype=torch.float64, seed=0):
@@ -57,7 +63,7 @@ def plain(offset, mask, grid, out, size, stride, dilation, before):
 def test_shares_are_those_of_interpolation(name, masked, which):
     frame = FRAMES[name]
     offset, mask = operands(frame, masked=masked)
-    with engine.forced(which) if which != "auto" else torch.enable_grad():
+    with using(which):
         share, index = corners(offset, mask, *frame)
     entries = 2 ** len(frame[0])
     for (p, m, s), shares in plain(offset, mask, *frame).items():
@@ -77,7 +83,7 @@ def test_engine_and_pytorch_agree(name, dtype):
     results = []
     for which in ("auto", engine.OFF):
         offset, mask = (t.requires_grad_() for t in operands(frame, planes=5, dtype=dtype))
-        with engine.forced(which) if which != "auto" else torch.enable_grad():
+        with using(which):
             share, index = corners(offset, mask, *frame)
             share.backward(torch.cos(torch.arange(share.numel(), dtype=dtype)).view_as(share))
         results.append((index, share.detach(), offset.grad, mask.grad))
@@ -92,7 +98,7 @@ def test_gradients(which, masked):
     frame = FRAMES["uneven"]
     offset, mask = operands(frame, planes=2, masked=masked)
     inputs = [t.requires_grad_() for t in (offset, mask) if t is not None]
-    with engine.forced(which) if which != "auto" else torch.enable_grad():
+    with using(which):
         call = lambda o, *m: corners(o, m[0] if m else None, *frame)[0]  # noqa: E731
         assert torch.autograd.gradcheck(call, inputs)
 
@@ -103,11 +109,11 @@ def test_far_away_and_lost(which):
     offset, _ = operands(frame, planes=1, masked=False)
     for far in (1e30, -1e30, math.inf, -math.inf):
         offset[0, 4, 0, 7] = far
-        with engine.forced(which) if which != "auto" else torch.enable_grad():
+        with using(which):
             share, index = corners(offset, None, *frame)
         assert (index[0, 7, 16:20] == -1).all() and (share[0, 7, 16:20] == 0).all()
     offset[0, 4, 0, 7] = math.nan
-    with engine.forced(which) if which != "auto" else torch.enable_grad():
+    with using(which):
         share, index = corners(offset, None, *frame)
     assert share[0, 7, 16:20].isnan().all() and share.isnan().sum() == 4
     assert index.max() < 30

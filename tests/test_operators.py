@@ -76,27 +76,6 @@ def mask_of(grid, reads):
 
 def deformed(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups):
     """One output number at a time, from eq. 2 to 4 of arXiv 1703.06211 and eq. 1 of 1811.11168."""
-    B, _, H, W = x.shape
-    O, per_group, kh, kw = weight.shape
-    out_h, out_w = offset.shape[2:]
-    of_group = x.shape[1] // offset_groups
-    y = x.new_zeros(B, O, out_h, out_w)
-    for b, o, i, j, c, r, s in itertools.product(*map(range, (B, O, out_h, out_w, per_group, kh, kw))):
-        channel = o // (O // groups) * per_group + c
-        slot = (channel // of_group * kh + r) * kw + s
-        py = i * stride - padding + r * dilation + offset[b, 2 * slot, i, j]
-        px = j * stride - padding + s * dilation + offset[b, 2 * slot + 1, i, j]
-        y0, x0 = math.floor(py.item()), math.floor(px.item())
-        for at_y, at_x in itertools.product((y0, y0 + 1), (x0, x0 + 1)):
-            if 0 <= at_y < H and 0 <= at_x < W:
-                share = max(0, 1 - abs(py - at_y)) * max(0, 1 - abs(px - at_x))
-                turned = 1 if mask is None else mask[b, slot, i, j]
-                y[b, o, i, j] += weight[o, c, r, s] * share * turned * x[b, channel, at_y, at_x]
-    return y + bias.view(-1, 1, 1)
-
-
-def deformed_pairs(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups):
-    """`deformed`, with a stride, padding and dilation for each axis, by zeros around and dropped outputs."""
     B, C, H, W = x.shape
     O, per_group, kh, kw = weight.shape
     y = x.new_zeros(B, O, *offset.shape[2:])
@@ -106,10 +85,11 @@ def deformed_pairs(x, offset, mask, weight, bias, stride, padding, dilation, gro
         slot = (channel // of_group * kh + r) * kw + s
         py = i * stride[0] - padding[0] + r * dilation[0] + offset[b, 2 * slot, i, j].item()
         px = j * stride[1] - padding[1] + s * dilation[1] + offset[b, 2 * slot + 1, i, j].item()
+        turned = 1 if mask is None else mask[b, slot, i, j]
         for at_y, at_x in itertools.product(range(H), range(W)):
             share = max(0.0, 1 - abs(py - at_y)) * max(0.0, 1 - abs(px - at_x))
             if share:
-                y[b, o, i, j] += (weight[o, c, r, s] * share * mask[b, slot, i, j] * x[b, channel, at_y, at_x]).item()
+                y[b, o, i, j] += (weight[o, c, r, s] * share * turned * x[b, channel, at_y, at_x]).item()
     return y + bias.detach().view(-1, 1, 1)
 
 
@@ -130,7 +110,7 @@ def test_deformable_convolution(modulated, stride, dilation, groups, offset_grou
         )
     )
     x = torch.randn(1, 4, 5, 4)
-    how = {"stride": stride, "padding": 1, "dilation": dilation}
+    how = {"stride": (stride, stride), "padding": (1, 1), "dilation": (dilation, dilation)}
     offset = F.conv2d(x, layer.offset_weight, layer.offset_bias, **how)
     assert offset.abs().max() > 1, "far enough to leave the cell and the grid"
     mask = torch.sigmoid(F.conv2d(x, layer.mask_weight, layer.mask_bias, **how)) if modulated else None
@@ -149,7 +129,7 @@ def test_the_function_of_deformable_convolution():
     def run(x, offset, weight, bias, mask):
         return near.deform_conv(x, offset, weight, bias, **how, mask=mask)
 
-    truth = deformed_pairs(x, offset, mask, weight, bias, **how, groups=2, offset_groups=2)
+    truth = deformed(x, offset, mask, weight, bias, **how, groups=2, offset_groups=2)
     close(run(x, offset, weight, bias, mask), truth)
     assert torch.autograd.gradcheck(run, (x, offset, weight, bias, mask))
     for change, message in (
@@ -178,7 +158,7 @@ def test_deformable_convolution_starts_as_the_convolution():
 
 
 def test_deformable_convolution_is_torchvisions():
-    from nearfold.train._torchvision import load
+    from nearfold._torchvision import load
 
     try:
         ops = load("torchvision.ops")
@@ -284,7 +264,7 @@ def test_attention_in_blocks_is_a_neighbourhood_whose_step_is_its_size():
 
 @pytest.mark.parametrize("shift", [0, 2])
 def test_shifted_windows_are_torchvisions(shift):
-    from nearfold.train._torchvision import load
+    from nearfold._torchvision import load
 
     swin = load("torchvision.models.swin_transformer")
     layer = scrambled(near.BlockAttention2d(8, 2, 4, shift=shift))

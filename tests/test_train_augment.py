@@ -3,7 +3,7 @@ import importlib
 import pytest
 import torch
 
-from nearfold.train import _torchvision
+from nearfold import _torchvision
 from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment
 from nearfold.train.seeds import derive
 

@@ -94,6 +94,11 @@ class Operation:
         raise NotImplementedError
 
     @property
+    def for_sequences(self) -> bool:
+        """Whether some part is a causal window that names no axes: such windows take one grid axis."""
+        return any(isinstance(p.path, Window) and p.shape == Causal() for p in self.parts)
+
+    @property
     def needs_context(self) -> bool:
         """Whether some part reads a second input."""
         return any(part.cross for part in self.parts)

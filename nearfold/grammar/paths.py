@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
-from nearfold.grammar.word import Word, check, number, positive, sizes
+from nearfold.grammar.word import Word, all_ones, check, number, positive, sizes
 
 Size = int | tuple[int, ...]
 
@@ -110,7 +110,7 @@ class Window(Path):
         if self.mode == "inside":
             check(self.padding == "same", self, "padding", self.padding, "left out with mode=inside")
         else:
-            check(self.step in (1, (1,) * 1, (1, 1), (1, 1, 1)), self, "step", self.step, "given with mode=inside only")
+            check(all_ones(self.step), self, "step", self.step, "given with mode=inside only")
 
 
 @dataclass(frozen=True)

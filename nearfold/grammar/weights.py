@@ -38,13 +38,9 @@ def _rho(word: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Ones(Rho):
-    """alpha = 1."""
+class _Plain(Rho):
+    """A rho with heads and projections, and nothing else."""
 
-    word = "ones"
-    primitive = ("IDENTITY", 1)
-    needs_score = False
-    default_projections = ""
     heads: int = 1
     project: str | None = None
 
@@ -53,16 +49,21 @@ class Ones(Rho):
 
 
 @dataclass(frozen=True)
-class Identity(Rho):
+class Ones(_Plain):
+    """alpha = 1."""
+
+    word = "ones"
+    primitive = ("IDENTITY", 1)
+    needs_score = False
+    default_projections = ""
+
+
+@dataclass(frozen=True)
+class Identity(_Plain):
     """alpha = score."""
 
     word = "identity"
     primitive = ("DYNAMIC_ATTENTION", 2)
-    heads: int = 1
-    project: str | None = None
-
-    def __post_init__(self) -> None:
-        _rho(self)
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,15 @@ class Softmax(Rho):
 
 
 @dataclass(frozen=True)
-class Inverse(Rho):
+class Inverse(_Plain):
     """alpha = 1 / (distance + 1e-8), distance = -score."""
 
     word = "inverse"
     primitive = ("DYNAMIC_ATTENTION", 2)
-    heads: int = 1
-    project: str | None = None
-
-    def __post_init__(self) -> None:
-        _rho(self)
 
 
 @dataclass(frozen=True)
-class Normalized(Rho):
+class Normalized(_Plain):
     """alpha = score / sum of the scores over the slots: linear attention, with a similarity that is never negative.
 
     Source: arXiv 2006.16236, eq. 4; a row whose scores sum to zero is zero.
@@ -113,26 +109,16 @@ class Normalized(Rho):
 
     word = "normalized"
     primitive = ("DYNAMIC_ATTENTION", 2)
-    heads: int = 1
-    project: str | None = None
-
-    def __post_init__(self) -> None:
-        _rho(self)
 
 
 @dataclass(frozen=True)
-class Mean(Rho):
+class Mean(_Plain):
     """alpha = 1 / number of valid slots: average pooling."""
 
     word = "mean"
     primitive = ("IDENTITY", 1)
     needs_score = False
     default_projections = ""
-    heads: int = 1
-    project: str | None = None
-
-    def __post_init__(self) -> None:
-        _rho(self)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def sizes(word: Word, **values: Any) -> None:
         check(ok, word, name, value, "a positive integer or a tuple of them, one per axis")
 
 
+def all_ones(value: int | tuple[int, ...]) -> bool:
+    """Whether a size is 1 on every axis."""
+    return set(value if isinstance(value, tuple) else (value,)) == {1}
+
+
 def number(word: Word, name: str, value: object) -> None:
     """Must be a finite number."""
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import aggregate_torch, engine
 from nearfold.kernels.aggregate_torch import out_channels
-
-LOW = (torch.bfloat16, torch.float16)
+from nearfold.kernels.names import LOW
 
 
 def _require(

@@ -15,26 +15,29 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import engine, scan_torch
-
-LOW = (torch.bfloat16, torch.float16)
+from nearfold.kernels.aggregate import served, widened
+from nearfold.kernels.names import LOW
 
 
 def _require(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
     """ValueError where the operands do not fit one another."""
     operands = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
-    got = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in operands.items())
+
+    def got() -> str:
+        return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in operands.items())
+
     if u.dim() != 3 or delta.shape != u.shape:
-        raise ValueError(f"u and delta must be (B, N, C) alike, got {got}")
+        raise ValueError(f"u and delta must be (B, N, C) alike, got {got()}")
     if A.dim() != 2 or A.shape[0] != u.shape[2]:
-        raise ValueError(f"A must be (C, S) with the C = {u.shape[2]} channels of u, got {got}")
+        raise ValueError(f"A must be (C, S) with the C = {u.shape[2]} channels of u, got {got()}")
     rows = (*u.shape[:2], A.shape[1])
     if B.shape != rows or C.shape != rows:
-        raise ValueError(f"B and C must be (B, N, S) = {rows} as u and A, got {got}")
+        raise ValueError(f"B and C must be (B, N, S) = {rows} as u and A, got {got()}")
     if u.shape[2] < 1 or A.shape[1] < 1:
-        raise ValueError(f"there must be channels and states, got {got}")
+        raise ValueError(f"there must be channels and states, got {got()}")
     if any(x.dtype != u.dtype or x.device != u.device for x in operands.values()) or not u.is_floating_point():
         devices = ", ".join(str(x.device) for x in operands.values())
-        raise ValueError(f"the operands must have one floating dtype and one device, got {got} on {devices}")
+        raise ValueError(f"the operands must have one floating dtype and one device, got {got()} on {devices}")
 
 
 def _require_backward(grad: Tensor, u: Tensor, A: Tensor, states: Tensor) -> None:
@@ -55,22 +58,13 @@ def _states_shape(u: Tensor, A: Tensor, keep: bool = True) -> tuple[int, int, in
     return u.shape[0], scan_torch.chunks_of(u.shape[1]) if keep else 0, A.shape[1], A.shape[0]
 
 
-def _served(u: Tensor, *others: Tensor) -> bool:
-    """Whether the engine computes this; bfloat16 and float16 are widened for it, O(N (C + S)) numbers."""
-    if u.numel() == 0:
-        return False
-    if u.dtype in LOW:
-        return u.device.type == "cpu" and engine.get() is not None
-    return engine.serves(u, *others)
-
-
 def _rows(x: Tensor) -> Tensor:
     """The tensor itself where the numbers of a position lie next to one another, or a copy where they do."""
     return x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous()
 
 
 def _wide(*operands: Tensor) -> list[Tensor]:
-    return [x.to(_compute(x.dtype)) for x in operands]
+    return [x for x in widened(*operands) if x is not None]
 
 
 @torch.library.custom_op("nearfold::selective_scan", mutates_args=())
@@ -101,7 +95,7 @@ def selective_scan(
     """
     _require(u, delta, A, B, C)
     wide_u, wide_delta, wide_A, wide_B, wide_C = _wide(u, delta, A, B, C)
-    if not _served(u, delta, A, B, C):
+    if not served(u, delta, A, B, C):
         with torch.autocast(u.device.type, enabled=False):
             y, states = scan_torch.forward(wide_u, wide_delta, wide_A, wide_B, wide_C)
         return y.to(u.dtype).contiguous(), states.contiguous() if keep else states.new_empty(_states_shape(u, A, False))
@@ -133,7 +127,7 @@ def selective_scan_backward(
     _require_backward(grad, u, A, states)
     wide_u, wide_delta, wide_A, wide_B, wide_C = wide = _wide(u, delta, A, B, C)
     wide_grad = grad.to(wide_u.dtype)
-    if not _served(u, delta, A, B, C):
+    if not served(u, delta, A, B, C):
         with torch.autocast(u.device.type, enabled=False):
             of_u, of_delta, of_A, of_B, of_C = scan_torch.backward(
                 wide_grad, wide_u, wide_delta, wide_A, wide_B, wide_C, states

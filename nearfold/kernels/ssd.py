@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOW = (torch.bfloat16, torch.float16)
+from nearfold.kernels.names import LOW
 
 
 def _require(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, chunk: int) -> None:

@@ -21,7 +21,7 @@ from nearfold.lower.geometry import WindowGeometry
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x: Tensor) -> Tensor:
+def _over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x: Tensor) -> Tensor:
     """Convolutions of the input over the path's own window, as one: (B, channels of all of them, *out)."""
     geometry = WindowGeometry.of(op, x.dim() - 2)
     padding = geometry.before
@@ -52,7 +52,7 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
     )
     slots, outputs = math.prod(frame.size), math.prod(frame.out)
     modulated = isinstance(op.weight.rho, Modulated)
-    made = over_window(op, call.params, ("offset", "mask") if modulated else ("offset",), call.x).to(wide)
+    made = _over_window(op, call.params, ("offset", "mask") if modulated else ("offset",), call.x).to(wide)
     points = call.heads * slots
     offset = made[:, : points * call.ndim].reshape(-1, slots, call.ndim, outputs)
     mask = torch.sigmoid(made[:, points * call.ndim :]).reshape(-1, slots, outputs) if modulated else None
@@ -60,12 +60,12 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
 
 
 def sampled(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """From the formula: index, valid and coefficient, each (B, G, M, S * E); the modulation is not in it.
+    """From the formula: index, valid and coefficient (times the modulation), each (B, G, M, S * E).
 
     Corners outside the grid are not valid: the map fades to zero within one position of its border.
     """
-    offset, _, frame = moved(call)
+    offset, mask, frame = moved(call)
     share, index = (
-        t.unflatten(0, (call.value.shape[0], call.heads)) for t in corners_torch.corners(offset, None, frame)
+        t.unflatten(0, (call.value.shape[0], call.heads)) for t in corners_torch.corners(offset, mask, frame)
     )
     return index.clamp(min=0), index >= 0, share

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nearfold.grammar.words import Generated, Max, Mean, Modulated, Ones, Rho, Scan, Selective, Table
 from nearfold.lower.call import Call, count_positions, pointwise
-from nearfold.lower.deform import over_window
 from nearfold.lower.geometry import crop
 from nearfold.lower.orders import scan_order
 from nearfold.lower.weighting import mean_of
@@ -44,12 +43,6 @@ def generated(call: Call) -> Tensor:
         "sigmoid": torch.sigmoid,
     }
     return activations[rho.activation](alpha)
-
-
-def modulation(call: Call) -> Tensor:
-    """Alpha of `modulated` (B, G, M, S)."""
-    mask = over_window(call.op, call.params, ("mask",), call.x).flatten(2)
-    return torch.sigmoid(mask.unflatten(1, (call.heads, -1)).transpose(2, 3).to(wide_dtype(call)))
 
 
 def require_table(call: Call) -> None:
@@ -117,7 +110,7 @@ def _selective(call: Call, valid: Tensor) -> Tensor:
 def constant_alpha(call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
     """Alpha (B|1, H|1, M, S) of a rho that looks at no score; None for those that do. ``valid`` (B|1, H|1, M, S)."""
     rho, wide = call.op.weight.rho, wide_dtype(call)
-    if isinstance(rho, Ones):
+    if isinstance(rho, Ones | Modulated):  # what is modulated are the coefficients, which come with the positions
         return valid.to(wide)
     if isinstance(rho, Mean):
         return mean_of(valid, wide)
@@ -130,6 +123,5 @@ def constant_alpha(call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
 _RULES: dict[type[Rho], Callable[[Call, Tensor], Tensor]] = {
     Table: _table,
     Generated: lambda call, valid: generated(call),
-    Modulated: lambda call, valid: modulation(call),
     Selective: _selective,
 }

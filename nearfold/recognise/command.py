@@ -13,12 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
+from nearfold import _torchvision
 from nearfold.recognise.report import describe
-
-_declared: list[torch.library.Library] = []  # declarations end with the object that made them
 
 
 def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
@@ -137,14 +135,6 @@ def _guarded(spec: str, make: Callable[[], Any]) -> Any:
 def import_library(name: str, wanted: str) -> ModuleType:
     """Import a library; torchvision also where its compiled operators do not fit this torch, as models need few."""
     try:
-        return importlib.import_module(name)
+        return _torchvision.load(name)
     except ModuleNotFoundError as error:
         raise ImportError(f"{wanted} models need {error.name}: pip install {error.name}") from error
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-    library = torch.library.Library("torchvision", "DEF")  # see nearfold.train._torchvision
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
-    return importlib.import_module(name)

@@ -10,6 +10,7 @@ from torch import nn
 
 from nearfold.grammar import Basic
 from nearfold.grammar.complexity import c_d
+from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import Depthwise, Ones, Window
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
 from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
@@ -58,7 +59,7 @@ class Layer:
 def one_position(found: Found) -> bool:
     """Whether an operation is a window of a single position: a 1x1 convolution."""
     path = found.operation.path if isinstance(found.operation, Basic) else None
-    return isinstance(path, Window) and path.size in (1, (1,), (1, 1), (1, 1, 1))
+    return isinstance(path, Window) and all_ones(path.size)
 
 
 def walk(model: nn.Module) -> list[Layer]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.train import _torchvision
+from nearfold import _torchvision
 from nearfold.train.seeds import derive, generator
 
 

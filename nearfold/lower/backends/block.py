@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
+from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
@@ -30,7 +31,7 @@ def supports(facts: Facts) -> Verdict:
     strided = isinstance(op.path, All) and isinstance(op.shape, Strided) and not op.cross
     if not (isinstance(op.path, Block) or strided):
         return Verdict.no(f"{op.path.word} | {op.shape.word} does not part the positions")
-    if getattr(op.path, "stride", 1) not in (1, (1,), (1, 1), (1, 1, 1)):
+    if not all_ones(getattr(op.path, "stride", 1)):
         return Verdict.no("outputs are on a strided grid")
     if not isinstance(op.weight.rho, Softmax) or op.weight.kernel is not None:
         return Verdict.no(f"weight is {op.weight}, not softmax alone")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.ssd import decayed_attention
@@ -26,7 +27,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if isinstance(op.weight.rho, Table):
         return Verdict.yes("a table over positions is F.linear", "roundoff")
-    whole = op.path.stride in (1, (1,), (1, 1), (1, 1, 1))
+    whole = all_ones(op.path.stride)
     if not isinstance(op.shape, Row) and not (isinstance(op.shape, Causal) and whole):
         return Verdict.no(f"shape {op.shape} is neither a whole row nor causal at stride 1")
     if isinstance(op.weight.rho, Ones | Mean):
