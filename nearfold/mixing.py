@@ -236,7 +236,7 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
 def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: Iterator[_Part]) -> _Part:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
     if isinstance(op, Branch):
-        split = zip((op.first, op.second), op.split(channels), strict=True)
+        split = zip((op.first, op.second), op.shares(channels), strict=True)
         made = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
         _same_positions(op, made)
         return _Part(torch.cat([m.matrix for m in made], 1), all(m.exact for m in made))

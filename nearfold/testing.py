@@ -90,6 +90,10 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
     "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
     "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
+    "sum_shift_bias": "a*(block(3, scaled(bias=table), shift=1) | box | softmax(heads=2))"
+    " + b*(window(3, mode=reflect, dilation=2) | box | shift(2, bias))",
+    "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
+    "branch_split": "branch(0.25, nearest(3, cosine) | ranked | kernel, all | row | softmax(heads=2), split, mix)",
     "branch_nested": "branch(0.25, all | row | softmax(heads=2),"
     " a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
 }

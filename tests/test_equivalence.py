@@ -510,6 +510,26 @@ def test_acmix_convolution_is_one_grouped_convolution(interleaved, backend):
     agree(ours, reference, torch.randn(2, 6, 6, 7), pairs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
+def test_acmix_convolution_with_a_bias_on_its_maps(stride, padding, backend):
+    heads, d, size = 2, 4, 3
+    ours = Mixer(f"window(3, stride={stride}, padding={padding}) | box | shift(2, bias)", 6, 8, backend=backend)
+    with torch.no_grad():
+        ours.shift_weight.normal_()
+    twin = {n: p.detach().clone().requires_grad_() for n, p in ours.named_parameters()}
+
+    def reference(x):  # the bias is added inside the grid, and the border stays zero
+        weights = [(twin[f"{c}_weight"], twin[f"{c}_bias"]) for c in LETTERS]
+        maps = torch.cat([F.conv2d(x, w[..., None, None], b).unflatten(1, (heads, d)) for w, b in weights], 1)
+        made = torch.einsum("tm,bmdrc->bdtrc", twin["weight"], maps) + twin["slot_bias"][:, None, None]
+        y = F.conv2d(made.flatten(1, 2), twin["shift_weight"], padding=padding, stride=stride, groups=d)
+        return y.unflatten(1, (d, heads)).transpose(1, 2).flatten(1, 2)
+
+    pairs = [(p, lambda n=n: twin[n].grad) for n, p in ours.named_parameters()]
+    agree(ours, reference, torch.randn(2, 6, 6, 7), pairs)
+
+
 @pytest.mark.parametrize(
     ("window", "conv", "stride", "dilation"), [(7, 3, 1, 1), (3, 3, 2, 1), (5, 5, 1, 1), (3, 3, 1, 2)]
 )
@@ -552,9 +572,9 @@ def test_acmix_is_its_unfolded_formulation(window, conv, stride, dilation):
 A, B = "nearest(5, cosine, self) | ranked | kernel", "window(3) | box | kernel"
 
 
-def part(layer, name: str, notation: str, out: int, **kwargs):
+def part(layer, name: str, notation: str, out: int, read: int | None = None, **kwargs):
     """One operand of a combinator as a layer of its own, weights shared."""
-    alone = Mixer(notation, layer.in_channels, out, **kwargs)
+    alone = Mixer(notation, read or layer.in_channels, out, **kwargs)
     alone.load_state_dict({n.removeprefix(name): p for n, p in layer.state_dict().items() if n.startswith(name)})
     return alone
 
@@ -595,6 +615,15 @@ def test_branch_splits_the_outputs_and_both_read_all_inputs(ratio, first, mix):
     for i, half in zip([i for i, o in ((0, first), (1, 6 - first)) if o], halves, strict=True):
         pairs.append((ours.get_parameter(f"{i}.weight"), lambda half=half: half.weight.grad))
     agree(ours, reference, torch.randn(2, 4, 5, 6), pairs)
+
+
+def test_branch_with_split_inputs_is_two_layers_on_two_shares():
+    ours = Mixer(f"branch(0.3, {A}, {B}, split)", 5, 8)
+    halves = [part(ours, f"{i}.", n, o, read) for i, n, o, read in ((0, A, 2, 1), (1, B, 6, 4))]
+    pairs = [(ours.get_parameter(f"{i}.weight"), lambda half=half: half.weight.grad) for i, half in enumerate(halves)]
+    agree(ours, lambda x: torch.cat([halves[0](x[:, :1]), halves[1](x[:, 1:])], 1), torch.randn(2, 5, 5, 6), pairs)
+    with pytest.raises(ValueError, match="in_channels=1 leave none for an operand of branch"):
+        Mixer(f"branch(0.3, {A}, {B}, split)", 1, 8)
 
 
 def test_branching_layers_at_their_ends():

@@ -215,26 +215,20 @@ def branching_attention(c: Config, state: State) -> Conversion:
         )
     near = _convnn_attention_operation(c)
     dense = Basic(All(), Row(), Weight(Softmax(heads=c["num_heads"])))
-    layer = TokenMixer(Branch(first / dim, near, dense, mix=True), dim, bias=True)
-    if layer.operation.split(dim)[0] != first:  # type: ignore[attr-defined]
+    layer = TokenMixer(Branch(first / dim, near, dense, mix=True, split=True), dim, bias=True)
+    if layer.operation.shares(dim)[0] != first:  # type: ignore[attr-defined]
         raise UnsupportedReference(f"{c.layer}: branch_ratio={ratio} of {dim} channels is not a ratio here")
 
-    def widen(part: State, before: int, after: int) -> State:
-        """The public branches split the input channels; ours see all of them, with zero weights."""
-        out = {}
-        for name, p in part.items():
-            if name.startswith(("query", "key", "value")) and p.dim() == 2:
-                p = torch.cat([p.new_zeros(len(p), before), p, p.new_zeros(len(p), after)], 1)
-            out[name] = p
-            bias = name.replace("weight", "bias")
-            if name.endswith("_weight") and name != "pointwise_weight" and bias not in part:
-                out[bias] = p.new_zeros(len(p))
-        return out
+    def biased(part: State) -> State:
+        """With zeros for the biases that the public projections do not have."""
+        missing = {name.replace("weight", "bias"): p for name, p in part.items() if name.endswith("_weight")}
+        missing.pop("pointwise_bias", None)  # the kernel's pointwise half has none
+        return {name: p.new_zeros(len(p)) for name, p in missing.items() if name not in part} | part
 
     def mapping(s: State) -> State:
         names = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}
-        a = widen(_convnn_attention_mapping(c, s, "convnn."), 0, dim - first)
-        b = widen(_linear(s, names, "attention."), first, 0)
+        a = biased(_convnn_attention_mapping(c, s, "convnn."))
+        b = biased(_linear(s, names, "attention."))
         mix = _linear(s, {"mix": "pointwise_linear"})
         return mix | {f"0.{n}": p for n, p in a.items()} | {f"1.{n}": p for n, p in b.items()}
 

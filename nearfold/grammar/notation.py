@@ -140,11 +140,12 @@ class _Parser:
         first = self.operation()
         self.take(",", "between the two operands")
         second = self.operation()
-        mix = self.peek() == "," and self.peek(1) == "mix"
-        if mix:
+        flags = {"mix": False, "split": False}
+        while self.peek() == "," and not flags.get(self.peek(1), True):
+            flags[self.peek(1)] = True
             self.at += 2
-        self.take(")", "to close branch (only the flag mix may follow the operands)")
-        return self.build(start, Branch, float(value), first, second, mix)
+        self.take(")", "to close branch (only the flags mix and split may follow the operands, once each)")
+        return self.build(start, Branch, float(value), first, second, **flags)
 
     def basic(self) -> Operation:
         start = self.tokens[self.at][2]

@@ -246,15 +246,17 @@ class Sum(Operation):
 
 @dataclass(frozen=True)
 class Branch(Operation):
-    """Output channels split: A makes the first int(ratio * channels), B the others; both see all inputs.
+    """Output channels split: A makes the first int(ratio * channels), B the others.
 
-    ``mix`` follows the two with a pointwise map (the public ConvNN branching layer always has it).
+    Both see all inputs; with ``split`` each sees its own share of them only, divided as the outputs are. ``mix`` follows
+    the two with a pointwise map (the public ConvNN branching layer always has it).
     """
 
     ratio: float
     first: Operation
     second: Operation
     mix: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -265,14 +267,24 @@ class Branch(Operation):
             if not isinstance(op, Operation):
                 raise ValueError(f"branch: operands are operations, got {op!r}")
         object.__setattr__(self, "ratio", float(self.ratio))
+        if self.split and self.needs_context:
+            raise ValueError(f"branch: split divides the one input among the operands; a cross path reads two: {self}")
 
     def __str__(self) -> str:
-        return f"branch({self.ratio!r}, {self.first}, {self.second}{', mix' if self.mix else ''})"
+        flags = "".join(f", {name}" for name in ("mix", "split") if getattr(self, name))
+        return f"branch({self.ratio!r}, {self.first}, {self.second}{flags})"
 
-    def split(self, out_channels: int) -> tuple[int, int]:
-        """Output channels of the two operands."""
-        first = int(out_channels * self.ratio)
-        return first, out_channels - first
+    def shares(self, channels: int) -> tuple[int, int]:
+        """How many of these channels belong to each operand."""
+        first = int(channels * self.ratio)
+        return first, channels - first
+
+    def inputs(self, in_channels: int) -> tuple[slice, slice]:
+        """The input channels that each operand sees."""
+        if not self.split:
+            return slice(None), slice(None)
+        first, _ = self.shares(in_channels)
+        return slice(0, first), slice(first, in_channels)
 
     @property
     def parts(self) -> tuple[Basic, ...]:

@@ -292,13 +292,15 @@ class Shift(Kernel):
     """ACmix's convolution: k^2 pointwise maps of the 3 x heads projections, shifted and summed.
 
     Reads query, key and value (arXiv 2111.14556, eq. 9-11). ``interleaved`` leaves the output channels
-    in the grouped convolution's order (head dimension first), as the public code does.
+    in the grouped convolution's order (head dimension first), as the public code does. ``bias`` adds one number to each
+    of the k^2 maps before they are shifted, as the public Swin layer does.
     """
 
     word = "shift"
     primitive = ("SHARED_KERNEL", 1)
     heads: int
     interleaved: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,9 +36,10 @@ def execute(
     if isinstance(op, Basic):
         return _basic(op, params, x, choose, draw, shared or {}, context)
     if isinstance(op, Branch):
+        sides = zip((op.first, op.second), op.shares(out_channels), op.inputs(x.shape[1]), strict=True)
         made = [
-            execute(part, operand(params, i), x, choose, draw, out_channels=channels, context=context)
-            for i, (part, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True))
+            execute(part, operand(params, i), x[:, read], choose, draw, out_channels=channels, context=context)
+            for i, (part, channels, read) in enumerate(sides)
             if channels
         ]
         _same_grid(op, [m.shape[2:] for m in made])

@@ -103,7 +103,7 @@ def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[
             found += [times * r for r in _rates(term, operand(params, i), out_channels)]
         return found
     if isinstance(op, Branch):
-        parts = zip((op.first, op.second), op.split(out_channels), strict=True)
+        parts = zip((op.first, op.second), op.shares(out_channels), strict=True)
         return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]
     return [1.0]
 

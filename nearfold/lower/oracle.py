@@ -17,6 +17,7 @@ from nearfold.lower.call import Call
 from nearfold.lower.generated import constant_alpha
 from nearfold.lower.selection import Selection, select
 from nearfold.lower.weighting import alpha_of
+from nearfold.lower.windows import window_index
 
 
 def values(call: Call) -> Tensor:
@@ -59,8 +60,8 @@ def kernel_weight(call: Call) -> tuple[Tensor, int] | None:
 def finish(call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
     """Channel order, pointwise half and bias of the kernel: (B, O, *out) -> (B, O, *out)."""
     kernel = call.op.weight.kernel
-    if isinstance(kernel, Shift) and not kernel.interleaved:
-        y = y.unflatten(1, (-1, kernel.heads)).transpose(1, 2).flatten(1, 2)
+    if isinstance(kernel, Shift):
+        return shifted_bias(call, kernel, _by_head(y, kernel))
     bias = call.params.get("bias")
     if isinstance(kernel, Experts):
         share_BE = expert_shares(call).to(y.dtype)
@@ -71,6 +72,22 @@ def finish(call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
     if isinstance(kernel, Separable):
         return _pointwise(y, call.params["pointwise_weight"], bias, kernel.groups)
     return y if bias is None or not with_bias else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
+
+
+def _by_head(y: Tensor, kernel: Shift) -> Tensor:
+    """The grouped convolution's channels (head dimension first), head by head unless they are to stay."""
+    return y if kernel.interleaved else y.unflatten(1, (-1, kernel.heads)).transpose(1, 2).flatten(1, 2)
+
+
+def shifted_bias(call: Call, kernel: Shift, y: Tensor) -> Tensor:
+    """Adds the biases of the maps that were shifted and summed: at the border fewer of them arrive."""
+    bias_t = call.params.get("slot_bias")
+    if bias_t is None:
+        return y
+    arriving_OS = torch.einsum("ots,t->os", call.params["shift_weight"].flatten(2), bias_t)
+    _, valid_MS = window_index(call.op, call.grid, y.device)
+    bias_OM = (arriving_OS @ valid_MS.to(arriving_OS.dtype).T).unflatten(1, call.out_grid)
+    return y + _by_head(bias_OM[None], kernel).to(y.dtype)
 
 
 def expert_shares(call: Call) -> Tensor:

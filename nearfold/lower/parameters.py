@@ -102,9 +102,12 @@ def parameters(
         return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
         found: dict[str, Parameter] = {}
-        for i, (operand, channels) in enumerate(zip((op.first, op.second), op.split(out_channels), strict=True)):
+        for i, (operand, channels) in enumerate(zip((op.first, op.second), op.shares(out_channels), strict=True)):
             if channels:
-                own = parameters(operand, in_channels, channels, ndim, bias, context_channels)
+                read = op.shares(in_channels)[i] if op.split else in_channels
+                if not read:
+                    raise ValueError(f"in_channels={in_channels} leave none for an operand of {op}; leave split out")
+                own = parameters(operand, read, channels, ndim, bias, context_channels)
                 found |= {f"{i}.{name}": p for name, p in own.items()}
         if op.mix:
             found["mix_weight"] = Parameter((out_channels, out_channels), "uniform", out_channels)
@@ -184,6 +187,8 @@ def _basic(
             _divides(op, "heads", kernel.heads, inner, "channels of query, key and value")
             found["weight"] = Parameter((count, 3 * kernel.heads), "uniform", 3 * kernel.heads)
             found["shift_weight"] = Parameter((inner, count, *slots), "shift")
+            if kernel.bias:
+                found["slot_bias"] = Parameter((count,), "uniform", 3 * kernel.heads)
     last = out_channels if "o" in weight.projections else made
     if last != out_channels:
         raise ValueError(

@@ -75,7 +75,7 @@ def _shift(call: Call) -> Tensor:
         list(geometry.output(call.grid)),
         call.op.path.mode == "reflect",
     )
-    return (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2)
+    return oracle.shifted_bias(call, kernel, (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2))
 
 
 def _experts(call: Call) -> Tensor:
