@@ -15,6 +15,7 @@ from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
 if TYPE_CHECKING:
     from nearfold.mixing import mixing_matrix
     from nearfold.recognise import complexity, describe
+    from nearfold.surgery import Rule, SpectrumSchedule, convert
 
 __version__ = "0.1.0"
 
@@ -22,8 +23,11 @@ __all__ = [
     "CATALOGUE",
     "NotationError",
     "Operation",
+    "Rule",
+    "SpectrumSchedule",
     "__version__",
     "complexity",
+    "convert",
     "describe",
     "mixing_matrix",
     "parse",
@@ -41,10 +45,18 @@ _PACKAGES = [
     "nn",
     "recognise",
     "study",
+    "surgery",
     "testing",
     "train",
 ]
-_FUNCTIONS = {"complexity": "recognise", "describe": "recognise", "mixing_matrix": "mixing"}
+_FUNCTIONS = {
+    "Rule": "surgery",
+    "SpectrumSchedule": "surgery",
+    "complexity": "recognise",
+    "convert": "surgery",
+    "describe": "recognise",
+    "mixing_matrix": "mixing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -289,6 +289,23 @@ def _divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:
         raise ValueError(f"{op}: {name}={parts} must divide the {whole} {what}")
 
 
+def part_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The part of a larger parameter that an operation reads: the first slots and channels of each axis.
+
+    The second operand of a branch reads the last channels instead: those it makes when its share is smaller.
+
+    >>> import torch
+    >>> part_of("1.bias", torch.arange(4), (2,)), part_of("0.bias", torch.arange(4), (2,))
+    (tensor([2, 3]), tensor([0, 1]))
+    """
+    last = name.startswith("1.") or ".1." in name
+    index = [
+        slice(have - want, None) if last and axis < 2 else slice(want)
+        for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True))
+    ]
+    return tensor[tuple(index)]
+
+
 def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     """The parameters the i-th operand sees: its own, and the parent's shared projections."""
     prefix = f"{i}."

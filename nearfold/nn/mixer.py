@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation, parse
 from nearfold.grammar.words import Nearest, Random
-from nearfold.lower.parameters import Parameter, parameters
+from nearfold.lower.parameters import Parameter, parameters, part_of
 from nearfold.lower.plan import apply
 
 
@@ -41,6 +41,24 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     module.register_parameter(attribute, nn.Parameter(tensor))
+
+
+def _operation(given: Operation | str) -> Operation:
+    op = parse(given) if isinstance(given, str) else given
+    if not isinstance(op, Operation):
+        raise ValueError(f"operation must be an Operation or its notation, got {given!r}")
+    return op
+
+
+def _draws(op: Operation) -> bool:
+    """Whether an operation draws candidates in training."""
+    paths = [part.path for part in op.parts]
+    return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
+
+
+def _new_sampler() -> Tensor:
+    """(seed, draws) of a layer's own generator."""
+    return torch.tensor([int(torch.randint(2**31, (1,), device="cpu")), 0])
 
 
 class Mixer(nn.Module):
@@ -79,38 +97,99 @@ class Mixer(nn.Module):
         context_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.operation = parse(operation) if isinstance(operation, str) else operation
-        if not isinstance(self.operation, Operation):
-            raise ValueError(f"operation must be an Operation or its notation, got {operation!r}")
+        self.operation = _operation(operation)
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
         self.made_channels = self.out_channels  # what the operation makes, before any shuffling
         self.ndim, self.backend = ndim, backend
         self.context_channels = in_channels if context_channels is None else context_channels
-        self._specs = parameters(self.operation, in_channels, self.out_channels, ndim, bias, self.context_channels)
+        self._between = (in_channels, self.out_channels, ndim, bias, self.context_channels)
+        self._specs = self._stored = parameters(self.operation, *self._between)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
-        paths = [p.path for p in self.operation.parts]
-        draws = any(isinstance(p, Nearest) and isinstance(p.candidates, Random) for p in paths)
-        seed = torch.randint(2**31, (1,), device="cpu").item() if draws else 0
-        self.register_buffer("sampler", torch.tensor([seed, 0]) if draws else None)
+        self.register_buffer("sampler", _new_sampler() if _draws(self.operation) else None)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(_initial(self._specs[name]))
+            for name, spec in self._stored.items():
+                self.get_parameter(name).copy_(_initial(spec))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters by the names that `nearfold.lower` knows."""
+        """Parameters by the names that `nearfold.lower` knows; parts of them, where there is room for more."""
         found = {}
-        for name in self._specs:
+        for name, spec in self._specs.items():
             owner: nn.Module = self
             *path, attribute = name.split(".")
             for part in path:
                 owner = owner._modules[part]  # type: ignore[assignment]
-            found[name] = getattr(owner, attribute)
+            tensor = getattr(owner, attribute)
+            found[name] = tensor if tensor.shape == spec.shape else part_of(name, tensor, spec.shape)
         return found
+
+    def reserve(self, *operations: Operation | str) -> None:
+        """Make room for other operations, which `become` may then switch to; new numbers start as new layers do.
+
+        The parameters grow to hold those of every operation, and keep the values that they have where the layer's own
+        operation reads them. Do this before an optimizer sees them.
+
+        Raises:
+            ValueError: for an operation whose parameters are of another kind.
+        """
+        for given in operations:
+            op = _operation(given)
+            for name, spec in parameters(op, *self._between).items():
+                have = self._stored.get(name)
+                if have is None:
+                    register_dotted(self, name, self._like(_initial(spec)))
+                    self._stored = self._stored | {name: spec}
+                    continue
+                if len(have.shape) != len(spec.shape):
+                    raise ValueError(f"{op}: its {name} {spec.shape} and that of {self.operation} {have.shape} differ")
+                shape = tuple(map(max, have.shape, spec.shape))
+                if shape != have.shape:
+                    self._grow(name, Parameter(shape, spec.init, max(have.fan_in, spec.fan_in)))
+            if _draws(op) and self.sampler is None:
+                self.sampler = _new_sampler().to(next(iter(self.tensors().values())).device)
+
+    def become(self, operation: Operation | str) -> None:
+        """Switch to an operation whose parameters are among those that the layer has; see `reserve`.
+
+        Raises:
+            ValueError: when there is no room for it. The layer is then as it was.
+
+        >>> layer = Mixer("nearest(9, blend(0), self) | ranked | kernel", 4)
+        >>> layer.become("nearest(5, blend(0.7), self) | ranked | kernel")
+        >>> layer.weight.shape, layer.tensors()["weight"].shape
+        (torch.Size([4, 4, 9]), torch.Size([4, 4, 5]))
+        """
+        op = _operation(operation)
+        specs = parameters(op, *self._between)
+        for name, spec in specs.items():
+            have = self._stored.get(name)
+            fits = have is not None and len(have.shape) == len(spec.shape)
+            if have is None or not fits or any(n > m for n, m in zip(spec.shape, have.shape, strict=True)):
+                there = "none" if have is None else have.shape
+                raise ValueError(
+                    f"{op} needs {name} of shape {spec.shape}, and the layer has {there}: call reserve({str(op)!r}) "
+                    "before it is trained"
+                )
+        if _draws(op) and self.sampler is None:
+            raise ValueError(f"{op} draws candidates, and the layer has no sampler: call reserve({str(op)!r}) first")
+        self.operation, self._specs = op, specs
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        own = next(self.parameters(), tensor)
+        return tensor.to(own.device, own.dtype)
+
+    @torch.no_grad()
+    def _grow(self, name: str, spec: Parameter) -> None:
+        old = self.get_parameter(name)
+        new = self._like(_initial(spec))
+        part_of(name, new, tuple(old.shape)).copy_(old)
+        register_dotted(self, name, new)
+        self.get_parameter(name).requires_grad_(old.requires_grad)
+        self._stored = self._stored | {name: spec}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).

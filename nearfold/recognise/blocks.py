@@ -1,6 +1,6 @@
 """Rules for what takes more than one layer to say: attention made of parts, layers whose meaning is with their parent.
 
-Verified against torchvision 0.28, timm 1.0.31 and, by name only, transformers 4.
+Verified against torchvision 0.28, timm 1.0.31 and transformers 5.23; by name only, transformers 4.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def _patch_merging(m: Any) -> Found:
 
 def _hugging_face(m: Any) -> Found:
     """A whole ViTAttention or BertAttention, with its output projection."""
+    if isinstance(getattr(m, "q_proj", None), nn.Linear):  # transformers 5
+        if m.is_causal or m.head_dim * m.num_attention_heads != m.q_proj.in_features:
+            raise Unsaid("a decoder, or heads of fewer or more channels than the input has")
+        note = "without a mask, unless the caller gives one"
+        return attention_rule(m.num_attention_heads, m.q_proj, m.k_proj, m.v_proj, m.o_proj, note=note)
     inner = getattr(m, "attention", None) or getattr(m, "self", None)
     out = getattr(getattr(m, "output", None), "dense", None)
     if inner is None or not isinstance(out, nn.Linear):

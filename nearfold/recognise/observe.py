@@ -119,7 +119,7 @@ def observe(model: nn.Module, layers: list[Layer], input_size: tuple[int, ...], 
         watch = _Watch(model, layers, input_size, glued)
         try:
             with (
-                _undisturbed(model),
+                undisturbed(model),
                 watch.hooks(),
                 torch.no_grad(),
                 FlopCounterMode(display=False) as watch.counter,
@@ -148,7 +148,7 @@ def _call(model: nn.Module, input_size: tuple[int, ...], device: str, watch: _Wa
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no fused path around a layer's parts; afterwards everything is as it was."""
     training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()

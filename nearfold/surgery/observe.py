@@ -1,0 +1,104 @@
+"""One run of a model: the grids that its layers see, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from nearfold.grammar import Operation
+from nearfold.recognise.blocks import AT_CALL
+from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.observe import undisturbed
+from nearfold.recognise.walk import ALL_RULES
+from nearfold.surgery.sites import Site
+
+
+@dataclass
+class Seen:
+    """What a run showed, by the layers' names.
+
+    Attributes:
+        grids: of a layer's input.
+        operations: what a layer is when called like this, where that differs from what it is alone.
+        flops: multiply and add as two, for one input; "" is the whole model.
+    """
+
+    grids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    operations: dict[str, Operation] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, layers: Iterable[Site], input_size: tuple[int, ...]) -> Seen:
+    """Run a model once on one input of this size, on the meta device where it can.
+
+    Raises:
+        ValueError: when the model does not run on such an input.
+    """
+    seen = Seen()
+    handles = [site.module.register_forward_pre_hook(_noting(seen, site), with_kwargs=True) for site in layers]
+    try:
+        seen.flops = count_flops(model, input_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _noting(seen: Seen, site: Site) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        channels_last = site.source.tokens or type(module).__name__ == "ShiftedWindowAttention"
+        grid = x.shape[1:-1] if channels_last else x.shape[2:]
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            grid = x.shape[:1]
+        seen.grids[site.name] = tuple(grid)
+        for name in names_of(module):
+            if name in AT_CALL:
+                try:
+                    found: Found = AT_CALL[name](module, ALL_RULES[name](module), args, kwargs)
+                    seen.operations[site.name] = found.operation
+                except Unsaid:
+                    pass
+
+    return note
+
+
+def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
+    """FLOPs of one input by module, from FlopCounterMode; "" is the whole model.
+
+    >>> count_flops(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), (3, 8, 8))["0"]
+    13824
+    """
+    if len(input_size) < 2 or any(type(n) is not int or n < 1 for n in input_size):
+        raise ValueError(
+            f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
+        )
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    errors = []
+    for device in ("meta", first.device):  # some models look at values, which nothing on meta has
+        x = torch.zeros(1, *input_size, dtype=first.dtype, device=device)
+        try:
+            with undisturbed(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+                if device == "meta":
+                    state = {n: t.to("meta") for n, t in (*model.named_parameters(), *model.named_buffers())}
+                    functional_call(model, state, (x,), tie_weights=True)
+                else:
+                    model(x)
+        except Exception as error:
+            errors.append(error)
+            continue
+        root = type(model).__name__
+        return {
+            "" if name in (root, "Global") else name.removeprefix(f"{root}."): sum(counts.values())
+            for name, counts in counter.get_flop_counts().items()
+        }
+    raise ValueError(f"{type(model).__name__} does not run on an input of size {input_size}: {errors[-1]}") from errors[
+        0
+    ]

@@ -1,0 +1,266 @@
+"""The layers of a model that can be replaced: what they are in the words, their weights, and how they are called."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nearfold.grammar import Basic, Operation
+from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
+from nearfold.recognise.walk import ALL_RULES
+from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, TokenAttention
+from nearfold.surgery.carry import Weights
+
+STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a rule of this module reads from a layer.
+
+    Attributes:
+        tensors: its weights, by the names of `nearfold.lower.parameters`.
+        in_channels: of its input.
+        out_channels: of its output.
+        tokens: whether it maps (B, N, D) and not (B, C, *grid).
+        wrap: the module that stands in its place, around the new layer.
+        note: what is not taken over.
+        unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
+    """
+
+    tensors: dict[str, Tensor]
+    in_channels: int
+    out_channels: int
+    ndim: int = 1
+    tokens: bool = True
+    wrap: Callable[[Any], nn.Module] = lambda mixer: mixer
+    note: str = ""
+    unlike: Callable[[tuple[int, ...] | None], str] = lambda grid: ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that can be replaced, as a rule's conditions and notation see it.
+
+    Attributes:
+        name: dotted; the first one where a layer is registered several times.
+        module: the layer.
+        kind: "conv" or "attention", or "other" for operations of this library that are neither.
+        operation: what it is in the words.
+        in_channels: of its input.
+        out_channels: of its output.
+        stage: the first number in the name of what it is in, such as 3 in layer3.0.conv2; None where there is none.
+        source: how to replace it.
+        grid: of its input, where an input was given.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    operation: Operation
+    in_channels: int
+    out_channels: int
+    stage: int | None
+    source: Source
+    grid: tuple[int, ...] | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """How many there are in its input's grid."""
+        return None if self.grid is None else math.prod(self.grid)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What may stand in braces in a rule's notation."""
+        path = self.operation.path if isinstance(self.operation, Basic) else None
+        found = {"self": self.operation, "heads": getattr(self.operation, "heads", None)}
+        for name in ("size", "stride", "dilation", "padding"):
+            found[name] = getattr(path, name, None)
+        groups = getattr(getattr(getattr(self.operation, "weight", None), "kernel", None), "groups", None)
+        found["groups"] = groups
+        return {name: str(value) for name, value in found.items() if value is not None}
+
+    @property
+    def kernel_size(self) -> int | tuple[int, ...] | None:
+        """Of a convolution; one number where all axes have the same."""
+        return getattr(getattr(self.operation, "path", None), "size", None) if self.kind == "conv" else None
+
+    @property
+    def weights(self) -> Weights | None:
+        """Its weights, where it is one operation."""
+        if not isinstance(self.operation, Basic):
+            return None
+        s = self.source
+        return Weights(self.operation, s.tensors, self.in_channels, self.out_channels, s.ndim)
+
+
+def _conv(m: Any) -> Source:
+    own = {"weight": m.weight} | ({} if m.bias is None else {"bias": m.bias})
+    return Source(own, m.in_channels, m.out_channels, m.weight.dim() - 2, tokens=False)
+
+
+def _named(heads: dict[str, nn.Linear]) -> dict[str, Tensor]:
+    found = {}
+    for name, linear in heads.items():
+        found[f"{name}_weight"] = linear.weight
+        if linear.bias is not None:
+            found[f"{name}_bias"] = linear.bias
+    return found
+
+
+def _packed(weight: Tensor, bias: Tensor | None, out: nn.Linear) -> dict[str, Tensor]:
+    """Query, key and value that lie in one matrix; biases for all maps or none, as our layers have them."""
+    names = ("query", "key", "value")
+    found = {f"{n}_weight": w for n, w in zip(names, weight.chunk(3), strict=True)} | _named({"out": out})
+    if bias is not None:
+        found |= {f"{n}_bias": b for n, b in zip(names, bias.chunk(3), strict=True)}
+    return found
+
+
+def _dropped(rate: float) -> str:
+    return f"the dropout of {rate:g} on attention weights is not taken over" if rate else ""
+
+
+def _timm(m: Any) -> Source:
+    own = _packed(m.qkv.weight, m.qkv.bias, m.proj)
+    width = m.qkv.in_features
+    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop)  # noqa: E731
+    return Source(own, width, width, wrap=wrap, note=_dropped(m.attn_drop.p))
+
+
+def _multihead(m: nn.MultiheadAttention) -> Source:
+    if m.in_proj_weight is not None:
+        own = _packed(m.in_proj_weight, m.in_proj_bias, m.out_proj)
+    else:
+        raise Unsaid("keys and values of another width than the queries")
+    wrap = lambda mixer: MultiheadAttention(mixer, m)  # noqa: E731
+    return Source(own, m.embed_dim, m.embed_dim, wrap=wrap, note=_dropped(m.dropout))
+
+
+def _swin(m: Any) -> Source:
+    height, width = m.window_size
+    table = m.relative_position_bias_table.T.reshape(-1, 2 * height - 1, 2 * width - 1)
+    own = _packed(m.qkv.weight, m.qkv.bias, m.proj) | {"relative_bias": table}
+    channels = m.qkv.in_features
+    note = _dropped(m.attention_dropout) or _dropped(m.dropout).replace("attention weights", "its output")
+
+    def unlike(grid: tuple[int, ...] | None) -> str:
+        if grid is None:
+            return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
+        fits = not (grid[0] % height or grid[1] % width)
+        return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+
+    return Source(own, channels, channels, 2, tokens=False, wrap=ChannelsLast, note=note, unlike=unlike)
+
+
+def _hugging_face(m: Any) -> Source:
+    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj})
+    width = m.q_proj.in_features
+    return Source(own, width, width, wrap=PairAttention, note=_dropped(m.attention_dropout))
+
+
+def _mixer(m: Mixer) -> Source:
+    if getattr(m, "shuffle", "none") != "none":
+        raise Unsaid(f"it shuffles pixels (shuffle={m.shuffle})")
+    tokens = isinstance(m, TokenMixer)
+    return Source(m.tensors(), m.in_channels, m.out_channels, m.ndim, tokens)
+
+
+SOURCES: dict[str, Callable[[Any], Source]] = {
+    **{f"torch.nn.modules.conv.Conv{n}d": _conv for n in (1, 2, 3)},
+    "torch.nn.modules.activation.MultiheadAttention": _multihead,
+    "timm.layers.attention.Attention": _timm,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
+    "transformers.models.vit.modeling_vit.ViTAttention": _hugging_face,
+}
+"""How the layers that `nearfold.describe` knows are replaced, by qualified name."""
+PARTS = {
+    "timm.models.swin_transformer.WindowAttention": "its block cuts the map into windows and masks them itself",
+}
+"""Layers that are known, and why they cannot be replaced alone."""
+
+
+def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
+    """The layers that mix positions: a `Site`, or (name, layer, why it cannot be replaced).
+
+    >>> [site.name for site in sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 8)))]
+    ['0']
+    """
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        known = _rule(module)
+        if known is None:
+            if re.search("att(entio)?n", type(module).__name__, re.IGNORECASE) and not _has_parts(module):
+                yield name, module, "called attention, and no rule for this class"
+            continue
+        inside.update(module.modules())
+        try:
+            yield _site(name, module, *known)
+        except Unsaid as why:
+            yield name, module, str(why)
+        except AttributeError as error:
+            yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(_rule(child) is not None for child in module.modules())
+
+
+def _rule(module: nn.Module) -> tuple[Callable[[nn.Module], Found], Callable[[Any], Source] | str] | None:
+    if isinstance(module, Mixer):
+        return ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
+    for name in names_of(module):
+        if name in SOURCES:
+            return ALL_RULES[name], SOURCES[name]
+        if name in PARTS:
+            return ALL_RULES[name], PARTS[name]
+    return None
+
+
+def _site(
+    name: str, module: nn.Module, rule: Callable[[nn.Module], Found], read: Callable[[Any], Source] | str
+) -> Site:
+    if isinstance(read, str):
+        raise Unsaid(read)
+    if uninitialized(module):
+        raise Unsaid("lazy, and not initialised yet: run the model once")
+    for what, there in _obstacles(module).items():
+        if there:
+            raise Unsaid(f"it has {what}, which would be lost")
+    operation, source = rule(module).operation, read(module)
+    kind = "conv" if any(k in type(module).__name__ for k in ("Conv1d", "Conv2d", "Conv3d")) else "attention"
+    if isinstance(module, Mixer):
+        kind = _kind(operation)
+    stage = STAGE.search(name.rpartition(".")[0])
+    return Site(
+        name, module, kind, operation, source.in_channels, source.out_channels, int(stage[1]) if stage else None, source
+    )
+
+
+def _obstacles(module: nn.Module) -> dict[str, bool]:
+    every = list(module.modules())
+    return {
+        "hooks": any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in every),
+        "parametrizations": any(parametrize.is_parametrized(m) for m in every),
+    }
+
+
+def _kind(op: Operation) -> str:
+    words = {type(part.path).word for part in op.parts} | {part.weight.rho.needs_score for part in op.parts}
+    if words == {"window", False}:
+        return "conv"
+    return "attention" if all(part.weight.rho.needs_score for part in op.parts) else "other"
+
+
+def at(site: Site, operation: Operation | None, grid: tuple[int, ...] | None) -> Site:
+    """The site as a run has shown it."""
+    return replace(site, operation=operation or site.operation, grid=grid)

@@ -1,0 +1,222 @@
+"""Walking the spectrum: a network that starts as itself and moves toward the other end while it is trained."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nearfold import Rule, SpectrumSchedule, convert
+from nearfold.nn import Mixer, TokenMixer
+
+BOUND = 1e-12
+CONVNN = "nearest(9, cosine, self) | ranked | kernel"
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+def net() -> nn.Sequential:
+    conv = lambda i: nn.Conv2d(i, 8, 3, padding=1)  # noqa: E731
+    return nn.Sequential(conv(3), nn.ReLU(), conv(8), nn.ReLU(), conv(8))
+
+
+def walk(schedule: SpectrumSchedule, model: nn.Module, steps: int) -> list[str]:
+    seen = []
+    for _ in range(steps):
+        schedule.step()
+        seen.append(str(model[0].operation))
+    return seen
+
+
+def close(a, b) -> None:
+    assert (a - b).abs().max().item() <= BOUND
+
+
+def test_a_convolution_walks_from_space_to_features():
+    model = net()
+    x = torch.randn(1, 3, 7, 6)
+    y = model(x)
+    report = convert(model, Rule("nearest(9, blend(0), padding=1) | box | kernel"))
+    schedule = SpectrumSchedule(model, {"lam": (0, 1)}, steps=4)
+    assert report.exact
+    close(model(x), y)
+    lams = [layer.operation.path.similarity.lam for layer in model if isinstance(layer, Mixer) for _ in [0]]
+    assert lams == [0, 0, 0]
+    seen = walk(schedule, model, 6)
+    assert [op.partition("blend(")[2].partition(")")[0] for op in seen] == ["0.25", "0.5", "0.75", "1.0", "1.0", "1.0"]
+    assert (model(x) - y).abs().max() > 1e-3
+    end = Mixer("nearest(9, blend(1), padding=1) | box | kernel", 3, 8)
+    end.load_state_dict(model[0].state_dict())
+    close(model[0](x), end(x))
+
+
+def test_a_branch_starts_as_the_convolution_and_hands_channels_over():
+    model = net()
+    x = torch.randn(1, 3, 7, 6)
+    y = model(x)
+    conv = model[0]
+    report = convert(model, Rule(f"branch(0.5, {CONVNN}, {{self}}, mix)", start={"ratio": 0}))
+    assert report.exact and report.rows[0].reason == "starts at ratio=0"
+    close(model(x), y)
+    schedule = SpectrumSchedule(model, {"ratio": (0, 0.5)}, steps=4)
+    close(model(x), y)
+    for n in (1, 2, 3, 4):  # of 8 channels
+        schedule.step()
+        mine, truth = model[0](x), conv(x)
+        close(mine[:, n:], truth[:, n:])
+        assert (mine[:, :n] - truth[:, :n]).abs().max() > 1e-3
+    # at the end the layer is the plain one with the same numbers
+    end = Mixer(f"branch(0.5, {CONVNN}, window(3) | box | kernel, mix)", 3, 8)
+    end.load_state_dict(model[0].tensors())
+    close(model[0](x), end(x))
+    # the channels that were handed over start with the convolution's weights, by distance
+    assert torch.equal(model[0].tensors()["0.weight"], conv.weight[:4].flatten(2)[:, :, [4, 1, 3, 5, 7, 0, 2, 6, 8]])
+
+
+def test_attention_becomes_sparse():
+    model = nn.Sequential(TokenMixer("all | row | softmax(heads=2)", 8))
+    x = torch.randn(2, 12, 8)
+    y = model(x)
+    assert convert(model, Rule("nearest(12, scaled) | ranked | softmax(heads=2)*depthwise"), input_size=(12, 8)).exact
+    schedule = SpectrumSchedule(model, {"k": (12, 3)}, steps=3)
+    close(model(x), y)
+    ks = []
+    for _ in range(4):
+        schedule.step()
+        ks.append(model[0].operation.path.k)
+    assert ks == [9, 6, 3, 3]
+    end = TokenMixer("nearest(3, scaled) | ranked | softmax(heads=2)*depthwise", 8)
+    end.load_state_dict(model[0].tensors())
+    close(model(x), end(x))
+
+
+def test_candidates_become_fewer():
+    layer = Mixer("nearest(3, cosine) | ranked | kernel", 4)
+    assert layer.sampler is None
+    schedule = SpectrumSchedule(nn.Sequential(layer), {"candidates": (42, 6)}, steps=2)
+    x = torch.randn(1, 4, 6, 7)
+    close(layer(x), layer.eval()(x))  # 42 of 42
+    layer.train()
+    schedule.step(), schedule.step()
+    assert str(layer.operation) == "nearest(3, cosine, random(6)) | ranked | kernel"
+    assert (layer(x) - layer(x)).abs().max() > 1e-3
+
+
+SHAPES = {
+    "linear": [0, 0.25, 0.5, 0.75, 1, 1],
+    "cosine": [0, (1 - math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(math.pi / 4)) / 2, 1, 1],
+    "step": [0, 0, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape):
+    schedule = SpectrumSchedule(Mixer("nearest(4, blend(0)) | ranked | kernel", 4), {"lam": (0, 1)}, 4, shape=shape)
+    seen = [schedule.share]
+    for _ in range(5):
+        schedule.step()
+        seen.append(schedule.share)
+    assert seen == pytest.approx(SHAPES[shape])
+
+
+def test_wait_and_every():
+    schedule = SpectrumSchedule(
+        Mixer("nearest(4, blend(0)) | ranked | kernel", 4), {"lam": (0.2, 0.6)}, 4, wait=2, every=2
+    )
+    seen = []
+    for _ in range(8):
+        schedule.step()
+        seen.append(schedule.values()[""]["lam"])
+    assert seen == pytest.approx([0.2, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.6])
+
+
+def test_layers_on_their_own():
+    model = nn.Sequential(*(Mixer("nearest(4, blend(0)) | ranked | kernel", 4) for _ in range(3)))
+    SpectrumSchedule(model, {"0": {"lam": (0.5, 1)}, "2": {"lam": (0.25, 1), "k": (4, 2)}}, 4)
+    assert [layer.operation.path.similarity.lam for layer in model] == [0.5, 0, 0.25]
+
+
+def train(model, schedule, optimizer, steps: int) -> None:
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_training_goes_on_where_it_was():
+    def start():
+        torch.manual_seed(3)
+        model = net()
+        convert(model, Rule("branch(0.5, nearest(9, blend(0.5), self) | ranked | kernel, {self})", start={"ratio": 0}))
+        schedule = SpectrumSchedule(model, {"ratio": (0, 0.5), "k": (9, 5), "lam": (0.5, 1)}, steps=6)
+        return model, schedule, torch.optim.AdamW(model.parameters(), 1e-2)
+
+    model, schedule, optimizer = start()
+    train(model, schedule, optimizer, 6)
+    first, middle, last = start(), start(), None
+    train(*first, 3)
+    for mine, theirs in zip(middle, first, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    assert str(middle[0][0].operation) == str(first[0][0].operation) != str(model[0].operation)
+    train(*middle, 3)
+    last = middle[0]
+    assert str(last[0].operation) == str(model[0].operation)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, last.state_dict()[name]), name
+
+
+WRONG = [
+    ({"lam": (0, 1)}, {"shape": "cubic"}, "shape must be one of linear, cosine, step, got 'cubic'"),
+    ({"lam": (0, 1)}, {"steps": 0}, "steps must be an integer of at least 1"),
+    ({"lam": (0, 1)}, {"every": 0}, "every must be an integer of at least 1"),
+    ({"lam": 1}, {}, "lam: wanted \\(first, last\\), two numbers; got 1"),
+    ({"lam": (0, 2)}, {}, "lam must be between 0 \\(space\\) and 1"),
+    ({"ratio": (0, 1)}, {}, "no Mixer of the model whose name matches '\\*' has 'ratio' to change"),
+    ({"depth": (0, 1)}, {}, "has 'depth' to change"),
+    ({"7": {"lam": (0, 1)}}, {}, "whose name matches '7'"),
+    ({"0": {"lam": (0, 1)}, "k": (1, 2)}, {}, "got a mixture"),
+    ({}, {}, "ranges must say what changes"),
+]
+
+
+@pytest.mark.parametrize(("ranges", "options", "message"), WRONG, ids=[m for *_, m in WRONG])
+def test_wrong_schedules(ranges, options, message):
+    model = nn.Sequential(Mixer("nearest(4, blend(0)) | ranked | kernel", 4))
+    with pytest.raises(ValueError, match=message):
+        SpectrumSchedule(model, ranges, **({"steps": 4} | options))
+    assert str(model[0].operation) == "nearest(4, blend(0.0)) | ranked | kernel"
+
+
+def test_a_layer_without_room_says_so():
+    layer = Mixer(f"branch(0.25, {CONVNN}, window(3) | box | kernel)", 4, 8)
+    with pytest.raises(ValueError, match=r"needs 0.weight of shape \(4, 4, 9\), and the layer has \(2, 4, 9\)"):
+        layer.become(f"branch(0.5, {CONVNN}, window(3) | box | kernel)")
+    with pytest.raises(ValueError, match="has no sampler"):
+        layer.become("branch(0.25, nearest(9, cosine, random(5)) | ranked | kernel, window(3) | box | kernel)")
+    with pytest.raises(ValueError, match=r"its 0.weight \(4, 4, 3, 3\) and that of .* differ"):
+        layer.reserve("branch(0.5, window(3) | box | kernel, window(3) | box | kernel)")
+    x = torch.randn(1, 4, 5, 5)
+    before = layer(x)
+    layer.reserve(f"branch(0.5, {CONVNN}, window(3) | box | kernel)", f"branch(0, {CONVNN}, window(3) | box | kernel)")
+    assert torch.equal(layer(x), before)  # room changes nothing
+    layer.become(f"branch(0, {CONVNN}, window(3) | box | kernel)")
+    assert torch.equal(layer(x)[:, 2:], before[:, 2:])
+
+
+def test_room_keeps_what_is_frozen_and_where_it_is():
+    layer = Mixer("nearest(4, cosine) | ranked | kernel", 4).half().requires_grad_(False)
+    layer.reserve("nearest(6, cosine, random(5)) | ranked | kernel")
+    assert layer.weight.shape[-1] == 6 and layer.weight.dtype == torch.float16 and not layer.weight.requires_grad
+    assert layer.sampler.dtype == torch.int64
+    layer.reset_parameters()

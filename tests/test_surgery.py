@@ -1,0 +1,515 @@
+"""Surgery: what carries over exactly, what does not, and everything around a layer that must stay as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from nearfold import Rule, _torchvision, convert, parse
+from nearfold.nn import BlockAttention2d, Mixer, SelfAttention
+
+BOUND = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+def off(mine: Tensor, truth: Tensor) -> float:
+    assert mine.shape == truth.shape and mine.dtype == truth.dtype
+    return ((mine - truth).abs().max() / truth.abs().max()).item()
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Every parameter random, so that none that starts as zero or one hides a mistake."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5)
+    return model
+
+
+# --- convolutions
+
+NEAR = "nearest(9, cosine, self) | ranked | kernel"
+CONVOLUTIONS = [
+    # arguments of nn.Conv2d(4, 4, ...), the operation, grade
+    ({"kernel_size": 3, "padding": 1}, "{self}", "exact"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1, "groups": 2}, "window(3) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1, "groups": 4}, "window(3) | box | kernel(groups=2)", "exact"),
+    ({"kernel_size": 3, "padding": 1, "groups": 4}, "window(3) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1}, "window(7) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1, "groups": 4}, "window(7) | box | depthwise", "exact"),
+    ({"kernel_size": (1, 3), "padding": (0, 1)}, "window((3, 5)) | box | kernel", "exact"),
+    ({"kernel_size": 1}, "window(3, dilation=2) | box | kernel", "exact"),
+    ({"kernel_size": 2, "padding": "same"}, "window(5) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, "window(5, dilation=2) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 0}, "window(5, padding=1) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1, "stride": 2}, "window(5, stride=2) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1}, "deformable(3) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1}, "deformable(5) | box | modulated*kernel", "exact"),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2}, "deformable(3, dilation=2) | box | kernel(groups=2)",
+     "exact"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | experts(3)", "exact"),
+    ({"kernel_size": 3, "padding": 1, "bias": False}, "nearest(9, position, padding=1) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1, "groups": 4}, "nearest(9, blend(0), padding=1) | box | depthwise", "exact"),
+    ({"kernel_size": 3, "padding": 1, "stride": (2, 3)},
+     "nearest(9, blend(0), padding=1, stride={stride}) | box | kernel", "exact"),
+    ({"kernel_size": 5, "padding": 2}, "nearest(25, position(chebyshev), padding=2) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0), padding=1, self) | box | kernel", "exact"),
+    ({"kernel_size": 5, "padding": 2}, "nearest(25, position, padding=2) | ranked | kernel", "exact"),
+    ({"kernel_size": 5, "padding": 2}, "nearest(25, position(chebyshev), self, padding=2) | ranked | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2},
+     "nearest(9, position(dilation=2), padding=2) | box | kernel", "exact"),
+    ({"kernel_size": 3, "padding": 1}, f"({{self}}) + new*({NEAR})", "exact"),
+    ({"kernel_size": 3, "padding": 1}, f"new*({NEAR}) + old*({{self}}) + 0.0*(window(5) | box | kernel)", "exact"),
+    ({"kernel_size": 3, "padding": 1}, f"branch(0, {NEAR}, {{self}}, mix)", "exact"),
+    ({"kernel_size": 3, "padding": 1},
+     "branch(0.3, nearest(9, blend(0), padding=1) | box | kernel, window(5) | box | kernel, mix)", "exact"),
+    ({"kernel_size": 3, "padding": 1}, f"branch(0.5, ({{self}}) + new*({NEAR}), {{self}})", "exact"),
+    # similar
+    ({"kernel_size": 3, "padding": 1}, NEAR, "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(5, cosine, self) | ranked | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(12, blend(0.1)) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0)) | box | kernel", "approximate"),  # no border
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0), padding=1) | causal | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0), padding=1, random(20)) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0), padding=1, stride=2) | box | kernel", "approximate"),
+    ({"kernel_size": 7, "padding": 3}, "nearest(49, position, padding=3) | box | kernel", "approximate"),  # a disc
+    ({"kernel_size": 3, "padding": 0}, "nearest(9, position, padding=1) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, "nearest(9, position, padding=1) | box | kernel",
+     "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "window(3, dilation=2) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "window(3, stride=2) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "window(3, mode=reflect) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "window(3, padding=0) | box | kernel", "approximate"),
+    ({"kernel_size": 5, "padding": 2}, "window(3) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | mean*kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, f"0.5*({{self}}) + new*({NEAR})", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, f"({{self}}) + ({NEAR})", "approximate"),
+    ({"kernel_size": 3, "padding": 1}, f"branch(0.5, {NEAR}, {{self}}, mix)", "approximate"),
+    # of another kind
+    ({"kernel_size": 3, "padding": 1}, "all | row | softmax(heads=2)", "new weights"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | depthwise", "new weights"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | kernel(groups=2)", "new weights"),
+    ({"kernel_size": 3, "padding": 1}, "window(3) | box | separable", "new weights"),
+    ({"kernel_size": 3, "padding": 1}, "nearest(9, cosine) | ranked | kernel(coordinates)", "new weights"),
+    ({"kernel_size": 3, "padding": 1}, "branch(0.5, {self}, {self}, split)", "new weights"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("arguments", "to", "grade"), CONVOLUTIONS)
+def test_convolutions(arguments, to, grade):
+    model = nn.Sequential(nn.Conv2d(4, 4, **arguments))
+    x = torch.randn(2, 4, 8, 9)
+    y = model(x)
+    report = convert(model, Rule(to))
+    (row,) = report.rows
+    assert (row.status, row.grade) == ("replaced", grade), row
+    mine = model(x)
+    if grade == "exact":
+        assert off(mine, y) <= BOUND
+        assert report.difference(x) <= BOUND
+        assert off(model(x[:, :, :5, :4]), report._changes[0].old(x[:, :, :5, :4])) <= BOUND  # at another size, too
+    else:
+        assert mine.shape != y.shape or off(mine, y) > 1e-3  # the grade is not modesty
+    assert report.exact == (grade == "exact")
+    assert bool(row.reason) == (grade == "approximate")
+
+
+@pytest.mark.parametrize(("ndim", "to"), [
+    (1, "nearest(5, position, padding=2) | box | kernel"),
+    (1, "window(9) | box | kernel"),
+    (3, "nearest(125, position(chebyshev), padding=2) | box | kernel"),
+    (3, "deformable(5) | box | modulated*kernel"),
+])  # fmt: skip
+def test_convolutions_on_other_grids(ndim, to):
+    model = nn.Sequential(getattr(nn, f"Conv{ndim}d")(2, 3, 5, padding=2))
+    x = torch.randn(1, 2, *(9, 5, 6)[:ndim])
+    y = model(x)
+    assert convert(model, Rule(to)).exact
+    assert off(model(x), y) <= BOUND
+
+
+def test_a_convolution_by_rank_starts_with_the_middle():
+    """Approximate weights are those of the slots in their order of distance, the position itself first."""
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    model = nn.Sequential(conv)
+    assert convert(model, Rule("nearest(9, cosine, self) | ranked | kernel")).rows[0].grade == "approximate"
+    assert torch.equal(model[0].weight, conv.weight.flatten(2)[:, :, [4, 1, 3, 5, 7, 0, 2, 6, 8]])
+
+
+# --- attention
+
+ATTENTION = [
+    ("{self}", "exact"),
+    ("nearest(10, scaled) | ranked | softmax(heads={heads})", "exact"),
+    ("nearest(16, scaled) | ranked | softmax(heads={heads})*depthwise", "exact"),
+    ("nearest(10, scaled) | ranked | softmax(heads={heads})*kernel(groups={heads})", "exact"),
+    ("nearest(10, scaled) | ranked | softmax(heads={heads})*separable", "exact"),
+    ("({self}) + new*(window(3) | box | depthwise)", "exact"),
+    ("branch(0, window(3) | box | kernel, {self}, mix)", "exact"),
+    ("nearest(9, scaled) | ranked | softmax(heads={heads})", "approximate"),
+    ("nearest(10, cosine) | ranked | softmax(heads={heads})", "approximate"),
+    ("nearest(10, scaled, window(5)) | ranked | softmax(heads={heads})", "approximate"),
+    ("all | causal | softmax(heads={heads})", "approximate"),
+    ("all | row | softmax(heads=1)", "approximate"),
+    ("all | row | softmax(heads={heads}, scale=0.5)", "approximate"),
+    ("all(elu) | row | normalized(heads={heads})", "approximate"),
+    ("window(5) | box | softmax(heads={heads})", "approximate"),
+    ("all(scaled(rotary)) | row | softmax(heads={heads})", "approximate"),
+    ("scan | causal | selective", "new weights"),
+    ("all | row | softmax(heads={heads}, kv=1)", "new weights"),
+    ("all | row | softmax(heads={heads}, project=qkv)", "new weights"),
+    ("window(5) | box | kernel", "new weights"),
+]
+
+
+class Tokens(nn.Module):
+    """A foreign attention in a network of its own."""
+
+    def __init__(self, attn: nn.Module, call) -> None:
+        super().__init__()
+        self.attn, self.call = attn, call
+
+    def forward(self, x):
+        return self.call(self.attn, x)
+
+
+def multihead(bias: bool = True, batch_first: bool = True):
+    layer = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first)
+    if batch_first:
+        return Tokens(layer, lambda attn, x: attn(x, x, x)[0])
+
+    def call(attn, x):
+        x = x.transpose(0, 1)
+        return attn(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+    return Tokens(layer, call)
+
+
+def timm_attention(bias: bool):
+    try:
+        _torchvision.load("torchvision")
+        from timm.layers.attention import Attention
+    except ImportError as error:
+        pytest.skip(f"timm: {error}")
+    return Tokens(Attention(12, 3, qkv_bias=bias, proj_drop=0.1), lambda attn, x: attn(x))
+
+
+def hugging_face():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.vit.modeling_vit import ViTAttention
+
+    config = transformers.ViTConfig(hidden_size=12, num_attention_heads=3, attn_implementation="sdpa")
+    return Tokens(ViTAttention(config), lambda attn, x: attn(x)[0])
+
+
+LAYERS = {
+    "torch": multihead,
+    "torch, no bias": lambda: multihead(bias=False),
+    "torch, batch second": lambda: multihead(batch_first=False),
+    "timm": lambda: timm_attention(True),
+    "timm, no bias": lambda: timm_attention(False),
+    "transformers": hugging_face,
+    "own": lambda: Tokens(SelfAttention(12, 3), lambda attn, x: attn(x)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("to", "grade"), ATTENTION)
+def test_attention(layer, to, grade):
+    model = shaken(LAYERS[layer]()).eval()
+    x = torch.randn(2, 10, 12)
+    y = model(x)
+    report = convert(model, Rule(to, kind="attention"), input_size=(10, 12))
+    (row,) = report.rows
+    assert (row.status, row.grade) == ("replaced", grade), row
+    mine = model(x)
+    if grade == "exact":
+        assert off(mine, y) <= BOUND
+    else:
+        assert off(mine, y) > 1e-3
+    mine.square().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "rates" not in n and "new" not in to)
+
+
+def test_k_best_of_unknown_many_is_not_called_exact():
+    model = multihead()
+    (row,) = convert(model, Rule("nearest(100, scaled) | ranked | softmax(heads={heads})")).rows
+    assert (row.grade, row.reason) == ("approximate", "exact only up to 100 positions")
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_swins_blocks(shift):
+    try:
+        _torchvision.load("torchvision")
+        from torchvision.models.swin_transformer import ShiftedWindowAttention
+    except ImportError as error:
+        pytest.skip(f"torchvision: {error}")
+    model = nn.Sequential(shaken(ShiftedWindowAttention(12, [4, 4], [shift, shift], 3))).eval()
+    x = torch.randn(2, 8, 12, 12)
+    y = model(x)
+    mix = Rule("a*({self}) + b*(window(3) | box | shift({heads}))")
+    report = convert(model, mix, input_size=(8, 12, 12))
+    assert report.exact and off(model(x), y) <= BOUND
+    report.undo()
+    whole = torch.randn(1, 4, 4, 12)  # a block that covers the map is not shifted
+    y = model(whole)
+    report = convert(model, Rule("{self}"), input_size=(4, 4, 12))
+    assert report.exact and off(model(whole), y) <= BOUND and "shift" not in report.rows[0].to
+    report.undo()
+    reasons = {None: "with input_size it is seen", (9, 8, 12): "4 x 4 does not divide the map (9, 8)"}
+    for size, reason in reasons.items():
+        report = convert(model, Rule("{self}"), input_size=size)
+        assert report.rows[0].grade == "approximate" and reason in report.rows[0].reason
+        report.undo()
+
+
+def test_our_own_layers_can_be_converted():
+    model = nn.Sequential(Mixer("window(3) | box | kernel", 4, 6), BlockAttention2d(6, 2, 4))
+    x = torch.randn(1, 4, 8, 8)
+    y = model(x)
+    rules = [Rule(f"({{self}}) + n*({NEAR})", kind="conv"), Rule("({self}) + n*(window(3) | box | shift(2))")]
+    assert convert(model, rules).exact and off(model(x), y) <= BOUND
+    assert convert(model, Rule("window(3) | box | kernel", name="0")).replaced[0].grade == "new weights"  # a sum
+
+
+# --- everything around the layer
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_mode_and_frozen_parameters_stay(dtype):
+    model = net().to(dtype)
+    model[0].requires_grad_(False)
+    model[3].eval()
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    y = model(x)
+    report = convert(model, Rule(f"({{self}}) + new*({NEAR})"))
+    assert report.exact and {p.dtype for p in model.parameters()} == {dtype}
+    assert not any(p.requires_grad for p in model[0].parameters())
+    assert all(p.requires_grad for p in model[3].parameters())
+    assert model[0].training and not model[3].training and model.training
+    assert not any(name.endswith("bias") for name, _ in model[3].named_parameters())
+    model[1].reset_running_stats()
+    budget = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
+    assert off(model(x).double(), y.double()) <= budget
+
+
+def test_undo_gives_the_same_modules_back():
+    model = net()
+    old = list(model)
+    x = torch.randn(1, 3, 6, 6)
+    model.eval()
+    y, keys = model(x), list(model.state_dict())
+    report = convert(model, Rule("deformable(3) | box | kernel", kernel_size=3))
+    assert list(model.state_dict()) != keys
+    model.train()
+    report.undo()
+    assert list(model) == old and list(model.state_dict()) == keys
+    assert all(m.training for m in model.modules())  # the mode is the model's of now
+    assert torch.equal(model.eval()(x), y)
+    with pytest.raises(ValueError, match="the old layers are in the model already"):
+        report.undo()
+    report.apply()
+    assert off(model(x), y) <= BOUND
+    model[0] = nn.Identity()
+    with pytest.raises(ValueError, match="1 layers are no longer in the model"):
+        report.undo()
+    assert isinstance(model[3], Mixer)
+
+
+def test_a_layer_in_two_places_stays_one():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.ModuleDict({"a": conv, "b": nn.Sequential(conv, nn.ReLU())})
+    report = convert(model, Rule(NEAR))
+    assert len(report.rows) == 1 and model["a"] is model["b"][0] and isinstance(model["a"], Mixer)
+    report.undo()
+    assert model["a"] is model["b"][0] is conv
+
+
+def test_a_converted_model_is_a_model():
+    """It trains, is copied, saved and loaded like any other."""
+    model = net()
+    convert(model, Rule(f"({{self}}) + new*({NEAR})", kernel_size=3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(2, 3, 6, 6)
+    before = model(x).detach()
+    model(x).square().sum().backward()
+    assert model[0].rates.grad.abs().item() > 0
+    optimizer.step()
+    assert not torch.equal(model(x), before)
+    twin = copy.deepcopy(model)
+    other = net()
+    convert(other, Rule(f"({{self}}) + new*({NEAR})", kernel_size=3))
+    other.load_state_dict(model.state_dict())
+    for copied in (twin, other):
+        assert torch.equal(copied.eval()(x), model.eval()(x))
+        copied.train(), model.train()
+    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    assert off(compiled(x), model(x)) <= BOUND
+
+
+def test_torchs_encoder_layer_runs_in_evaluation():
+    layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 10, 12)
+    y = model(x)
+    assert convert(model, Rule("{self}", kind="attention")).exact
+    assert off(model(x), y) <= 1e-11  # torch's fused path sums in another order
+    with pytest.raises(ValueError, match="attn_mask was given to all"):
+        model(x, mask=torch.zeros(10, 10))
+
+
+def test_calls_that_the_words_do_not_say_are_refused():
+    model = multihead()
+    convert(model, Rule("{self}"))
+    x, other = torch.randn(2, 10, 12), torch.randn(2, 10, 12)
+    with pytest.raises(ValueError, match="reads one input, but was called with other keys"):
+        model.attn(x, other, other)
+    with pytest.raises(ValueError, match="key_padding_mask was given"):
+        model.attn(x, x, x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+
+
+# --- what matches
+
+NAMES = ["stem.0", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.attn"]
+
+
+def named() -> nn.Module:
+    def block(**children: nn.Module) -> nn.Module:
+        made = nn.Module()
+        for name, child in children.items():
+            made.add_module(name, child)
+        return made
+
+    conv = lambda k: nn.Conv2d(4, 4, k, padding=k // 2)  # noqa: E731
+    return block(
+        stem=nn.Sequential(conv(7)),
+        layer1=nn.Sequential(block(conv1=conv(1), conv2=conv(3))),
+        layer2=nn.Sequential(block(conv1=conv(3), attn=nn.MultiheadAttention(4, 2))),
+    )
+
+
+@pytest.mark.parametrize(("conditions", "expected"), [
+    ({}, NAMES),
+    ({"kind": "conv"}, NAMES[:4]),
+    ({"kind": "attention"}, NAMES[4:]),
+    ({"kind": nn.Conv2d, "kernel_size": 3}, NAMES[2:4]),
+    ({"kind": "MultiheadAttention"}, NAMES[4:]),
+    ({"kernel_size": (3, 3)}, NAMES[2:4]),
+    ({"kernel_size": (1, 3)}, None),
+    ({"name": "*.conv1"}, [NAMES[1], NAMES[3]]),
+    ({"stage": 2}, NAMES[3:]),
+    ({"stage": (1, 2), "kind": "conv"}, NAMES[1:4]),
+    ({"where": lambda site: site.operation == parse("window(7) | box | kernel")}, NAMES[:1]),
+    ({"name": "layer9*"}, None),
+])  # fmt: skip
+def test_conditions(conditions, expected):
+    model = named()
+    rule = Rule(lambda site: "all | row | softmax" if site.kind == "attention" else NEAR, **conditions)
+    if expected is None:
+        with pytest.raises(ValueError, match="no layer matches Rule"):
+            convert(model, rule)
+        return
+    report = convert(model, rule)
+    assert [row.name for row in report.replaced] == expected
+    kept = [row.name for row in report.rows if row.status == "kept"]
+    assert sorted(kept + expected) == sorted(NAMES)
+
+
+def test_the_first_rule_that_matches_decides():
+    model = named()
+    rules = [Rule(lambda site: None, kernel_size=1), Rule(NEAR, kind="conv"), Rule("{self}", stage=7)]
+    report = convert(model, rules)
+    assert [row.name for row in report.replaced] == [NAMES[0], *NAMES[2:4]]
+    reasons = {row.name: row.reason for row in report.rows if row.status == "kept"}
+    assert reasons == {NAMES[1]: "the rule keeps it", NAMES[4]: "no rule"}
+    assert "unused: no layer matches Rule(to='{self}', stage=7)" in str(report)
+
+
+REFUSED = {
+    "hooks": (lambda conv: conv.register_forward_hook(lambda *a: None), "it has hooks, which would be lost"),
+    "parametrizations": (lambda conv: weight_norm(conv), "it has parametrizations, which would be lost"),
+    "padding": (lambda conv: setattr(conv, "padding_mode", "circular"), "no word for padding_mode=circular"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_layers_that_would_lose_something_are_refused(what):
+    model = net()
+    REFUSED[what][0](model[0])
+    before = model[0]
+    report = convert(model, Rule(NEAR))
+    assert [(row.name, row.status) for row in report.rows] == [("0", "refused"), ("3", "replaced")]
+    assert report.rows[0].reason == REFUSED[what][1] and model[0] is before
+
+
+def test_what_does_not_divide_is_refused_with_the_reason():
+    model = net()
+    report = convert(model, Rule("all | row | softmax(heads=5)"))
+    assert not report.replaced and "heads=5 must divide the 8 channels" in report.rows[0].reason
+    model = multihead()
+    report = convert(model, Rule("window({size}) | box | kernel"))
+    assert report.rows[0].reason == "it has no size, which to='window({size}) | box | kernel' asks for"
+
+
+def test_lazy_layers_are_refused():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3))
+    report = convert(model, Rule(NEAR))
+    assert report.rows[0].reason == "lazy, and not initialised yet: run the model once"
+
+
+WRONG = [
+    (lambda: convert(net(), []), "rules must be one Rule or several"),
+    (lambda: convert(net(), Rule("window(3) | bx | kernel")), "'bx' is not a shape"),
+    (lambda: convert(nn.DataParallel(net()), Rule(NEAR)), "wrapped in DataParallel"),
+    (lambda: convert(torch.compile(net()), Rule(NEAR)), "wrapped in OptimizedModule"),
+    (lambda: convert(nn.Conv2d(4, 4, 3), Rule(NEAR)), "the model itself is the layer Conv2d"),
+    (lambda: convert("resnet50", Rule(NEAR)), "model must be an nn.Module, got str"),
+    (lambda: Rule(3), "to must be an operation"),
+    (lambda: Rule("window({kernel}) | box | kernel"), "nothing is called {kernel} here"),
+    (lambda: convert(net(), Rule(NEAR), input_size=(5, 8, 8)), "does not run on an input of size"),
+    (lambda: convert(net(), Rule(NEAR), input_size=(3,)), "input_size must be channels and grid"),
+    (lambda: convert(net(), Rule(NEAR, start={"lam": 0})), "has no lam to change"),
+    (lambda: convert(net(), Rule(NEAR, start={"depth": 0})), "depth: what changes is one of ratio"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_wrong_calls(call, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("{", r"\{")):
+        call()
+
+
+def test_the_report_adds_up():
+    model = net()
+    before = sum(p.numel() for p in model.parameters())
+    report = convert(model, Rule(f"({{self}}) + new*({NEAR})", name="3"), input_size=(3, 8, 8))
+    (row,) = report.replaced
+    assert (row.parameters, row.parameters_after) == (576, 1153)
+    assert row.flops == 2 * 64 * 8 * 8 * 9
+    assert row.flops_after == 2 * row.flops + 2 * 64 * 64 * 8  # the other kernel, and every pair compared
+    text = str(report)
+    assert f"parameters {before:,} -> {sum(p.numel() for p in model.parameters()):,}" in text
+    assert text.startswith("Sequential: 1 replaced, 1 kept") and "; exact" in text and "73,728 -> 212,992" in text
