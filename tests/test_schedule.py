@@ -10,6 +10,7 @@ from torch import nn
 
 from nearfold import Rule, SpectrumSchedule, convert
 from nearfold.nn import Mixer, TokenMixer
+from nearfold.train import Recipe, fit, load_data
 
 BOUND = 1e-12
 CONVNN = "nearest(9, cosine, self) | ranked | kernel"
@@ -174,6 +175,50 @@ def test_training_goes_on_where_it_was():
     assert str(last[0].operation) == str(model[0].operation)
     for name, p in model.state_dict().items():
         assert torch.equal(p, last.state_dict()[name]), name
+
+
+class Stop(Exception):
+    """A run that is interrupted."""
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_carries_its_schedule(tmp_path, ema):
+    torch.set_default_dtype(torch.float32)
+    data = load_data(limit=200)
+    recipe = Recipe(epochs=4, batch_size=64, lr=3e-3, device="cpu", ema=ema)
+
+    def start():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+        convert(model, Rule("branch(0.5, nearest(9, blend(0.5), self) | ranked | kernel, {self})", start={"ratio": 0}))
+        return model, SpectrumSchedule(model, {"ratio": (0, 0.5), "lam": (0.5, 1)}, steps=9)
+
+    model, schedule = start()
+    result = fit(model, data, recipe, progress=False, schedule=schedule)
+    assert schedule.done == result.best_epoch * result.steps // 4 > 0  # where the selected weights are from
+    assert model[0].operation.ratio == min(schedule.done / 18, 0.5)
+    broken, theirs = start()
+    calls = iter(range(1000))
+
+    def stop(*_):
+        if next(calls) == 7:
+            raise Stop
+
+    handle = broken.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        fit(broken, data, recipe, out=tmp_path, progress=False, schedule=theirs, checkpoint_every=1)
+    handle.remove()
+    again, schedule = start()
+    fit(again, data, recipe, out=tmp_path, resume=True, progress=False, schedule=schedule)
+    assert again[0].operation == model[0].operation
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, again.state_dict()[name]), name
+    with pytest.raises(ValueError, match="is of another schedule: steps is 10, was 9"):
+        other = start()[0]
+        plan = SpectrumSchedule(other, {"ratio": (0, 0.5), "lam": (0.5, 1)}, steps=10)
+        fit(other, data, recipe, out=tmp_path, resume=True, progress=False, schedule=plan)
+    with pytest.raises(ValueError, match="is of another schedule: steps is None, was 9"):
+        fit(start()[0], data, recipe, out=tmp_path, resume=True, progress=False)
 
 
 WRONG = [

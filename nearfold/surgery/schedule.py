@@ -136,6 +136,10 @@ class SpectrumSchedule:
         self.steps, self.shape, self.wait, self.every = steps, shape, wait, every
         self.done = 0
         self._moved = _assigned(model, ranges)
+        plan = {"steps": steps, "shape": shape, "wait": wait, "every": every}
+        self.plan: dict[str, Any] = plan | {
+            name: {k: list(r) for k, r in own.items()} for name, (_, own) in self._moved.items()
+        }
         for layer, own in self._moved.values():
             layer.reserve(*(changed(layer.operation, **{n: r[end] for n, r in own.items()}) for end in (0, 1)))
         self._apply()
@@ -163,6 +167,13 @@ class SpectrumSchedule:
         for name, values in self.values().items():
             layer = self._moved[name][0]
             layer.become(changed(layer.operation, **values))
+
+    def follow(self, copy: nn.Module) -> None:
+        """Put the layers of a copy of the model, such as one of averaged weights, where those of the model are."""
+        for name, (layer, _) in self._moved.items():
+            twin = copy.get_submodule(name)
+            assert isinstance(twin, Mixer)
+            twin.become(layer.operation)
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is."""

@@ -62,7 +62,7 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version; {restart(path)}")
     for aspect, wanted in identity.items():
-        saved = state["identity"][aspect]
+        saved = state["identity"].get(aspect, {})
         differing = [
             f"{name} is {wanted.get(name)!r}, was {saved.get(name)!r}"
             for name in {**saved, **wanted}

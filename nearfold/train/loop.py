@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
 from nearfold.train.data import ImageData
 from nearfold.train.distributed import join
@@ -80,6 +81,7 @@ def fit(
     tensorboard: bool = False,
     checkpoint_every: int = 0,
     log_every: int = 50,
+    schedule: SpectrumSchedule | None = None,
 ) -> Result:
     """Train a model, keep the weights that do best on the validation images, then test them once.
 
@@ -101,6 +103,8 @@ def fit(
         tensorboard: Write ``out/tensorboard`` too.
         checkpoint_every: Steps between checkpoints within an epoch, besides the one after it; 0: none.
         log_every: Steps between the step records of ``metrics.jsonl``.
+        schedule: Moves layers of the model along the spectrum, a step of it after every optimizer step; saved and
+            resumed with the run. The model is left with the operations that the selected weights were trained for.
 
     Returns:
         The measurements; see :class:`Result`.
@@ -125,9 +129,12 @@ def fit(
     require_precision(team.device, recipe.precision)
     memory = PeakMemory(team.device)
     with global_randomness_kept(), _deterministic(recipe.deterministic):
-        trainer = Trainer(model, data, recipe, team)
+        trainer = Trainer(model, data, recipe, team, schedule)
         file = None if out is None else out / "checkpoint.pt"
-        identity = {} if out is None else {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data)}
+        identity: dict[str, Any] = {}
+        if out is not None:
+            plan = {} if schedule is None else schedule.plan
+            identity = {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data), "schedule": plan}
         if file is not None and file.exists():
             trainer.restore(checkpoint.load(file, identity), file)
         team.wait()  # nobody writes before everybody has read

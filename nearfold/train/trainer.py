@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
 from nearfold.train.augment import AUGMENTATIONS
 from nearfold.train.data import ImageData, Split
@@ -65,12 +66,20 @@ class Trainer:
         data: Copied there.
         recipe: How to train.
         team: The processes that train together.
+        schedule: Moves layers of the model after every step.
 
     Raises:
         ValueError: The batch cannot be shared evenly by the processes.
     """
 
-    def __init__(self, model: nn.Module, data: ImageData, recipe: Recipe, team: Team) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        recipe: Recipe,
+        team: Team,
+        schedule: SpectrumSchedule | None = None,
+    ) -> None:
         if recipe.batch_size % team.world:
             raise ValueError(
                 f"Recipe.batch_size={recipe.batch_size} cannot be shared evenly by {team.world} processes: "
@@ -84,7 +93,7 @@ class Trainer:
         each = self.batch // team.world
         self._share = slice(team.rank * each, (team.rank + 1) * each)
 
-        self.recipe, self.team = recipe, team
+        self.recipe, self.team, self._schedule = recipe, team, schedule
         self._data = data  # the splits below are its own, on the device
         self._train, self._val, self._test = (
             Split(split.images.to(team.device), split.labels.to(team.device))
@@ -141,6 +150,11 @@ class Trainer:
         if self._averaged is not None:
             self._averaged.multi_avg_fn = _average(min(recipe.ema, (1 + step) / (10 + step)))
             self._averaged.update_parameters(self.model)
+
+        if self._schedule is not None:
+            self._schedule.step()
+            if self._averaged is not None:
+                self._schedule.follow(self._averaged.module)
 
         correct = (logits.detach().argmax(1) == labels).sum()
         measured = self.team.sum(torch.stack([loss.detach() / self.team.world, correct]))
@@ -216,6 +230,8 @@ class Trainer:
         run = self.run
         _, last = self._evaluate(self._evaluated, self._test)
         self.model.load_state_dict(run.best_weights)
+        if self._schedule is not None:  # the layers are again what they were when the weights were chosen
+            self._schedule.load_state_dict({"done": run.best_epoch * self.steps_per_epoch})
         self.model.eval()
         is_last = run.best_epoch == self.recipe.epochs
         _, test = (0.0, last) if is_last else self._evaluate(self.model, self._test)
@@ -247,6 +263,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "averaged": None if self._averaged is None else self._averaged.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "run": {name: value for name, value in vars(self.run).items()},
         }
 
@@ -267,6 +284,10 @@ class Trainer:
                 f"Resume with the same model; {checkpoint.restart(path)}"
             ) from error
         self._scaler.load_state_dict(state["scaler"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
+            if self._averaged is not None:
+                self._schedule.follow(self._averaged.module)
         self.run = Run(**state["run"])
 
     def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
