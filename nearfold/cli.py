@@ -1,4 +1,4 @@
-"""The command line: `nearfold ops`, `explain`, `look`, `describe`, `train` and `study spectrum`.
+"""The command line: `nearfold ops`, `explain`, `look`, `describe`, `models`, `train` and `study spectrum`.
 
 Exit codes: 0 done, 1 a study some of whose runs failed, 2 bad input (one clear message on stderr), 130
 interrupted.
@@ -54,6 +54,11 @@ examples:
   nearfold describe torchvision:resnet50 --input 3,224,224
   nearfold describe timm:swin_tiny_patch4_window7_224
   nearfold describe my_network.py:make_model --input 3,32,32""",
+    "models": """\
+examples:
+  nearfold models
+  nearfold models "acmix_*"
+  nearfold models resnet50_hybrid""",
     "train": """\
 examples:
   nearfold train
@@ -150,6 +155,14 @@ def _parser() -> argparse.ArgumentParser:
         help="size of one input, for FLOPs and receptive fields (default: a timm model's own, else none)",
     )  # fmt: skip
     describe.set_defaults(command=_describe)
+
+    models = _new(
+        commands.add_parser,
+        "models",
+        "the networks that have a name: parameters and multiply-adds, built and published",
+    )
+    models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a shell pattern (default: all)")
+    models.set_defaults(command=_models)
 
     train = _new(commands.add_parser, "train", "train the small network around one operator")
     _data_arguments(train)
@@ -279,6 +292,13 @@ def _describe(args: argparse.Namespace) -> int:
     from nearfold.recognise.command import run
 
     print(run(args.model, args.input))
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from nearfold.models.table import table
+
+    print(table(args.pattern))
     return 0
 
 

@@ -513,7 +513,7 @@ def test_acmix_convolution_is_one_grouped_convolution(interleaved, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
 def test_acmix_convolution_with_a_bias_on_its_maps(stride, padding, backend):
-    heads, d, size = 2, 4, 3
+    heads, d = 2, 4
     ours = Mixer(f"window(3, stride={stride}, padding={padding}) | box | shift(2, bias)", 6, 8, backend=backend)
     with torch.no_grad():
         ours.shift_weight.normal_()

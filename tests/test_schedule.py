@@ -10,7 +10,7 @@ from torch import nn
 
 from nearfold import Rule, SpectrumSchedule, convert
 from nearfold.nn import Mixer, TokenMixer
-from nearfold.train import Recipe, fit, load_data
+from nearfold.train import Recipe, evaluate, fit, load_data
 
 BOUND = 1e-12
 CONVNN = "nearest(9, cosine, self) | ranked | kernel"
@@ -197,6 +197,8 @@ def test_a_run_carries_its_schedule(tmp_path, ema):
     result = fit(model, data, recipe, progress=False, schedule=schedule)
     assert schedule.done == result.best_epoch * result.steps // 4 > 0  # where the selected weights are from
     assert model[0].operation.ratio == min(schedule.done / 18, 0.5)
+    loss, _ = evaluate(model, data.val, data)
+    assert loss == pytest.approx(result.history[result.best_epoch - 1]["val_loss"], rel=1e-5)  # judged as it is now
     broken, theirs = start()
     calls = iter(range(1000))
 

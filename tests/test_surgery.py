@@ -86,6 +86,7 @@ CONVOLUTIONS = [
     ({"kernel_size": 3, "padding": 1}, "nearest(9, blend(0), padding=1, stride=2) | box | kernel", "approximate"),
     ({"kernel_size": 7, "padding": 3}, "nearest(49, position, padding=3) | box | kernel", "approximate"),  # a disc
     ({"kernel_size": 3, "padding": 0}, "nearest(9, position, padding=1) | box | kernel", "approximate"),
+    ({"kernel_size": 3, "padding": 0}, "nearest(9, position) | box | kernel", "approximate"),
     ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, "nearest(9, position, padding=1) | box | kernel",
      "approximate"),
     ({"kernel_size": 3, "padding": 1}, "window(3, dilation=2) | box | kernel", "approximate"),
@@ -368,6 +369,23 @@ def test_a_converted_model_is_a_model():
         copied.train(), model.train()
     compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
     assert off(compiled(x), model(x)) <= BOUND
+
+
+def test_it_is_wrapped_in_ddp_afterwards(tmp_path):
+    model = net()
+    x = torch.randn(2, 3, 6, 6)
+    y = model(x).detach()
+    assert convert(model, Rule(f"({{self}}) + new*({NEAR})", kernel_size=3)).exact
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert off(wrapped(x), y) <= BOUND
+        wrapped(x).square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+            convert(wrapped, Rule(NEAR))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_torchs_encoder_layer_runs_in_evaluation():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor, nn
 
 from nearfold.compat.reference import Config, Conversion, State, UnsupportedReference, random_is_refused

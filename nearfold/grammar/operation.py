@@ -248,8 +248,8 @@ class Sum(Operation):
 class Branch(Operation):
     """Output channels split: A makes the first int(ratio * channels), B the others.
 
-    Both see all inputs; with ``split`` each sees its own share of them only, divided as the outputs are. ``mix`` follows
-    the two with a pointwise map (the public ConvNN branching layer always has it).
+    Both see all inputs; with ``split`` each sees its own share of them only, divided as the outputs are. ``mix``
+    follows the two with a pointwise map (the public ConvNN branching layer always has it).
     """
 
     ratio: float

@@ -1,5 +1,36 @@
-"""Networks built around one exchangeable mixing layer."""
+"""Networks: the seeds' published ones by name, and the small one of the spectrum study.
 
+>>> import nearfold.models
+>>> nearfold.models.list_models("vgg11*")
+['vgg11_conv', 'vgg11_convnn', 'vgg11_hybrid']
+"""
+
+from nearfold.models import densenet, gwo, pvt, resnet, san, swin, vgg, vit  # their networks enter the table
+from nearfold.models.hub import from_pretrained, push_to_hub, save_pretrained
+from nearfold.models.network import Features, Network
+from nearfold.models.registry import MODELS, Entry, Published, create, list_models, register
 from nearfold.models.small import SpectrumNet, stem_stride
 
-__all__ = ["SpectrumNet", "stem_stride"]
+__all__ = [
+    "MODELS",
+    "Entry",
+    "Features",
+    "Network",
+    "Published",
+    "SpectrumNet",
+    "create",
+    "densenet",
+    "from_pretrained",
+    "gwo",
+    "list_models",
+    "push_to_hub",
+    "pvt",
+    "register",
+    "resnet",
+    "san",
+    "save_pretrained",
+    "stem_stride",
+    "swin",
+    "vgg",
+    "vit",
+]

@@ -57,15 +57,31 @@ def _by_groups(call: Call) -> bool:
     return isinstance(call.op.weight.kernel, Shift) and plain and not in_forward_mode(call)
 
 
+def _in_two_steps(call: Call) -> bool:
+    """Whether ACmix's maps, and then their shifts, are fewer multiplications than both merged into one kernel."""
+    kernel = call.op.weight.kernel
+    return isinstance(kernel, Shift) and 3 * kernel.heads > 3 + call.params["weight"].shape[0]
+
+
+def _mapped(call: Call, maps_BGm: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The first step, (B, G, m, *grid) to (B, G, t, *grid), and the kernel of the second with its groups."""
+    made_BGt = torch.einsum("tm,bgm...->bgt...", call.params["weight"], maps_BGm)
+    return made_BGt, call.params["shift_weight"].to(made_BGt.dtype), maps_BGm.shape[1]
+
+
 def _shift(call: Call) -> Tensor:
     """ACmix's convolution straight from query, key and value, whose channels are never joined."""
     kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(kernel, Shift) and isinstance(call.op.path, Window)
     assert call.query is not None and call.key is not None
     maps = [t.unflatten(1, (kernel.heads, -1)).transpose(1, 2) for t in (call.query, call.key, call.value)]
-    found = oracle.kernel_weight(call)
-    assert found is not None
-    weight, groups = found
+    if _in_two_steps(call):
+        made, weight, groups = _mapped(call, torch.cat(maps, 2))
+        maps = [made]
+    else:
+        found = oracle.kernel_weight(call)
+        assert found is not None
+        weight, groups = found
     y = grouped_conv(
         maps,
         weight.unflatten(0, (groups, -1)),
@@ -128,11 +144,14 @@ def run(call: Call) -> Tensor:
     assert isinstance(op.path, Window)
     geometry.output(call.grid)
     value = oracle.values(call).unflatten(2, call.grid)
-    kernel = oracle.kernel_weight(call)
-    if kernel is None:
-        channels = value.shape[1]
-        kernel = torch.ones(channels, 1, *geometry.size, dtype=value.dtype, device=value.device), channels
-    weight, groups = kernel
+    if _in_two_steps(call):
+        made, weight, groups = _mapped(call, value.unflatten(1, (-1, call.params["weight"].shape[1])))
+        value = made.flatten(1, 2)
+    elif (kernel := oracle.kernel_weight(call)) is not None:
+        weight, groups = kernel
+    else:
+        groups = value.shape[1]
+        weight = torch.ones(groups, 1, *geometry.size, dtype=value.dtype, device=value.device)
     padding = geometry.before
     if op.path.mode == "reflect" or geometry.before != geometry.after:
         value, padding = geometry.pad(value, op.path.mode), (0,) * call.ndim

@@ -1,0 +1,174 @@
+"""What all networks share: stages, a head that can be exchanged, checkpointed stages, features instead of logits.
+
+A network's methods go by timm's names, so that timm's training scripts and wrappers take it as one of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Network(nn.Module):
+    """An image classifier: (B, in_chans, H, W) -> (B, num_classes).
+
+    A subclass sets ``num_features`` (channels before the classifier), ``num_classes``, ``head_name`` (the classifier's
+    dotted name) and ``feature_info`` (one entry a stage: ``num_chs``, ``reduction``, ``module``), and implements
+    `stages` and `forward_head`; `forward_features` where something stands between the last stage and the head.
+
+    ``architecture`` and ``arguments`` are what `create` made it from; ``pretrained_cfg``, which timm also calls
+    ``default_cfg``, is timm's description of its input. Weights start as PyTorch's layers start theirs.
+    """
+
+    num_features: int
+    num_classes: int
+    head_name: str = "head"
+    feature_info: list[dict[str, Any]]
+    grad_checkpointing: bool = False
+    architecture: str = ""
+    arguments: dict[str, Any]
+    default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The maps (B, num_chs, H / reduction, W / reduction) behind every stage, in the order of feature_info."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, or the last tokens: what the head reads."""
+        return self.stages(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` returned -> (B, num_classes); ``pre_logits``: (B, num_features)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def run(self, block: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """block(x); its inner tensors are made again in the backward where gradients are checkpointed."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, x, use_reentrant=False)
+            return out
+        return block(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: every block's inner tensors are made again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.get_submodule(self.head_name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new last layer, for other classes; 0 leaves the features as they are.
+
+        Raises:
+            ValueError: for a negative number, or a pooling other than the network's own.
+        """
+        if type(num_classes) is not int or num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes!r}")
+        if global_pool not in (None, "", "avg", "token"):
+            raise ValueError(f"global_pool={global_pool!r}: the pooling is part of these networks; leave it out")
+        old = next(iter(self.parameters()))
+        new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.set_submodule(self.head_name, new.to(old.device, old.dtype))
+        self.num_classes = num_classes
+        if hasattr(self, "arguments"):
+            self.arguments = self.arguments | {"num_classes": num_classes}
+            self.pretrained_cfg = self.default_cfg = self.default_cfg | {"num_classes": num_classes}
+
+    def remove_head(self) -> None:
+        """Take away what turns the last map into classes."""
+        self.reset_classifier(0)
+
+    def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of this network made for images of another size, as it is for this one's.
+
+        A network that owns something for every position resamples it; most own nothing of the kind.
+        """
+        return state
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors``; see `nearfold.models.hub.save_pretrained`."""
+        from nearfold.models.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the network to the Hugging Face Hub; see `nearfold.models.hub.push_to_hub`."""
+        from nearfold.models.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
+        """A network from a folder or from the Hub, weights loaded; see `nearfold.models.hub.from_pretrained`.
+
+        Raises:
+            ValueError: also when what is saved there is a network of another class than this one.
+        """
+        from nearfold.models.hub import from_pretrained
+
+        network = from_pretrained(source, **overrides)
+        if not isinstance(network, cls):
+            raise ValueError(
+                f"{source} holds a {type(network).__name__}, got {cls.__name__}.from_pretrained; use "
+                "nearfold.models.from_pretrained, which makes what is there"
+            )
+        return network
+
+
+class FeatureInfo:
+    """What `features_only` returns, stage by stage: timm's methods of the same names."""
+
+    def __init__(self, entries: Sequence[dict[str, Any]], out_indices: Sequence[int]) -> None:
+        self.out_indices = tuple(out_indices)
+        self.info = [dict(entries[i], index=i) for i in self.out_indices]
+
+    def channels(self) -> list[int]:
+        """Channels of every map."""
+        return [entry["num_chs"] for entry in self.info]
+
+    def reduction(self) -> list[int]:
+        """Pixels per position of every map, along one axis."""
+        return [entry["reduction"] for entry in self.info]
+
+    def module_name(self) -> list[str]:
+        """The module behind which every map is taken."""
+        return [entry["module"] for entry in self.info]
+
+
+class Features(nn.Module):
+    """A network without its head: (B, in_chans, H, W) -> the maps of some of its stages.
+
+    Args:
+        network: the network; its classifier is removed.
+        out_indices: stages, counted from 0; negative ones from the end; all of them by default.
+    """
+
+    def __init__(self, network: Network, out_indices: Iterable[int] | None = None) -> None:
+        super().__init__()
+        count = len(network.feature_info)
+        wanted = range(count) if out_indices is None else list(out_indices)
+        bad = [i for i in wanted if not -count <= i < count]
+        if bad or not wanted:
+            raise ValueError(f"out_indices must be some of 0 to {count - 1}, the network's stages; got {list(wanted)}")
+        network.remove_head()
+        self.network = network
+        self.feature_info = FeatureInfo(network.feature_info, [i % count for i in wanted])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The maps (B, C, H, W) of the chosen stages."""
+        maps = self.network.stages(x)
+        return [maps[i] for i in self.feature_info.out_indices]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As `Network.set_grad_checkpointing`."""
+        self.network.set_grad_checkpointing(enable)

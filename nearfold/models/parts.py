@@ -1,0 +1,64 @@
+"""Parts that several families of networks are made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from nearfold.grammar import Basic, Branch, Operation, Sum, parse
+from nearfold.nn import Mixer
+
+CONV = "window(3) | box | kernel"
+CONVNN = "nearest(9, cosine, self, padding=1) | ranked | kernel"
+"""ConvNN as the public networks have it: the border's zeros are candidates (arXiv 2511.14137)."""
+HYBRID = f"branch(0.5, {CONVNN}, {CONV}, mix)"
+LAYERS = {"conv": CONV, "convnn": CONVNN, "hybrid": HYBRID}
+
+
+def layer_of(layer: str | Operation) -> Operation:
+    """The operation that a network's ``layer`` names: one of `LAYERS`, a notation, or an operation itself.
+
+    >>> print(layer_of("conv"), "and", layer_of("window(5)|box|kernel"))
+    window(3) | box | kernel and window(5) | box | kernel
+    """
+    return parse(LAYERS.get(layer, layer)) if isinstance(layer, str) else layer
+
+
+def mixing(operation: str | Operation, in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Module:
+    """The mixing layer of a network on maps.
+
+    >>> mixing(CONV, 4, 8)
+    Mixer(window(3) | box | kernel, 4, 8, ndim=2)
+    """
+    return Mixer(operation, in_channels, out_channels, bias=bias)
+
+
+def with_stride(operation: Operation, stride: int) -> Operation:
+    """The same operation on a strided grid of outputs.
+
+    Raises:
+        ValueError: where a path has no stride.
+
+    >>> print(with_stride(parse("branch(0.5, nearest(9, cosine) | ranked | kernel, window(3) | box | kernel)"), 2))
+    branch(0.5, nearest(9, cosine, stride=2) | ranked | kernel, window(3, stride=2) | box | kernel)
+    """
+    if isinstance(operation, Sum):
+        return Sum(tuple((rate, with_stride(term, stride)) for rate, term in operation.terms))
+    if isinstance(operation, Branch):
+        first, second = (with_stride(side, stride) for side in (operation.first, operation.second))
+        return dataclasses.replace(operation, first=first, second=second)
+    assert isinstance(operation, Basic)
+    if not hasattr(operation.path, "stride"):
+        raise ValueError(f"{operation}: path {operation.path.word} has no stride, and this network strides its layers")
+    path = dataclasses.replace(operation.path, stride=stride)  # type: ignore[type-var]
+    return dataclasses.replace(operation, path=path)
+
+
+def classifier(features: int, classes: int) -> nn.Module:
+    """The last layer; without classes, nothing.
+
+    >>> classifier(8, 0)
+    Identity()
+    """
+    return nn.Linear(features, classes) if classes else nn.Identity()
