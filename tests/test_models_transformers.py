@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from nearfold import parse
 from nearfold._torchvision import load
 from nearfold.models import MODELS, create
 from nearfold.models.pvt import PyramidVisionTransformer, ReducedACmix, ReducedAttention
 from nearfold.models.san import PatchwiseAttention, SelfAttentionNetwork, weighted_patches
 from nearfold.models.shift import ShiftConv
-from nearfold.models.swin import SwinTransformer, standing
+from nearfold.models.swin import SwinTransformer
 from nearfold.models.table import agrees, count, macs
 from nearfold.models.vit import ATTENTION, VisionTransformer, token_code
 from nearfold.nn import Mixer
@@ -226,7 +225,6 @@ def test_a_map_of_one_window_does_not_shift(layer):
         still.load_state_dict(mixer.state_dict())
         x = torch.randn(1, 8, *grid, dtype=torch.float64)
         assert_close(mixer(x), still(x), atol=1e-12, rtol=0)
-    assert standing(parse("all | row | softmax"), (2, 2)) == parse("all | row | softmax")
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("acmix_swin_tiny", 28_649_908), ("acmix_swin_small", 50_345_080)])

@@ -262,13 +262,14 @@ def test_attention_in_blocks_is_a_neighbourhood_whose_step_is_its_size():
 # --- blocks
 
 
+@pytest.mark.parametrize("grid", [(8, 12), (4, 12), (12, 4), (4, 4)])  # a block that covers an axis is not shifted
 @pytest.mark.parametrize("shift", [0, 2])
-def test_shifted_windows_are_torchvisions(shift):
+def test_shifted_windows_are_torchvisions(shift, grid):
     from nearfold._torchvision import load
 
     swin = load("torchvision.models.swin_transformer")
     layer = scrambled(near.BlockAttention2d(8, 2, 4, shift=shift))
-    x = torch.randn(2, 8, 8, 12)
+    x = torch.randn(2, 8, *grid)
     twin = swin.ShiftedWindowAttention(8, [4, 4], [shift, shift], 2)
     with torch.no_grad():
         names = ("query", "key", "value")

@@ -134,7 +134,8 @@ class Block(Path):
     """The block of the grid that holds the position: every position of a block reads the same ``size`` positions.
 
     ``shift`` moves the blocks' borders, so that the blocks at the grid's own border are smaller: ``shift`` half of
-    ``size`` is Swin's shifted window (arXiv 2103.14030), whose mask after its cyclic shift says the same.
+    ``size`` is Swin's shifted window (arXiv 2103.14030), whose mask after its cyclic shift says the same. Along an axis
+    that one block covers nothing is shifted, as there.
     """
 
     word = "block"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Causal, Deformable, Nearest, Window
+from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
 
@@ -79,6 +79,17 @@ class WindowGeometry:
     def pad(self, x: Tensor, mode: str) -> Tensor:
         """Pad the grid axes (all but the first two) with zeros, or by reflection at any size."""
         return pad(x, self.before, self.after, mode == "reflect")
+
+
+def block_shift(path: Block, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """By how much blocks are shifted along each axis: not at all where one of them covers the grid.
+
+    >>> from nearfold import parse
+    >>> block_shift(parse("block(7, shift=3) | box | softmax").path, (7, 9))
+    (0, 3)
+    """
+    size, shift = (as_tuple(n, len(grid), name) for n, name in ((path.size, "size"), (path.shift, "shift")))
+    return tuple(s if n > length else 0 for n, length, s in zip(grid, size, shift, strict=True))
 
 
 def causal_axes(op: Basic, ndim: int) -> tuple[int, ...]:

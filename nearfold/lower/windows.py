@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Deformable, Window
 from nearfold.kernels.local import reflect
-from nearfold.lower.geometry import WindowGeometry, causal_axes
+from nearfold.lower.geometry import WindowGeometry, block_shift, causal_axes
 from nearfold.lower.parameters import as_tuple
 
 
@@ -19,7 +19,7 @@ def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device
     """One axis: positions read (o, s), which of them are valid (o, s), and the queries' own positions (o,)."""
     path, n, ndim = op.path, grid[axis], len(grid)
     if isinstance(path, Block):
-        size, shift = as_tuple(path.size, ndim, "size")[axis], as_tuple(path.shift, ndim, "shift")[axis]
+        size, shift = as_tuple(path.size, ndim, "size")[axis], block_shift(path, grid)[axis]
         home_o = torch.arange(n, device=device)
         # blocks end at shift, shift + size, ...
         start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift

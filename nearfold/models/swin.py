@@ -6,17 +6,13 @@ them; the mixing layers take them first.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfold.grammar import Basic, Operation, Sum
-from nearfold.grammar.words import Block
-from nearfold.lower.geometry import as_tuple
-from nearfold.lower.plan import apply
+from nearfold.grammar import Operation
 from nearfold.models.network import Network
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.vit import init_linear, require_size
@@ -30,41 +26,13 @@ LAYERS = {
 """The layers that have a name, as notation; ``{heads}``, ``{window}`` and ``{shift}`` differ from block to block."""
 
 
-class ShiftedMixer(Mixer):
-    """A `Mixer` whose shifted blocks stand still along an axis that one block covers, as torchvision's do."""
-
-    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        operation = standing(self.operation, tuple(x.shape[2:]))
-        if operation == self.operation or self.sampler is not None:
-            return super()._run(x, context)
-        return apply(operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend)
-
-
-def standing(operation: Operation, grid: tuple[int, ...]) -> Operation:
-    """The operation without the shift of blocks along axes that a single block covers.
-
-    >>> from nearfold import parse
-    >>> print(standing(parse("block(7, shift=3) | box | softmax(heads=2)"), (7, 9)))
-    block(7, shift=(0, 3)) | box | softmax(heads=2)
-    """
-    if isinstance(operation, Sum):
-        return Sum(tuple((rate, standing(term, grid)) for rate, term in operation.terms))
-    if not (isinstance(operation, Basic) and isinstance(operation.path, Block)):
-        return operation
-    size, shift = (as_tuple(getattr(operation.path, name), len(grid), name) for name in ("size", "shift"))
-    moved = tuple(s if n > length else 0 for n, length, s in zip(grid, size, shift, strict=True))
-    if moved == shift:
-        return operation
-    return dataclasses.replace(operation, path=dataclasses.replace(operation.path, shift=moved))
-
-
 class SwinBlock(nn.Module):
     """x + layer(norm(x)), then x + MLP(norm(x)); (B, H, W, C) to the same shape."""
 
     def __init__(self, operation: str, channels: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = ShiftedMixer(operation, channels)
+        self.attention = Mixer(operation, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 

@@ -106,7 +106,7 @@ class BlockAttention2d(Mixer):
         backend: "auto", or a backend's name.
 
     Blocks at the border that are cut short attend among themselves; Swin pads its input there, and lets what it padded
-    take part. Source: arXiv 2103.14030, 3.2.
+    take part. Along an axis that one block covers nothing is shifted. Source: arXiv 2103.14030, 3.2.
 
     >>> import torch
     >>> BlockAttention2d(16, 4, 7, shift=3)(torch.randn(1, 16, 14, 15)).shape

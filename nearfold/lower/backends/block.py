@@ -18,7 +18,7 @@ from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import crop
+from nearfold.lower.geometry import block_shift, crop
 from nearfold.lower.parameters import as_tuple
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -49,7 +49,7 @@ class _Blocks:
         path, self.ndim, self.grid = call.op.path, call.ndim, call.grid
         assert isinstance(path, Block)
         self.size = as_tuple(path.size, self.ndim, "size")
-        shift = as_tuple(path.shift, self.ndim, "shift")
+        shift = block_shift(path, self.grid)
         self.before = tuple((n - s) % n for n, s in zip(self.size, shift, strict=True))
         self.after = tuple(-(g + b) % n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
         self.whole = all(b == 0 for b in self.before + self.after)
