@@ -492,6 +492,25 @@ def test_what_does_not_divide_is_refused_with_the_reason():
     assert report.rows[0].reason == "it has no size, which to='window({size}) | box | kernel' asks for"
 
 
+@pytest.mark.parametrize(("conditions", "refused"), [
+    ({}, ["0", "2"]),
+    ({"kind": "conv"}, ["0"]),
+    ({"kind": nn.Conv2d}, ["0"]),
+    ({"kind": "MaxPool2d", "name": "2"}, ["2"]),
+    ({"kernel_size": 3}, ["0"]),
+    ({"where": lambda site: True}, []),
+    ({"name": "3"}, []),
+])  # fmt: skip
+def test_a_layer_is_refused_only_where_a_rule_asks_for_it(conditions, refused):
+    """Every layer that mixes positions is in the report; what no rule is about is kept."""
+    circular = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")
+    model = nn.Sequential(circular, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten())
+    report = convert(model, [Rule(NEAR, **conditions), Rule(NEAR, name="3")])
+    assert [row.name for row in report.rows] == ["0", "2", "3"]
+    assert [row.name for row in report.rows if row.status == "refused"] == refused
+    assert report.rows[1].reason == "no rule to replace a MaxPool2d"
+
+
 def test_lazy_layers_are_refused():
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3))
     report = convert(model, Rule(NEAR))

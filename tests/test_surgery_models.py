@@ -47,7 +47,19 @@ ARCHITECTURES = [
             "vit_tiny_patch16_224",
         )
     ),
+    "transformers:vit",
 ]  # fmt: skip
+
+
+class Logits(nn.Module):
+    """A transformers model that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
 
 
 def build(spec: str) -> nn.Module:
@@ -59,7 +71,18 @@ def build(spec: str) -> nn.Module:
     except ImportError as error:
         pytest.skip(f"{library}: {error}")
     torch.manual_seed(0)
-    if library == "timm":
+    if library == "transformers":
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=96,
+            image_size=SIZE,
+            num_labels=10,
+        )
+        model = Logits(transformers.ViTForImageClassification(config))
+    elif library == "timm":
         sized = {"img_size": SIZE} if name.startswith(("vit", "deit")) else {}
         model = timm.create_model(name, pretrained=False, num_classes=10, **sized)
     else:

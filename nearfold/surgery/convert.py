@@ -80,6 +80,17 @@ class Rule:
             and (self.where is None or bool(self.where(site)))
         )
 
+    def asks_for(self, name: str, module: nn.Module) -> bool:
+        """Whether a layer that cannot be replaced is what the rule is about, as far as its name and class say."""
+        looks = _looks_like(module)
+        of_kind = isinstance(self.kind, type) and isinstance(module, self.kind)
+        return (
+            fnmatch.fnmatchcase(name, self.name)
+            and (self.kind is None or of_kind or self.kind in (looks, type(module).__name__))
+            and (self.kernel_size is None or looks == "conv")
+            and (self.where is None or self.kind is not None or self.name != "*")  # it asks for a `Site`
+        )
+
     def operation(self, site: Site) -> Operation | None:
         """What to put in a layer's place; None: keep it.
 
@@ -93,6 +104,12 @@ class Rule:
             return parse(to.format_map(site.words))
         except KeyError as missing:
             raise ValueError(f"it has no {missing.args[0]}, which to={to!r} asks for") from None
+
+
+def _looks_like(module: nn.Module) -> str:
+    """The kind of a layer that cannot be replaced, by the name of its class."""
+    name = type(module).__name__.lower()
+    return "conv" if "conv" in name else "attention" if "att" in name else "other"
 
 
 def _plain(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
@@ -150,7 +167,8 @@ def convert(model: nn.Module, rules: Rule | Iterable[Rule], *, input_size: tuple
     for entry in found:
         if not isinstance(entry, Site):
             name, module, reason = entry
-            changes.append(Change(_row(name, module, "refused", reason), module))
+            status = "refused" if any(rule.asks_for(name, module) for rule in rules) else "kept"
+            changes.append(Change(_row(name, module, status, reason), module))
             continue
         site = at(entry, seen.operations.get(entry.name), seen.grids.get(entry.name))
         rule = next((i for i, rule in enumerate(rules) if rule.matches(site)), None)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from nearfold.grammar import Basic, Operation
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
-from nearfold.recognise.walk import ALL_RULES
+from nearfold.recognise.walk import ALL_RULES, walk
 from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, TokenAttention
 from nearfold.surgery.carry import Weights
 
@@ -190,17 +190,20 @@ PARTS = {
 def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
     """The layers that mix positions: a `Site`, or (name, layer, why it cannot be replaced).
 
-    >>> [site.name for site in sites(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 8)))]
-    ['0']
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+    >>> conv, pool = sites(model)
+    >>> conv.kernel_size, pool[2]
+    (3, 'no rule to replace a MaxPool2d')
     """
     inside: set[nn.Module] = set()
+    others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
     for name, module in model.named_modules():
         if module in inside:
             continue
         known = _rule(module)
         if known is None:
-            if re.search("att(entio)?n", type(module).__name__, re.IGNORECASE) and not _has_parts(module):
-                yield name, module, "called attention, and no rule for this class"
+            if module in others:
+                yield name, module, others[module].reason or f"no rule to replace a {type(module).__name__}"
             continue
         inside.update(module.modules())
         try:
@@ -209,10 +212,6 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
             yield name, module, str(why)
         except AttributeError as error:
             yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
-
-
-def _has_parts(module: nn.Module) -> bool:
-    return any(_rule(child) is not None for child in module.modules())
 
 
 def _rule(module: nn.Module) -> tuple[Callable[[nn.Module], Found], Callable[[Any], Source] | str] | None:
