@@ -104,9 +104,9 @@ class SpectrumSchedule:
         wait: steps before anything moves.
         every: steps between changes. Under torch.compile every new value is compiled anew: make it an epoch's.
 
-    A checkpoint of the weights alone does not know how far the operation is: save `state_dict` with the model's, and load
-    both. While a branch's ratio is 0 or 1, the weights of the half that makes no channel get no gradient; DDP then needs
-    ``find_unused_parameters=True``.
+    A checkpoint of the weights alone does not know how far the operation is: save `state_dict` with the model's, and
+    load both. While a branch's ratio is 0 or 1, the weights of the half that makes no channel get no gradient; DDP then
+    needs ``find_unused_parameters=True``.
 
     Raises:
         ValueError: for a layer that cannot hold both ends, a pattern or a name that fits no layer, a wrong value.
