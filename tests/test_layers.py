@@ -15,6 +15,7 @@ import nearfold.nn
 from nearfold.grammar import CATALOGUE, Branch, Sum, parse, preset
 from nearfold.grammar.similarity import Blend
 from nearfold.grammar.words import Grid
+from nearfold.lower import explain
 from nearfold.nn import (
     ACmix2d,
     BlockAttention2d,
@@ -608,3 +609,12 @@ def test_token_mlp_is_for_one_number_of_tokens():
     torch.testing.assert_close(layer(x), truth)
     with pytest.raises(ValueError, match=r"the table is for 7 positions, got a grid of \(6,\)"):
         layer(x[:, :6])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "keys"), [("", 400), (", window(5)", 25), (", window(99)", 400), (", grid(4)", 16)]
+)
+def test_a_search_costs_as_many_products_as_there_are_candidates(candidates, keys):
+    plain = explain("nearest(9, cosine, window(1)) | ranked | kernel", (2, 8, 20, 20))
+    searched = explain(f"nearest(9, cosine{candidates}) | ranked | kernel", (2, 8, 20, 20))
+    assert searched.forward_flops - plain.forward_flops == 2 * 2 * 400 * 8 * (keys - 1)

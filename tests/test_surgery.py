@@ -277,6 +277,30 @@ def test_swins_blocks(shift):
         report.undo()
 
 
+@pytest.mark.parametrize(("grid", "exact"), [((8, 12), True), ((4, 4), True), ((9, 12), False)])
+def test_timms_swin_blocks(grid, exact):
+    """The block cuts and masks the map for its attention; both are exchanged, the block's other parts stay."""
+    try:
+        _torchvision.load("torchvision")
+        from timm.models.swin_transformer import SwinTransformerBlock
+    except ImportError as error:
+        pytest.skip(f"timm: {error}")
+    block = shaken(SwinTransformerBlock(12, grid, 3, window_size=4, shift_size=2))
+    model = nn.Sequential(block).eval()
+    x = torch.randn(2, *grid, 12)
+    y = model(x)
+    report = convert(model, Rule("a*({self}) + b*(window(3) | box | shift({heads}))"), input_size=(*grid, 12))
+    (row,) = report.rows
+    assert (row.name, row.layer, row.grade) == ("0.attn", "WindowAttention", "exact" if exact else "approximate")
+    assert row.parameters == sum(p.numel() for p in block.attn.parameters())
+    assert row.flops and row.flops_after > row.flops
+    assert (off(model(x), y) <= BOUND) == exact
+    assert model[0].mlp is block.mlp and model[0].norm1 is block.norm1
+    model.train()
+    report.undo()
+    assert model[0] is block and block.training and torch.equal(model.eval()(x), y)
+
+
 def test_our_own_layers_can_be_converted():
     model = nn.Sequential(Mixer("window(3) | box | kernel", 4, 6), BlockAttention2d(6, 2, 4))
     x = torch.randn(1, 4, 8, 8)

@@ -249,9 +249,16 @@ select.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.nearfold.select)
 def _select_flops(query_shape, key_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    """Of the exact search: how many fewer an approximate one needs depends on the data."""
+    """Of the exact search among the keys that the rule allows away from the border.
+
+    How many fewer an approximate one needs depends on the data.
+    """
     B, H, M, e = query_shape
-    return int(2 * B * H * M * key_shape[2] * e)
+    grid, (_, reach, dilation) = args[5], args[6]
+    keys = key_shape[2]
+    if reach >= 0:
+        keys = min(keys, math.prod(min(n, 2 * (reach // dilation) + 1) for n in grid))
+    return int(2 * B * H * M * keys * e)
 
 
 @register_flop_formula(torch.ops.nearfold.select_backward)

@@ -6,6 +6,7 @@
 """
 
 from nearfold.models import densenet, gwo, pvt, resnet, san, swin, vgg, vit  # their networks enter the table
+from nearfold.models.denoise import DenoiseNet
 from nearfold.models.hub import from_pretrained, push_to_hub, save_pretrained
 from nearfold.models.network import Features, Network
 from nearfold.models.registry import MODELS, Entry, Published, create, list_models, register
@@ -13,6 +14,7 @@ from nearfold.models.small import SpectrumNet, stem_stride
 
 __all__ = [
     "MODELS",
+    "DenoiseNet",
     "Entry",
     "Features",
     "Network",

@@ -82,6 +82,24 @@ class MultiheadAttention(nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), None
 
 
+class SwinBlock(nn.Module):
+    """Where a timm ``SwinTransformerBlock`` stood, which cuts the map for its attention: (B, H, W, D) to the same.
+
+    Its other parts, and their names, are the old block's.
+    """
+
+    def __init__(self, mixer: Mixer, like: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.drop_path1 = like.norm1, ChannelsLast(mixer), like.drop_path1
+        self.norm2, self.mlp, self.drop_path2 = like.norm2, like.mlp, like.drop_path2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        tokens = x.flatten(1, 2)
+        return (tokens + self.drop_path2(self.mlp(self.norm2(tokens)))).view(x.shape)
+
+
 class ChannelsLast(nn.Module):
     """Where a torchvision ``ShiftedWindowAttention`` stood: (B, H, W, D) -> (B, H, W, D)."""
 

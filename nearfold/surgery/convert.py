@@ -173,7 +173,7 @@ def convert(model: nn.Module, rules: Rule | Iterable[Rule], *, input_size: tuple
         site = at(entry, seen.operations.get(entry.name), seen.grids.get(entry.name))
         rule = next((i for i, rule in enumerate(rules) if rule.matches(site)), None)
         if rule is None:
-            changes.append(Change(_row(site.name, site.module, "kept", "no rule", site), site.module))
+            changes.append(Change(_row(site.name, site.module, "kept", "no rule", site), site.place))
             continue
         matched[rule] = True
         changes.append(_change(site, rules[rule]))
@@ -217,9 +217,9 @@ def _change(site: Site, rule: Rule) -> Change:
     except NotationError:
         raise
     except ValueError as why:
-        return Change(_row(site.name, site.module, "refused", str(why), site), site.module)
+        return Change(_row(site.name, site.module, "refused", str(why), site), site.place)
     if wanted is None:
-        return Change(_row(site.name, site.module, "kept", "the rule keeps it", site), site.module)
+        return Change(_row(site.name, site.module, "kept", "the rule keeps it", site), site.place)
     if not site.name:
         raise ValueError(f"the model itself is the layer {type(site.module).__name__}: convert what it is in")
     begin = changed(wanted, **rule.start) if rule.start else wanted
@@ -235,17 +235,17 @@ def _change(site: Site, rule: Rule) -> Change:
         carried = carried.weaker(unlike) if unlike else carried
         _fill(mixer, carried)
     except ValueError as why:
-        return Change(_row(site.name, site.module, "refused", str(why), site), site.module)
+        return Change(_row(site.name, site.module, "refused", str(why), site), site.place)
     _settle(mixer, site)
-    new = site.source.wrap(mixer).train(site.module.training)
+    new = site.source.wrap(mixer).train(site.place.training)
     notes = [*carried.notes, *filter(None, [site.source.note])]
     if begin != wanted:
         notes.append("starts at " + ", ".join(f"{name}={value}" for name, value in rule.start.items()))
     row = _row(
         site.name, site.module, "replaced", "; ".join(notes), site,
-        to=str(begin), grade=carried.grade, parameters_after=count(new),
+        to=str(begin), grade=carried.grade, parameters_after=count(mixer),
     )  # fmt: skip
-    return Change(row, site.module, new)
+    return Change(row, site.place, new)
 
 
 def _mixer(site: Site, op: Operation) -> Mixer:

@@ -42,7 +42,7 @@ def observe(model: nn.Module, layers: Iterable[Site], input_size: tuple[int, ...
         ValueError: when the model does not run on such an input.
     """
     seen = Seen()
-    handles = [site.module.register_forward_pre_hook(_noting(seen, site), with_kwargs=True) for site in layers]
+    handles = [site.place.register_forward_pre_hook(_noting(seen, site), with_kwargs=True) for site in layers]
     try:
         seen.flops = count_flops(model, input_size)
     finally:
@@ -54,8 +54,7 @@ def observe(model: nn.Module, layers: Iterable[Site], input_size: tuple[int, ...
 def _noting(seen: Seen, site: Site) -> Callable[..., None]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        channels_last = site.source.tokens or type(module).__name__ == "ShiftedWindowAttention"
-        grid = x.shape[1:-1] if channels_last else x.shape[2:]
+        grid = x.shape[1:-1] if site.source.channels_last else x.shape[2:]
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             grid = x.shape[:1]
         seen.grids[site.name] = tuple(grid)

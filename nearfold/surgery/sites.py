@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch.nn.utils import parametrize
 
 from nearfold.grammar import Basic, Operation
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.recognise.blocks import PARENTS
 from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
 from nearfold.recognise.walk import ALL_RULES, walk
-from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, TokenAttention
+from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
 from nearfold.surgery.carry import Weights
 
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
@@ -30,6 +32,7 @@ class Source:
         in_channels: of its input.
         out_channels: of its output.
         tokens: whether it maps (B, N, D) and not (B, C, *grid).
+        channels_last: whether its input has the channels last, as tokens do.
         wrap: the module that stands in its place, around the new layer.
         note: what is not taken over.
         unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
@@ -40,6 +43,7 @@ class Source:
     out_channels: int
     ndim: int = 1
     tokens: bool = True
+    channels_last: bool = True
     wrap: Callable[[Any], nn.Module] = lambda mixer: mixer
     note: str = ""
     unlike: Callable[[tuple[int, ...] | None], str] = lambda grid: ""
@@ -58,6 +62,7 @@ class Site:
         out_channels: of its output.
         stage: the first number in the name of what it is in, such as 3 in layer3.0.conv2; None where there is none.
         source: how to replace it.
+        place: what is exchanged in the model: the layer, or the block that calls it.
         grid: of its input, where an input was given.
     """
 
@@ -69,6 +74,7 @@ class Site:
     out_channels: int
     stage: int | None
     source: Source
+    place: nn.Module
     grid: tuple[int, ...] | None = None
 
     @property
@@ -103,7 +109,7 @@ class Site:
 
 def _conv(m: Any) -> Source:
     own = {"weight": m.weight} | ({} if m.bias is None else {"bias": m.bias})
-    return Source(own, m.in_channels, m.out_channels, m.weight.dim() - 2, tokens=False)
+    return Source(own, m.in_channels, m.out_channels, m.weight.dim() - 2, tokens=False, channels_last=False)
 
 
 def _named(heads: dict[str, nn.Linear]) -> dict[str, Tensor]:
@@ -145,11 +151,21 @@ def _multihead(m: nn.MultiheadAttention) -> Source:
 
 
 def _swin(m: Any) -> Source:
-    height, width = m.window_size
+    return _in_blocks(m, m.window_size, ChannelsLast, (m.attention_dropout, m.dropout))
+
+
+def _timm_swin(block: Any) -> Source:
+    m = block.attn
+    return _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
+
+
+def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dropout: tuple[float, float]) -> Source:
+    """Attention in blocks with Swin's relative bias, on maps with the channels last."""
+    height, width = size
     table = m.relative_position_bias_table.T.reshape(-1, 2 * height - 1, 2 * width - 1)
     own = _packed(m.qkv.weight, m.qkv.bias, m.proj) | {"relative_bias": table}
     channels = m.qkv.in_features
-    note = _dropped(m.attention_dropout) or _dropped(m.dropout).replace("attention weights", "its output")
+    note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
 
     def unlike(grid: tuple[int, ...] | None) -> str:
         if grid is None:
@@ -157,7 +173,7 @@ def _swin(m: Any) -> Source:
         fits = not (grid[0] % height or grid[1] % width)
         return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
 
-    return Source(own, channels, channels, 2, tokens=False, wrap=ChannelsLast, note=note, unlike=unlike)
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
 
 
 def _hugging_face(m: Any) -> Source:
@@ -170,7 +186,7 @@ def _mixer(m: Mixer) -> Source:
     if getattr(m, "shuffle", "none") != "none":
         raise Unsaid(f"it shuffles pixels (shuffle={m.shuffle})")
     tokens = isinstance(m, TokenMixer)
-    return Source(m.tensors(), m.in_channels, m.out_channels, m.ndim, tokens)
+    return Source(m.tensors(), m.in_channels, m.out_channels, m.ndim, tokens, channels_last=tokens)
 
 
 SOURCES: dict[str, Callable[[Any], Source]] = {
@@ -181,10 +197,10 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
     "transformers.models.vit.modeling_vit.ViTAttention": _hugging_face,
 }
 """How the layers that `nearfold.describe` knows are replaced, by qualified name."""
-PARTS = {
-    "timm.models.swin_transformer.WindowAttention": "its block cuts the map into windows and masks them itself",
+BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
+    "timm.models.swin_transformer.SwinTransformerBlock": ("attn", _timm_swin),
 }
-"""Layers that are known, and why they cannot be replaced alone."""
+"""Blocks that cut the map for the attention inside them: its name there, and how both are replaced."""
 
 
 def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
@@ -205,48 +221,53 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
             if module in others:
                 yield name, module, others[module].reason or f"no rule to replace a {type(module).__name__}"
             continue
+        part, find, read = known
+        place, module = module, module.get_submodule(part)
+        name = f"{name}.{part}".strip(".")
         inside.update(module.modules())
         try:
-            yield _site(name, module, *known)
+            yield _site(name, module, place, find, read)
         except Unsaid as why:
             yield name, module, str(why)
         except AttributeError as error:
             yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
 
 
-def _rule(module: nn.Module) -> tuple[Callable[[nn.Module], Found], Callable[[Any], Source] | str] | None:
+def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
+    """Name of the layer in what is exchanged (empty: it is the layer), and what reads its operation and its weights."""
     if isinstance(module, Mixer):
-        return ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
+        return "", ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
     for name in names_of(module):
         if name in SOURCES:
-            return ALL_RULES[name], SOURCES[name]
-        if name in PARTS:
-            return ALL_RULES[name], PARTS[name]
+            return "", ALL_RULES[name], SOURCES[name]
+        if name in BLOCKS:
+            part, read = BLOCKS[name]
+            return part, functools.partial(_inside, name, part), read
     return None
 
 
+def _inside(block: str, part: str, module: Any) -> Found:
+    return PARENTS[block](module)[part]
+
+
 def _site(
-    name: str, module: nn.Module, rule: Callable[[nn.Module], Found], read: Callable[[Any], Source] | str
+    name: str, module: nn.Module, place: nn.Module, find: Callable[[Any], Found], read: Callable[[Any], Source]
 ) -> Site:
-    if isinstance(read, str):
-        raise Unsaid(read)
     if uninitialized(module):
         raise Unsaid("lazy, and not initialised yet: run the model once")
-    for what, there in _obstacles(module).items():
+    for what, there in _obstacles({module, place, *module.modules()}).items():
         if there:
             raise Unsaid(f"it has {what}, which would be lost")
-    operation, source = rule(module).operation, read(module)
+    operation, source = find(place).operation, read(place)
     kind = "conv" if any(k in type(module).__name__ for k in ("Conv1d", "Conv2d", "Conv3d")) else "attention"
     if isinstance(module, Mixer):
         kind = _kind(operation)
     stage = STAGE.search(name.rpartition(".")[0])
-    return Site(
-        name, module, kind, operation, source.in_channels, source.out_channels, int(stage[1]) if stage else None, source
-    )
+    at = int(stage[1]) if stage else None
+    return Site(name, module, kind, operation, source.in_channels, source.out_channels, at, source, place)
 
 
-def _obstacles(module: nn.Module) -> dict[str, bool]:
-    every = list(module.modules())
+def _obstacles(every: set[nn.Module]) -> dict[str, bool]:
     return {
         "hooks": any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in every),
         "parametrizations": any(parametrize.is_parametrized(m) for m in every),
