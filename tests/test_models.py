@@ -130,6 +130,12 @@ def test_the_head_can_be_exchanged(name):
     assert create(name, **MODELS[name].tiny, num_classes=0, img_size=sizes(name)[1]).eval()(x).shape == before.shape
 
 
+@pytest.mark.parametrize("name", ["vgg11_conv", "densenet121_conv", "vit_tiny_attention", "swin_tiny", "pvt_tiny"])
+def test_an_image_that_is_too_small_is_said(name):
+    with pytest.raises(ValueError, match=r"x must be \(B, channels, H, W\) with H and W of at least \d+, got shape"):
+        tiny(name, img_size=(64, 64))(torch.zeros(1, 3, 3, 64))
+
+
 @every
 def test_every_network_takes_any_number_of_channels(name):
     assert tiny(name, in_chans=1).eval()(images(name, 1)[:, :1]).shape == (2, CLASSES)

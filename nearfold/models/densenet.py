@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import Network
-from nearfold.models.parts import LAYERS, classifier, layer_of, mixing
+from nearfold.models.parts import LAYERS, classifier, layer_of, mixing, require_size
 from nearfold.models.registry import Entry, Published, register
 
 BOTTLENECK = 4  # channels of a dense layer's 1x1, in growths
@@ -107,6 +107,7 @@ class DenseNet(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The stem's map, that of every block but the last, and the last one's behind its norm."""
+        require_size(x, 29)
         wanted = [entry["module"].partition(".")[2] for entry in self.feature_info]
         maps = []
         for name, module in self.features.named_children():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import nn
+from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Branch, Operation, Sum, parse
 from nearfold.nn import Mixer
@@ -62,3 +62,9 @@ def classifier(features: int, classes: int) -> nn.Module:
     Identity()
     """
     return nn.Linear(features, classes) if classes else nn.Identity()
+
+
+def require_size(x: Tensor, least: int) -> None:
+    """ValueError where an image is smaller than a network can take."""
+    if x.dim() != 4 or min(x.shape[2:]) < least:
+        raise ValueError(f"x must be (B, channels, H, W) with H and W of at least {least}, got shape {tuple(x.shape)}")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold.models.network import Network
+from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
-from nearfold.models.vit import init_linear, require_size
+from nearfold.models.vit import init_linear
 from nearfold.nn import TokenMixer
 
 EPS = 1e-6

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nearfold.kernels.local import local_sum, pad
 from nearfold.models.network import Network
+from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
-from nearfold.models.vit import require_size
 
 SHARED = 8  # channels of a group
 KERNELS = (3, 7, 7, 7, 7)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import Network
+from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
-from nearfold.models.vit import init_linear, require_size
+from nearfold.models.vit import init_linear
 from nearfold.nn import Mixer
 
 BLOCK = "block({window}, scaled(bias=table), shift={shift}) | box | softmax(heads={heads})"

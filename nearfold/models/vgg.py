@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import Network
-from nearfold.models.parts import LAYERS, classifier, layer_of, mixing
+from nearfold.models.parts import LAYERS, classifier, layer_of, mixing, require_size
 from nearfold.models.registry import Entry, Published, register
 
 DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -79,6 +79,7 @@ class VGG(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """Five maps before a pooling, and the last one after it."""
+        require_size(x, 32)
         maps, start = [], 0
         for entry in self.feature_info:
             end = int(entry["module"].partition(".")[2]) + 1

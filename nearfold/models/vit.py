@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import Network
+from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.nn import Mixer, TokenMixer
 
@@ -182,12 +183,6 @@ class VisionTransformer(Network):
             return x
         out: Tensor = self.head(x)
         return out
-
-
-def require_size(x: Tensor, least: int) -> None:
-    """ValueError where an image is smaller than a network can take."""
-    if x.dim() != 4 or min(x.shape[2:]) < least:
-        raise ValueError(f"x must be (B, channels, H, W) with H and W of at least {least}, got shape {tuple(x.shape)}")
 
 
 PROJECTIONS = tuple(f"{name}_weight" for name in ("query", "key", "value", "out"))
