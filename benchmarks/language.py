@@ -87,7 +87,7 @@ def unfold_inside(layer: Mixer, x: Tensor, window: int, heads: int) -> Tensor:
     B, C, height, width = x.shape
     d, reach = C // heads, window // 2
     q, k, v = (t.transpose(2, 3) for t in projected(layer, x.flatten(2).mT, heads))  # (B, H, d, N)
-    rows, columns = (torch.arange(n).clamp(reach, n - 1 - reach) - reach for n in (height, width))
+    rows, columns = (torch.arange(n, device=x.device).clamp(reach, n - 1 - reach) - reach for n in (height, width))
 
     def windows(t: Tensor) -> Tensor:
         cut = F.unfold(t.reshape(B * heads, d, height, width), window)

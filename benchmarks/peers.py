@@ -108,8 +108,8 @@ def unfold_acmix(layer: ACmix2d, x: Tensor, window: int, heads: int) -> Tensor:
     q, k, v = (F.conv2d(x, p[f"{n}_weight"][..., None, None], p[f"{n}_bias"]) for n in ("query", "key", "value"))
     O = q.shape[1]
     d = O // heads
-    columns = torch.linspace(-1, 1, width, dtype=x.dtype).expand(height, -1)
-    rows = torch.linspace(-1, 1, height, dtype=x.dtype)[:, None].expand(-1, width)
+    columns = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device).expand(height, -1)
+    rows = torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)[:, None].expand(-1, width)
     place = F.conv2d(torch.stack([columns, rows])[None], p["0.position_weight"][..., None, None], p["0.position_bias"])
 
     def unfolded(t: Tensor) -> Tensor:

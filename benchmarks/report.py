@@ -118,7 +118,8 @@ def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(f"  {line}".rstrip() for line in text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of Markdown; so many columns are words."""
     rule = "|".join("---" if i < left else "---:" for i in range(len(head)))
     return [f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -127,10 +128,10 @@ def markdown(results: dict[str, Any]) -> str:
     """The page: machine, targets, measurements."""
     cases = results["cases"]
     page = ["# Benchmarks", "", "; ".join(f"{k} {v}" for k, v in results["machine"].items()), "", "## Targets", ""]
-    page += [tally(cases), "", *_table(TARGET_HEAD, target_lines(cases), 3)]
+    page += [tally(cases), "", *table(TARGET_HEAD, target_lines(cases), 3)]
     page += ["", "## Measurements", "", NOTES]
     for name in (name for name in CASES if name in cases):
         entry = cases[name]
         page += ["", f"### {entry['title']}", "", f"`{name}`, {entry['date']}, {_rounds(entry)}", ""]
-        page += _table(HEAD, lines(entry), 1)
+        page += table(HEAD, lines(entry), 1)
     return "\n".join([*page, ""])

@@ -277,14 +277,6 @@ def test_grid_for_sequences():
     assert grid_for(parse("window(3) | causal | kernel"), (5, 4)) == (5,)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", BUDGET, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_on_cuda(name, dtype):
-    conform(CASES[name], (7, 6), dtype, device="cuda")
-
-
 def _digits(levels: float) -> torch.Tensor:
     """Real images of few grey levels: equal distances between different pairs are common."""
     from sklearn.datasets import load_digits

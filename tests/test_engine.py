@@ -643,3 +643,22 @@ def test_fakes_have_the_strides_of_results(off):
             for f, r in zip([fake] if op is aggregate else fake, [real] if op is aggregate else real, strict=True):
                 assert f.shape == r.shape and f.dtype == r.dtype
                 assert f.numel() == 0 or f.stride() == r.stride(), (op, f.stride(), r.stride(), _describe(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recall", [1.0, 0.9])
+def test_low_precision_rows_have_float32_scores(dtype, recall):
+    query, key = torch.randn(1, 2, 33, 12).to(dtype), torch.randn(1, 2, 41, 12).to(dtype)
+    at = (torch.arange(33), torch.arange(41))
+
+    def run(q, k):
+        q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+        score, index = torch.ops.nearfold.select(q, k, 5, "dot", False, *at, [41], [0, -1, 1], False, 0.0, recall)
+        (score * torch.arange(5)).sum().backward()
+        return score.detach(), index, q.grad, k.grad
+
+    low, wide = run(query, key), run(query.float(), key.float())
+    assert low[0].dtype == torch.float32
+    assert torch.equal(low[0], wide[0]) and torch.equal(low[1], wide[1])
+    for mine, truth in zip(low[2:], wide[2:], strict=True):
+        assert mine.dtype == dtype and torch.equal(mine, truth.to(dtype))

@@ -146,9 +146,12 @@ def test_there_are_backends():
 
 
 def loaded_by(module: str) -> set[str]:
-    """Top-level modules that importing this one loads, beyond those of torch alone."""
+    """Top-level modules that importing this one loads, beyond those of torch alone.
+
+    torch's own FLOP counter, for which our operators register their formulas, imports Triton where it is installed.
+    """
     code = (
-        "import sys, torch\n"
+        "import sys, torch, torch.utils.flop_counter\n"
         "before = set(sys.modules)\n"
         f"import {module}\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
@@ -163,6 +166,17 @@ def test_import_loads_nothing_heavy(module):
     loaded = loaded_by(module)
     assert "nearfold" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("nearfold.kernels.triton")])
+def test_triton_is_imported_by_its_kernels_only(module):
+    names = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    assert not any(name.partition(".")[0] == "triton" for name in names)
 
 
 def test_a_heavy_import_would_be_seen():

@@ -2,7 +2,8 @@
 
 A slot may hold several entries that share its W_s, as the corners around a fractional position do.
 
-One operator, two implementations: the compiled engine on the CPU, and PyTorch (`aggregate_torch`) everywhere else.
+One operator, three implementations: the compiled engine on the CPU, Triton on CUDA devices, and PyTorch
+(`aggregate_torch`) everywhere else.
 
 Shape legend: B batch, N positions, C value channels, H heads (each selects on its own), M outputs, S slots, O output
 channels.
@@ -10,11 +11,13 @@ channels.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import aggregate_torch, engine
+from nearfold.kernels import aggregate_torch, cuda, engine
 from nearfold.kernels.aggregate_torch import out_channels
 from nearfold.kernels.names import LOW
 
@@ -56,6 +59,16 @@ def _require(
         )
 
 
+def _on_gpu(
+    value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int
+) -> ModuleType | None:
+    """The Triton kernels, where they can compute this."""
+    kernels = cuda.kernels("aggregate", value, index, alpha, weight)
+    if kernels is None or value.numel() * index.numel() == 0:
+        return None
+    return None if kernels.serves(value, index, alpha, weight, groups, entries) else kernels
+
+
 def served(value: Tensor, *others: Tensor | None) -> bool:
     """Whether the engine computes this; bfloat16 and float16 are widened for it, O(N C) numbers."""
     if value.numel() == 0:
@@ -88,6 +101,11 @@ def aggregate(
     Sums are in float32 at least. ValueError where operands do not fit, or an index is beyond the N positions.
     """
     _require(value, index, alpha, weight, groups, entries)
+    kernels = _on_gpu(value, index, alpha, weight, groups, entries)
+    if kernels is not None:
+        with torch.cuda.device_of(value):
+            made: Tensor = kernels.aggregate(value, index, alpha, weight, groups, entries)
+        return made
     if not served(value, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
             return aggregate_torch.aggregate(value, index, alpha, weight, groups, entries)
@@ -134,6 +152,15 @@ def aggregate_backward(
     if grad.shape != out or grad.dtype != value.dtype:
         raise ValueError(f"grad must be {out} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     none = value.new_empty(0)
+    kernels = _on_gpu(value, index, alpha, weight, groups, entries)
+    if kernels is not None:
+        with torch.cuda.device_of(value):
+            d_value, d_slots, d_weight = kernels.aggregate_backward(
+                grad, value, index, alpha, weight, groups, entries, deterministic=cuda.deterministic()
+            )
+        if alpha is not None and d_slots.stride() != (like := torch.empty_like(alpha)).stride():
+            d_slots = like.copy_(d_slots)  # laid out as the fake says
+        return d_value, d_slots, d_weight
     d_alpha = none if alpha is None else torch.empty_like(alpha)
     if not served(value, grad, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):

@@ -1,7 +1,8 @@
 """`nearfold::local_attention`: softmax over the slots of a window, and the weighted sum of their values.
 
-One operator, two implementations: the compiled engine on the CPU, and PyTorch (`local_attention_torch`) everywhere
-else. Neither unfolds; the engine holds the scores of one vector of outputs at a time, forward and backward.
+One operator, three implementations: the compiled engine on the CPU, Triton on CUDA devices, and PyTorch
+(`local_attention_torch`) everywhere else. None unfolds; the engine holds the scores of one vector of outputs at a time,
+forward and backward.
 
 Shape legend: B batch, H heads, e embedded features, d value features, S slots, `*grid` the keys' grid, `*out` the
 output grid; one to three grid axes.
@@ -10,12 +11,13 @@ output grid; one to three grid axes.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine, local_attention_torch
+from nearfold.kernels import cuda, engine, local_attention_torch
 from nearfold.kernels.local_attention_torch import Window
 
 METRICS = {"dot": 0, "euclidean": 2}
@@ -85,6 +87,12 @@ def local_attention(
     """
     window = Window(size, stride, dilation, before, reflect)
     _require(query, key, value, window, metric)
+    kernels = _on_gpu(window, metric, query, key, value)
+    if kernels is not None:
+        made: tuple[Tensor, Tensor] = kernels.local_attention(
+            query, key, value, size, stride, dilation, before, reflect, metric, squared, scale
+        )
+        return made
     if not _served(query, key, value):
         with torch.autocast(query.device.type, enabled=False):
             return local_attention_torch.forward(query, key, value, window, metric, squared, scale)
@@ -96,6 +104,19 @@ def local_attention(
         *(y, stats, engine.threads()),
     )
     return y, stats
+
+
+def _on_gpu(
+    window: Window, metric: str, query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None = None
+) -> ModuleType | None:
+    """The Triton kernels, where they can compute this."""
+    kernels = cuda.kernels("local_attention", query, key, value, grad)
+    if kernels is None:
+        return None
+    no = kernels.serves(
+        query, key, value, window.size, window.stride, window.dilation, window.before, window.reflect, metric
+    )
+    return None if no else kernels
 
 
 def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +159,12 @@ def local_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at query, key and value; at distance zero the distance's gradient is zero."""
     window = Window(size, stride, dilation, before, reflect)
+    kernels = _on_gpu(window, metric, query, key, value, grad)
+    if kernels is not None:
+        made: tuple[Tensor, Tensor, Tensor] = kernels.local_attention_backward(
+            grad, query, key, value, stats, size, stride, dilation, before, reflect, metric, squared, scale
+        )
+        return made
     if not _served(query, key, value, grad, stats):
         with torch.autocast(query.device.type, enabled=False):
             return local_attention_torch.backward(grad, query, key, value, stats, window, metric, squared, scale)

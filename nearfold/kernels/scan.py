@@ -1,8 +1,8 @@
 """`nearfold::selective_scan`: the linear recurrence of selective state spaces (Mamba, arXiv 2312.00752).
 
-One operator, two implementations: the compiled engine on the CPU, and PyTorch (`scan_torch`) everywhere else. Neither
-holds (B, N, C, S): the forward keeps the state before every chunk of positions, the backward computes those within a
-chunk again.
+One operator, three implementations: the compiled engine on the CPU, Triton on CUDA devices, and PyTorch (`scan_torch`)
+everywhere else. None holds (B, N, C, S): the forward keeps the state before every chunk of positions, the backward
+computes those within a chunk again.
 
 Shape legend: B batch, N positions, C channels, S states, K chunks of `scan_torch.CHUNK` positions. The paper names two
 of the operands B and C as well.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine, scan_torch
+from nearfold.kernels import cuda, engine, scan_torch
 from nearfold.kernels.aggregate import served, widened
 from nearfold.kernels.names import LOW
 
@@ -94,6 +94,11 @@ def selective_scan(
     Selective state spaces: Gu and Dao, arXiv 2312.00752.
     """
     _require(u, delta, A, B, C)
+    kernels = cuda.kernels("scan", u, delta, A, B, C)
+    if kernels is not None and not kernels.serves(u, delta, A, B, C):
+        with torch.cuda.device_of(u):
+            found: tuple[Tensor, Tensor] = kernels.scan(u, delta, A, B, C, keep)
+        return found
     wide_u, wide_delta, wide_A, wide_B, wide_C = _wide(u, delta, A, B, C)
     if not served(u, delta, A, B, C):
         with torch.autocast(u.device.type, enabled=False):
@@ -125,6 +130,11 @@ def selective_scan_backward(
     """
     _require(u, delta, A, B, C)
     _require_backward(grad, u, A, states)
+    kernels = cuda.kernels("scan", grad, u, delta, A, B, C, states)
+    if kernels is not None and not kernels.serves(u, delta, A, B, C):
+        with torch.cuda.device_of(u):
+            made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.scan_backward(grad, u, delta, A, B, C, states)
+        return made
     wide_u, wide_delta, wide_A, wide_B, wide_C = wide = _wide(u, delta, A, B, C)
     wide_grad = grad.to(wide_u.dtype)
     if not served(u, delta, A, B, C):

@@ -1,6 +1,7 @@
 """`nearfold::select`: the k best keys of every query, without ever holding all M x R scores.
 
-One operator, two implementations: the compiled engine on the CPU, and PyTorch (`select_torch`) everywhere else.
+One operator, three implementations: the compiled engine on the CPU, Triton on CUDA devices, and PyTorch
+(`select_torch`) everywhere else.
 
 Shape legend: B batch, H heads, M queries, R keys, e embedded features, k slots.
 """
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import approximate, engine, select_torch
+from nearfold.kernels import approximate, cuda, engine, select_torch
+from nearfold.kernels.names import LOW
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
 METRICS = {"dot": 0, "cosine": 1, "euclidean": 2, "chebyshev": 3}
@@ -30,6 +32,16 @@ def _served(query: Tensor, key: Tensor, k: int, metric: str, positions: int, rul
         and query.numel() * key.numel() > 0
         and engine.serves(query, key)
     )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of scores."""
+    return torch.float32 if x.dtype in LOW else x.dtype
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in the dtype of scores."""
+    return x.to(wide_dtype(x))
 
 
 def _require_rows(query: Tensor, key: Tensor, metric: str) -> None:
@@ -74,8 +86,10 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, H, M, k) and indices (B, H, M, k) into the keys of the k best, best first, ties by the lowest index.
 
+    Scores are computed and returned in float32 at least.
+
     Args:
-        query: (B, H, M, e), float32 or float64, any strides.
+        query: (B, H, M, e), float32, float64, bfloat16 or float16, any strides.
         key: (B, H, R, e), same dtype.
         k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
         metric: "dot", "cosine" (of unit vectors), "euclidean" or "chebyshev" (minus the distances), or "gram": minus
@@ -98,6 +112,8 @@ def select(
     if not 0 < recall <= 1:
         raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
     arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+    if recall < 1:
+        arguments = (wide(query), wide(key), *arguments[2:])
     found = approximate.search(*arguments, recall, _exact) if recall < 1 else None
     return _exact(*arguments) if found is None else found
 
@@ -117,6 +133,13 @@ def _exact(
 ) -> tuple[Tensor, Tensor]:
     B, H, M, _ = query.shape
     positions = math.prod(grid)
+    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+    kernels = cuda.kernels("select", query, key)
+    if kernels is not None and query.numel() * key.numel() and not kernels.serves(query, key, k, metric, rule, grid):
+        with torch.cuda.device_of(query):
+            found: tuple[Tensor, Tensor] = kernels.select(*arguments)
+        return found
+    query, key = wide(query), wide(key)
     if not _served(query, key, k, metric, positions, rule):
         with torch.autocast(query.device.type, enabled=False):
             flat = select_torch.select(
@@ -173,7 +196,7 @@ def _(
     recall: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:3], k)
-    return query.new_empty(shape), query.new_empty(shape, dtype=torch.long)
+    return query.new_empty(shape, dtype=wide_dtype(query)), query.new_empty(shape, dtype=torch.long)
 
 
 @torch.library.custom_op("nearfold::select_backward", mutates_args=())
@@ -182,11 +205,25 @@ def select_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `select`'s scores at query and key; ``grad`` is zero where the score was a constant."""
     _require_rows(query, key, metric)
-    if grad.shape != index.shape or grad.shape[:3] != query.shape[:3] or grad.dtype != query.dtype:
+    if grad.shape != index.shape or grad.shape[:3] != query.shape[:3] or grad.dtype != wide_dtype(query):
         raise ValueError(
-            f"grad must be {tuple(query.shape[:3])} and slots, in {query.dtype}, and index alike, got "
+            f"grad must be {tuple(query.shape[:3])} and slots, in {wide_dtype(query)}, and index alike, got "
             f"{tuple(grad.shape)} {grad.dtype} and {tuple(index.shape)}"
         )
+    kernels = cuda.kernels("select", grad, query, key)
+    if (
+        kernels is not None
+        and query.numel() * key.numel()
+        and not kernels.serves(query, key, index.shape[3], metric, [0, -1, 1], [1])
+    ):
+        with torch.cuda.device_of(query):
+            made: tuple[Tensor, Tensor] = kernels.select_backward(
+                grad, query, key, index, metric, squared, deterministic=cuda.deterministic()
+            )
+        return made
+    if query.dtype in LOW:
+        d_wide = select_backward(grad, wide(query), wide(key), index, metric, squared)
+        return d_wide[0].to(query.dtype), d_wide[1].to(key.dtype)
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if metric not in DIFFERENTIABLE or query.numel() * key.numel() == 0 or not engine.serves(grad, query, key):
         with torch.autocast(query.device.type, enabled=False):

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import Place, Similarity
+from nearfold.grammar.similarity import Dot, Place, Scaled, Similarity
 from nearfold.grammar.words import Deformable, Grid, Nearest, Random, Table, Window
+from nearfold.kernels import cuda
+from nearfold.kernels.names import LOW
 from nearfold.kernels.sample import draw_positions
 from nearfold.lower.geometry import WindowGeometry, out_grid, padding_of, query_index
 from nearfold.lower.parameters import LETTERS, as_tuple
@@ -99,6 +101,20 @@ class Call:
     def embedded(self) -> tuple[Tensor, Tensor]:
         """Query (B|1, H|1, N, e) and key for the similarity's metric, in float32 at least."""
         return self.similarity.embed(*self._features(rows=True), self.params)
+
+    def compared(self) -> tuple[Tensor, Tensor, float]:
+        """Query and key for a search, and a factor of the scores that does not change who is nearest.
+
+        As `embedded`, but bfloat16 and float16 stay what they are where the device multiplies them as they are, with
+        sums in float32.
+        """
+        plain = self.value.dtype in LOW and self.similarity in (Dot(), Scaled())
+        if not plain or cuda.kernels("select", self.value) is None:
+            return *self.embedded(), 1.0
+        assert self.query is not None and self.key is not None
+        query = split_heads(self.query, self.heads)
+        key = query if self.key is self.query else split_heads(self.key, self.heads)
+        return query, key, query.shape[-1] ** -0.5 if isinstance(self.similarity, Scaled) else 1.0
 
     def embedded_differences(self) -> tuple[Tensor, Tensor, float]:
         """As `embedded`, and a factor of the scores, for softmax; views where they can be."""

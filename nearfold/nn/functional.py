@@ -68,10 +68,11 @@ def knn_attention(
         raise ValueError(f"recall must be above 0 and at most 1 (exact), got {recall!r}")
     B, H, M, d = query.shape
     N = key.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    factor = d**-0.5 if scale is None else float(scale)
+    later = factor > 0  # it does not change the ranking: multiplied with k scores instead of d features
     score, index = select(
-        query.to(wide) * (d**-0.5 if scale is None else scale),
-        key.to(wide),
+        query if later else query.to(torch.promote_types(query.dtype, torch.float32)) * factor,
+        key if later else key.to(torch.promote_types(key.dtype, torch.float32)),
         k,
         "dot",
         False,
@@ -83,7 +84,7 @@ def knn_attention(
         0.0,
         float(recall),
     )
-    alpha = slot_softmax(score, index, 1.0)
+    alpha = slot_softmax(score, index, factor if later else 1.0)
     y = aggregate(
         value.flatten(0, 1), index.flatten(0, 1)[..., None], alpha.to(value.dtype).flatten(0, 1)[..., None], None, 1
     )

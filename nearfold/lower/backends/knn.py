@@ -13,7 +13,7 @@ from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rh
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
-from nearfold.kernels.select import select
+from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
@@ -47,7 +47,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     """Score (None where nobody reads it) and position (B|1, H|1, M, S); position -1 where there is none."""
     path = call.op.path
     assert isinstance(path, Nearest)
-    query, key = call.embedded()
+    query, key, factor = call.compared()
     B, H = query.shape[:2]
     query_M, key_R = call.query_index(), call.candidate_index()
     every = key_R is None
@@ -57,7 +57,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     whole = query.shape[2] == len(query_M)
     query_m = query if whole else query[:, :, query_M]
     k = path.k - own
-    score = query_m.new_empty(B, H, len(query_M), 0)
+    score = query_m.new_empty(B, H, len(query_M), 0, dtype=wide_dtype(query))
     at = torch.empty(B, H, len(query_M), 0, dtype=torch.long, device=key.device)
     if k:
         chosen = key if every else key[:, :, key_R]
@@ -76,6 +76,8 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
             again,
         )
         score, at = select(*arguments, _recall(call.op))
+        if factor != 1:
+            score = score * factor
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
     if own:
@@ -84,18 +86,20 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     if _all_ones(call.op.weight.rho):
         return None, at
     if own:
-        score = torch.cat([_own_score(call, query_m, key if whole else key[:, :, query_M]), score], -1)
+        score = torch.cat(
+            [_own_score(call, wide(query_m), wide(key if whole else key[:, :, query_M]), factor), score], -1
+        )
     return score, at
 
 
-def _own_score(call: Call, query: Tensor, key: Tensor) -> Tensor:
+def _own_score(call: Call, query: Tensor, key: Tensor, factor: float) -> Tensor:
     """The score of slot 0 (B, H, M, 1): the position's similarity with itself, or the number asked for."""
     given = call.op.path.include_self  # type: ignore[attr-defined]
     lost = query.isnan().any(-1, keepdim=True)
     if given is not True:
         return torch.full_like(query[..., :1], given).masked_fill(lost, float("nan"))
     if call.similarity.reduced in DOT_LIKE:
-        return (query * key).sum(-1, keepdim=True)
+        return (query * key).sum(-1, keepdim=True) * factor
     if call.similarity.squared:
         return -(query - key).square().sum(-1, keepdim=True)
     order = float("inf") if call.similarity.reduced == "chebyshev" else 2

@@ -1,0 +1,74 @@
+"""What the measurements were made on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import nearfold
+
+ROOT = Path(__file__).parents[2]
+SAME = ("gpu", "torch", "triton", "sources")  # measurements with another of these stand in another table
+
+
+def _said(*command: str) -> str:
+    """A program's first line; empty where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+
+
+def commit() -> str:
+    """Of the source tree; "+" where it was changed since."""
+    name = _said("git", "rev-parse", "--short", "HEAD")
+    return f"{name}{'+' if _said('git', 'status', '--porcelain') else ''}" if name else "unknown"
+
+
+def sources() -> str:
+    """What the package's modules hold, in ten letters: a copy of the tree may know no commit."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "nearfold").rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:10]
+
+
+def clock() -> str:
+    """Of the multiprocessors, now and at most."""
+    now, _, most = _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader").partition(", ")
+    return f"{now} of {most}" if most else "unknown"
+
+
+def describe(device: torch.device, known_commit: str = "") -> dict[str, str]:
+    """Device and versions, in words."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "absent"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "nearfold": nearfold.__version__,
+        "commit": known_commit or commit(),
+        "sources": sources(),
+    }
+    if device.type != "cuda":
+        return {"gpu": "cpu", **versions}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": str(found.multi_processor_count),
+        "memory": f"{found.total_memory / 2**30:.0f} GiB",
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        **versions,
+    }

@@ -1,0 +1,22 @@
+"""Which files pytest reads. Here at the root it also makes the source tree importable without an installation."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TRITON = Path(__file__).parent / "nearfold" / "kernels" / "triton"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """None: as usual."""
+    if collection_path.suffix != ".py":
+        return None
+    # a bare machine with a GPU may lack what the other tests and modules import
+    if config.getoption("markexpr") == "gpu" and "mark.gpu" not in collection_path.read_text():
+        return True
+    if collection_path.parent == TRITON and importlib.util.find_spec("triton") is None:
+        return True
+    return None

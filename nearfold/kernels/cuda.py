@@ -1,0 +1,71 @@
+"""Which Triton kernels serve CUDA tensors; PyTorch does where there is none.
+
+``NEARFOLD_ENGINE=off`` chooses the PyTorch path. Sums that several programs add to are made in a fixed order;
+``NEARFOLD_ATOMICS=1`` allows faster ones whose rounding differs from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nearfold.kernels.engine import OFF
+
+_interpreted = 0  # how many `interpreted()` are open
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | None:
+    if os.environ.get("NEARFOLD_ENGINE") == OFF:
+        return None
+    try:
+        return importlib.import_module(f"nearfold.kernels.triton.{name}")
+    except ImportError as error:
+        warnings.warn(
+            f"Triton is not here ({error}): tiled PyTorch runs on the GPU instead, with the same results, slower and "
+            "with more memory. pip install triton, or set NEARFOLD_ENGINE=off to silence this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def kernels(name: str, *tensors: Tensor | None) -> ModuleType | None:
+    """The module of kernels of this name, where all tensors are on a CUDA device and Triton is installed.
+
+    >>> import torch
+    >>> kernels("select", torch.zeros(1)) is None
+    True
+    """
+    there = [t for t in tensors if t is not None]
+    if not all(t.is_cuda for t in there) and not _interpreted:
+        return None
+    return _load(name)
+
+
+def deterministic() -> bool:
+    """Whether every result must be the same from run to run: unless NEARFOLD_ATOMICS=1, and whenever torch says so.
+
+    >>> deterministic()
+    True
+    """
+    return os.environ.get("NEARFOLD_ATOMICS") != "1" or torch.are_deterministic_algorithms_enabled()
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it the kernels serve CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1): for tests."""
+    global _interpreted
+    _interpreted += 1
+    try:
+        yield
+    finally:
+        _interpreted -= 1

@@ -1,0 +1,170 @@
+"""The GPU benchmark's chain on the CPU: tiny shapes, the same code; and what is wrong gets no speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.case import OURS
+from benchmarks.gpu import __main__, cases, gate, report, run
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+
+
+def only(folder: Path) -> tuple[dict, str]:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text()), file.with_suffix(".md").read_text()
+
+
+def in_process(out: Path, *arguments: str) -> int:
+    return __main__.main(["--device", "cpu", "--tiny", "--out", str(out), *arguments])
+
+
+def test_the_command_writes_every_row(tmp_path):
+    done = command(tmp_path, "--device", "cpu", "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results, page = only(tmp_path)
+    assert results["cases"].keys() == cases.CASES.keys()
+    for name, entry in results["cases"].items():
+        rows = {row["who"]: row for row in entry["rows"]}
+        assert rows[OURS]["forward_ms"] > 0 and rows[OURS]["difference"] < 0.01, name
+        assert ("both_ms" in rows[OURS]) == (name != "select")
+        assert entry["repeats"] and entry["title"] in page and entry["title"] in done.stdout
+    assert "no speed is claimed" in page and "## Targets" not in page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = command(tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_added_to_the_table(tmp_path):
+    assert in_process(tmp_path, "--only", "select") == 0
+    assert in_process(tmp_path, "--only", "knn") == 0
+    assert only(tmp_path)[0]["cases"].keys() == {"select", "knn"}
+    assert in_process(tmp_path, "--only", "knn", "--dtype", "float32") == 0
+    assert only(tmp_path)[0]["cases"].keys() == {"knn"}
+
+
+@pytest.mark.parametrize("fault", ["scaled", "one row", "nan", "gradient", "no gradient"])
+def test_a_wrong_kernel_gets_no_speed(tmp_path, monkeypatch, capsys, fault):
+    right = cases.knn_attention
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            y = y.clone()
+            if fault == "scaled":
+                y *= 1.02
+            if fault == "one row":  # of one head: 6 of 280 queries
+                y[0, 0, :6] = y[0, 0, 6:12].clone()
+            if fault == "nan":
+                y[0, 0, 3, 2] = float("nan")
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1.05 if fault == "gradient" else 0.0 if fault == "no gradient" else 1.0)
+
+    monkeypatch.setattr(cases, "knn_attention", lambda *given: Wrong.apply(right(*given)))
+    assert in_process(tmp_path, "--only", "knn") == 1
+    results, page = only(tmp_path)
+    entry = results["cases"]["knn"]
+    assert entry["rows"][0]["wrong"].startswith("gradient" if "gradient" in fault else "output")
+    assert entry["rounds"] == {} and not any(key.endswith("_ms") for row in entry["rows"] for key in row)
+    for text in (capsys.readouterr().out, page):
+        assert "WRONG: " in text and "no speed is reported" in text
+
+
+def test_a_wrong_search_is_seen(monkeypatch):
+    right = cases.select
+
+    def second_best(query, key, k, *rest):
+        score, index = right(query, key, k + 1, *rest)
+        return score[..., 1:], index[..., 1:]
+
+    assert gate.judge(cases.make("select", CPU, torch.bfloat16, tiny=True)).right
+    monkeypatch.setattr(cases, "select", second_best)
+    assert not gate.judge(cases.make("select", CPU, torch.bfloat16, tiny=True)).right
+
+
+def test_a_lost_parameter_gradient_and_other_bits_are_seen():
+    checked = cases.make("convnn", CPU, torch.bfloat16, tiny=True)
+    layer, calls = checked.case.module, []
+
+    def ours(x):
+        calls.append(1)
+        y = layer(x)
+        return y - layer.bias[:, None, None] + layer.bias.detach()[:, None, None] + 1e-3 * len(calls)
+
+    verdict = gate.judge(dataclasses.replace(checked, case=dataclasses.replace(checked.case, ours=ours)))
+    assert not verdict.right and verdict.where == "gradient of bias" and not verdict.repeats
+
+
+def test_a_row_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def broken(*given):
+        raise RuntimeError("illegal memory access\nand much more")
+
+    monkeypatch.setattr(cases, "knn_attention", broken)
+    assert in_process(tmp_path, "--only", "knn", "select") == 1
+    results, page = only(tmp_path)
+    assert results["cases"]["knn"]["rows"][0]["absent"] == "fails: RuntimeError: illegal memory access"
+    assert "illegal memory access" in page and "forward_ms" in results["cases"]["select"]["rows"][0]
+
+    monkeypatch.setattr(run, "judge", lambda checked: os._exit(11))
+    assert in_process(tmp_path, "--only", "select") == 1
+    assert "ended with code 11" in only(tmp_path)[1]
+    assert "ended with code 11" in capsys.readouterr().out
+
+
+def test_a_process_that_hangs_is_stopped():
+    told = []
+
+    def work(tell):
+        tell("so far")
+        time.sleep(60)
+
+    assert run.apart(work, 0.5, told.append) == "stopped after 0 s"
+    assert told == ["so far"]
+
+
+def test_no_row_starts_when_the_time_is_up(tmp_path):
+    assert in_process(tmp_path, "--only", "knn", "--minutes", "0") == 1
+    assert "the time was up" in only(tmp_path)[1]
+
+
+def test_targets_name_rows_and_peers():
+    for target in cases.TARGETS:
+        checked = cases.make(target.case, CPU, torch.bfloat16, tiny=True)
+        assert target.peer in {*checked.case.peers, *checked.held}
+    assert {target.case for target in cases.TARGETS} == cases.CASES.keys()
+
+
+def test_a_peer_without_enough_memory_is_beaten():
+    rows = [{"who": OURS, "forward_ms": 1.0, "both_ms": 2.0}, {"who": "naive", "absent": report.NO_MEMORY}]
+    lines = report.target_lines({"convnn": {"rows": rows}}, tiny=False)
+    assert [line[-2:] for line in lines if line[1] == "naive"] == [["out of memory", "met"]] * 2
+    assert all(line[-1] == "not measured" for line in lines if line[1] != "naive")
