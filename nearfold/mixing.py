@@ -277,7 +277,7 @@ def _differentiated(
                 "say which with tokens=True or tokens=False"
             )
         tokens = False
-    with _evaluating(layer), torch.enable_grad():
+    with evaluating(layer), torch.enable_grad():
         y_OM = _outputs(layer, x[:1], context if context is None else context[:1], tokens)[1][0]
         source_CN = _rows(source[:1].detach(), tokens)[0]
         (O, M), (C, N) = y_OM.shape, source_CN.shape
@@ -295,7 +295,7 @@ def _differentiated(
 
 
 @contextmanager
-def _evaluating(layer: nn.Module) -> Iterator[None]:
+def evaluating(layer: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module's own mode back afterwards."""
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()

@@ -245,6 +245,17 @@ def test_wrong_schedules(ranges, options, message):
     assert str(model[0].operation) == "nearest(4, blend(0.0)) | ranked | kernel"
 
 
+def test_a_ratio_that_the_operands_cannot_make_is_said_before_training():
+    def layer():
+        return Mixer("branch(0.5, all | row | softmax(heads=4), window(3) | box | kernel)", 8)
+
+    with pytest.raises(ValueError, match=r"one operand 1 of 8 channels, .*heads=4.*use shape='step'"):
+        SpectrumSchedule(nn.Sequential(layer()), {"ratio": (0, 0.5)}, steps=9)
+    model = nn.Sequential(layer())
+    schedule = SpectrumSchedule(model, {"ratio": (0, 0.5)}, steps=4, shape="step")
+    assert [op.partition(",")[0] for op in walk(schedule, model, 3)] == ["branch(0.0", "branch(0.5", "branch(0.5"]
+
+
 def test_a_layer_without_room_says_so():
     layer = Mixer(f"branch(0.25, {CONVNN}, window(3) | box | kernel)", 4, 8)
     with pytest.raises(ValueError, match=r"needs 0.weight of shape \(4, 4, 9\), and the layer has \(2, 4, 9\)"):

@@ -127,6 +127,14 @@ class Mixer(nn.Module):
             found[name] = tensor if tensor.shape == spec.shape else part_of(name, tensor, spec.shape)
         return found
 
+    def parameters_of(self, operation: Operation) -> dict[str, Parameter]:
+        """What another operation between the same channels would own.
+
+        Raises:
+            ValueError: when it cannot work with these channels.
+        """
+        return parameters(operation, *self._between)
+
     def reserve(self, *operations: Operation | str) -> None:
         """Make room for other operations, which `become` may then switch to; new numbers start as new layers do.
 
@@ -138,7 +146,7 @@ class Mixer(nn.Module):
         """
         for given in operations:
             op = _operation(given)
-            for name, spec in parameters(op, *self._between).items():
+            for name, spec in self.parameters_of(op).items():
                 have = self._stored.get(name)
                 if have is None:
                     register_dotted(self, name, self._like(_initial(spec)))
@@ -164,7 +172,7 @@ class Mixer(nn.Module):
         (torch.Size([4, 4, 9]), torch.Size([4, 4, 5]))
         """
         op = _operation(operation)
-        specs = parameters(op, *self._between)
+        specs = self.parameters_of(op)
         for name, spec in specs.items():
             have = self._stored.get(name)
             fits = have is not None and len(have.shape) == len(spec.shape)

@@ -6,7 +6,6 @@ Shape legend: O output channels, C input channels of a group, S slots, k ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -180,13 +179,9 @@ def _from_convolution(source: Weights, target: Basic) -> Carried:
     weight = _kernel(source, target.weight.kernel)
     if weight is None or not isinstance(target.path, paths) or target.weight.projections:
         return Carried()
-    slots = _slots(source, target)
-    if slots is None:
-        return Carried()
     if isinstance(rho, Modulated):
         weight = weight * 2  # its mask starts at one half
-    size = as_tuple(source.operation.path.size, source.ndim, "size")  # type: ignore[attr-defined]
-    moved = slots(weight.unflatten(2, size))
+    moved = _in_slots(source, target, weight)
     tensors = {"weight": moved}
     if "bias" in source.tensors:
         tensors["bias"] = source.tensors["bias"]
@@ -225,16 +220,16 @@ def _kernel(source: Weights, kernel: Kernel | None) -> Tensor | None:
     return wide.reshape(O, groups // wanted * C, S)
 
 
-def _slots(source: Weights, target: Basic) -> Callable[[Tensor], Tensor] | None:
-    """How a kernel over the source's window (O, C, *size) becomes one over the target's slots."""
+def _in_slots(source: Weights, target: Basic, weight_OCS: Tensor) -> Tensor:
+    """A kernel over the source's window as one over the target's slots."""
     size = as_tuple(source.operation.path.size, source.ndim, "size")  # type: ignore[attr-defined]
     if isinstance(target.path, Nearest):
         k = target.path.k
         metric = getattr(target.path.similarity, "metric", "euclidean")
         order = list(range(math.prod(size))) if isinstance(target.shape, Box) else _by_distance(size, metric)
-        return lambda w: _fit(w.flatten(2)[:, :, order], k)
+        return _fit(weight_OCS[:, :, order], k)
     wanted = as_tuple(target.path.size, source.ndim, "size")  # type: ignore[attr-defined]
-    return lambda w: _embed(w, wanted)
+    return _embed(weight_OCS.unflatten(2, size), wanted)
 
 
 def _by_distance(size: tuple[int, ...], metric: str) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nearfold.mixing import evaluating
 from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import GRADES
 
@@ -139,7 +138,7 @@ class Report:
             args: a call's arguments; the model runs twice, in evaluation mode.
             kwargs: a call's named arguments.
         """
-        with _evaluating(self._model):
+        with evaluating(self._model):
             new = _tensors(self._model(*args, **kwargs))
             self.undo()
             try:
@@ -188,14 +187,3 @@ def _few(names: list[str]) -> str:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

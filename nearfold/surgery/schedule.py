@@ -141,7 +141,9 @@ class SpectrumSchedule:
         self.plan: dict[str, Any] = plan | {
             name: {k: list(r) for k, r in own.items()} for name, (_, own) in self._moved.items()
         }
-        for layer, own in self._moved.values():
+        for name, (layer, own) in self._moved.items():
+            if shape != "step" and "ratio" in own:
+                _require_passable(name, layer, *own["ratio"])
             layer.reserve(*(changed(layer.operation, **{n: r[end] for n, r in own.items()}) for end in (0, 1)))
         self._apply()
 
@@ -216,6 +218,19 @@ def _assigned(
                 f"is ratio, {', '.join(KNOBS)}, where the operation has it"
             )
     return moved
+
+
+def _require_passable(name: str, layer: Mixer, first: float, last: float) -> None:
+    """ValueError where a share of channels on the way is none that the operands can make: said now, not in training."""
+    made = layer.made_channels
+    for channels in range(int(made * min(first, last)), int(made * max(first, last)) + 1):
+        try:
+            layer.parameters_of(changed(layer.operation, ratio=(channels + 0.5) / made if channels < made else 1.0))
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: on its way from {first} to {last} the ratio gives one operand {channels} of {made} channels, "
+                f"which it cannot make ({error}); use shape='step'"
+            ) from error
 
 
 def _range(name: str, given: Any) -> Range:
