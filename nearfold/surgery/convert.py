@@ -22,7 +22,6 @@ from nearfold.surgery.report import Change, Report, Row
 from nearfold.surgery.schedule import changed
 from nearfold.surgery.sites import Site, at, sites
 
-KINDS = ("conv", "attention", "other")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 Target = str | Operation
 

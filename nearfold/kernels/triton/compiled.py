@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nearfold.kernels.triton as package
 
-Variant = Callable[[], dict[str, Any]]
 ALIGNED = [["tt.divisibility", 16]]
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # the tensor cores', best first
 NUMBERS = ("registers", "shared", "stack", "tensor_cores", "seconds")
