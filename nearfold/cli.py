@@ -65,7 +65,8 @@ examples:
   nearfold train --op convnn --epochs 30 --out runs/convnn
   nearfold train --op "all | row | softmax(heads=4)" --data path/to/cifar10 --augment crop_flip
   nearfold train --op convnn --epochs 30 --out runs/convnn --resume
-  torchrun --nproc-per-node 2 -m nearfold train --batch-size 256""",
+  torchrun --nproc-per-node 2 -m nearfold train --batch-size 256
+  torchrun --nproc-per-node 8 --max-restarts 3 -m nearfold train --op convnn --parallel fsdp --out runs/convnn""",
     "study": """\
 example:
   nearfold study spectrum --help""",
@@ -175,6 +176,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, metavar="DIR", help="keep metrics, checkpoint and weights here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
+    train.add_argument(
+        "--checkpoint-every", type=_positive, metavar="N",
+        help="steps between checkpoints within an epoch (default: one at the end of every epoch)",
+    )  # fmt: skip
+    train.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp",
+        help="how the processes of torchrun hold the model: each all of it (ddp, default), or each a part (fsdp)",
+    )  # fmt: skip
+    train.add_argument("--compile", action="store_true", help="train by torch.compile")
+    train.add_argument(
+        "--workers", type=int, default=0, metavar="N",
+        help="processes that read ahead, of data that are not in memory (default: 0)",
+    )  # fmt: skip
     _recipe_arguments(train)
     train.set_defaults(command=_train)
 
@@ -201,6 +215,13 @@ def _parser() -> argparse.ArgumentParser:
         help="runs side by side (default: one a core up to 8 on the CPU, one on CUDA)",
     )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
+
+    from nearfold.study import command
+
+    EXAMPLES.update(command.EXAMPLES)
+    _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
+    command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))
+    command.add_budget(_new(studies.add_parser, "study budget", "the best layer for a budget, by the study `budget`"))
     return parser
 
 
@@ -319,7 +340,10 @@ def _train(args: argparse.Namespace) -> int:
         operation, data.channels, len(data.classes),
         width=args.width, depth=args.depth, stride=stem_stride(data.size),
     )  # fmt: skip
-    result = fit(model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard)
+    result = fit(
+        model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard,
+        checkpoint_every=args.checkpoint_every or 0, parallel=args.parallel, compile=args.compile, workers=args.workers,
+    )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
         print(
             f"{operation}\n{data.name}: test accuracy {100 * result.test_accuracy:.1f} % (weights of epoch "
@@ -331,9 +355,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _study_spectrum(args: argparse.Namespace) -> int:
+    from nearfold.study.local import default_jobs
     from nearfold.study.publish import publish
-    from nearfold.study.runner import default_jobs, run
-    from nearfold.study.spectrum import Settings, open_study
+    from nearfold.study.spectrum import Settings, open_study, run
     from nearfold.study.table import COLUMNS, cells, text_table
 
     given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")

@@ -27,7 +27,7 @@ def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -49,6 +49,7 @@ def test_the_command_writes_every_row(tmp_path):
         rows = {row["who"]: row for row in entry["rows"]}
         assert rows[OURS]["forward_ms"] > 0 and rows[OURS]["difference"] < 0.01, name
         assert ("both_ms" in rows[OURS]) == (name != "select")
+        assert (cases.BINS in rows) == (name in ("knn", "knn_16384", "select", *cases.CURVE))
         assert entry["repeats"] and entry["title"] in page and entry["title"] in done.stdout
     assert "no speed is claimed" in page and "## Targets" not in page
 
@@ -160,7 +161,7 @@ def test_targets_name_rows_and_peers():
     for target in cases.TARGETS:
         checked = cases.make(target.case, CPU, torch.bfloat16, tiny=True)
         assert target.peer in {*checked.case.peers, *checked.held}
-    assert {target.case for target in cases.TARGETS} == cases.CASES.keys()
+    assert {target.case for target in cases.TARGETS} == cases.CASES.keys() - cases.CURVE.keys()
 
 
 def test_a_peer_without_enough_memory_is_beaten():
@@ -168,3 +169,33 @@ def test_a_peer_without_enough_memory_is_beaten():
     lines = report.target_lines({"convnn": {"rows": rows}}, tiny=False)
     assert [line[-2:] for line in lines if line[1] == "naive"] == [["out of memory", "met"]] * 2
     assert all(line[-1] == "not measured" for line in lines if line[1] != "naive")
+
+
+def test_the_other_search_is_asked_for_and_judged(tmp_path, monkeypatch, capsys):
+    right, asked = cases.select, []
+
+    def search(query, key, k, *rest):
+        asked.append(os.environ.get("NEARFOLD_SELECT", ""))
+        score, index = right(query, key, k + 1, *rest)
+        wrong = asked[-1] == "bins"
+        return score[..., wrong:][..., :k], index[..., wrong:][..., :k]
+
+    monkeypatch.setattr(cases, "select", search)
+    checked = cases.make("select", CPU, torch.bfloat16, tiny=True)
+    checked.case.peers[cases.BINS].forward(*checked.case.inputs)
+    checked.case.ours(*checked.case.inputs)
+    assert asked == ["bins", ""]
+    assert in_process(tmp_path, "--only", "select") == 1
+    rows = {row["who"]: row for row in only(tmp_path)[0]["cases"]["select"]["rows"]}
+    assert rows[OURS]["forward_ms"] > 0 and "forward_ms" not in rows[cases.BINS]
+    assert "WRONG: output" in capsys.readouterr().out
+
+
+def test_the_growth_is_a_table():
+    rows = [{"who": OURS, "forward_ms": 1.0, "both_ms": 2.0, "peak_mib": 3.0}, {"who": cases.FLASH, "forward_ms": 4.0}]
+    lines = report.curve_lines({"curve_2048": {"rows": rows}})
+    assert lines == [
+        ["2048", "forward, ms", "1.00", "", "4.00"],
+        ["2048", "forward + backward, ms", "2.00", "", ""],
+        ["2048", "peak extra memory, MiB", "3.00", "", ""],
+    ]

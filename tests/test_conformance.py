@@ -315,12 +315,8 @@ def test_zero_vectors_have_a_bounded_gradient():
     assert x.grad.abs().max() < 1e3
 
 
-def test_checkpointing_random_candidates_is_refused():
-    layer = ConvNN2d(4, 4, candidates="random(6)").train()
+def test_checkpointing_changes_nothing():  # of random candidates: tests/test_torch_stack.py
     x = torch.randn(1, 4, 5, 5, requires_grad=True)
-    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    with pytest.raises(RuntimeError, match="drawn anew"):
-        y.sum().backward()
     plain = ConvNN2d(4, 4)
     y = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
     y.sum().backward()

@@ -13,7 +13,7 @@ from nearfold.study.table import Row
 def row(i, family, title, seeds=3):
     test = tuple(0.9 - 0.01 * i + 0.002 * s for s in range(seeds))
     return Row(f"op{i}", title, "all | row | softmax(heads=4)", family, i, test, tuple(1.0 for _ in test),
-               30_000, 3_000_000 + i, 5000.0 + i, 12.0)  # fmt: skip
+               30_000, 3_000_000 + i, 1.5, 5000.0 + i, 12.0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study import runner
+from nearfold.study import tasks
 from nearfold.study.plots import FAMILIES
 from nearfold.study.publish import publish
-from nearfold.study.runner import run
-from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study
+from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
 from nearfold.train import Result
 
 SMALL = Settings(limit=100, epochs=1, seeds=2, only=("conv", "convnn", "attention"), width=8, device="cpu")
@@ -27,9 +26,9 @@ def trained(monkeypatch):
 
     def fit(model, data, recipe, **_):
         calls.append((recipe.seed, recipe.epochs, str(model.mixers[0].operation)))
-        return Result(recipe.epochs, 1, 0.1, 0.9, 0.8, 1, 0.7 + 0.01 * recipe.seed, 0.7, 1.0, 2.0, 3.0, [])
+        return Result(recipe.epochs, 1, 0.1, 0.9, 0.8, 1, 0.7 + 0.01 * recipe.seed, 0.7, 0.9, 1.0, 2.0, 3.0, [])
 
-    monkeypatch.setattr(runner, "fit", fit)
+    monkeypatch.setattr(tasks, "fit", fit)
     return calls
 
 
@@ -116,37 +115,37 @@ def test_another_configuration_is_another_run(settings, trained, change):
 
 
 def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, monkeypatch):
-    works = runner.fit
+    works = tasks.fit
 
     def fails_for_attention(model, data, recipe, **options):
         if "softmax" in str(model.mixers[0].operation):
             raise RuntimeError("no memory left\nsecond line")
         return works(model, data, recipe, **options)
 
-    monkeypatch.setattr(runner, "fit", fails_for_attention)
+    monkeypatch.setattr(tasks, "fit", fails_for_attention)
     study = open_study(settings)
     lines = []
     run(study, say=lines.append)
     assert len(study.finished) == 4 and len(trained) == 4
-    assert [label for label, _ in study.failures] == ["self-attention, seed 0", "self-attention, seed 1"]
+    assert [label for label, _ in study.failures] == [f"self-attention (digits), seed {seed}" for seed in (0, 1)]
     assert sum("FAILED: RuntimeError: no memory left" in line for line in lines) == 2
     assert [row.name for row in study.rows()] == ["conv", "convnn"]
     page = publish(study)[-1].read_text()
-    assert "self-attention, seed 1" in page and "4 of 6 runs have finished" in page
-    monkeypatch.setattr(runner, "fit", works)
+    assert "self-attention (digits), seed 1" in page and "4 of 6 runs have finished" in page
+    monkeypatch.setattr(tasks, "fit", works)
     run(study, say=quiet)
     assert study.failures == [] and len(study.finished) == 6 and len(trained) == 6
 
 
 def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
-    works = runner.fit
+    works = tasks.fit
 
     def interrupted(model, data, recipe, **options):
         if len(trained) == 2:
             raise KeyboardInterrupt
         return works(model, data, recipe, **options)
 
-    monkeypatch.setattr(runner, "fit", interrupted)
+    monkeypatch.setattr(tasks, "fit", interrupted)
     study = open_study(settings)
     with pytest.raises(KeyboardInterrupt):
         run(study, say=quiet)
@@ -156,8 +155,8 @@ def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
 def test_progress_counts_and_estimates(settings, trained):
     lines = []
     run(open_study(settings), say=lines.append)
-    assert "0 of 6 runs have finished before, 6 to do, 1 at a time" in lines[0]
-    assert [line.split("]")[0] for line in lines[1:]] == [f"[{i}/6" for i in range(1, 7)]
+    assert "0 of 9 runs have finished before, 9 to do" in lines[0]  # three measurements, six that train
+    assert [line.split("]")[0] for line in lines[1:]] == [f"[{i}/9" for i in range(1, 10)]
     assert all("about" in line and "left" in line for line in lines[1:-1]) and "left" not in lines[-1]
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from nearfold import _torchvision
+from nearfold.train import Recipe
 from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment
+from nearfold.train.mix import Mix, draw_mix, mixed
 from nearfold.train.seeds import derive
 
 
@@ -114,3 +116,49 @@ def test_derived_seeds_depend_on_every_part():
     seeds = [derive(*place) for place in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a", 1, 1))]
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# Images mixed in pairs.
+
+
+def test_mixup_and_cutmix_by_hand():
+    batch, labels = images(4, 1, 4, 6).float(), torch.tensor([0, 1, 2, 2])
+    partners = batch[[1, 0, 3, 2]]
+    added, targets = mixed(Mix(0.7), batch, labels, 3)
+    torch.testing.assert_close(added, 0.7 * batch + 0.3 * partners)
+    expected = torch.tensor([[0.7, 0.3, 0], [0.3, 0.7, 0], [0, 0, 1], [0, 0, 1]])
+    torch.testing.assert_close(targets, expected)
+    pasted, targets = mixed(Mix(0.75, (1, 3, 2, 5)), batch, labels, 3)
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[1:3, 2:5] = True
+    assert torch.equal(pasted, torch.where(inside, partners, batch))
+    torch.testing.assert_close(targets[0], torch.tensor([0.75, 0.25, 0]))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_are_mixed_as_the_whole(parts):
+    batch, labels = images(8).float(), torch.arange(8) % 3
+    for mix in (Mix(0.7), Mix(0.75, (1, 3, 2, 5))):
+        whole = mixed(mix, batch, labels, 3)
+        pieces = [mixed(mix, *part, 3) for part in zip(batch.chunk(parts), labels.chunk(parts), strict=True)]
+        for index in (0, 1):
+            assert torch.equal(torch.cat([piece[index] for piece in pieces]), whole[index])
+
+
+def test_what_is_mixed_is_drawn_from_seed_and_step():
+    recipe = Recipe(mixup=0.5, cutmix=1.0)
+    drawn = [draw_mix(recipe, step, 16, 24) for step in range(400)]
+    assert drawn == [draw_mix(recipe, step, 16, 24) for step in range(400)]
+    assert drawn != [draw_mix(Recipe(mixup=0.5, cutmix=1.0, seed=1), step, 16, 24) for step in range(400)]
+    boxes = [mix for mix in drawn if mix.box]
+    assert 160 < len(boxes) < 240, "either in about half of the steps"
+    for mix in boxes:
+        top, bottom, left, right = mix.box
+        assert 0 <= top <= bottom <= 16 and 0 <= left <= right <= 24
+        assert mix.share == pytest.approx(1 - (bottom - top) * (right - left) / (16 * 24))
+    assert min(mix.share for mix in boxes) < 0.2 and max(mix.share for mix in boxes) > 0.95
+    shares = torch.tensor([mix.share for mix in drawn if not mix.box])
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.08)
+    assert shares.var().item() == pytest.approx(1 / 8, abs=0.03)  # of Beta(1/2, 1/2)
+    assert not any(draw_mix(Recipe(mixup=0.5), step, 16, 24).box for step in range(50))
+    assert all(draw_mix(Recipe(cutmix=0.5), step, 16, 24).box for step in range(50))

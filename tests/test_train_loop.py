@@ -27,7 +27,11 @@ from nearfold.train import (
     save_weights,
     trainer,
 )
+from nearfold.train import checkpoint as checkpoints
 from nearfold.train.distributed import Team
+from nearfold.train.evaluation import measure
+from nearfold.train.mix import draw_mix, mixed
+from nearfold.train.seeds import generator
 from nearfold.train.trainer import Trainer
 
 RECIPE = Recipe(epochs=3, batch_size=32, lr=3e-3, device="cpu", warmup_epochs=0.5)
@@ -82,7 +86,10 @@ def records(out):
 
 
 def without_times(things):
-    return [{k: v for k, v in thing.items() if k != "images_per_second"} for thing in things]
+    def is_time(name):
+        return name in ("images_per_second", "data_wait") or name.startswith("seconds_")
+
+    return [{k: v for k, v in thing.items() if not is_time(k)} for thing in things]
 
 
 # Learning, and what is measured.
@@ -104,11 +111,17 @@ def test_a_small_network_learns_the_digits(tmp_path):
     assert result.val_accuracy == best["val_accuracy"] == max(r["val_accuracy"] for r in result.history)
 
     out = tmp_path / "run"
-    files = {"recipe.json", "metrics.jsonl", "checkpoint.pt", "weights.safetensors", "result.json"}
-    assert {path.name for path in out.iterdir()} == files
+    files = {"recipe.json", "metrics.jsonl", "checkpoint.json", "weights.safetensors", "result.json"}
+    kept = json.loads((out / "checkpoint.json").read_text())["folder"]
+    assert {path.name for path in out.iterdir()} == files | {kept}
     assert Recipe.from_dict(json.loads((out / "recipe.json").read_text())) == replace(RECIPE, epochs=4)
     assert json.loads((out / "result.json").read_text()) == result.__dict__
     assert [r for r in records(out) if r["kind"] == "epoch"] == result.history
+    for record in records(out):
+        phases = [record[f"seconds_{phase}"] for phase in ("data", "forward", "backward", "optimizer")]
+        assert min(phases) > 0 and record["data_wait"] == pytest.approx(phases[0] / sum(phases))
+        if record["kind"] == "step":
+            assert record["images_per_second"] == pytest.approx(32 / sum(phases))
     steps = [r["step"] for r in records(out) if r["kind"] == "step"]
     assert steps == list(range(10, result.steps + 1, 10))
     other = Net()
@@ -148,11 +161,11 @@ def test_the_same_run_twice_is_the_same_and_leaves_global_randomness_alone(data)
 def test_the_test_images_decide_nothing_and_are_looked_at_once(data, monkeypatch):
     seen = []
 
-    def spy(model, split, *rest, **options):
-        seen.append(len(split))
-        return evaluate(model, split, *rest, **options)
+    def spy(model, batches, count, *rest, **options):
+        seen.append(count)
+        return measure(model, batches, count, *rest, **options)
 
-    monkeypatch.setattr(trainer, "evaluate", spy)
+    monkeypatch.setattr(trainer, "measure", spy)
     wrong = Split(data.test.images, (data.test.labels + 1) % 10)
     one, other = net(), net()
     first = fit(one, data, RECIPE, progress=False)
@@ -168,13 +181,13 @@ def test_the_best_epoch_by_accuracy_then_loss_is_kept(data, monkeypatch):
     outcomes = iter([(0.9, 0.5), (0.8, 0.7), (0.6, 0.7), (0.6, 0.7), (0.5, 0.6)])
     kept = []
 
-    def told(model, split, *rest, **options):
-        if len(split) != len(data.val):
-            return evaluate(model, split, *rest, **options)
+    def told(model, batches, count, *rest, **options):
+        if count != len(data.val):
+            return measure(model, batches, count, *rest, **options)
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return next(outcomes)
 
-    monkeypatch.setattr(trainer, "evaluate", told)
+    monkeypatch.setattr(trainer, "measure", told)
     model = net()
     result = fit(model, data, replace(RECIPE, epochs=5), progress=False)
     assert (result.best_epoch, result.val_accuracy) == (3, 0.7)
@@ -277,6 +290,97 @@ def test_fewer_images_than_a_batch_are_one_batch(data):
     assert result.steps == RECIPE.epochs
 
 
+def test_parts_of_a_batch_are_one_step(data):
+    # sgd without clipping: the size of the gradient counts
+    recipe = replace(RECIPE, epochs=2, batch_size=36, cutmix=1.0, optimizer="sgd", lr=0.05, clip_grad_norm=0.0)
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    parted = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    parted.load_state_dict(whole.state_dict())
+    seen = []
+    parted[1].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])) if module.training else None)
+    one = fit(whole, data, recipe, progress=False)
+    other = fit(parted, data, replace(recipe, accumulate=3), progress=False)
+    assert set(seen) == {12} and len(seen) == 3 * other.steps == 3 * one.steps
+    assert [r["train_loss"] for r in one.history] == pytest.approx([r["train_loss"] for r in other.history], abs=1e-6)
+    torch.testing.assert_close(whole[1].weight, parted[1].weight, rtol=0, atol=1e-5)
+
+
+def test_mixed_images_have_mixed_labels(data):
+    """At a rate of nearly zero, the loss of a step is that of the initial weights on its mixed images."""
+    recipe = Recipe(epochs=1, batch_size=180, lr=1e-9, warmup_epochs=0, mixup=0.8, label_smoothing=0.1, device="cpu")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    order = torch.randperm(180, generator=generator(0, "order", 0))
+    images, labels = prepare(data.train.images[order], data), data.train.labels[order]
+    mix = draw_mix(recipe, 0, 8, 8)
+    with torch.no_grad():
+        logits = model(mixed(mix, images, labels, 10)[0])
+    own, partners = nn.functional.one_hot(labels, 10), nn.functional.one_hot(labels, 10).view(90, 2, 10).flip(1)
+    targets = 0.9 * (mix.share * own + (1 - mix.share) * partners.reshape(180, 10)) + 0.01
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+    result = fit(model, data, recipe, progress=False)
+    assert result.history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    stronger = labels if mix.share > 0.5 else labels.view(90, 2).flip(1).flatten()
+    assert result.history[0]["train_accuracy"] == pytest.approx((logits.argmax(1) == stronger).float().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"accumulate": 3},
+            "batch_size=32 cannot be shared evenly by 1 processes in 3 parts each: use a multiple of 3",
+        ),
+        ({"batch_size": 33, "mixup": 0.1}, r"in pairs of images \(mixup, cutmix\): use a multiple of 2"),
+        ({"batch_size": 1024, "accumulate": 512}, "180 training images are too few for .* 512 parts"),
+    ],
+)
+def test_batches_that_cannot_be_parted(data, fields, says):
+    with pytest.raises(ValueError, match=says):
+        fit(net(), data, replace(RECIPE, **fields), progress=False)
+
+
+def test_a_run_ends_when_the_training_images_are_learned(data, tmp_path):
+    recipe = replace(RECIPE, epochs=40, until=0.9, schedule="constant")
+    model = net()
+    result = fit(model, data, recipe, out=tmp_path, progress=False)
+    reached = [record["train_accuracy_evaluated"] for record in result.history]
+    assert len(reached) == result.epochs < 40 and result.steps == 5 * result.epochs
+    assert reached[-1] >= 0.9 and all(accuracy < 0.9 for accuracy in reached[:-1])
+    assert result.train_accuracy_last == reached[-1]
+    kept = reached[result.best_epoch - 1]
+    assert result.train_accuracy == kept == evaluate(model, data.train, data)[1]
+    again = fit(net(dies_at=1), data, recipe, out=tmp_path, resume=True, progress=False)
+    assert (again.epochs, again.train_accuracy_last) == (result.epochs, result.train_accuracy_last)
+
+
+def test_compiled_training_is_the_same_training(data):
+    recipe = replace(RECIPE, epochs=2, accumulate=2)
+    graphs = []
+    real = torch.compile
+
+    def counted(model, **options):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        return real(model, backend=backend, **options)
+
+    def plain():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+    one, other = plain(), plain()
+    expected = fit(one, data, recipe, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", counted)
+        result = fit(other, data, recipe, progress=False, compile=True)
+    assert len(graphs) == 1, "one graph serves every step; evaluation compiles none"
+    assert without_times(result.history) == without_times(expected.history)
+    assert same_weights(one, other)
+
+
 # Going on after an interruption.
 
 VARIANTS = {
@@ -366,9 +470,9 @@ def test_an_epoch_counts_as_done_only_with_its_validation(data, tmp_path, monkey
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
+        return measure(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "evaluate", dies)
+    monkeypatch.setattr(trainer, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
         fit(net(), data, RECIPE, out=tmp_path, progress=False, checkpoint_every=1)
     result = fit(net(), data, RECIPE, out=tmp_path, resume=True, progress=False)
@@ -380,7 +484,8 @@ def test_the_loss_scale_is_resumed(data, tmp_path):
     one, other = Trainer(net(), data, recipe, team), Trainer(net(), data, recipe, team)
     one._scaler.scale(torch.ones(1))  # it makes its state at first use
     one._scaler.update(new_scale=32.0)
-    other.restore(one.state(), tmp_path)
+    checkpoints.save(tmp_path, {}, *one.state(), team)
+    other.restore(checkpoints.read(tmp_path, {}, team))
     assert other._scaler.scale(torch.ones(1)).item() == 32.0
 
 
@@ -413,7 +518,7 @@ fit(net(), load_data(limit=200), RECIPE, out=sys.argv[1], progress=False, checkp
 print("finished")
 """
 SLOW = "import time\nfrom nearfold.train.trainer import Trainer\ntake = Trainer.take_step\n" + (
-    "def slow(self, order):\n    take(self, order)\n    time.sleep(0.2)\nTrainer.take_step = slow\n"
+    "def slow(self, batches):\n    take(self, batches)\n    time.sleep(0.2)\nTrainer.take_step = slow\n"
 )
 
 
@@ -468,19 +573,42 @@ def damage_model(out):
     return {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}
 
 
+def tensors_of(out):
+    content = json.loads((out / "checkpoint.json").read_text())
+    (name,) = (name for name in content["files"] if name.endswith(".distcp"))
+    return out / content["folder"] / name
+
+
 def truncate(out):
-    content = (out / "checkpoint.pt").read_bytes()
-    (out / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    content = tensors_of(out).read_bytes()
+    tensors_of(out).write_bytes(content[: len(content) // 2])
+    return {}
+
+
+def flip_a_bit(out):
+    content = bytearray(tensors_of(out).read_bytes())
+    content[len(content) // 2] ^= 4
+    tensors_of(out).write_bytes(content)
+    return {}
+
+
+def remove(out):
+    tensors_of(out).unlink()
     return {}
 
 
 def empty(out):
-    (out / "checkpoint.pt").write_bytes(b"")
+    (out / "checkpoint.json").write_bytes(b"")
     return {}
 
 
 def another_file(out):
-    torch.save({"weights": torch.ones(2)}, out / "checkpoint.pt")
+    (out / "checkpoint.json").write_text('{"weights": [1, 1]}')
+    return {}
+
+
+def earlier_version(out):
+    (out / "checkpoint.json").rename(out / "checkpoint.pt")
     return {}
 
 
@@ -492,25 +620,41 @@ def another_file(out):
             r"of another recipe: epochs is 9, was 3; lr is 0.5, was 0.003\. Resume with the same",
         ),
         (damage_data, r"of another data set: train is \[180, 1, 8, 8, \d+\], was"),
-        (damage_model, r"checkpoint\.pt is of another model: (.|\n)*Resume with the same model"),
-        (truncate, r"checkpoint\.pt cannot be read \(.*\); to start afresh, delete .*checkpoint\.pt"),
-        (empty, r"checkpoint\.pt cannot be read"),
-        (another_file, r"checkpoint\.pt is no checkpoint of this version; to start afresh, delete"),
+        (
+            damage_model,
+            r"checkpoint\.json is of another model: .*; layers\.0\.weight is not there, was \(8, 1, 3, 3\); "
+            r".* and 7 more\. Resume with the same model",
+        ),
+        (
+            truncate,
+            r"checkpoint\.json cannot be read \(.*distcp is damaged\); to start afresh, delete .*checkpoint\.json",
+        ),
+        (flip_a_bit, r"checkpoint\.json cannot be read \(.*distcp is damaged\)"),
+        (remove, r"checkpoint\.json cannot be read \(.*distcp is missing\)"),
+        (empty, r"checkpoint\.json cannot be read \(Expecting value"),
+        (another_file, r"checkpoint\.json is no checkpoint of this version; to start afresh, delete"),
+        (earlier_version, r"checkpoint\.pt is no checkpoint of this version"),
     ],
 )
 def test_checkpoints_that_do_not_fit(data, tmp_path, damage, says):
     fit(net(), data, replace(RECIPE), out=tmp_path, progress=False)
     arguments = {"model": net(), "data": data, "recipe": RECIPE, **damage(tmp_path)}
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match=says):
         fit(**arguments, out=tmp_path, resume=True, progress=False)
+    assert contents(tmp_path) == before
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_finished_or_interrupted_run_is_not_overwritten(data, tmp_path):
     fit(net(), data, RECIPE, out=tmp_path, progress=False)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match="holds a run already: pass resume=True"):
         fit(net(), data, RECIPE, out=tmp_path, progress=False)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -520,6 +664,9 @@ def test_a_finished_or_interrupted_run_is_not_overwritten(data, tmp_path):
         ({"tensorboard": True}, "tensorboard=True needs a folder"),
         ({"checkpoint_every": -1}, "checkpoint_every must be an integer of at least 0; got -1"),
         ({"log_every": 0}, "log_every must be an integer of at least 1; got 0"),
+        ({"workers": 0.5}, "workers must be an integer of at least 0; got 0.5"),
+        ({"workers": 2}, "workers=2 read ahead from files, but digits is in memory: leave workers at 0"),
+        ({"parallel": "tp"}, "parallel must be one of 'ddp', 'fsdp'; got 'tp'"),
         ({"out": __file__}, "is a file: name a folder"),
         ({"model": nn.Flatten()}, "no trainable parameter"),
         (
@@ -574,9 +721,11 @@ def test_divergence_stops_the_run_and_leaves_the_last_good_checkpoint(data, tmp_
     recipe = replace(RECIPE, clip_grad_norm=0.0)
     with pytest.raises(Diverged, match=says):
         fit(Poisoned(7, weight), data, recipe, out=tmp_path, progress=False, checkpoint_every=1)
-    state = torch.load(tmp_path / "checkpoint.pt")
-    assert state["run"]["step"] == 6
-    assert all(value.isfinite().all() for value in state["model"].values())
+    saved = checkpoints.read(tmp_path, {}, Team(0, 1, torch.device("cpu")))
+    assert saved.facts["run"]["step"] == 6
+    weight = torch.full((10, 64), math.nan)
+    checkpoints.load(saved, {"model/linear.weight": weight}, Team(0, 1, torch.device("cpu")))
+    assert weight.isfinite().all()
     fit(Poisoned(-1, weight), data, recipe, out=tmp_path, resume=True, progress=False)
 
 

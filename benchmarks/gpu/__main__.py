@@ -80,7 +80,7 @@ def measure_rows(
             if stopped:
                 told[-1]["rows"].append({"who": "the rest of this row", "absent": stopped})
         results["cases"][name] = told[-1]
-        good &= not any("wrong" in row for row in told[-1]["rows"])
+        good &= not any("wrong" in row or run.WRONG in row.get("absent", "") for row in told[-1]["rows"])
         good &= "absent" not in told[-1]["rows"][0]
         file.write_text(json.dumps(results, indent=1) + "\n")
         file.with_suffix(".md").write_text(report.markdown(results))

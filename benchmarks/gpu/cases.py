@@ -6,6 +6,7 @@ Shape legend: B batch, H heads, N positions, d features of a head, k neighbours,
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ Part = tuple[slice, ...]
 
 FLASH, PAIRS = "SDPA, FlashAttention", "the scores of all pairs"
 GEMM = "1/8 of a GEMM of 8192"  # 2 * 8192^3 / 8 = 2 * (4 * 16) * 4096^2 * 64: as many operations as the search has
+BINS = "nearfold, NEARFOLD_SELECT=bins"  # beside the default, for the measurement to say which it should be
 CONV, FLEX, NATTEN = "nn.Conv2d 3x3", "FlexAttention", "NATTEN na2d"
 
 
@@ -45,6 +47,7 @@ class Checked:
         wide: float64 copy of the module, whose gradients are summed over the parts.
         share: peers whose time counts in part only.
         held: MiB, by the name of something that is not run.
+        also: peers that are ours in another way, and must be as right.
     """
 
     case: Case
@@ -56,6 +59,7 @@ class Checked:
     wide: nn.Module | None = None
     share: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value)
 
 
+def _in_bins(forward: Forward) -> Forward:
+    def found(*inputs: Tensor) -> Tensor:
+        before = os.environ.get("NEARFOLD_SELECT", "")
+        os.environ["NEARFOLD_SELECT"] = "bins"
+        try:
+            return forward(*inputs)
+        finally:
+            os.environ["NEARFOLD_SELECT"] = before
+
+    return found
+
+
 def _heads(shape: Shape, most: int) -> list[Part]:
     """Single heads, at most so many, spread over the batch."""
     B, H = shape[:2]
@@ -80,16 +96,25 @@ def _heads(shape: Shape, most: int) -> list[Part]:
     return [(slice(i // H, i // H + 1), slice(i % H, i % H + 1)) for i in chosen]
 
 
-def knn(device: torch.device, dtype: torch.dtype, shape: Shape, k: int, naive: bool, most: int) -> Checked:
+def knn(
+    device: torch.device, dtype: torch.dtype, shape: Shape, k: int, naive: bool, most: int, bins: bool = False
+) -> Checked:
     """k-NN attention on query, key and value (B, H, N, d)."""
     inputs = tuple(torch.randn(3, *shape, device=device).to(dtype).unbind())
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return knn_attention(query, key, value, k)
+
     found = {FLASH: Peer(_flash, same=False), "SDPA": Peer(F.scaled_dot_product_attention, same=False)}
     if naive:
         found["naive"] = Peer(lambda *qkv: peers.naive_knn_attention(*qkv, k))
-    case = Case(inputs, lambda *qkv: knn_attention(*qkv, k), found)
+    if bins:
+        found[BINS] = Peer(_in_bins(ours))
+    case = Case(inputs, ours, found)
     scores = shape[0] * shape[1] * shape[2] ** 2 * dtype.itemsize / 2**20
     reference = lambda *qkv: peers.naive_knn_attention(*qkv, k)  # noqa: E731
-    return Checked(case, reference, _heads(shape, most), -1, searched=True, held={PAIRS: scores})
+    also = (BINS,) if bins else ()
+    return Checked(case, reference, _heads(shape, most), -1, searched=True, held={PAIRS: scores}, also=also)
 
 
 def search(device: torch.device, dtype: torch.dtype, shape: Shape, k: int, gemm: int) -> Checked:
@@ -110,10 +135,11 @@ def search(device: torch.device, dtype: torch.dtype, shape: Shape, k: int, gemm:
         ]
         return torch.stack(found).view(index.shape)
 
-    found = {GEMM: Peer(lambda *_: a @ b, same=False, backward=False)}
+    found = {GEMM: Peer(lambda *_: a @ b, same=False, backward=False), BINS: Peer(_in_bins(ours), backward=False)}
     case = Case(inputs, ours, found, backward=False)
     reference = lambda q, x: (q @ x.mT).topk(k).values  # noqa: E731
-    return Checked(case, reference, _heads(shape, 8), -1, searched=False, part=scores, share={GEMM: 1 / 8})
+    share = {GEMM: 1 / 8}
+    return Checked(case, reference, _heads(shape, 8), -1, searched=False, part=scores, share=share, also=(BINS,))
 
 
 def _layer(
@@ -211,14 +237,14 @@ CASES: dict[str, Spec] = {
     "knn": Spec(
         "k-NN attention",
         knn,
-        {"shape": TOKENS, "k": 9, "naive": True, "most": 64},
-        {"shape": TINY_TOKENS, "k": 9, "naive": True, "most": 4},
+        {"shape": TOKENS, "k": 9, "naive": True, "most": 64, "bins": True},
+        {"shape": TINY_TOKENS, "k": 9, "naive": True, "most": 4, "bins": True},
     ),
     "knn_16384": Spec(
         "k-NN attention",
         knn,
-        {"shape": LONG, "k": 9, "naive": False, "most": 6},
-        {"shape": (1, 2, 150, 16), "k": 9, "naive": False, "most": 2},
+        {"shape": LONG, "k": 9, "naive": False, "most": 6, "bins": True},
+        {"shape": (1, 2, 150, 16), "k": 9, "naive": False, "most": 2, "bins": True},
     ),
     "knn_k36": Spec(
         "k-NN attention",
@@ -248,6 +274,17 @@ CASES: dict[str, Spec] = {
     "select": Spec(
         "select alone", search, {"shape": TOKENS, "k": 9, "gemm": 8192}, {"shape": TINY_TOKENS, "k": 9, "gemm": 64}
     ),
+}
+# how time and memory grow with N; last, for here a missing point costs least
+CURVE = {f"curve_{N}": N for N in (1024, 2048, 4096, 8192, 16384, 32768)}
+CASES |= {
+    name: Spec(
+        "k-NN attention",
+        knn,
+        {"shape": (1, 16, N, 64), "k": 9, "naive": False, "most": 2, "bins": True},
+        {"shape": (1, 2, N // 512 + 20, 16), "k": 9, "naive": False, "most": 2, "bins": True},
+    )
+    for name, N in CURVE.items()
 }
 
 TARGETS = [

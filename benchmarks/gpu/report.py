@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.case import OURS
-from benchmarks.gpu.cases import CASES, TARGETS, title
+from benchmarks.gpu.cases import BINS, CASES, CURVE, FLASH, TARGETS, title
 from benchmarks.targets import WORDS, Target, verdict
 
 NO_MEMORY = "out of memory"
@@ -42,6 +42,22 @@ def _only_ours(target: Target, cases: dict[str, Any]) -> bool:
     return field in rows.get(OURS, {}) and rows.get(target.peer, {}).get("absent") == NO_MEMORY
 
 
+CURVE_HEAD = ("N", "what", "nearfold", BINS, FLASH)
+
+
+def curve_lines(cases: dict[str, Any]) -> list[list[str]]:
+    """N, what, and of everyone the time in ms or the memory in MiB."""
+    found = []
+    for name, N in CURVE.items():
+        rows = {row["who"]: row for row in cases.get(name, {}).get("rows", [])}
+        for what, key in (("forward", "forward_ms"), ("both", "both_ms"), ("memory", "peak_mib")):
+            numbers = [rows.get(who, {}).get(key) for who in (OURS, BINS, FLASH)]
+            if any(numbers):
+                unit = "MiB" if what == "memory" else "ms"
+                found.append([str(N), f"{WORDS[what]}, {unit}", *("" if n is None else f"{n:.2f}" for n in numbers)])
+    return found
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The page: device, targets, measurements."""
     cases, tiny = results["cases"], results["tiny"]
@@ -51,6 +67,8 @@ def markdown(results: dict[str, Any]) -> str:
         page += ["Tiny shapes: a check of the command. Its times mean nothing, and no speed is claimed.", ""]
     else:
         page += ["## Targets", "", *report.table(report.TARGET_HEAD, target_lines(cases, tiny), 3), ""]
+        if lines := curve_lines(cases):
+            page += ["## Growth with N", "", *report.table(CURVE_HEAD, lines, 2), ""]
     page += ["## Measurements", "", NOTES]
     for name in (name for name in CASES if name in cases):
         entry = cases[name]

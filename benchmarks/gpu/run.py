@@ -7,11 +7,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.case import OURS
+from benchmarks.case import OURS, Forward
 from benchmarks.gpu import cases, machine
 from benchmarks.gpu.clock import milliseconds, reason
 from benchmarks.gpu.gate import judge, peer_difference
@@ -20,6 +21,7 @@ from nearfold.study.measure import peak_bytes
 
 Entry = dict[str, Any]
 END = "end"
+WRONG = "WRONG"
 SECONDS = {False: 5.0, True: 0.05}  # for all rounds, forward, and again for forward and backward; by tiny
 
 
@@ -43,7 +45,9 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tel
     case, rows = checked.case, {OURS: ours}
     for who, peer in case.peers.items():
         rows[who] = {"who": who, "same": peer.same}
-        if peer.same:
+        if who in checked.also:
+            rows[who] |= _also(checked, peer.forward)
+        elif peer.same:
             try:
                 rows[who]["difference"] = peer_difference(checked, peer.forward)
             except Exception as error:
@@ -69,6 +73,18 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tel
             run.clear()
             rows[who]["peak_mib"] = peak_bytes(run.call, device) / 2**20
     tell(entry)
+
+
+def _also(checked: cases.Checked, forward: Forward) -> Entry:
+    """What is ours in another way is judged as ours is, on a few parts, and gets no time either where it is wrong."""
+    try:
+        found = judge(replace(checked, case=replace(checked.case, ours=forward), parts=checked.parts[:4]))
+    except Exception as error:
+        return {"absent": reason(error)}
+    told: Entry = {"difference": found.difference}
+    if not found.right or not found.repeats:
+        told["absent"] = f"{WRONG}: {found.where if not found.right else 'a second run'} differs"
+    return told
 
 
 def apart(work: Callable[[Callable[[Any], None]], None], seconds: float, took: Callable[[Any], None]) -> str:

@@ -38,12 +38,18 @@ class Place:
         largest, scale = max(self.grid), 1
         while scale < largest:
             scale *= 2
-        centre = torch.tensor([(n - 1) / 2 for n in self.grid], device=self.device, dtype=self.dtype)
-        return (self.index().to(self.dtype) - centre) * (2 / scale)
+        axes = [torch.arange(n, device=self.device, dtype=self.dtype) - (n - 1) / 2 for n in self.grid]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid)) * (2 / scale)
+
+    def _from_minus_one_to_one(self, n: int) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return torch.linspace(-1, 1, n, device=self.device, dtype=self.dtype)
+        # traced, torch.linspace would make every size of the grid a graph of its own
+        return torch.arange(n, device=self.device, dtype=self.dtype) * (2 / max(n - 1, 1)) - 1
 
     def unit(self) -> Tensor:
         """Coordinates (N, a), each axis from -1 to 1, last axis first (x before y), as ConvNN and ACmix do."""
-        axes = [torch.linspace(-1, 1, n, device=self.device, dtype=self.dtype) for n in self.grid]
+        axes = [self._from_minus_one_to_one(n) for n in self.grid]
         return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(self.grid))
 
 

@@ -1,6 +1,7 @@
 """`nearfold::corners`: for slots that offsets have moved, the positions around each, and how much of every one.
 
-One operator, two implementations: the compiled engine on the CPU, and PyTorch (`corners_torch`) everywhere else.
+One operator, three implementations: the compiled engine on the CPU, Triton on CUDA devices, and PyTorch
+(`corners_torch`) everywhere else.
 
 Shape legend: P samples and groups, S slots, M outputs, E = 2^a corners, a grid axes.
 """
@@ -8,11 +9,12 @@ Shape legend: P samples and groups, S slots, M outputs, E = 2^a corners, a grid 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nearfold.kernels import corners_torch, engine
+from nearfold.kernels import corners_torch, cuda, engine
 from nearfold.kernels.corners_torch import Frame
 
 
@@ -34,6 +36,12 @@ def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
 
 def _served(offset: Tensor, mask: Tensor | None) -> bool:
     return offset.numel() > 0 and engine.serves(offset, mask)
+
+
+def _on_gpu(offset: Tensor, mask: Tensor | None, frame: Frame, grad: Tensor | None = None) -> ModuleType | None:
+    """The Triton kernels, where they can compute this."""
+    kernels = cuda.kernels("corners", offset, mask, grad)
+    return None if kernels is None or kernels.serves(offset, mask, frame) else kernels
 
 
 def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +79,11 @@ def corners(
     """
     frame = Frame(grid, out, size, stride, dilation, before)
     _require(offset, mask, frame)
+    kernels = _on_gpu(offset, mask, frame)
+    if kernels is not None:
+        share, index = _outputs(offset)
+        kernels.corners(offset, mask, frame, share.transpose(1, 2), index.transpose(1, 2))
+        return share, index
     if not _served(offset, mask):
         with torch.autocast(offset.device.type, enabled=False):
             share, index = corners_torch.corners(offset, mask, frame)
@@ -116,6 +129,10 @@ def corners_backward(
     """Gradients at offset and mask (an empty tensor where that is None)."""
     frame = Frame(grid, out, size, stride, dilation, before)
     none = offset.new_empty(0)
+    kernels = _on_gpu(offset, mask, frame, grad)
+    if kernels is not None:
+        d_offset, found = kernels.corners_backward(grad, offset, mask, frame)
+        return d_offset, none if found is None else found
     if not _served(offset, mask):
         with torch.autocast(offset.device.type, enabled=False):
             d_offset, found = corners_torch.backward(grad, offset, mask, frame)

@@ -1,7 +1,8 @@
 """Which Triton kernels serve CUDA tensors; PyTorch does where there is none.
 
 ``NEARFOLD_ENGINE=off`` chooses the PyTorch path. Sums that several programs add to are made in a fixed order;
-``NEARFOLD_ATOMICS=1`` allows faster ones whose rounding differs from run to run.
+``NEARFOLD_ATOMICS=1`` allows faster ones whose rounding differs from run to run. ``NEARFOLD_SELECT`` chooses how the k
+best are found: ``threshold`` (the default) or ``bins``, where that one serves; the results are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.engine import OFF
+
+SEARCHES = ("threshold", "bins")
 
 _interpreted = 0  # how many `interpreted()` are open
 
@@ -58,6 +61,18 @@ def deterministic() -> bool:
     True
     """
     return os.environ.get("NEARFOLD_ATOMICS") != "1" or torch.are_deterministic_algorithms_enabled()
+
+
+def search() -> str:
+    """How the k best are to be found, one of ``SEARCHES``; ValueError where NEARFOLD_SELECT names another.
+
+    >>> search()
+    'threshold'
+    """
+    wanted = os.environ.get("NEARFOLD_SELECT") or SEARCHES[0]
+    if wanted not in SEARCHES:
+        raise ValueError(f"NEARFOLD_SELECT={wanted!r} is none of {', '.join(SEARCHES)}; set one of them, or unset it")
+    return wanted
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """`nearfold::grouped_conv`: a convolution of many small groups, whose channels are read from several maps.
 
-The maps are never joined: the compiled engine gathers the channels of a group while it packs them. Everywhere else
-PyTorch joins and convolves.
+The maps are never joined: the compiled engine gathers the channels of a group while it packs them, the Triton kernels
+read them where they are. Everywhere else PyTorch joins and convolves.
 
 Shape legend: B batch, G groups, I inputs of a group (over all maps), O outputs of a group, `*grid` the maps' grid,
 `*out` the output grid; one to three grid axes.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine
+from nearfold.kernels import cuda, engine
 from nearfold.kernels.local import pad, unpad
 
 MOST_MAPS = 4
@@ -73,6 +74,10 @@ def grouped_conv(
     """
     _require(maps, weight, stride, dilation, before, out)
     B, G, O = maps[0].shape[0], weight.shape[0], weight.shape[1]
+    kernels = _on_gpu(maps, weight, stride, dilation, before, out)
+    if kernels is not None:
+        made: Tensor = kernels.grouped_conv(maps, weight, stride, dilation, before, out, reflect)
+        return made
     if _served(weight, *maps):
         module = engine.get()
         assert module is not None
@@ -85,6 +90,21 @@ def grouped_conv(
         )
         y = _CONV[len(out)](x, weight.flatten(0, 1), None, stride, 0, dilation, G)
         return y.unflatten(1, (G, O)).transpose(1, 2).contiguous()
+
+
+def _on_gpu(
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+    out: list[int],
+    *grad: Tensor,
+) -> ModuleType | None:
+    """The Triton kernels, where they can compute this."""
+    kernels = cuda.kernels("grouped_conv", weight, *maps, *grad)
+    read = [*maps, *(g.transpose(1, 2) for g in grad)]
+    return None if kernels is None or kernels.serves(read, weight, stride, dilation, before, out) else kernels
 
 
 def _served(*tensors: Tensor) -> bool:
@@ -117,6 +137,10 @@ def grouped_conv_backward(
     """Gradients at every map, and at weight."""
     out = list(grad.shape[3:])
     _require(maps, weight, stride, dilation, before, out)
+    kernels = _on_gpu(maps, weight, stride, dilation, before, out, grad)
+    if kernels is not None:
+        made: list[Tensor] = kernels.grouped_conv_backward(grad, maps, weight, stride, dilation, before, reflect)
+        return made
     d_maps, d_weight = (
         [torch.empty_like(m) for m in maps],
         torch.empty_like(weight, memory_format=torch.contiguous_format),

@@ -31,3 +31,24 @@ def draw_positions(state: Tensor, total: int, count: int) -> Tensor:
     # the position in the low bits makes the keys distinct, whatever order equal ones would be sorted in
     chosen = (keys * total + torch.arange(total, device=state.device)).topk(count, sorted=False).indices
     return chosen.sort().values
+
+
+@torch.library.custom_op("nearfold::drawn", mutates_args=())
+def drawn(state: Tensor) -> Tensor:
+    """A copy of ``state`` for one forward pass; RuntimeError in a backward pass, which would find it moved on.
+
+    An operator, for compiled code that recomputes a checkpointed region must come by here too.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "random candidates would be drawn anew where activation checkpointing runs this layer again in the "
+            "backward pass, and gradients would be wrong: in compiled code, in checkpoints within checkpoints, without "
+            "preserve_rng_state, or where torch was seeded alike for two passes. Checkpoint around this layer, or put "
+            "it in evaluation mode, where all candidates are searched"
+        )
+    return state.clone()
+
+
+@drawn.register_fake
+def _(state: Tensor) -> Tensor:
+    return torch.empty_like(state)

@@ -137,8 +137,11 @@ def _exact(
     kernels = cuda.kernels("select", query, key)
     if kernels is not None and query.numel() * key.numel() and not kernels.serves(query, key, k, metric, rule, grid):
         with torch.cuda.device_of(query):
-            found: tuple[Tensor, Tensor] = kernels.select(*arguments)
-        return found
+            if cuda.search() == "bins" and not kernels.serves_binned(query, key, k, metric):
+                score, index, _ = kernels.select_binned(*arguments)
+            else:
+                score, index = kernels.select(*arguments)
+        return score, index
     query, key = wide(query), wide(key)
     if not _served(query, key, k, metric, positions, rule):
         with torch.autocast(query.device.type, enabled=False):

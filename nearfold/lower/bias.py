@@ -47,7 +47,10 @@ def score_bias(
         return _alibi(op, offset_MSa.to(wide).square().sum(-1).sqrt()).to(like.dtype)
     sizes = as_tuple(op.path.size, len(grid), "size")  # type: ignore[attr-defined]
     dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
-    ends = torch.tensor([n - 1 for n in sizes], device=like.device)
-    # how far the query lies behind the key, in steps of the dilation, as Swin counts
-    row_MS = flatten(offset_MSa // torch.tensor(dilations, device=like.device) + ends, tuple(2 * n - 1 for n in sizes))
+    # how far the query lies behind the key, in steps of the dilation, as Swin counts; from no tensor of the
+    # host, which a CUDA graph could not hold
+    behind = [
+        offset_MSa[..., a] // step + size - 1 for a, (step, size) in enumerate(zip(dilations, sizes, strict=True))
+    ]
+    row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in sizes))
     return params["relative_bias"].to(like.dtype).flatten(1)[:, row_MS]

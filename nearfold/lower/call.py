@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from nearfold.grammar import Basic
@@ -160,19 +161,38 @@ def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, devic
     return flat
 
 
-def in_forward_mode(call: Call) -> bool:
-    """Whether forward-mode differentiation is under way."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in (call.value, *call.params.values()))
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp ...) is at work on one of the tensors."""
+    return not torch.compiler.is_compiling() and any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
-def refuse_forward_mode(call: Call) -> None:
-    """NotImplementedError under forward-mode differentiation, which our operators would answer with zero."""
-    if in_forward_mode(call):
-        raise NotImplementedError(
-            f"{call.op}: forward-mode differentiation (torch.func.jvp) runs on the oracle only; pass backend='oracle'"
-        )
+def _in_reverse_mode(x: Tensor) -> bool:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def derivative_of(*tensors: Tensor) -> str:
+    """How a derivative is being taken that our operators cannot give, in words; empty where none is.
+
+    What they give is reverse mode as torch.autograd records it. torch.func.vmap alone works: it calls them in a loop.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "forward-mode differentiation (torch.func.jvp)"
+    if any(map(_in_reverse_mode, tensors)):
+        return "differentiation by torch.func (grad, vjp, jacrev)"
+    return ""
+
+
+def refuse_derivatives(call: Call) -> None:
+    """NotImplementedError under a derivative that our operators answer with zero, or with an error of torch's own."""
+    if how := derivative_of(call.value, *call.params.values()):
+        instead = "" if "forward" in how else ", or differentiate with torch.autograd.grad"
+        raise NotImplementedError(f"{call.op}: {how} runs on the oracle only; pass backend='oracle'{instead}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

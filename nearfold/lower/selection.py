@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfold.grammar.similarity import Place, Position
 from nearfold.grammar.words import All, Block, Box, Causal, Deformable, Nearby, Nearest, Scan, Strided, Table, Window
 from nearfold.lower.bias import score_bias
-from nearfold.lower.call import Call, count_positions
+from nearfold.lower.call import Call, count_positions, is_transformed
 from nearfold.lower.deform import sampled
 from nearfold.lower.orders import scan_order
 from nearfold.lower.windows import flatten, window_reads
@@ -40,7 +40,8 @@ class Selection:
     def __post_init__(self) -> None:
         assert self.index.dtype == torch.long and self.valid.dtype == torch.bool
         assert self.index.shape[-2:] == self.valid.shape[-2:], (self.index.shape, self.valid.shape)
-        if not torch.compiler.is_compiling() and self.index.numel() and not self.index.is_meta:
+        unknown = torch.compiler.is_compiling() or self.index.is_meta or is_transformed(self.index)
+        if not unknown and self.index.numel():
             low, high = self.index.min().item(), self.index.max().item()
             assert low >= 0 and high < self.positions, (low, high, self.positions)
 

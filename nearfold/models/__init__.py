@@ -1,4 +1,4 @@
-"""Networks: the seeds' published ones by name, and the small one of the spectrum study.
+"""Networks: the seeds' published ones by name, and the small ones of the studies.
 
 >>> import nearfold.models
 >>> nearfold.models.list_models("vgg11*")
@@ -9,6 +9,7 @@ from nearfold.models import densenet, gwo, pvt, resnet, san, swin, vgg, vit  # t
 from nearfold.models.denoise import DenoiseNet
 from nearfold.models.hub import from_pretrained, push_to_hub, save_pretrained
 from nearfold.models.network import Features, Network
+from nearfold.models.plain import PlainNet
 from nearfold.models.registry import MODELS, Entry, Published, create, list_models, register
 from nearfold.models.small import SpectrumNet, stem_stride
 
@@ -18,6 +19,7 @@ __all__ = [
     "Entry",
     "Features",
     "Network",
+    "PlainNet",
     "Published",
     "SpectrumNet",
     "create",

@@ -38,6 +38,8 @@ class BaselineNet(Network):
         in_chans: channels of the images.
         img_size: not used, since any size fits; here because every network of the table takes it.
         width: channels of the first layer; the second has twice as many.
+        side: of the map that the linear layers read.
+        embed: a 1x1 convolution before either layer makes its channels, so that every layer keeps their number.
 
     >>> import torch
     >>> BaselineNet("deformable")(torch.zeros(1, 3, 32, 32)).shape
@@ -54,27 +56,33 @@ class BaselineNet(Network):
         in_chans: int = 3,
         img_size: Any = None,
         width: int = 16,
+        side: int = GRID,
+        embed: bool = False,
     ) -> None:
         super().__init__()
         operation = layer_of(LAYERS.get(layer, layer) if isinstance(layer, str) else layer)
-        self.conv1, self.conv2 = mixing(operation, in_chans, width), mixing(operation, width, 2 * width)
+        self.side = side
+        self.embed1: nn.Module = nn.Conv2d(in_chans, width, 1) if embed else nn.Identity()
+        self.embed2: nn.Module = nn.Conv2d(width, 2 * width, 1) if embed else nn.Identity()
+        self.conv1 = mixing(operation, width if embed else in_chans, width)
+        self.conv2 = mixing(operation, 2 * width if embed else width, 2 * width)
         self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
         self.feature_info = [
             {"num_chs": width, "reduction": 2, "module": "conv1"},
             {"num_chs": 2 * width, "reduction": 4, "module": "conv2"},
         ]
-        self.fc1, self.fc2 = nn.Linear(2 * width * GRID**2, 120), nn.Linear(120, 84)
+        self.fc1, self.fc2 = nn.Linear(2 * width * side**2, 120), nn.Linear(120, 84)
         self.fc3 = classifier(84, num_classes)
         self.num_features, self.num_classes = 84, num_classes
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The two pooled maps."""
-        first = self.pool(self.relu(self.run(self.conv1, x)))
-        return [first, self.pool(self.relu(self.run(self.conv2, first)))]
+        first = self.pool(self.relu(self.run(self.conv1, self.embed1(x))))
+        return [first, self.pool(self.relu(self.run(self.conv2, self.embed2(first))))]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, num_classes), or (B, 84) with ``pre_logits``."""
-        x = self.relu(self.fc2(self.relu(self.fc1(F.adaptive_avg_pool2d(x, GRID).flatten(1)))))
+        x = self.relu(self.fc2(self.relu(self.fc1(F.adaptive_avg_pool2d(x, self.side).flatten(1)))))
         out: Tensor = x if pre_logits else self.fc3(x)
         return out
 

@@ -60,12 +60,12 @@ def position_code(channels: int, height: int, width: int, like: Tensor) -> Tenso
 class Block(nn.Module):
     """x + Mixer(norm(x)), then x + MLP(norm(x)); (B, width, H, W) to the same shape."""
 
-    def __init__(self, operation: Operation | str, width: int) -> None:
+    def __init__(self, operation: Operation | str, width: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
         self.mixer = Mixer(operation, width, width)
         self.mlp = nn.Sequential(
-            nn.BatchNorm2d(width), nn.Conv2d(width, 2 * width, 1), nn.GELU(), nn.Conv2d(2 * width, width, 1)
+            nn.BatchNorm2d(width), nn.Conv2d(width, hidden, 1), nn.GELU(), nn.Conv2d(hidden, width, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class SpectrumNet(nn.Module):
         width: channels of every block; the heads and channel splits of the operation must divide it.
         depth: number of blocks.
         stride: stride of the stem, see `stem_stride`.
+        hidden: channels inside the MLPs; None: twice the width.
 
     Raises:
         NotationError: `operation` is a notation that does not parse.
@@ -105,10 +106,13 @@ class SpectrumNet(nn.Module):
         width: int = 32,
         depth: int = 2,
         stride: int = 1,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
+        hidden = 2 * width if hidden is None else hidden
         numbers = {
-            "in_channels": in_channels, "classes": classes, "width": width, "depth": depth, "stride": stride
+            "in_channels": in_channels, "classes": classes, "width": width, "depth": depth, "stride": stride,
+            "hidden": hidden,
         }  # fmt: skip
         for name, value in numbers.items():
             if value < 1:
@@ -116,7 +120,7 @@ class SpectrumNet(nn.Module):
         kernel = max(3, 2 * stride - 1)
         self.stem = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2)
         self.place = nn.Parameter(torch.full((1, width, 1, 1), 0.1))
-        self.blocks = nn.ModuleList(Block(operation, width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(operation, width, hidden) for _ in range(depth))
         self.head = nn.Sequential(nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(width, classes)
 

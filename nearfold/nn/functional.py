@@ -15,6 +15,15 @@ from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
+from nearfold.lower.call import derivative_of
+
+
+def _refuse_derivatives(name: str, *tensors: Tensor | None) -> None:
+    if how := derivative_of(*(t for t in tensors if t is not None)):
+        raise NotImplementedError(
+            f"{name}: {how} is not there; differentiate with torch.autograd.grad, or take a layer of nearfold.nn with "
+            "backend='oracle'"
+        )
 
 
 def knn_attention(
@@ -66,6 +75,7 @@ def knn_attention(
         raise ValueError(f"k must be a positive integer, got {k!r}")
     if not 0 < recall <= 1:
         raise ValueError(f"recall must be above 0 and at most 1 (exact), got {recall!r}")
+    _refuse_derivatives("knn_attention", query, key, value)
     B, H, M, d = query.shape
     N = key.shape[2]
     factor = d**-0.5 if scale is None else float(scale)
@@ -153,6 +163,7 @@ def deform_conv(
     dtypes = {t.dtype for t in (input, offset, weight, bias, mask) if t is not None}
     if len(dtypes) > 1 or not input.is_floating_point():
         raise ValueError(f"all operands must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    _refuse_derivatives("deform_conv", input, offset, weight, bias, mask)
     wide = torch.promote_types(input.dtype, torch.float32)
     outputs = math.prod(out)
     share, index = corners(

@@ -11,6 +11,7 @@ from nearfold.grammar import Operation, parse
 from nearfold.grammar.words import Nearest, Random
 from nearfold.lower.parameters import Parameter, parameters, part_of
 from nearfold.lower.plan import apply
+from nearfold.nn.draws import Draws
 
 
 def _initial(spec: Parameter) -> Tensor:
@@ -108,6 +109,7 @@ class Mixer(nn.Module):
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
         self.register_buffer("sampler", _new_sampler() if _draws(self.operation) else None)
+        self._draws = Draws()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
@@ -218,14 +220,7 @@ class Mixer(nn.Module):
             )
         draw = None
         if self.sampler is not None and self.training:
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    f"{self.operation}: random candidates would be drawn anew when activation checkpointing runs the "
-                    "layer again in the backward pass, and gradients would be wrong; checkpoint around this layer, or "
-                    "put it in evaluation mode, where all candidates are searched"
-                )
-            self.sampler[1] += 1
-            draw = self.sampler.clone()
+            draw = self._draws.next(self.sampler)
         return apply(
             self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
             context=context,

@@ -33,6 +33,7 @@ class Cost:
         parameters: trainable numbers.
         flops: floating-point operations of one image's forward pass in evaluation mode (a multiply and an
             add are two).
+        latency_ms: milliseconds of one image's forward pass in evaluation mode; on the CPU, on one thread.
         images_per_second: batch size over the time of a forward and backward pass; on the CPU, on one thread.
         peak_memory_mib: most MiB allocated at one time during that pass, beyond what was held before it
             (parameters, the batch). On the CPU from torch.profiler, on CUDA from the allocator.
@@ -40,6 +41,7 @@ class Cost:
 
     parameters: int
     flops: int
+    latency_ms: float
     images_per_second: float
     peak_memory_mib: float
 
@@ -85,16 +87,28 @@ def _measure(model: nn.Module, images: Tensor, labels: Tensor) -> Cost:
         F.cross_entropy(model(images), labels).backward()
         model.zero_grad(set_to_none=True)
 
-    step()  # warm up: lazy initialisation and caches belong to no operator
-    seconds: list[float] = []
-    while len(seconds) < STEPS and sum(seconds) < SECONDS:
-        seconds.append(_seconds(step, images.device))
+    def glance() -> None:
+        with torch.no_grad():
+            model(images[:1])
+
+    per_batch = _median_seconds(step, images.device)
+    peak = peak_bytes(step, images.device)
+    model.eval()
     return Cost(
         parameters=count_parameters(model),
         flops=count_flops(model, tuple(images.shape[1:])),
-        images_per_second=len(images) / statistics.median(seconds),
-        peak_memory_mib=peak_bytes(step, images.device) / 2**20,
+        latency_ms=1000 * _median_seconds(glance, images.device),
+        images_per_second=len(images) / per_batch,
+        peak_memory_mib=peak / 2**20,
     )
+
+
+def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
+    step()  # warm up: lazy initialisation and caches belong to no operator
+    seconds: list[float] = []
+    while len(seconds) < STEPS and sum(seconds) < SECONDS:
+        seconds.append(_seconds(step, device))
+    return statistics.median(seconds)
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import nearfold
+from nearfold.study.engine import duration
 from nearfold.study.looks import Look, first_look
 from nearfold.study.report import Report, html
-from nearfold.study.runner import duration
 from nearfold.study.spectrum import DEPTH, Settings, Study
 from nearfold.study.store import write_whole
 from nearfold.study.table import Row, markdown_table, mean, spread
@@ -68,10 +68,10 @@ def _results(study: Study, rows: list[Row]) -> dict[str, Any]:
     return {
         "study": "spectrum",
         "command": command_line(study.settings),
-        "environment": _environment(),
+        "environment": environment(),
         "data": study.data.name,
         "recipe": study.settings.recipe.to_dict(),
-        "planned": len(study.runs),
+        "planned": len(study.training),
         "finished": len(study.finished),
         "failures": [{"run": label, "error": error} for label, error in study.failures],
         "rows": [
@@ -109,7 +109,7 @@ def _report(study: Study, rows: list[Row]) -> Report:
         facts=facts,
         rows=rows,
         n_test=len(data.test),
-        planned=len(study.runs),
+        planned=len(study.training),
         finished=len(study.finished),
         image=data.test.images[0],
         image_label=f"class {data.classes[int(data.test.labels[0])]}",
@@ -123,7 +123,7 @@ def _report(study: Study, rows: list[Row]) -> Report:
             "training time of all runs": duration(sum(seconds)),
         },
         command=command_line(settings),
-        environment=_environment(),
+        environment=environment(),
     )
 
 
@@ -131,11 +131,11 @@ def _all_looks(study: Study, rows: list[Row]) -> tuple[dict[str, Look], list[tup
     """The look of every operator whose weights of seed 0 are there, and why the others have none."""
     found: dict[str, Look] = {}
     missing: list[tuple[str, str]] = []
-    first = {run.stop.name: run for run in study.runs if run.seed == 0}
+    stops = {stop.name: stop for stop in study.settings.stops}
     image = study.data.test.images[0]
     for row in rows:
-        run = first[row.name]
-        model = study.build(run.stop)
+        run = study.training[0, row.name]
+        model = study.build(stops[row.name])
         try:
             load_weights(model, study.store.weights_path(run.config))
             found[row.name] = first_look(model, prepare(image[None], study.data), image, row.title)
@@ -144,7 +144,8 @@ def _all_looks(study: Study, rows: list[Row]) -> tuple[dict[str, Look], list[tup
     return found, missing
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Machine and versions, by name."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "nearfold": nearfold.__version__,

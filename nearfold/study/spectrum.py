@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import nearfold
 from nearfold.grammar import CATALOGUE, parse
 from nearfold.models import SpectrumNet, stem_stride
+from nearfold.study.engine import Place, work_through
+from nearfold.study.grid import Data, Run, Trial, costing, training
+from nearfold.study.local import Local
 from nearfold.study.store import Store
 from nearfold.study.table import Row, make_row
 from nearfold.train import ImageData, Recipe, load_data
@@ -122,21 +121,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One operator with one seed, and the configuration that decides its result."""
-
-    stop: Stop
-    seed: int
-    recipe: Recipe
-    config: Mapping[str, Any] = field(hash=False)
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return f"{self.stop.title}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
 class Study:
     """A study and what is on disk of it.
 
@@ -153,48 +137,42 @@ class Study:
     device: torch.device
 
     @functools.cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """All that was asked for, seed by seed."""
-        data = fingerprint(self.data)
-        runs = []
-        for seed, stop in itertools.product(range(self.settings.seeds), self.settings.stops):
-            recipe = replace(self.settings.recipe, seed=seed)
-            config = {
-                "study": "spectrum",
-                "version": nearfold.__version__,
-                "operation": str(parse(stop.notation)),
-                "recipe": recipe.to_dict(),
-                "data": data,
-                "model": self.model,
-            }
-            runs.append(Run(stop, seed, recipe, config))
-        return tuple(runs)
+    def training(self) -> dict[tuple[int, str], Run]:
+        """The runs that train, by seed and name of the operator, seed by seed."""
+        prints = fingerprint(self.data)
+        return {
+            (seed, stop.name): training(self._trial(stop), seed, prints, keep_weights=seed == 0)
+            for seed in range(self.settings.seeds)
+            for stop in self.settings.stops
+        }
+
+    @functools.cached_property
+    def costs(self) -> dict[str, Run]:
+        """The runs that measure an operator's cost, by its name."""
+        prints = fingerprint(self.data)
+        return {stop.name: costing(self._trial(stop), prints) for stop in self.settings.stops}
+
+    @property
+    def place(self) -> Place:
+        """Where runs find the data and leave their results."""
+        return Place(self.store.root, {self.data.name: self.settings.data})
+
+    def _trial(self, stop: Stop) -> Trial:
+        network = {"name": "spectrum", "operation": stop.notation, **self.model}
+        data = Data(self.data.name, limit=self.settings.limit)
+        return Trial({"data": self.data.name, "operator": stop.title}, network, data, self.settings.recipe)
 
     @property
     def finished(self) -> list[Run]:
-        """Runs with a result."""
-        return [run for run in self.runs if self.store.load(run.config) is not None]
+        """Training runs with a result."""
+        return [run for run in self.training.values() if self.store.load(run.config) is not None]
 
     @property
     def failures(self) -> list[tuple[str, str]]:
         """Label and error of what failed and has not succeeded since: measurements, then runs."""
-        tried = [(f"{stop.title}, cost", self.cost_config(stop)) for stop in self.settings.stops]
-        tried += [(run.label, dict(run.config)) for run in self.runs]
-        errors = ((label, self.store.failure(config)) for label, config in tried)
+        tried = [*self.costs.values(), *self.training.values()]
+        errors = ((run.label, self.store.failure(run.config)) for run in tried)
         return [(label, error) for label, error in errors if error is not None]
-
-    def cost_config(self, stop: Stop) -> dict[str, Any]:
-        """What decides the cost of an operator: neither seed nor epochs, but the machine."""
-        cuda = self.device.type == "cuda"
-        return {
-            "study": "spectrum, cost",
-            "version": nearfold.__version__,
-            "operation": str(parse(stop.notation)),
-            "model": self.model,
-            "batch": [self.settings.recipe.batch_size, self.data.channels, *self.data.size],
-            "classes": len(self.data.classes),
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
-        }
 
     @property
     def model(self) -> dict[str, int]:
@@ -209,11 +187,24 @@ class Study:
         """One row an operator that has a cost and a result."""
         rows = []
         for order, stop in enumerate(SPECTRUM, start=1):
-            loaded = (self.store.load(run.config) for run in self.runs if run.stop == stop)
+            loaded = (self.store.load(run.config) for (_, name), run in self.training.items() if name == stop.name)
             results = [result for result in loaded if result is not None]
-            if results and (cost := self.store.load(self.cost_config(stop))) is not None:
+            if results and (cost := self.store.load(self.costs[stop.name].config)) is not None:
                 rows.append(make_row(results, cost, order=order, **asdict(stop)))
         return rows
+
+
+def run(study: Study, *, jobs: int = 1, say: Callable[[str], None] | None = None) -> None:
+    """Measure the operators, then do the runs that have not finished, all operators of seed 0 first.
+
+    What failed before is tried again.
+
+    Args:
+        study: from `open_study`.
+        jobs: runs side by side, as in `nearfold.study.local.Local`.
+        say: gets one line a run; None: print.
+    """
+    work_through([*study.costs.values(), *study.training.values()], study.place, Local(jobs), retry=True, say=say)
 
 
 def open_study(settings: Settings) -> Study:

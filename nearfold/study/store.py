@@ -1,14 +1,18 @@
 """Results of single runs on disk: one JSON file a run, named after a hash of everything that decides it.
 
 A finished run lies under `runs/`, written in one step, and is never run again. A failed run leaves its error
-under `failed/`; it counts as not done. Both may be deleted by hand at any time.
+under `failed/`; it counts as not done. Whoever does a run holds its claim under `claims/` meanwhile, a lock that ends
+with the process, however it ends: several engines may work on one store. All may be deleted by hand at any time when
+nobody works on it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +39,14 @@ def write_whole(path: Path, content: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """The runs of one study under the folder `root`.
+    """The runs of studies under the folder `root`.
 
     >>> import tempfile
     >>> store = Store(Path(tempfile.mkdtemp()))
-    >>> store.save({"seed": 0}, {"accuracy": 0.5})
-    >>> store.load({"seed": 0})
-    {'accuracy': 0.5}
+    >>> with store.claim({"seed": 0}) as ours:
+    ...     store.save({"seed": 0}, {"accuracy": 0.5})
+    >>> ours, store.load({"seed": 0})
+    (True, {'accuracy': 0.5})
     >>> store.load({"seed": 1}) is None
     True
     """
@@ -60,6 +65,31 @@ class Store:
         """Where the trained weights of a run lie, if they were kept."""
         return self.root / "weights" / f"{run_key(config)}.safetensors"
 
+    def work_path(self, config: Mapping[str, Any]) -> Path:
+        """Where a run that is under way keeps its checkpoints, if it does."""
+        return self.root / "work" / run_key(config)
+
+    @contextmanager
+    def claim(self, config: Mapping[str, Any]) -> Iterator[bool]:
+        """Whether this process may do the run: nobody else does it now. The claim ends with the context.
+
+        On several machines the store must be on a file system whose locks hold between them (NFS version 4 does).
+        """
+        from filelock import FileLock, Timeout
+
+        path = self.root / "claims" / run_key(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def load(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The result of a finished run, or None if it has not finished.
 
@@ -76,9 +106,10 @@ class Store:
         return result
 
     def save(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Record a finished run; an error recorded for the same run is forgotten."""
+        """Record a finished run; an error recorded for the same run, and its checkpoints, are forgotten."""
         write_whole(self.result_path(config), json.dumps({"config": config, "result": result}, indent=1) + "\n")
         self.failure_path(config).unlink(missing_ok=True)
+        shutil.rmtree(self.work_path(config), ignore_errors=True)
 
     def save_failure(self, config: Mapping[str, Any], error: str, traceback: str) -> None:
         """Record that a run failed: its error in a line, and the traceback. The run stays to be done."""

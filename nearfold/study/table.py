@@ -22,6 +22,7 @@ class Row:
         train: accuracy of the same weights on the images they were trained on, without augmentation.
         parameters: trainable numbers.
         flops: per image, forward.
+        latency_ms: one image, forward, as `nearfold.study.measure.Cost` has it.
         images_per_second: forward and backward, as `nearfold.study.measure.Cost` has it.
         peak_memory_mib: of one training step, likewise.
     """
@@ -35,6 +36,7 @@ class Row:
     train: tuple[float, ...]
     parameters: int
     flops: int
+    latency_ms: float
     images_per_second: float
     peak_memory_mib: float
 

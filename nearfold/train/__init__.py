@@ -5,6 +5,7 @@ from nearfold.train.data import ImageData, Split, load_data
 from nearfold.train.evaluation import evaluate, prepare
 from nearfold.train.loop import Result, fit
 from nearfold.train.recipe import Recipe
+from nearfold.train.stream import StreamData, open_data
 from nearfold.train.trainer import Diverged
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "Recipe",
     "Result",
     "Split",
+    "StreamData",
     "evaluate",
     "fit",
     "load_data",
     "load_weights",
+    "open_data",
     "prepare",
     "save_weights",
 ]

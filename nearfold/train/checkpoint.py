@@ -1,11 +1,21 @@
-"""Files of a run that are replaced whole or not at all, and the check that a checkpoint fits its run."""
+"""Files of a run that are replaced whole or not at all, and the check that a checkpoint fits its run.
+
+A checkpoint is a folder of tensors, written by torch's distributed checkpoints, and ``checkpoint.json``, which names
+the folder, vouches for its files and holds the rest. A new one goes to the other one of two folders; replacing the
+small file, at once, is what makes it count. Whatever number of processes wrote it, any number can read it, whether
+they divide the model or each hold all of it. Like every pickle, its index must come from someone you trust.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +23,11 @@ import torch
 from torch import nn
 
 from nearfold.train.data import ImageData
+from nearfold.train.distributed import Team
 
-_FORMAT = 1  # raise it when the content of a checkpoint changes
+POINTER = "checkpoint.json"
+FOLDERS = ("checkpoint-a", "checkpoint-b")
+_FORMAT = 2  # raise it when the content of a checkpoint changes
 
 
 @contextmanager
@@ -38,31 +51,107 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
-    with replacing(path) as temporary:
-        torch.save({"format": _FORMAT, **state}, temporary)
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint on the disk, whole and of the right run.
+
+    Attributes:
+        path: Its ``checkpoint.json``, for messages.
+        folder: Where its tensors are.
+        facts: What is not a tensor.
+        layout: (shape, type) of every tensor by name.
+    """
+
+    path: Path
+    folder: Path
+    facts: dict[str, Any]
+    layout: dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint of the run that `identity` describes, tensors on the CPU.
+def exists(out: Path) -> bool:
+    """Return whether a run's folder holds a checkpoint."""
+    return (out / POINTER).exists() or (out / "checkpoint.pt").exists()
+
+
+def save(out: Path, identity: dict[str, Any], facts: dict[str, Any], tensors: dict[str, Any], team: Team) -> None:
+    """Write a checkpoint in the place of the last one; all processes must call this.
 
     Args:
-        path: The file.
+        out: The run's folder.
         identity: What the run is, by aspect: its recipe, its data; see :func:`fingerprint`.
+        facts: Whatever JSON can hold.
+        tensors: By name; of a divided tensor every process writes its part, of any other one process all.
+        team: The processes.
 
     Raises:
-        ValueError: The file is broken, or of another run; the message names what differs.
+        OSError: It cannot be written; the last checkpoint is as it was.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    path = out / POINTER
+    current = json.loads(path.read_bytes())["folder"] if team.leads and path.exists() else None
+    current = team.gather(current)[0]
+    folder = out / next(name for name in FOLDERS if name != current)
+    problem = ""
+    files: dict[str, list[int]] = {}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything on broken bytes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the checkpoint {path} cannot be read ({reason}); {restart(path)}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        if team.leads:
+            shutil.rmtree(folder, ignore_errors=True)  # what a process that died has left
+        team.wait()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
+            dcp.save(tensors, storage_writer=_writer(folder), no_dist=team.world == 1)
+        own = [*folder.glob(f"__{team.rank}_*"), *([folder / ".metadata"] if team.leads else [])]
+        files = {file.name: _check(file) for file in own}
+    except CheckpointException as error:
+        problem = _reason(error)
+    except OSError as error:
+        problem = str(error)
+    found = team.gather((problem, files))
+    problem = next((problem for problem, _ in found if problem), "")
+    if team.leads and not problem:
+        try:
+            _to_disk(folder)
+            merged = {name: check for _, files in found for name, check in files.items()}
+            content = {"format": _FORMAT, "folder": folder.name, "files": merged, "identity": identity, "facts": facts}
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        except OSError as error:
+            problem = str(error)
+    problem = team.gather(problem)[0]
+    superseded = folder if problem else out / current if current else None
+    if team.leads and superseded:
+        shutil.rmtree(superseded, ignore_errors=True)
+    if problem:
+        kept = "the last one is kept" if current else "there is none yet"
+        raise OSError(
+            f"no checkpoint could be written to {out} ({problem}); {kept}: make room or mend that, and resume the run"
+        )
+
+
+def read(out: Path, identity: dict[str, Any], team: Team) -> Saved | None:
+    """Find the checkpoint of the run that `identity` describes; None if there is none. All processes must call this.
+
+    Raises:
+        ValueError: It is broken, or of another run; the message names what differs.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    path = out / POINTER
+    if not path.exists():
+        if exists(out):
+            raise ValueError(f"{out / 'checkpoint.pt'} is no checkpoint of this version; {restart(out)}")
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {path} cannot be read ({error}); {restart(path)}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version; {restart(path)}")
     for aspect, wanted in identity.items():
-        saved = state["identity"].get(aspect, {})
+        saved = content["identity"].get(aspect, {})
         differing = [
             f"{name} is {wanted.get(name)!r}, was {saved.get(name)!r}"
             for name in {**saved, **wanted}
@@ -73,7 +162,63 @@ def load(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
                 f"the checkpoint {path} is of another {aspect}: {'; '.join(differing)}. "
                 f"Resume with the same {aspect}; {restart(path)}"
             )
-    return state
+    folder = out / content["folder"]
+    mine = list(content["files"].items())[team.rank :: team.world]  # every file is read by one process
+    broken = [f"{folder / name} {damage}" for name, check in mine if (damage := _damage(folder / name, check))]
+    problems = [problem for theirs in team.gather(broken) for problem in theirs]
+    if problems:
+        raise ValueError(f"the checkpoint {path} cannot be read ({problems[0]}); {restart(path)}")
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    layout = {n: (e.size, e.properties.dtype) for n, e in entries if isinstance(e, TensorStorageMetadata)}
+    return Saved(path, folder, content["facts"], layout)
+
+
+def load(saved: Saved, tensors: dict[str, Any], team: Team) -> None:
+    """Fill tensors with those of a checkpoint, whoever wrote which part of them; all processes must call this."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(saved.folder), no_dist=team.world == 1)
+
+
+def _check(file: Path) -> list[int]:
+    """The size of a file, and a checksum of its content."""
+    size = check = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            size, check = size + len(chunk), zlib.crc32(chunk, check)
+    return [size, check]
+
+
+def _damage(file: Path, check: list[int]) -> str:
+    """What is wrong with a file; nothing: an empty text."""
+    if not file.is_file():
+        return "is missing"
+    return "" if _check(file) == check else "is damaged"
+
+
+def _writer(folder: Path) -> Any:
+    """torch's writer to a folder, but one that tells why the system refused to write."""
+    import torch.distributed.checkpoint as dcp
+
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, *arguments: Any) -> Any:
+            try:
+                return super().write_data(*arguments)
+            except Exception as error:  # torch's serialisation stumbles over the system's error, and raises its own
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__cause__ or cause.__context__
+                raise cause or error from None
+
+    return Writer(folder, sync_files=True)
+
+
+def _reason(error: Any) -> str:
+    """What went wrong first in a collective of torch's checkpoints, in one line."""
+    cause = next(iter(error.failures.values()))[0]
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
 def restart(path: Path) -> str:

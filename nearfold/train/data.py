@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfold.train.readers import Listing, decode, list_image_folder, list_parquet, resize
 from nearfold.train.seeds import generator
 
-_TEST_SHARE = 0.2  # of the images, where a data set has no test images of its own
+TEST_SHARE = 0.2  # of the images, where a data set has no test images of its own
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,7 +193,7 @@ def _digits() -> dict[str, Split]:
     raw: Any = load_digits()  # its type depends on an argument
     images = (torch.from_numpy(raw.images).float() * (255 / 16)).round().to(torch.uint8)[:, None]
     everything = Split(images, torch.from_numpy(raw.target).long())
-    in_test = _share_of_each(everything.labels, _TEST_SHARE, generator(0, "digits"))
+    in_test = share_of_each(everything.labels, TEST_SHARE, generator(0, "digits"))
     return {"train": everything[~in_test], "test": everything[in_test]}
 
 
@@ -223,7 +223,7 @@ def _pick(labels: dict[str, Tensor], limit: int | None, validation: float, seed:
 
     def take_from_train(name: str, share: float) -> None:
         remaining = picks["train"][1]
-        taken = _share_of_each(labels["train"][remaining], share, generator(seed, name))
+        taken = share_of_each(labels["train"][remaining], share, generator(seed, name))
         if not taken.any():
             raise ValueError(
                 f"no class has two images to give one to {name!r}: raise limit= (got {limit}), or add images"
@@ -231,7 +231,7 @@ def _pick(labels: dict[str, Tensor], limit: int | None, validation: float, seed:
         picks["train"], picks[name] = ("train", remaining[~taken]), ("train", remaining[taken])
 
     if "test" not in picks:
-        take_from_train("test", _TEST_SHARE)
+        take_from_train("test", TEST_SHARE)
     if limit is not None:
         for name in ("train", "test"):
             origin, own = picks[name]
@@ -257,7 +257,7 @@ def _balanced(labels: Tensor, count: int, draws: torch.Generator) -> Tensor:
     return order[torch.argsort(rank[order], stable=True)[:count]].sort().values
 
 
-def _share_of_each(labels: Tensor, share: float, draws: torch.Generator) -> Tensor:
+def share_of_each(labels: Tensor, share: float, draws: torch.Generator) -> Tensor:
     """Mark (bool (N,)) `share` of every class: at least one image, and never the last one."""
     _, rank = _rank_in_class(labels, draws)
     size = torch.bincount(labels)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold.train.data import ImageData, Split
-from nearfold.train.distributed import Team
+from nearfold.train.distributed import Team, sharded
 from nearfold.train.recipe import PRECISIONS
 
 
@@ -58,26 +60,70 @@ def evaluate(
         team: Share the images out over the processes of a team, all of which must call this.
     """
     team = team or Team(0, 1, next(model.parameters()).device)
-    device = team.device
-    mean, std = data.mean.to(device), data.std.to(device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
     rows = torch.arange(team.rank, len(split), team.world)
+    batches = ((split.images[some], split.labels[some]) for some in rows.to(split.images.device).split(batch_size))
+    return measure(model, batches, len(split), data.mean, data.std, precision=precision, team=team)
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    count: int,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    precision: str,
+    team: Team,
+) -> tuple[float, float]:
+    """Return what :func:`evaluate` does, of images that come in batches.
+
+    Args:
+        model: (B, C, H, W) -> logits (B, classes).
+        batches: This process's share of the images, uint8, and their labels, wherever they are.
+        count: Images over all processes.
+        mean: Of each channel, for normalisation: float32 (C,), in 0..1.
+        std: Likewise the standard deviation.
+        precision: As in ``Recipe.precision``.
+        team: The processes that share the images, all of which must call this.
+    """
+    device = team.device
+    mean, std = mean.to(device), std.to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     team.share_buffers(model)
     model.eval()
     try:
         # no_grad, not inference_mode: what a model caches meanwhile must stay usable in training.
         with torch.no_grad(), autocast(device, precision):
-            for share in rows.split(batch_size):
-                share = share.to(split.images.device)
-                labels = split.labels[share].to(device)
-                logits = model(normalise(split.images[share].to(device), mean, std)).float()
-                sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-                sums[1] += (logits.argmax(1) == labels).sum()
+            for images, labels, counts in _in_step(batches, sharded(model), team):
+                labels = labels.to(device)
+                logits = model(normalise(images.to(device), mean, std)).float()
+                if counts:
+                    sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+                    sums[1] += (logits.argmax(1) == labels).sum()
     finally:
         model.train(was_training)
-    loss, accuracy = (team.sum(sums) / len(split)).tolist()
+    loss, accuracy = (team.sum(sums) / count).tolist()
     return loss, accuracy
+
+
+def _in_step(
+    batches: Iterator[tuple[Tensor, Tensor]], together: bool, team: Team
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield batches, and whether they count: where processes compute together, all must get as many.
+
+    One that has no more gets its last one again, which does not count.
+    """
+    last = None
+    while True:
+        batch = next(batches, None)
+        more = batch is not None
+        if not (team.any(more) if together else more):
+            return
+        last = batch or last
+        if last is None:
+            raise ValueError(f"there are fewer images to evaluate than {team.world} processes: start fewer")
+        yield *last, more
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

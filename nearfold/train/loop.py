@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +19,16 @@ from torch import nn
 from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
 from nearfold.train.data import ImageData
-from nearfold.train.distributed import join
+from nearfold.train.distributed import Team, join
 from nearfold.train.evaluation import require_precision
+from nearfold.train.feed import Streamed
 from nearfold.train.memory import PeakMemory
 from nearfold.train.recipe import Recipe
 from nearfold.train.record import Metrics, Progress, Recorder, require_tensorboard
 from nearfold.train.seeds import global_randomness_kept
 from nearfold.train.trainer import Trainer
 
+_LOCK_SECONDS = 10.0
 _READ_SECONDS = 0.5  # measurements are read at least so often: reading waits for the device
 
 
@@ -36,7 +40,7 @@ class Result:
     lowest validation loss, then the earliest); with ``Recipe.ema`` all weights are the averaged ones.
 
     Attributes:
-        epochs: Epochs of the run.
+        epochs: Epochs done: the recipe's, or fewer where it says `until`.
         steps: Optimizer steps of the run.
         train_loss: Mean cross-entropy (no smoothing) of the selected weights, in evaluation mode, on up
             to 10,000 training images without augmentation.
@@ -46,6 +50,7 @@ class Result:
         test_accuracy: Accuracy of the selected weights on the test images, which are looked at only
             once, after training.
         test_accuracy_last: Accuracy of the last epoch's weights on the test images.
+        train_accuracy_last: Their accuracy on the training images of `train_accuracy`.
         images_per_second: Images of a global batch over the median time of a training step; the first
             step after a start is left out. Evaluation, checkpoints and reports are not in it.
         seconds: Wall time of the run from the call to the last evaluation; of an interrupted run, the
@@ -53,7 +58,11 @@ class Result:
         peak_memory_mib: Peak memory of the first process, in MiB. CUDA: the most that torch had
             allocated at one time, model and data included. CPU: how far the process's resident memory
             rose above where it stood at the call (see ``memory.PeakMemory`` for what that misses).
-        history: One record for each epoch, as in ``metrics.jsonl``.
+        history: One record for each epoch, as in ``metrics.jsonl``: ``epoch``, ``step``, ``lr``, ``train_loss`` and
+            ``train_accuracy`` in training, ``val_loss``, ``val_accuracy``, ``images_per_second``, the mean seconds
+            that a step spent on each phase (``seconds_data``, ``seconds_forward``, ``seconds_backward``,
+            ``seconds_optimizer``), ``data_wait``, the share of the data in them (0..1), and, with ``Recipe.until``,
+            ``train_accuracy_evaluated``.
     """
 
     epochs: int
@@ -64,6 +73,7 @@ class Result:
     best_epoch: int
     test_accuracy: float
     test_accuracy_last: float
+    train_accuracy_last: float
     images_per_second: float
     seconds: float
     peak_memory_mib: float
@@ -72,7 +82,7 @@ class Result:
 
 def fit(
     model: nn.Module,
-    data: ImageData,
+    data: ImageData | Streamed,
     recipe: Recipe,
     *,
     out: Path | str | None = None,
@@ -82,36 +92,49 @@ def fit(
     checkpoint_every: int = 0,
     log_every: int = 50,
     schedule: SpectrumSchedule | None = None,
+    parallel: str = "ddp",
+    compile: bool = False,
+    workers: int = 0,
 ) -> Result:
     """Train a model, keep the weights that do best on the validation images, then test them once.
 
     Started by torchrun, every process calls this with the same arguments: each trains on its share of
     every batch, and together they take the steps that one process would take (batch normalisation
-    excepted, which sees one process's share). Every trainable parameter must then take part in every
-    step, and `out` must be a folder that all processes see.
+    excepted, which sees one process's share). `out` must be a folder that all processes see. Where torchrun starts
+    its processes anew (``--max-restarts``), they go on from the last checkpoint, `resume` or not.
 
     Args:
         model: (B, C, H, W) float32 -> logits (B, classes). It is moved to the recipe's device and left
             there with the selected weights, in evaluation mode. Normalisation is done here, not by it.
-        data: What to train, validate and test on; copied to the device whole.
+        data: What to train, validate and test on. In memory, they are copied to the device whole.
         recipe: How to train.
-        out: Folder for ``recipe.json``, ``metrics.jsonl``, ``checkpoint.pt``, and, at the end,
-            ``weights.safetensors`` (the selected weights) and ``result.json``; None: nothing is written.
+        out: Folder for ``recipe.json``, ``metrics.jsonl``, the checkpoint (``checkpoint.json`` and the folder that it
+            names), and, at the end, ``weights.safetensors`` (the selected weights) and ``result.json``; None: nothing
+            is written. One run at a time may use it.
         resume: Go on from the checkpoint in `out`, to the very weights that an undisturbed run reaches
-            (to the bit on a CPU with as many threads); without a checkpoint, start.
+            (to the bit on a CPU with as many threads and processes); without a checkpoint, start. The number of
+            processes and `parallel` may be others than before.
         progress: Show a bar on a terminal, else print a line an epoch, on stderr.
         tensorboard: Write ``out/tensorboard`` too.
         checkpoint_every: Steps between checkpoints within an epoch, besides the one after it; 0: none.
         log_every: Steps between the step records of ``metrics.jsonl``.
         schedule: Moves layers of the model along the spectrum, a step of it after every optimizer step; saved and
             resumed with the run. The model is left with the operations that the selected weights were trained for.
+        parallel: How several processes hold the model. ``"ddp"``: each has all of it, and every trainable parameter
+            must take part in every step. ``"fsdp"``: weights, gradients, averages and the optimizer's state are
+            divided among them (FSDP2) block by block, see ``Team.shard``; the model itself stays in the host's memory
+            until the end.
+        compile: Train by torch.compile; evaluation runs the model as it is.
+        workers: Processes that read ahead, for each training process, of data that are not in memory.
 
     Returns:
         The measurements; see :class:`Result`.
 
     Raises:
         ValueError: An argument does not fit; the device or precision is not available; `out` holds a
-            run and `resume` is False; its checkpoint is broken or of another recipe, data set or model.
+            run and `resume` is False, or another process uses it; its checkpoint is broken or of another recipe, data
+            set or model.
+        OSError: A checkpoint cannot be written, for instance on a full disk; the last one is kept.
         Diverged: The loss or a weight is no longer finite.
 
     Example:
@@ -124,19 +147,20 @@ def fit(
     """
     began = time.perf_counter()
     out = None if out is None else Path(out)
-    _check_arguments(out, resume, tensorboard, checkpoint_every, log_every)
     team = join(recipe.device)
+    if out is not None and team.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0):
+        resume = True  # each machine counts for itself; one that has started anew is enough
+    _check_arguments(out, resume, tensorboard, checkpoint_every, log_every, parallel, workers)
     require_precision(team.device, recipe.precision)
     memory = PeakMemory(team.device)
-    with global_randomness_kept(), _deterministic(recipe.deterministic):
-        trainer = Trainer(model, data, recipe, team, schedule)
-        file = None if out is None else out / "checkpoint.pt"
+    with _only_user(out, team), global_randomness_kept(), _deterministic(recipe.deterministic):
+        trainer = Trainer(model, data, recipe, team, schedule, parallel=parallel, compiled=compile, workers=workers)
         identity: dict[str, Any] = {}
         if out is not None:
-            plan = {} if schedule is None else schedule.plan
-            identity = {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data), "schedule": plan}
-        if file is not None and file.exists():
-            trainer.restore(checkpoint.load(file, identity), file)
+            identity = _identity(data, recipe, schedule)
+            saved = checkpoint.read(out, identity, team)
+            if saved is not None:
+                trainer.restore(saved)
         team.wait()  # nobody writes before everybody has read
         if out is not None and team.leads:
             _write_json(out / "recipe.json", recipe.to_dict())
@@ -150,17 +174,17 @@ def fit(
         def save() -> None:
             run.seconds = seconds_before + time.perf_counter() - began
             run.peak_memory_mib = max(peak_before, memory.mib())
-            if file is not None and team.leads:
-                checkpoint.save(file, {"identity": identity, **trainer.state()})
+            if out is not None:
+                checkpoint.save(out, identity, *trainer.state(), team)
 
         with recorder, shown:
-            for epoch in range(run.step // trainer.steps_per_epoch, recipe.epochs):
-                model.train()
-                order = trainer.order(epoch)
-                end = (epoch + 1) * trainer.steps_per_epoch
+            while not trainer.finished:
+                trainer.model.train()
+                batches = trainer.feed.train(run.step)
+                end = (trainer.epochs_done + 1) * trainer.steps_per_epoch
                 read_at = time.perf_counter()
                 while run.step < end:
-                    trainer.take_step(order)
+                    trainer.take_step(batches)
                     log_now = run.step % log_every == 0
                     save_now = checkpoint_every > 0 and run.step % checkpoint_every == 0 and run.step < end
                     due = time.perf_counter() - read_at > _READ_SECONDS
@@ -179,21 +203,44 @@ def fit(
                 shown.epoch(record)
                 save()
         measured = trainer.finish()
-    result = Result(
-        **measured,
-        seconds=seconds_before + time.perf_counter() - began,
-        peak_memory_mib=max(peak_before, memory.mib()),
-        history=run.history,
-    )
-    if out is not None and team.leads:
-        checkpoint.save_weights(model, out / "weights.safetensors")
-        _write_json(out / "result.json", dataclasses.asdict(result))
+        result = Result(
+            **measured,
+            seconds=seconds_before + time.perf_counter() - began,
+            peak_memory_mib=max(peak_before, memory.mib()),
+            history=run.history,
+        )
+        if out is not None and team.leads:
+            checkpoint.save_weights(model, out / "weights.safetensors")
+            _write_json(out / "result.json", dataclasses.asdict(result))
     team.wait()  # when one process returns, the files are there for all
     return result
 
 
-def _check_arguments(out: Path | None, resume: bool, tensorboard: bool, checkpoint_every: int, log_every: int) -> None:
-    for name, value, least in (("checkpoint_every", checkpoint_every, 0), ("log_every", log_every, 1)):
+def _identity(data: ImageData | Streamed, recipe: Recipe, schedule: SpectrumSchedule | None) -> dict[str, Any]:
+    """What a run is, by aspect, as JSON gives it back."""
+    fingerprint = checkpoint.fingerprint(data) if isinstance(data, ImageData) else data.fingerprint()
+    plan = {} if schedule is None else schedule.plan
+    identity: dict[str, Any] = {"recipe": recipe.to_dict(), "data set": fingerprint, "schedule": plan}
+    as_read: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read
+
+
+def _check_arguments(
+    out: Path | None,
+    resume: bool,
+    tensorboard: bool,
+    checkpoint_every: int,
+    log_every: int,
+    parallel: str,
+    workers: int,
+) -> None:
+    if parallel not in ("ddp", "fsdp"):
+        raise ValueError(f"parallel must be one of 'ddp', 'fsdp'; got {parallel!r}")
+    for name, value, least in (
+        ("checkpoint_every", checkpoint_every, 0),
+        ("log_every", log_every, 1),
+        ("workers", workers, 0),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     if tensorboard:
@@ -205,7 +252,7 @@ def _check_arguments(out: Path | None, resume: bool, tensorboard: bool, checkpoi
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file: name a folder")
-    if not resume and (out / "checkpoint.pt").exists():
+    if not resume and checkpoint.exists(out):
         raise ValueError(
             f"out={str(out)!r} holds a run already: pass resume=True (--resume) to go on with it, name another folder, "
             "or delete this one"
@@ -216,6 +263,35 @@ def _check_arguments(out: Path | None, resume: bool, tensorboard: bool, checkpoi
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with checkpoint.replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _only_user(out: Path | None, team: Team) -> Iterator[None]:
+    """Keep other processes from using a run's folder; the system lifts the lock when this one dies.
+
+    It is waited for a little: processes whose launcher was killed end within a second.
+    """
+    if out is None or not team.leads:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    give_up = time.monotonic() + _LOCK_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise ValueError(
+                        f"out={str(out)!r} is in use by another run: wait for its end, or name another folder"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks, such as some that are mounted over a network
+                break
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextmanager

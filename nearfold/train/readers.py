@@ -6,16 +6,21 @@ Whatever is missing or broken is named, with the file, the row where there are r
 
 from __future__ import annotations
 
+import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MEMORY_LIMIT = 8 * 2**30
 """Bytes a decoded data set may take; all of it is held in memory."""
@@ -23,7 +28,9 @@ MEMORY_LIMIT = 8 * 2**30
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "dev"), "test": ("test",)}
 """How the names of a split's files and folders begin, or are."""
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+"""What ends the name of an image file."""
+
 _IMAGE_COLUMNS = ("img", "image")
 _GRAY_MODES = {"1", "L", "LA"}
 _DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}  # Pillow clips these at 255 when it makes them 8-bit
@@ -61,74 +68,111 @@ def list_parquet(folder: Path, files: Sequence[Path]) -> Listing:
         ValueError: A file cannot be read, its columns do not fit, or no file is a training file.
         ImportError: pyarrow is not installed.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{folder} holds parquet files: pip install 'nearfold[data]'") from error
+    import_pyarrow(folder)
+    import pyarrow.parquet as pq
 
     splits: dict[str, list[Record]] = {split: [] for split in SPLIT_NAMES}
     classes: tuple[str, ...] = ()
+    for split, path in parquet_splits(files):
+        with parquet_errors(path):
+            schema = pq.read_schema(path)
+            image = image_column(path, schema.names)
+            table = pq.read_table(path, columns=[image, "label"])
+        splits[split] += _rows(path, table[image], table["label"])
+        classes = classes or class_names(schema.metadata)
+    if not splits["train"]:
+        raise no_training_rows(folder, files)
+    count = 1 + max(record.label for records in splits.values() for record in records)
+    return Listing(named_classes(folder, classes, count), splits)
+
+
+def import_pyarrow(folder: Path) -> None:
+    """Raise an ImportError that names the extra if pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{folder} holds parquet files: pip install 'nearfold[data]'") from error
+
+
+@contextmanager
+def parquet_errors(path: Path | str) -> Iterator[None]:
+    """Turn what pyarrow raises on a broken file into a ValueError that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({first_line(error)}): fetch the file again") from error
+
+
+def parquet_splits(files: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield the split and the path of every file whose name begins like a split's."""
     for path in files:
         starts = ((split, path.name.lower().startswith(names)) for split, names in SPLIT_NAMES.items())
         split = next((split for split, fits in starts if fits), None)
-        if split is None:
-            continue
-        try:
-            schema = pq.read_schema(path)
-            image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
-            if image is None or "label" not in schema.names:
-                raise ValueError(
-                    f"{path} needs a column 'label' and a column 'img' or 'image'; it has {', '.join(schema.names)}"
-                )
-            table = pq.read_table(path, columns=[image, "label"])
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as parquet ({_first_line(error)}): fetch the file again"
-            ) from error
-        splits[split] += _rows(path, table[image], table["label"])
-        classes = classes or _class_names(schema.metadata)
-    if not splits["train"]:
+        if split is not None:
+            yield split, path
+
+
+def image_column(path: Path, columns: Sequence[str]) -> str:
+    """Return the column that holds the images, or raise a ValueError: it, or the labels, are not there."""
+    image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
+    if image is None or "label" not in columns:
+        raise ValueError(f"{path} needs a column 'label' and a column 'img' or 'image'; it has {', '.join(columns)}")
+    return image
+
+
+def no_training_rows(folder: Path, files: Sequence[Path]) -> ValueError:
+    """Return the error of a folder with parquet files, none of them for training."""
+    return ValueError(
+        f"{folder} holds no training rows: name the parquet files train-*.parquet, "
+        f"test-*.parquet; found {', '.join(path.name for path in files[:5])}"
+    )
+
+
+def named_classes(folder: Path, names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return the names of `count` classes: those given, or else their numbers.
+
+    Raises:
+        ValueError: There are fewer names than classes.
+    """
+    names = names or tuple(map(str, range(count)))
+    if count > len(names):
         raise ValueError(
-            f"{folder} holds no training rows: name the parquet files train-*.parquet, "
-            f"test-*.parquet; found {', '.join(path.name for path in files[:5])}"
-        )
-    count = 1 + max(record.label for records in splits.values() for record in records)
-    classes = classes or tuple(map(str, range(count)))
-    if count > len(classes):
-        raise ValueError(
-            f"{folder} has labels up to {count - 1} but names only {len(classes)} classes in its metadata: "
+            f"{folder} has labels up to {count - 1} but names only {len(names)} classes in its metadata: "
             "correct the labels or the names"
         )
-    return Listing(classes, splits)
+    return names
+
+
+def encoded_image(images: Any, row: int, where: str) -> bytes:
+    """Return the bytes in a cell of an image column, or raise a ValueError: there are none."""
+    cell = images[row].as_py()
+    encoded = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(encoded, bytes) or not encoded:
+        raise ValueError(f"{where}, holds no image bytes: write the images into the parquet file, or delete the row")
+    return encoded
+
+
+def require_label(label: object, where: str) -> int:
+    """Return a label, or raise a ValueError: it is none."""
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        raise ValueError(
+            f"{where}, has the label {label!r}: labels must be integers of at least 0; correct or delete the row"
+        )
+    return label
 
 
 def _rows(path: Path, images: Any, labels: Any) -> list[Record]:
-    def reader(row: int) -> Callable[[], bytes]:
-        def read() -> bytes:
-            cell = images[row].as_py()
-            encoded = cell.get("bytes") if isinstance(cell, dict) else cell
-            if not isinstance(encoded, bytes) or not encoded:
-                raise ValueError(
-                    f"{path}, row {row}, holds no image bytes: write the images into the parquet file, "
-                    "or delete the row"
-                )
-            return encoded
-
-        return read
-
     records = []
     for row, label in enumerate(labels.to_pylist()):
-        if not isinstance(label, int) or label < 0:
-            raise ValueError(
-                f"{path}, row {row}, has the label {label!r}: labels must be integers of at least 0; "
-                "correct or delete the row"
-            )
-        records.append(Record(label, reader(row), f"{path}, row {row}"))
+        where = f"{path}, row {row}"
+        read = functools.partial(encoded_image, images, row, where)
+        records.append(Record(require_label(label, where), read, where))
     return records
 
 
-def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
+def class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...]:
     """Return the class names in the metadata of the Hugging Face layout; () where there are none."""
     try:
         info = json.loads((metadata or {}).get(b"huggingface", b"{}"))
@@ -147,6 +191,19 @@ def list_image_folder(folder: Path) -> Listing:
         ValueError: No class folder, a class folder without an image, or a class that only val/ or test/
             knows.
     """
+    classes, found = image_files(folder)
+    splits: dict[str, list[Record]] = {split: [] for split in SPLIT_NAMES}
+    for split, label, files in found:
+        splits[split] += [Record(label, path.read_bytes, str(path)) for path in files]
+    return Listing(classes, splits)
+
+
+def image_files(folder: Path) -> tuple[tuple[str, ...], Iterator[tuple[str, int, list[Path]]]]:
+    """Return the classes of an image folder, and an iterator over (split, label, files), class by class.
+
+    Raises:
+        ValueError: As :func:`list_image_folder`, also while iterating.
+    """
     roots = {
         split: next((folder / name for name in names if (folder / name).is_dir()), None)
         for split, names in SPLIT_NAMES.items()
@@ -160,20 +217,21 @@ def list_image_folder(folder: Path) -> Listing:
             f"{folder} holds neither parquet files nor class folders: put images in "
             f"{folder}/train/CLASS/*.png, or parquet files named train-*.parquet there"
         )
-    splits: dict[str, list[Record]] = {split: [] for split in SPLIT_NAMES}
+    return classes, _files_by_class(roots, classes)
+
+
+def _files_by_class(roots: dict[str, Path | None], classes: tuple[str, ...]) -> Iterator[tuple[str, int, list[Path]]]:
     for split, root in roots.items():
         for class_folder in _folders(root) if root is not None else ():
             if class_folder.name not in classes:
                 raise ValueError(f"{class_folder} is no class of the training images: {', '.join(classes)}")
-            files = [path for path in sorted(class_folder.rglob("*")) if path.suffix.lower() in _SUFFIXES]
+            files = [path for path in sorted(class_folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
             files = [path for path in files if not path.name.startswith(".")]
             if not files:
                 raise ValueError(
-                    f"{class_folder} holds no image ({', '.join(sorted(_SUFFIXES))}): add some, or delete the folder"
+                    f"{class_folder} holds no image ({', '.join(sorted(SUFFIXES))}): add some, or delete the folder"
                 )
-            label = classes.index(class_folder.name)
-            splits[split] += [Record(label, path.read_bytes, str(path)) for path in files]
-    return Listing(classes, splits)
+            yield split, classes.index(class_folder.name), files
 
 
 def _folders(root: Path) -> list[Path]:
@@ -230,22 +288,34 @@ def decode(splits: Iterable[Sequence[Record]], image_size: int | None) -> list[T
 
 
 def _picture(record: Record) -> Tensor:
+    plain = picture(record.read(), record.where)
+    pixels = torch.frombuffer(bytearray(plain.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(plain.height, plain.width, -1).movedim(-1, 0)
+
+
+def picture(encoded: bytes, where: str, mode: str = "") -> Image:
+    """Decode an image with Pillow.
+
+    Args:
+        encoded: The file's content.
+        where: For messages.
+        mode: Pillow's name of what to convert to; empty: ``"L"`` where the image is gray, else ``"RGB"``.
+
+    Raises:
+        ValueError: It does not decode, or has more than 8 bits a channel.
+    """
     from PIL import Image
 
-    encoded = record.read()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
             deep = image.mode in _DEEP_MODES
-            plain = image.convert("L" if image.mode in _GRAY_MODES else "RGB")
+            plain = image.convert(mode or ("L" if image.mode in _GRAY_MODES else "RGB"))
     except Exception as error:  # Pillow raises nearly anything on broken bytes
-        raise ValueError(
-            f"{record.where} does not decode as an image ({_first_line(error)}): replace or delete it"
-        ) from error
+        raise ValueError(f"{where} does not decode as an image ({first_line(error)}): replace or delete it") from error
     if deep:
-        raise ValueError(f"{record.where} has more than 8 bits a channel: convert it to 8 bits")
-    pixels = torch.frombuffer(bytearray(plain.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(plain.height, plain.width, -1).movedim(-1, 0)
+        raise ValueError(f"{where} has more than 8 bits a channel: convert it to 8 bits")
+    return plain
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -266,5 +336,6 @@ def resize(images: Tensor, size: int) -> Tensor:
     return scaled.clamp_(0, 255).to(torch.uint8)[:, :, top : top + size, left : left + size].contiguous()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

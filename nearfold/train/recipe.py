@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nearfold.train.augment import AUGMENTATIONS
+from nearfold.train.transforms import IMAGE_AUGMENTATIONS
 
 PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,12 +21,13 @@ PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "constant"),
-    "augment": tuple(AUGMENTATIONS),
+    "augment": (*AUGMENTATIONS, *IMAGE_AUGMENTATIONS),
     "precision": tuple(PRECISIONS),
 }
 _INTEGERS: dict[str, tuple[Callable[[int], bool], str]] = {
     "epochs": (lambda v: v >= 1, "an integer of at least 1"),
     "batch_size": (lambda v: v >= 1, "an integer of at least 1"),
+    "accumulate": (lambda v: v >= 1, "an integer of at least 1"),
     "seed": (lambda v: v >= 0, "an integer of at least 0"),
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -35,7 +37,10 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "warmup_epochs": (lambda v: v >= 0, "a number of at least 0"),
     "label_smoothing": (lambda v: 0 <= v < 1, "a number in [0, 1)"),
     "clip_grad_norm": (lambda v: v >= 0, "a number of at least 0 (0 switches clipping off)"),
+    "mixup": (lambda v: v >= 0, "a number of at least 0 (0 switches it off)"),
+    "cutmix": (lambda v: v >= 0, "a number of at least 0 (0 switches it off)"),
     "ema": (lambda v: 0 <= v < 1, "a decay in [0, 1) (0 switches averaging off)"),
+    "until": (lambda v: 0 <= v <= 1, "an accuracy in [0, 1] (0: train for all epochs)"),
 }
 
 
@@ -47,6 +52,9 @@ class Recipe:
         epochs: Passes over the training images. Each leaves out the images, other ones in every epoch,
             that do not fill a batch.
         batch_size: Images a step, over all processes together; all of them where there are fewer.
+        accumulate: Parts into which a process divides its share of a batch and which it computes one after the other,
+            to save memory. Loss and gradient are the means over the whole batch all the same, so that parts change
+            nothing but rounding, what batch normalisation sees, and the draws of dropout and sampled candidates.
         optimizer: ``"adamw"`` (betas 0.9 and 0.999) or ``"sgd"`` (Nesterov momentum where it is not 0).
         lr: Highest learning rate, reached after the warmup.
         weight_decay: Decay of every parameter: decoupled for adamw, L2 for sgd.
@@ -56,10 +64,19 @@ class Recipe:
         label_smoothing: Share of the target spread evenly over all classes.
         clip_grad_norm: Gradients are scaled down to this global 2-norm; 0: never.
         augment: ``"none"``, ``"crop_flip"`` (random shift and horizontal mirroring) or ``"randaugment"``
-            (both, then RandAugment; needs the extra `vision`). Mirroring is wrong for digits and letters.
+            (both, then RandAugment; needs the extra `vision`). For data that are read from files (``open_data``):
+            ``"none"``, ``"resized_crop"`` (a random part, resized, and mirroring), ``"resized_randaugment"`` (then
+            RandAugment) or ``"resized_erasing"`` (then random erasing). Mirroring is wrong for digits and letters.
+        mixup: Every image is added to another one with a random share, and so are their labels: the share is drawn
+            from Beta(mixup, mixup), once for each step; 0: never. With `cutmix` too, each is done in half of the
+            steps. The training accuracy of a step then counts the label of the greater share.
+        cutmix: A random rectangle of every image is replaced by another one's, and the labels are mixed by area: the
+            area is drawn from Beta(cutmix, cutmix); 0: never.
         ema: Decay per step of an exponential moving average of weights and buffers, which is then what is
             validated and saved; 0: none. It ramps up, min(ema, (1 + step) / (10 + step)), so that a
             short run does not average in its initial weights.
+        until: The run ends after the first epoch at whose end the training images, evaluated without augmentation
+            (up to 10,000 of them), are classified with at least this accuracy; 0: only after the last epoch.
         precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"`` (with loss scaling).
         device: ``"auto"`` (CUDA where there is a device, else the CPU) or a torch device such as
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Under torchrun ``"cuda"`` is each process's own device.
@@ -83,6 +100,7 @@ class Recipe:
 
     epochs: int = 20
     batch_size: int = 128
+    accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -92,7 +110,10 @@ class Recipe:
     label_smoothing: float = 0.0
     clip_grad_norm: float = 1.0
     augment: str = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
     ema: float = 0.0
+    until: float = 0.0
     precision: str = "float32"
     device: str = "auto"
     seed: int = 0

@@ -4,20 +4,70 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from nearfold.train.checkpoint import replacing
 
 Metrics = dict[str, Any]
+
+PHASES = ("data", "forward", "backward", "optimizer")
+"""What a training step spends its time on: waiting for its images, the model and loss, gradients, and the rest."""
+
+
+class Watch:
+    """Takes the times of the phases of a step, which may come several times each.
+
+    On CUDA a lap is an event in the device's queue, so that nothing waits for it: a phase's time is then that of the
+    device, and its share of "data" what the device was idle for want of images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._laps: list[tuple[str, Any]] = [("", self._now())]
+
+    def lap(self, phase: str) -> None:
+        """End a phase, which began with the end of the one before."""
+        self._laps.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of every phase; on CUDA once the device has come to the last one's end."""
+        sums = dict.fromkeys(PHASES, 0.0)
+        for (_, began), (phase, ended) in zip(self._laps, self._laps[1:], strict=False):
+            sums[phase] += began.elapsed_time(ended) / 1000 if self._cuda else ended - began
+        return sums
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def phase_metrics(seconds: dict[str, float], steps: int) -> Metrics:
+    """Return what a record says of the phases' `seconds` in so many steps: the mean of each, the share of the data.
+
+    Example:
+        >>> phase_metrics({"data": 1.0, "forward": 1.5, "backward": 1.5, "optimizer": 1.0}, steps=2)["data_wait"]
+        0.2
+    """
+    total = sum(seconds.values())
+    means = {f"seconds_{phase}": value / steps for phase, value in seconds.items()}
+    return {**means, "data_wait": seconds["data"] / total if total else 0.0}
 
 
 class Recorder:
     """Writes the records of a run; a context manager, whose end closes what it opened.
 
     A record has a ``kind`` ("step" or "epoch"), the ``step`` (steps done, over all epochs) and the
-    ``epoch`` (from 1) it stands at, and its measurements.
+    ``epoch`` (from 1) it stands at, and its measurements. Among them are the seconds that a step spent on each of
+    the :data:`PHASES`, ``seconds_data`` and so on, and ``data_wait``, the share of the data in them: those of a step
+    record are its step's, those of an epoch's the means over its steps, all of the first process.
 
     Args:
         out: Folder for ``metrics.jsonl`` and ``tensorboard/``, or None to write nothing.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +16,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
-from nearfold.train.augment import AUGMENTATIONS
-from nearfold.train.data import ImageData, Split
-from nearfold.train.distributed import Team
-from nearfold.train.evaluation import autocast, evaluate, normalise
+from nearfold.train.data import ImageData
+from nearfold.train.distributed import Team, averaging, local, sharded, whole
+from nearfold.train.evaluation import autocast, measure, normalise
+from nearfold.train.feed import Batches, Streamed, open_feed
+from nearfold.train.mix import draw_mix, mixed
 from nearfold.train.recipe import Recipe, learning_rate
-from nearfold.train.record import Metrics
-from nearfold.train.seeds import derive, generator, seed_step
-
-TRAIN_IMAGES_EVALUATED = 10_000
-"""Training images, at most, on which the final training loss and accuracy are measured."""
+from nearfold.train.record import PHASES, Metrics, Watch, phase_metrics
+from nearfold.train.seeds import seed_step
 
 
 class Diverged(FloatingPointError):
@@ -41,6 +37,7 @@ class Run:
     step: int = 0  # steps done, over all epochs; where this ends an epoch, the epoch is evaluated too
     loss_sum: float = 0.0  # over the steps of the epoch under way
     correct: float = 0.0  # likewise, images classified correctly
+    phase_sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # likewise, seconds
     step_seconds: list[float] = field(default_factory=list)  # one for each step
     starts: list[int] = field(default_factory=list)  # steps done whenever the run was (re)started
     history: list[Metrics] = field(default_factory=list)  # one record for each epoch
@@ -55,58 +52,62 @@ class _Pending:
     """A step whose measurements may still be on their way from the device."""
 
     measured: Tensor  # (2,): mean loss of the global batch, images of it classified correctly
-    seconds: Callable[[], float]  # may be called once `measured` has arrived
+    watch: Watch  # may be read once `measured` has arrived
 
 
 class Trainer:
     """Takes the steps of a run.
 
     Args:
-        model: Moved to the team's device.
-        data: Copied there.
+        model: Moved to the team's device; where it is divided among processes, a copy of it is, until the end.
+        data: Copied there, if they are in memory.
         recipe: How to train.
         team: The processes that train together.
         schedule: Moves layers of the model after every step.
+        parallel: How several processes hold the model: ``"ddp"``, each all of it, or ``"fsdp"``, each a part.
+        compiled: Train by torch.compile.
+        workers: Processes that read ahead, of data that are not in memory.
 
     Raises:
-        ValueError: The batch cannot be shared evenly by the processes.
+        ValueError: The batch or the model cannot be shared by the processes.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: ImageData,
+        data: ImageData | Streamed,
         recipe: Recipe,
         team: Team,
         schedule: SpectrumSchedule | None = None,
+        *,
+        parallel: str = "ddp",
+        compiled: bool = False,
+        workers: int = 0,
     ) -> None:
-        if recipe.batch_size % team.world:
-            raise ValueError(
-                f"Recipe.batch_size={recipe.batch_size} cannot be shared evenly by {team.world} processes: "
-                f"use a multiple of {team.world}"
-            )
-        count = len(data.train)
-        self.batch = min(recipe.batch_size, count - count % team.world)
-        if self.batch == 0:
-            raise ValueError(f"{count} training images are too few for {team.world} processes: start fewer")
-        self.steps_per_epoch = count // self.batch
-        each = self.batch // team.world
-        self._share = slice(team.rank * each, (team.rank + 1) * each)
-
+        divided = parallel == "fsdp" and team.world > 1
+        self.feed = open_feed(data, recipe, team, workers)
+        self.batch, self.steps_per_epoch = self.feed.batch_size, self.feed.steps_per_epoch
         self.recipe, self.team, self._schedule = recipe, team, schedule
-        self._data = data  # the splits below are its own, on the device
-        self._train, self._val, self._test = (
-            Split(split.images.to(team.device), split.labels.to(team.device))
-            for split in (data.train, data.val, data.test)
-        )
+        self._classes = len(data.classes)
         self._mean, self._std = data.mean.to(team.device), data.std.to(team.device)
 
         self.run = Run()
-        self.model = model.to(team.device)
+        self._given = model
+        if not divided:
+            model.to(team.device)
+        team.share(model)
+        self._averaged = AveragedModel(model, use_buffers=True) if recipe.ema else None
+        self.model = model
+        if divided:  # a copy, since a divided model cannot be made whole again
+            self.model = team.shard(copy.deepcopy(model))
+            if self._averaged is not None:
+                team.shard(self._averaged.module)
+                self._averaged.to(team.device)
         self._optimizer = _optimizer(self.model, recipe, team.device)
         self._scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.precision == "float16")
-        self._averaged = AveragedModel(self.model, use_buffers=True) if recipe.ema else None
-        self._net = team.wrap(self.model)  # shares the first process's initial weights
+        self._wrapped = team.wrap(self.model)
+        # dynamic=False: every step has the shapes of the first
+        self._net = torch.compile(self._wrapped, dynamic=False) if compiled else self._wrapped
         self._pending: list[_Pending] = []
 
     @property
@@ -114,34 +115,39 @@ class Trainer:
         """The model that is validated and saved."""
         return self.model if self._averaged is None else self._averaged.module
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the order of the training images in an epoch (from 0): int64 (N,), on the device."""
-        draws = generator(self.recipe.seed, "order", epoch)
-        return torch.randperm(len(self._train), generator=draws).to(self.team.device)
+    @property
+    def epochs_done(self) -> int:
+        """Epochs done, with their validation."""
+        return len(self.run.history)
 
-    def take_step(self, order: Tensor) -> None:
-        """Take the next step of the run; `order` is that of its epoch."""
+    @property
+    def finished(self) -> bool:
+        """Whether the run has no epoch to come."""
+        run, until = self.run, self.recipe.until
+        reached = until and run.history and run.history[-1]["train_accuracy_evaluated"] >= until
+        return bool(reached) or self.epochs_done == self.recipe.epochs
+
+    def take_step(self, batches: Batches) -> None:
+        """Take the next step of the run, with the next of the feed's `batches`."""
         recipe, step = self.recipe, self.run.step
-        stop_watch = _start_watch(self.team.device)
+        watch = Watch(self.team.device)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, self.steps_per_epoch)
         seed_step(self.model, recipe.seed, step, self.team.rank)
-
-        start = (step % self.steps_per_epoch) * self.batch
-        rows = order[start : start + self.batch][self._share]
-        labels = self._train.labels[rows]
-        augment = AUGMENTATIONS[recipe.augment]
-        seed = derive(recipe.seed, "augment", step)
-        images = augment(self._train.images[rows], seed, self.batch, self._share)
-        with autocast(self.team.device, recipe.precision):
-            logits = self._net(normalise(images, self._mean, self._std)).float()
-        wanted = (len(labels), len(self._data.classes))
-        if logits.shape != wanted:
-            raise ValueError(f"the model must return logits {wanted}; it returned {tuple(logits.shape)}")
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-
         self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()
+        images, labels = next(batches)
+        watch.lap("data")
+
+        sums = torch.zeros(2, device=self.team.device)  # loss, images classified correctly
+        parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        for part, (some, wanted) in enumerate(parts, start=1):
+            with averaging(self._wrapped, now=part == len(parts)):
+                loss, correct = self._loss(some, wanted, step)
+                watch.lap("forward")
+                self._scaler.scale(loss / len(parts)).backward()
+                watch.lap("backward")
+            sums += torch.stack([loss.detach() / (len(parts) * self.team.world), correct])
+
         if recipe.clip_grad_norm:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad_norm)
@@ -150,16 +156,36 @@ class Trainer:
         if self._averaged is not None:
             self._averaged.multi_avg_fn = _average(min(recipe.ema, (1 + step) / (10 + step)))
             self._averaged.update_parameters(self.model)
-
         if self._schedule is not None:
             self._schedule.step()
-            if self._averaged is not None:
-                self._schedule.follow(self._averaged.module)
-
-        correct = (logits.detach().argmax(1) == labels).sum()
-        measured = self.team.sum(torch.stack([loss.detach() / self.team.world, correct]))
-        self._pending.append(_Pending(measured, stop_watch()))
+            self._follow()
+        measured = self.team.sum(sums)
+        watch.lap("optimizer")
+        self._pending.append(_Pending(measured, watch))
         self.run.step += 1
+
+    def _loss(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The mean loss of some of a step's images, uint8, and how many of them are classified correctly."""
+        recipe = self.recipe
+        mix = draw_mix(recipe, step, *images.shape[-2:])
+        prepared, targets = normalise(images, self._mean, self._std), labels
+        if mix is not None:
+            prepared, targets = mixed(mix, prepared, labels, self._classes)
+            labels = targets.argmax(1)
+        with autocast(self.team.device, recipe.precision):
+            logits = self._net(prepared).float()
+        wanted = (len(images), self._classes)
+        if logits.shape != wanted:
+            raise ValueError(f"the model must return logits {wanted}; it returned {tuple(logits.shape)}")
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        return loss, (logits.detach().argmax(1) == labels).sum()
+
+    def _follow(self) -> None:
+        """Put the layers of every copy of the model where the schedule has put the model's."""
+        assert self._schedule is not None
+        for other in (self.model, self._averaged.module if self._averaged else None):
+            if other is not None and other is not self._given:
+                self._schedule.follow(other)
 
     def read(self) -> Metrics:
         """Wait for the steps taken so far, and return the record of the last one.
@@ -169,6 +195,7 @@ class Trainer:
         """
         run = self.run
         loss, correct, step, epoch = math.nan, 0.0, 0, 0
+        seconds: dict[str, float] = {}
         measured = torch.stack([pending.measured for pending in self._pending]).tolist()
         for pending, (loss, correct) in zip(self._pending, measured, strict=True):
             step = len(run.step_seconds) + 1
@@ -177,7 +204,10 @@ class Trainer:
                 raise Diverged(f"the loss is {loss} at epoch {epoch}, step {step}: {_REMEDY}")
             run.loss_sum += loss
             run.correct += correct
-            run.step_seconds.append(pending.seconds())
+            seconds = pending.watch.seconds()
+            run.step_seconds.append(sum(seconds.values()))
+            for phase, value in seconds.items():
+                run.phase_sums[phase] += value
         self._pending.clear()
         assert step == run.step, "every step is read once"
         return {
@@ -188,6 +218,7 @@ class Trainer:
             "train_loss": loss,
             "train_accuracy": correct / self.batch,
             "images_per_second": self.batch / run.step_seconds[-1],
+            **phase_metrics(seconds, 1),
         }
 
     def end_epoch(self) -> Metrics:
@@ -199,7 +230,7 @@ class Trainer:
         run = self.run
         epoch = run.step // self.steps_per_epoch
         self.require_finite_weights()
-        loss, accuracy = self._evaluate(self._evaluated, self._val)
+        loss, accuracy = self._measure(self._evaluated, "val")
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {epoch}, step {run.step}: {_REMEDY}")
         record: Metrics = {
@@ -212,13 +243,21 @@ class Trainer:
             "val_loss": loss,
             "val_accuracy": accuracy,
             "images_per_second": self._speed(run.step - self.steps_per_epoch),
+            **phase_metrics(run.phase_sums, self.steps_per_epoch),
         }
+        if self.recipe.until:
+            record["train_accuracy_evaluated"] = self._measure(self._evaluated, "train")[1]
         run.loss_sum = run.correct = 0.0
+        run.phase_sums = dict.fromkeys(PHASES, 0.0)
         run.history.append(record)
         best = run.history[run.best_epoch - 1]
         if not run.best_epoch or (accuracy, -loss) > (best["val_accuracy"], -best["val_loss"]):
             run.best_epoch = epoch
-            run.best_weights = copy.deepcopy(self._evaluated.state_dict())
+            weights = self._evaluated.state_dict()
+            run.best_weights = {
+                name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for name, value in weights.items()
+            }
         return record
 
     def finish(self) -> dict[str, Any]:
@@ -228,21 +267,26 @@ class Trainer:
             The fields of a ``Result`` that measure the weights and the steps.
         """
         run = self.run
-        _, last = self._evaluate(self._evaluated, self._test)
+        (_, last), (_, train_last) = (self._measure(self._evaluated, split) for split in ("test", "train"))
         self.model.load_state_dict(run.best_weights)
         if self._schedule is not None:  # the layers are again what they were when the weights were chosen
             self._schedule.load_state_dict({"done": run.best_epoch * self.steps_per_epoch})
+            self._follow()
         self.model.eval()
-        is_last = run.best_epoch == self.recipe.epochs
-        _, test = (0.0, last) if is_last else self._evaluate(self.model, self._test)
-        draws = generator(self.recipe.seed, "train images evaluated")
-        some = torch.randperm(len(self._train), generator=draws)[:TRAIN_IMAGES_EVALUATED]
-        train_loss, train_accuracy = self._evaluate(self.model, self._train[some.to(self.team.device)])
+        is_last = run.best_epoch == self.epochs_done
+        _, test = (0.0, last) if is_last else self._measure(self.model, "test")
+        train_loss, train_accuracy = self._measure(self.model, "train")
+        if self._given is not self.model:
+            self._given.load_state_dict(
+                {n: whole(v) if isinstance(v, Tensor) else v for n, v in run.best_weights.items()}
+            )
+            self._given.to(self.team.device).eval()
         return {
-            "epochs": self.recipe.epochs,
+            "epochs": self.epochs_done,
             "steps": run.step,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
+            "train_accuracy_last": train_last,
             "val_accuracy": run.history[run.best_epoch - 1]["val_accuracy"],
             "best_epoch": run.best_epoch,
             "test_accuracy": test,
@@ -253,46 +297,96 @@ class Trainer:
     def require_finite_weights(self) -> None:
         """Raise :class:`Diverged` if a weight is not finite, so that no checkpoint holds it."""
         norm = nn.utils.get_total_norm([weight.detach() for weight in self.model.parameters()])
-        if not math.isfinite(norm.item()):
+        if not math.isfinite(whole(norm).item()):
             raise Diverged(f"a weight is not finite after step {self.run.step}: {_REMEDY}")
 
-    def state(self) -> dict[str, Any]:
-        """Return all that a checkpoint needs. No generator states: every step seeds its own."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "averaged": None if self._averaged is None else self._averaged.state_dict(),
-            "schedule": None if self._schedule is None else self._schedule.state_dict(),
-            "run": {name: value for name, value in vars(self.run).items()},
-        }
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return all that a checkpoint needs: what JSON can hold, and tensors by name.
 
-    def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go back to a :meth:`state`, read from `path`.
+        No generator states: every step seeds its own.
+        """
+        for model in self._models().values():
+            self.team.share_buffers(model)  # any process may write them, and the first one's count
+        run = dict(vars(self.run))
+        seconds = torch.tensor(run.pop("step_seconds"), dtype=torch.float64)
+        tensors: dict[str, Any] = {"step_seconds": seconds}
+        for kind, model in self._models().items():
+            tensors |= _prefixed(kind, model.state_dict())
+        tensors |= _prefixed("best", run.pop("best_weights"))
+        names: dict[Tensor, str] = {weight: name for name, weight in self.model.named_parameters()}
+        for weight, held in self._optimizer.state.items():
+            tensors |= _prefixed("optimizer", {f"{names[weight]}/{name}": value for name, value in held.items()})
+        facts = {
+            "run": run,
+            "scaler": self._scaler.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
+        }
+        return facts, tensors
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        """Go back to a :meth:`state` that was saved.
 
         Raises:
             ValueError: It is of another model.
         """
-        try:
-            self.model.load_state_dict(state["model"])
-            if self._averaged is not None:
-                self._averaged.load_state_dict(state["averaged"])
-            self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"the checkpoint {path} is of another model: {error}\n"
-                f"Resume with the same model; {checkpoint.restart(path)}"
-            ) from error
-        self._scaler.load_state_dict(state["scaler"])
-        if self._schedule is not None:
-            self._schedule.load_state_dict(state["schedule"])
-            if self._averaged is not None:
-                self._schedule.follow(self._averaged.module)
-        self.run = Run(**state["run"])
+        tensors: dict[str, Any] = {}
+        weights = self.model.state_dict()
+        for kind, model in self._models().items():
+            tensors |= _prefixed(kind, model.state_dict())
+        self._require_same_model(saved, weights)
+        if any(name.startswith("best/") for name in saved.layout):
+            empty = {n: torch.empty_like(v) if isinstance(v, Tensor) else v for n, v in weights.items()}
+            tensors |= _prefixed("best", empty)
+        owners = dict(self.model.named_parameters())
+        for name, (shape, dtype) in saved.layout.items():
+            if name.startswith("optimizer/"):
+                weight = owners[name.removeprefix("optimizer/").rsplit("/", 1)[0]].detach()
+                alike = shape == weight.shape
+                tensors[name] = torch.zeros_like(weight, dtype=dtype) if alike else weight.new_zeros(shape, dtype=dtype)
+        shape, dtype = saved.layout["step_seconds"]
+        tensors["step_seconds"] = torch.empty(shape, dtype=dtype)
+        checkpoint.load(saved, tensors, self.team)
 
-    def _evaluate(self, model: nn.Module, split: Split) -> tuple[float, float]:
-        each = self.batch // self.team.world  # what fits into memory in training fits here
-        return evaluate(model, split, self._data, batch_size=each, precision=self.recipe.precision, team=self.team)
+        for kind, model in self._models().items():
+            model.load_state_dict(_under(kind, tensors))
+        for name, value in _under("optimizer", tensors).items():
+            owner, held = name.rsplit("/", 1)
+            self._optimizer.state[owners[owner]][held] = value
+        self._scaler.load_state_dict(saved.facts["scaler"])
+        if self._schedule is not None:
+            self._schedule.load_state_dict(saved.facts["schedule"])
+            self._follow()
+        self.run = Run(
+            **saved.facts["run"],
+            step_seconds=tensors["step_seconds"].tolist(),
+            best_weights=_under("best", tensors),
+        )
+
+    def _models(self) -> dict[str, nn.Module]:
+        """What is trained, and its average where there is one, by the names a checkpoint has for them."""
+        return {"model": self.model} | ({} if self._averaged is None else {"averaged": self._averaged})
+
+    def _require_same_model(self, saved: checkpoint.Saved, weights: dict[str, Any]) -> None:
+        """Raise a ValueError that names the tensors in which a checkpoint's model differs from this one."""
+        here = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+        there = {name: tuple(shape) for name, (shape, _) in _under("model", saved.layout).items()}
+        differing = [
+            f"{name} is {here.get(name, 'not there')}, was {there.get(name, 'not there')}"
+            for name in {**there, **here}
+            if here.get(name) != there.get(name)
+        ]
+        if differing:
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise ValueError(
+                f"the checkpoint {saved.path} is of another model: {'; '.join(differing[:5])}{more}. "
+                f"Resume with the same model; {checkpoint.restart(saved.path)}"
+            )
+
+    def _measure(self, model: nn.Module, split: str) -> tuple[float, float]:
+        """The mean loss and the accuracy of a model on a split."""
+        batches, count = self.feed.evaluation(split), self.feed.count(split)
+        precision = self.recipe.precision
+        return measure(model, batches, count, self._mean, self._std, precision=precision, team=self.team)
 
     def _speed(self, since: int) -> float:
         """Images per second by the median of the steps from `since` (from 0) on, without first ones."""
@@ -306,6 +400,14 @@ _REMEDY = (
 )
 
 
+def _prefixed(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {f"{kind}/{name}": value for name, value in tensors.items()}
+
+
+def _under(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n.removeprefix(f"{kind}/"): value for n, value in tensors.items() if n.startswith(f"{kind}/")}
+
+
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -314,6 +416,7 @@ def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]
     average_floats = get_ema_multi_avg_fn(decay)
 
     def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+        averaged, current = [local(old) for old in averaged], [local(new) for new in current]
         if averaged[0].is_floating_point():
             average_floats(averaged, current, count)
         else:  # torch's average rounds integers down, and with them a constant table of indices
@@ -328,6 +431,8 @@ def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.
     if not weights:
         raise ValueError("the model has no trainable parameter")
     fused = device.type in ("cpu", "cuda")  # one call for all weights: small networks live on this
+    if recipe.optimizer == "sgd" and sharded(model):
+        fused = False  # torch has no fused sgd of divided weights
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     return torch.optim.SGD(
@@ -338,26 +443,3 @@ def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.
         nesterov=recipe.momentum > 0,
         fused=fused,
     )
-
-
-def _start_watch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Start a watch; calling the result stops it, and gives a function that returns the seconds.
-
-    On CUDA the watch is two events in the device's queue, so that nothing waits for it.
-    """
-    if device.type != "cuda":
-        began = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            seconds = time.perf_counter() - began
-            return lambda: seconds
-
-        return stop
-    first, second = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-
-    def stop_event() -> Callable[[], float]:
-        second.record()
-        return lambda: first.elapsed_time(second) / 1000
-
-    return stop_event

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +32,13 @@ LAYERS = {
     "scan": "scan(state=3) | causal | selective",
 }
 
+KERNELS = {
+    "deformable": ["aggregate", "corners"],
+    "window attention": ["local_attention"],
+    "acmix": ["local_attention", "grouped_conv"],
+    "scan": ["scan"],
+}  # the others aggregate
+
 
 def outcome(layer: Mixer, x: Tensor, backend: str) -> dict[str, Tensor]:
     layer.backend = backend
@@ -50,17 +59,15 @@ def test_layers_are_the_oracles(name, monkeypatch):
     x = torch.randn(2, 4, 4, 5)
     truth = outcome(layer, x, "oracle")
     used = []
-    real = cuda.kernels
-
-    def spy(kind: str, *tensors: Tensor | None):
-        used.append(kind)
-        return real(kind, *tensors)
-
-    monkeypatch.setattr(cuda, "kernels", spy)
+    for kind in KERNELS.get(name, ["aggregate"]):
+        module = importlib.import_module(f"nearfold.kernels.triton.{kind}")
+        for way in (kind, f"{kind}_backward"):
+            real = getattr(module, way)
+            monkeypatch.setattr(module, way, lambda *a, n=way, f=real, **k: used.append(n) or f(*a, **k))
     with cuda.interpreted():
         mine = outcome(layer, x, "auto")
-    kernels = {"window attention": "local_attention", "acmix": "local_attention", "scan": "scan"}
-    assert kernels.get(name, "aggregate") in used
+    ran = {way for kind in KERNELS.get(name, ["aggregate"]) for way in (kind, f"{kind}_backward")}
+    assert ran == set(used)
     for what, found in mine.items():
         scale = truth[what].abs().max().item()
         assert (found - truth[what]).abs().max().item() <= 2e-5 * max(scale, 1), what
@@ -90,6 +97,31 @@ def test_low_precision_is_compared_as_it_is(dtype, monkeypatch):
         assert found.dtype == dtype
         scale = truth[what].float().abs().max().item()
         assert (found.float() - truth[what].float()).abs().max().item() <= budget * max(scale, 1), what
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_acmix_convolution_in_low_precision(heads, autocast, monkeypatch):
+    """Six heads take two steps. Maps, weight and output have the dtype that a convolution would have."""
+    layer = Mixer(f"window(3) | box | shift({heads})", 6, 6)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(1, 6, 4, 5)
+    truth = outcome(layer, x, "oracle")
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    module = importlib.import_module("nearfold.kernels.triton.grouped_conv")
+    used = []
+    for way in ("grouped_conv", "grouped_conv_backward"):
+        real = getattr(module, way)
+        monkeypatch.setattr(module, way, lambda *a, n=way, f=real: used.append(n) or f(*a))
+    with cuda.interpreted(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mine = outcome(layer, x, "auto")
+    assert used == ["grouped_conv", "grouped_conv_backward"] and mine["y"].dtype == torch.bfloat16
+    for what, found in mine.items():
+        scale = truth[what].abs().max().item()
+        assert (found.float() - truth[what]).abs().max().item() <= 3e-2 * max(scale, 1), what
 
 
 def test_a_layer_trains():

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar.words import Experts, Max, Mean, Ones, Separable, Shift, Window
-from nearfold.kernels import engine
+from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
 from nearfold.lower import oracle
-from nearfold.lower.call import Call, autocast_dtype, in_forward_mode
+from nearfold.lower.call import Call, autocast_dtype, is_transformed
 from nearfold.lower.geometry import WindowGeometry, crop
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.windows import window_index
@@ -51,10 +51,14 @@ def supports(facts: Facts) -> Verdict:
 
 
 def _by_groups(call: Call) -> bool:
-    """Whether this is ACmix's convolution where the compiled engine may run it."""
+    """Whether this is ACmix's convolution where the compiled engine or a GPU's kernels may run it."""
     x = call.value
-    plain = x.device.type == "cpu" and x.dtype in engine.COMPUTE and autocast_dtype(x) is None
-    return isinstance(call.op.weight.kernel, Shift) and plain and not in_forward_mode(call)
+    if not isinstance(call.op.weight.kernel, Shift) or is_transformed(x, *call.params.values()):
+        return False
+    kernels = cuda.kernels("grouped_conv", x)
+    if kernels is not None:
+        return (autocast_dtype(x) or x.dtype) in kernels.DTYPES
+    return x.device.type == "cpu" and x.dtype in engine.COMPUTE and autocast_dtype(x) is None
 
 
 def _in_two_steps(call: Call) -> bool:
@@ -74,7 +78,9 @@ def _shift(call: Call) -> Tensor:
     kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(kernel, Shift) and isinstance(call.op.path, Window)
     assert call.query is not None and call.key is not None
-    maps = [t.unflatten(1, (kernel.heads, -1)).transpose(1, 2) for t in (call.query, call.key, call.value)]
+    dtype = autocast_dtype(call.value) or call.value.dtype
+    parts = (call.query, call.key, call.value)
+    maps = [t.to(dtype).unflatten(1, (kernel.heads, -1)).transpose(1, 2) for t in parts]
     if _in_two_steps(call):
         made, weight, groups = _mapped(call, torch.cat(maps, 2))
         maps = [made]
@@ -84,7 +90,7 @@ def _shift(call: Call) -> Tensor:
         weight, groups = found
     y = grouped_conv(
         maps,
-        weight.unflatten(0, (groups, -1)),
+        weight.to(dtype).unflatten(0, (groups, -1)),
         list(geometry.stride),
         list(geometry.dilation),
         list(geometry.before),

@@ -19,7 +19,7 @@ from nearfold.kernels.slot_scores import slot_scores
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.bias import score_bias
-from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
+from nearfold.lower.call import Call, autocast_dtype, is_transformed, refuse_derivatives
 from nearfold.lower.deform import moved
 from nearfold.lower.generated import constant_alpha
 from nearfold.lower.verdict import Facts, Verdict
@@ -53,7 +53,7 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 def _fractional(call: Call) -> tuple[Tensor, Tensor]:
     """Index and alpha (B, M, S * E, G) of a deformable window."""
-    if call.ndim in CHANNELS_LAST and call.value is call.x:
+    if call.ndim in CHANNELS_LAST and call.value is call.x and not is_transformed(call.x):
         # the convolution of the offsets is twice as fast on it, backward, and `rows` are then a view of it
         call.x = call.value = call.x.contiguous(memory_format=CHANNELS_LAST[call.ndim])
     offset, mask, frame = moved(call)
@@ -90,7 +90,7 @@ def _whole(call: Call) -> tuple[Tensor, Tensor]:
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
-    refuse_forward_mode(call)
+    refuse_derivatives(call)
     fractional = isinstance(call.op.path, Deformable)
     index, alpha = _fractional(call) if fractional else _whole(call)
     kernel = oracle.kernel_weight(call)

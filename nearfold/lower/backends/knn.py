@@ -16,7 +16,7 @@ from nearfold.kernels.names import DOT_LIKE, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
-from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
+from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
 from nearfold.lower.selection import rule_of
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
@@ -135,7 +135,7 @@ def _alpha(rho: Rho, score: Tensor | None, at: Tensor) -> Tensor | None:
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
-    refuse_forward_mode(call)
+    refuse_derivatives(call)
     weight_word = call.op.weight
     appended = getattr(weight_word.kernel, "coordinates", False)
     value = oracle.values(call).transpose(1, 2) if appended else call.rows()

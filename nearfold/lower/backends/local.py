@@ -16,7 +16,7 @@ from nearfold.kernels.local_attention import local_attention
 from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
 from nearfold.lower import oracle
 from nearfold.lower.bias import has_bias
-from nearfold.lower.call import Call, autocast_dtype, refuse_forward_mode
+from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
 from nearfold.lower.geometry import WindowGeometry
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
@@ -82,7 +82,7 @@ def _attention(call: Call) -> Tensor:
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
-    refuse_forward_mode(call)
+    refuse_derivatives(call)
     if _one_operator(call.op, call.ndim):
         return _attention(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)

@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfold.grammar.words import Scan, Selective
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
-from nearfold.lower.call import Call, refuse_forward_mode
+from nearfold.lower.call import Call, refuse_derivatives
 from nearfold.lower.generated import state_space
 from nearfold.lower.orders import scan_order
 from nearfold.lower.verdict import Facts, Verdict
@@ -40,7 +40,7 @@ def run(call: Call) -> Tensor:
     skip = call.params["D"].to(wide)
     x_BNC = value_BNC.to(wide)
     if rho.scan_heads is None:
-        refuse_forward_mode(call)
+        refuse_derivatives(call)
         keep = torch.is_grad_enabled()
         y_BNC = selective_scan(x_BNC, delta_BNh, rate, write_BNs, read_BNs, keep)[0] + x_BNC * skip
     else:

@@ -1,0 +1,549 @@
+"""`nearfold::grouped_conv` on a CUDA device: channels are read from their maps, and nothing is joined or padded.
+
+Bytes of ACmix with C channels, in numbers per position: this reads 3 C and writes C. PyTorch joins the maps (6 C)
+before it convolves (4 C) and puts the result in order (2 C): 12 against 4, and 6 C more where the border is mirrored or
+uneven and has to be padded. The backward reads C and writes 3 C for the maps and reads 4 C for the kernel: 8 against
+PyTorch's 10, which also keeps the joined maps until then. Products are 27 H C with H heads (H <= 4; 81 C after a first
+step with more): with H = 4 they are 27 FLOP a byte in bfloat16, above what a device does outside its tensor cores (14
+on H200) and far below what those do. Hence 16-bit numbers go to the tensor cores, although groups are so narrow that
+half of a tile is empty and more.
+
+One kernel walks the slots and adds up channels; with TURNED it goes from the inputs to the outputs that read them, so
+the gradient at the maps is a sum in one fixed order. That at the weight is a partial sum per span of outputs, added up
+by PyTorch.
+
+Shape legend: B batch, G groups, R channels of a group that are read, W that are written, S slots, rows: B times the
+positions written. Three grid axes z, y, x; fewer are led by axes of one position.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="possibly-undefined"
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+LIMIT = 2**31  # of offsets within a sample, and of programs
+FEW = 2  # so many channels are multiplied without tensor cores, which would be seven eighths idle
+PROGRAMS = 1024  # a device's fill; the weight's gradient is split over the outputs into about as many
+
+
+@triton.jit
+def _split(at, Y, X):
+    """Coordinates of a position."""
+    return at // (Y * X), at // X % Y, at % X
+
+
+@triton.jit
+def _step(at, k, size, other, step, dilation, before, image, first, TURNED: tl.constexpr, REFLECT: tl.constexpr):
+    """On one axis: what ``at`` meets through slot k, and whether it is there.
+
+    An output meets the position it reads. TURNED, a position meets the output that reads it, or its mirror ``image``;
+    ``size`` is always the grid's, ``other`` how many outputs there are.
+    """
+    period = tl.maximum(2 * (size - 1), 1)
+    if TURNED:
+        p = at
+        ok = at >= 0
+        if REFLECT:
+            p = tl.where(image % 2 == 1, -at, at) + (first + image // 2) * period
+            # both ends are their own mirror images
+            ok = tl.where(image % 2 == 1, (at > 0) & (at < size - 1), ok)
+        t = p + before - k * dilation
+        found = t // step
+        ok = ok & (t >= 0) & (t - found * step == 0) & (found < other)
+    else:
+        found = at * step + k * dilation - before
+        if REFLECT:
+            found = (found % period + period) % period
+            found = tl.where(found >= size, period - found, found)
+            ok = at >= 0
+        else:
+            ok = (found >= 0) & (found < size)
+    return found, ok
+
+
+@triton.jit
+def _channel(m0, m1, m2, m3, c, width, stride, MAPS: tl.constexpr):
+    """Where channel c begins; maps of ``width`` channels follow one another."""
+    which = c // width
+    base = m0 + (c - which * width) * stride
+    if MAPS > 1:
+        base = tl.where(which == 1, m1 + (c - width) * stride, base)
+    if MAPS > 2:
+        base = tl.where(which == 2, m2 + (c - 2 * width) * stride, base)
+    if MAPS > 3:
+        base = tl.where(which == 3, m3 + (c - 3 * width) * stride, base)
+    return base
+
+
+@triton.jit
+def _multiplied(x, y, acc, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    x, y = x.to(dtype), y.to(dtype)
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit
+def _conv_kernel(
+    r0,
+    r1,
+    r2,
+    r3,
+    w0,
+    w1,
+    w2,
+    w3,
+    weight,  # (G, S, R, W), one of the last two innermost
+    rows,
+    G,
+    R,
+    W,
+    r_width,  # channels of one map
+    w_width,
+    Z,  # the grid
+    Y,
+    X,
+    OZ,  # the outputs
+    OY,
+    OX,
+    KZ,
+    KY,
+    KX,
+    tz,
+    ty,
+    tx,
+    dz,
+    dy,
+    dx,
+    bz,
+    by,
+    bx,
+    images,  # of all axes
+    iy,
+    ix,
+    fz,
+    fy,
+    fx,
+    r_b,
+    r_g,
+    r_c,
+    r_z,
+    r_y,
+    r_x,
+    w_b,
+    w_g,
+    w_c,
+    w_z,
+    w_y,
+    w_x,
+    f_r,  # of weight
+    f_w,
+    READ: tl.constexpr,  # maps
+    WRITTEN: tl.constexpr,
+    TURNED: tl.constexpr,
+    REFLECT: tl.constexpr,
+    DOT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: BLOCK_M positions, BLOCK_W channels of a group. Positions last: they lie side by side in a map."""
+    blocks = tl.cdiv(W, BLOCK_W)
+    tile = tl.program_id(0) % (G * blocks)
+    g = tile // blocks
+    row = (tl.program_id(0) // (G * blocks)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tile % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    if TURNED:
+        AY, AX = Y, X
+        positions = Z * Y * X
+    else:
+        AY, AX = OY, OX
+        positions = OZ * OY * OX
+    b = (row // positions).to(tl.int32)
+    z, y, x = _split((row % positions).to(tl.int32), AY, AX)
+    ok = row < rows
+    reach = b.to(tl.int64) * r_b + g.to(tl.int64) * r_g
+    acc = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
+    for step in range(KZ * KY * KX * images):
+        slot, image = step // images, step % images
+        kz, ky, kx = _split(slot, KY, KX)
+        jz, jy, jx = _split(image, iy, ix)
+        pz, ok_z = _step(z, kz, Z, OZ, tz, dz, bz, jz, fz, TURNED, REFLECT)
+        py, ok_y = _step(y, ky, Y, OY, ty, dy, by, jy, fy, TURNED, REFLECT)
+        px, ok_x = _step(x, kx, X, OX, tx, dx, bx, jx, fx, TURNED, REFLECT)
+        there = ok & ok_z & ok_y & ok_x
+        at = reach + pz * r_z + py * r_y + px * r_x
+        factors = weight + (g * (KZ * KY * KX) + slot) * R * W + o * f_w
+        # most mirror images lie beyond every window
+        if not (TURNED and REFLECT) or tl.max(there.to(tl.int32), 0) > 0:
+            if DOT:
+                for start in range(0, R, BLOCK_R):
+                    c = start + tl.arange(0, BLOCK_R)
+                    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
+                    near = tl.load(base[:, None] + at[None, :], mask=(c < R)[:, None] & there[None, :], other=0.0)
+                    w = tl.load(
+                        factors[:, None] + c[None, :] * f_r, mask=(o < W)[:, None] & (c < R)[None, :], other=0.0
+                    )
+                    acc = _multiplied(w, near, acc, weight.dtype.element_ty, WIDEN)
+            else:
+                for c in range(R):
+                    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
+                    near = tl.load(base + at, mask=there, other=0.0).to(tl.float32)
+                    w = tl.load(factors + c * f_r, mask=o < W, other=0.0).to(tl.float32)
+                    acc += w[:, None] * near[None, :]
+    base = _channel(w0, w1, w2, w3, o, w_width, w_c, WRITTEN)
+    into = b.to(tl.int64) * w_b + g.to(tl.int64) * w_g + z * w_z + y * w_y + x * w_x
+    tl.store(base[:, None] + into[None, :], acc.to(w0.dtype.element_ty), mask=(o < W)[:, None] & ok[None, :])
+
+
+@triton.jit
+def _weight_kernel(
+    grad,
+    r0,
+    r1,
+    r2,
+    r3,
+    partial,  # (splits, G, S, W, R) float32
+    rows,
+    span,  # outputs of a split, whole blocks
+    G,
+    R,
+    W,
+    r_width,
+    Z,
+    Y,
+    X,
+    OZ,
+    OY,
+    OX,
+    KZ,
+    KY,
+    KX,
+    tz,
+    ty,
+    tx,
+    dz,
+    dy,
+    dx,
+    bz,
+    by,
+    bx,
+    g_b,
+    g_g,
+    g_c,
+    g_z,
+    g_y,
+    g_x,
+    r_b,
+    r_g,
+    r_c,
+    r_z,
+    r_y,
+    r_x,
+    READ: tl.constexpr,
+    REFLECT: tl.constexpr,
+    DOT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: a slot of a group, BLOCK_W by BLOCK_R of its channels, the outputs of a split."""
+    slots = KZ * KY * KX
+    w_blocks, r_blocks = tl.cdiv(W, BLOCK_W), tl.cdiv(R, BLOCK_R)
+    tile = tl.program_id(0) % (G * slots * w_blocks * r_blocks)
+    split = (tl.program_id(0) // (G * slots * w_blocks * r_blocks)).to(tl.int64)
+    c = tile % r_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    o = tile // r_blocks % w_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    slot = tile // (r_blocks * w_blocks) % slots
+    g = (tile // (r_blocks * w_blocks * slots)).to(tl.int64)
+    kz, ky, kx = _split(slot, KY, KX)
+    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
+    into = partial + ((split * G + g) * slots + slot) * W * R
+    acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32) if DOT else tl.zeros((BLOCK_W, BLOCK_R, BLOCK_M), tl.float32)
+    for start in range(0, span, BLOCK_M):
+        row = split * span + start + tl.arange(0, BLOCK_M)
+        ok = row < rows
+        b = row // (OZ * OY * OX)
+        z, y, x = _split((row % (OZ * OY * OX)).to(tl.int32), OY, OX)
+        pz, ok_z = _step(z, kz, Z, OZ, tz, dz, bz, 0, 0, False, REFLECT)
+        py, ok_y = _step(y, ky, Y, OY, ty, dy, by, 0, 0, False, REFLECT)
+        px, ok_x = _step(x, kx, X, OX, tx, dx, bx, 0, 0, False, REFLECT)
+        there = ok & ok_z & ok_y & ok_x
+        at = b * r_b + g * r_g + pz * r_z + py * r_y + px * r_x
+        near = tl.load(base[:, None] + at[None, :], mask=(c < R)[:, None] & there[None, :], other=0.0)
+        at = b * g_b + g * g_g + z * g_z + y * g_y + x * g_x
+        upper = tl.load(grad + (o * g_c)[:, None] + at[None, :], mask=(o < W)[:, None] & ok[None, :], other=0.0)
+        if DOT:
+            acc = _multiplied(upper, tl.trans(near), acc, grad.dtype.element_ty, WIDEN)
+        else:
+            acc += upper.to(tl.float32)[:, None, :] * near.to(tl.float32)[None, :, :]
+    if not DOT:
+        acc = tl.sum(acc, 2)
+    tl.store(into + o[:, None] * R + c[None, :], acc, mask=(o < W)[:, None] & (c < R)[None, :])
+
+
+def serves(
+    maps: Sequence[Tensor], weight: Tensor, stride: list[int], dilation: list[int], before: list[int], out: list[int]
+) -> str:
+    """Why these operands cannot be computed here; empty where they can."""
+    there = [*maps, weight]
+    if weight.dtype not in DTYPES or any(m.dtype != weight.dtype for m in maps):
+        return f"operands are {', '.join(str(t.dtype) for t in there)}, not float32, bfloat16 or float16 alike"
+    if any(t.device.type != ("cpu" if INTERPRETED else "cuda") or t.device != weight.device for t in there):
+        return f"operands are on {', '.join(str(t.device) for t in there)}, not on one CUDA device"
+    B, G, _, *grid = maps[0].shape
+    window = zip(out, stride, weight.shape[3:], dilation, before, strict=True)
+    reach = [(o - 1) * t + s * d + abs(b) for o, t, s, d, b in window]
+    inputs, outputs = weight.shape[2], weight.shape[1]
+    sample = G * max(inputs * math.prod(grid), outputs * math.prod(out))
+    programs = B * max(math.prod(grid), math.prod(out)) * G * max(inputs, outputs)  # at most
+    if 4 * max(*reach, *grid, weight.numel(), sample, *map(_span, maps)) >= LIMIT or programs >= 64 * LIMIT:
+        return "offsets within a sample, or programs, do not fit 32 bits"
+    return ""
+
+
+def _span(x: Tensor) -> int:
+    """How far the numbers of a sample and group lie apart."""
+    return sum((n - 1) * s for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
+
+
+def _fit(size: int, most: int, least: int = 1) -> int:
+    """A power of two that covers size, within the bounds."""
+    return max(least, min(most, int(triton.next_power_of_2(size))))
+
+
+def _three(numbers: Sequence[int], missing: int) -> list[int]:
+    return [missing] * (3 - len(numbers)) + list(numbers)
+
+
+def _joined(maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps themselves where they are laid out alike, as those of one projection are; else one map of all."""
+    first = maps[0]
+    if all(m.shape == first.shape and m.stride() == first.stride() for m in maps):
+        return list(maps)
+    return [torch.cat(list(maps), 2)]
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch, group, channel and three axes, for (B, G, c, *grid)."""
+    return (*x.stride()[:3], *_three(x.stride()[3:], 0))
+
+
+def _four(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (*maps, *[maps[0]] * (4 - len(maps)))
+
+
+def _geometry(
+    grid: Sequence[int], size: Sequence[int], stride: list[int], dilation: list[int], before: list[int], out: list[int]
+) -> tuple[int, ...]:
+    parts = (grid, out, size, stride, dilation)
+    return (*(n for part in parts for n in _three(part, 1)), *_three(before, 0))
+
+
+def _images(
+    grid: Sequence[int], size: Sequence[int], stride: list[int], dilation: list[int], before: list[int], out: list[int]
+) -> tuple[int, ...]:
+    """How many images the mirrors make of a position (all axes, y, x), and the first period of each axis.
+
+    An axis of n positions repeats every 2 (n - 1); each repetition has a position's image and its mirror image.
+    """
+    counts, firsts = [], []
+    for n, s, t, d, b, o in zip(grid, size, stride, dilation, before, out, strict=True):
+        period, last = max(2 * (n - 1), 1), (o - 1) * t + (s - 1) * d - b
+        firsts.append(-((b + n - 1) // period))
+        counts.append(2 * ((last + n - 1) // period - firsts[-1] + 1))
+    return (math.prod(counts), *_three(counts, 1)[1:], *_three(firsts, 0))
+
+
+def _blocks(dtype: torch.dtype, read: int, written: int) -> dict[str, Any]:
+    """Tiles of `_conv_kernel` that stay in registers."""
+    if dtype == torch.float32 or written <= FEW:
+        wide = _fit(written, 32)
+        return {"DOT": False, "BLOCK_W": wide, "BLOCK_R": 1, "BLOCK_M": _fit(2048 // wide, 512, 128)}
+    wide = _fit(written, 64, 16)
+    return {"DOT": True, "BLOCK_W": wide, "BLOCK_R": _fit(read, 64, 16), "BLOCK_M": 128}
+
+
+def _weight_blocks(dtype: torch.dtype, read: int, written: int) -> dict[str, Any]:
+    """Tiles of `_weight_kernel`, likewise."""
+    if dtype == torch.float32 or min(read, written) <= FEW:
+        return {"DOT": False, "BLOCK_W": _fit(written, 4), "BLOCK_R": _fit(read, 16), "BLOCK_M": 128}
+    return {"DOT": True, "BLOCK_W": _fit(written, 64, 16), "BLOCK_R": _fit(read, 64, 16), "BLOCK_M": 64}
+
+
+def _walk(
+    read: Sequence[Tensor],
+    written: Sequence[Tensor],
+    factors: Tensor,
+    geometry: tuple[int, ...],
+    images: tuple[int, ...],
+    turned: bool,
+    reflect: bool,
+    block: int | None,
+) -> None:
+    """`_conv_kernel` from maps (B, G, c, *positions) to others; factors (G, S, R, W)."""
+    B, G = read[0].shape[:2]
+    R, W = factors.shape[2:]
+    switches = _blocks(factors.dtype, R, W)
+    switches["BLOCK_M"] = block or switches["BLOCK_M"]
+    # those that a thread holds, or that a tile's row holds, lie side by side
+    factors = factors.mT.contiguous().mT if switches["DOT"] else factors.contiguous()
+    rows = B * math.prod(written[0].shape[3:])
+    programs = triton.cdiv(rows, switches["BLOCK_M"]) * G * triton.cdiv(W, switches["BLOCK_W"])
+    _conv_kernel[(programs,)](
+        *(*_four(read), *_four(written), factors, rows, G, R, W, read[0].shape[2], written[0].shape[2]),
+        *(*geometry, *images, *_strides(read[0]), *_strides(written[0]), *factors.stride()[2:]),
+        READ=len(read),
+        WRITTEN=len(written),
+        TURNED=turned,
+        REFLECT=reflect,
+        WIDEN=INTERPRETED,
+        **switches,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def grouped_conv(
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+    out: list[int],
+    reflect: bool,
+    *,
+    block: int | None = None,
+) -> Tensor:
+    """`nearfold.kernels.grouped_conv.grouped_conv`; ``block`` is the number of positions of a program.
+
+    Raises:
+        NotImplementedError: where `serves` says why.
+    """
+    if why := serves(maps, weight, stride, dilation, before, out):
+        raise NotImplementedError(why)
+    B, G, _, *grid = maps[0].shape
+    y = weight.new_empty(B, weight.shape[1], G, *out)
+    if y.numel() == 0:
+        return y
+    factors = weight.flatten(3).permute(0, 3, 2, 1)
+    with torch.cuda.device_of(weight):
+        geometry = _geometry(grid, weight.shape[3:], stride, dilation, before, out)
+        _walk(_joined(maps), [y.transpose(1, 2)], factors, geometry, (1, 1, 1, 0, 0, 0), False, reflect, block)
+    return y
+
+
+def grouped_conv_backward(
+    grad: Tensor,
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+    reflect: bool,
+    *,
+    block: int | None = None,
+    programs: int = PROGRAMS,
+) -> list[Tensor]:
+    """Gradients at every map, laid out as torch.empty_like does, and at weight, contiguous.
+
+    ``grad`` (B, O, G, *out) has any strides. Equal inputs have equal results, bit for bit. The sum over outputs that
+    makes weight's gradient is split so that about ``programs`` programs share it.
+
+    Raises:
+        NotImplementedError: where `serves` says why.
+    """
+    out, upper = list(grad.shape[3:]), grad.transpose(1, 2)
+    if why := serves([*maps, upper], weight, stride, dilation, before, out):
+        raise NotImplementedError(why)
+    d_maps = [torch.empty_like(m) for m in maps]
+    B, G, _, *grid = maps[0].shape
+    O, I, *size = weight.shape[1:]
+    if grad.numel() == 0 or weight.numel() == 0 or maps[0].numel() == 0:
+        return [*(d.zero_() for d in d_maps), weight.new_zeros(weight.shape)]
+    read = _joined(maps)
+    written = d_maps if len(read) == len(maps) else [torch.empty_like(read[0])]
+    window = (grid, size, stride, dilation, before, out)
+    geometry = _geometry(*window)
+    rows, switches = B * math.prod(out), _weight_blocks(weight.dtype, I, O)
+    switches["BLOCK_M"] = block or switches["BLOCK_M"]
+    tiles = G * math.prod(size) * triton.cdiv(O, switches["BLOCK_W"]) * triton.cdiv(I, switches["BLOCK_R"])
+    splits, span = _splits(rows, tiles, switches["BLOCK_M"], programs)
+    partial = weight.new_empty(splits, G, math.prod(size), O, I, dtype=torch.float32)
+    with torch.cuda.device_of(weight):
+        factors = weight.flatten(3).permute(0, 3, 1, 2)
+        images = _images(*window) if reflect else (1, 1, 1, 0, 0, 0)
+        _walk([upper], written, factors, geometry, images, True, reflect, block)
+        _weight_kernel[(tiles * splits,)](
+            *(upper, *_four(read), partial, rows, span, G, I, O, read[0].shape[2], *geometry),
+            *(*_strides(upper), *_strides(read[0])),
+            READ=len(read),
+            REFLECT=reflect,
+            WIDEN=INTERPRETED,
+            **switches,
+            num_warps=4,
+            num_stages=3,
+        )
+    if written is not d_maps:
+        for d_map, part in zip(d_maps, written[0].split([m.shape[2] for m in maps], 2), strict=True):
+            d_map.copy_(part)
+    d_weight = partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape).to(weight.dtype)
+    return [*d_maps, d_weight.contiguous()]
+
+
+def _splits(rows: int, tiles: int, block: int, programs: int) -> tuple[int, int]:
+    """(splits, outputs of one): as many as fill the device, each of four blocks at least; of sizes alone."""
+    splits = max(1, min(triton.cdiv(programs, tiles), triton.cdiv(rows, 4 * block)))
+    span = triton.cdiv(triton.cdiv(rows, splits), block) * block
+    return triton.cdiv(rows, span), span
+
+
+def _variant(
+    kernel: Any, maps: int, inputs: int, outputs: int, dtype: torch.dtype, turned: bool = False, reflect: bool = False
+) -> Callable[[], dict[str, Any]]:
+    """What a launch on contiguous maps of two axes compiles, 3 by 3 slots, stride and dilation 1."""
+
+    def make() -> dict[str, Any]:
+        of_weight = kernel is _weight_kernel
+        read, written = (outputs, inputs) if turned else (inputs, outputs)
+        blocks = (_weight_blocks if of_weight else _blocks)(dtype, read, written)
+        ones = ["Z", "OZ", "KZ", "tz", "ty", "tx", "dz", "dy", "dx", "by", "bx", "r_x", "w_x", "g_x"]
+        ones += ["f_r" if blocks["DOT"] else "f_w"]
+        ones += [] if reflect and turned else ["images", "iy", "ix"]
+        constexprs = {n: 1 for n in ones if n in kernel.arg_names} | {"REFLECT": reflect, "WIDEN": False} | blocks
+        if of_weight:
+            constexprs |= {"READ": maps}
+        else:
+            constexprs |= {"READ": 1 if turned else maps, "WRITTEN": maps if turned else 1, "TURNED": turned}
+        signature = {n: "i32:16" if n[-2:] in ("_b", "_g", "_c") else "i32" for n in kernel.arg_names}
+        tensors = ("grad", "weight", *(f"{a}{i}" for a in "rw" for i in range(4)))
+        signature |= dict.fromkeys(tensors, f"*{DTYPES[dtype]}") | {"partial": "*fp32", "rows": "i32:16"}
+        used = {n: t for n, t in signature.items() if n in kernel.arg_names}
+        return {"fn": kernel, "signature": used, "constexprs": constexprs, "num_warps": 4, "num_stages": 3}
+
+    return make
+
+
+# maps, channels of them all, outputs: four heads at once; after a first step eight and 24 heads; one head
+_WIDTHS = ((3, 12, 4), (1, 9, 8), (1, 9, 24), (3, 3, 1))
+VARIANTS: list[Callable[[], dict[str, Any]]] = [
+    *(
+        _variant(_conv_kernel, *widths, dtype, turned)
+        for widths in _WIDTHS
+        for dtype in (torch.bfloat16, torch.float32)
+        for turned in (False, True)
+    ),
+    *(_variant(_conv_kernel, 3, 12, 4, torch.float16, turned, True) for turned in (False, True)),
+    *(_variant(_weight_kernel, *widths, dtype) for widths in _WIDTHS for dtype in (torch.bfloat16, torch.float32)),
+]

@@ -1,0 +1,78 @@
+"""Networks of different operators with one budget: the pointwise MLPs make up what an operator leaves over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from nearfold.models import SpectrumNet, stem_stride
+from nearfold.study.grid import Data, Label, Trial
+from nearfold.study.measure import count_flops, count_parameters
+from nearfold.train import Recipe
+
+WIDTH, DEPTH = 32, 2
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+"""Channels, height and width of the images that budgets are counted for."""
+CLASSES = {"cifar100": 100}
+TOLERANCE = 0.05
+"""How far a network may be from its budget."""
+
+Measure = Callable[[nn.Module, tuple[int, ...]], int]
+
+
+def parameters(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Trainable numbers."""
+    return count_parameters(model)
+
+
+def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Of one image's forward pass."""
+    return count_flops(model, shape)
+
+
+def matched(layers: Mapping[Label, str], axis: str, data: Data, recipe: Recipe, measure: Measure) -> list[Trial]:
+    """A trial for every layer in `SpectrumNet`, whose MLPs are so wide that all networks have the same budget.
+
+    The budget is that of the hungriest layer with MLPs of twice the width.
+
+    Args:
+        layers: notation by value on the axis.
+        axis: what the values are of.
+        data: what is trained on.
+        recipe: how.
+        measure: of what the budget is: `parameters` or `flops`.
+
+    Raises:
+        ValueError: a layer cannot meet the budget within `TOLERANCE`.
+    """
+    plain = 2 * WIDTH
+    budget = max(_cost(layer, plain, data.name, measure) for layer in layers.values())
+    trials = []
+    for value, layer in layers.items():
+        first, second = (_cost(layer, hidden, data.name, measure) for hidden in (plain, 2 * plain))
+        hidden = plain + round((budget - first) / ((second - first) / plain))
+        off = _cost(layer, hidden, data.name, measure) / budget - 1
+        if abs(off) > TOLERANCE:
+            raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network (WIDTH={WIDTH})")
+        network = {"name": "spectrum", "operation": layer, "width": WIDTH, "depth": DEPTH, "hidden": hidden}
+        trials.append(Trial({"data": data.name, axis: value}, network, data, recipe))
+    return trials
+
+
+@functools.cache
+def _cost(layer: str, hidden: int, data: str, measure: Measure) -> int:
+    shape = SHAPES[data]
+    with torch.device("meta"):
+        model = SpectrumNet(
+            layer,
+            shape[0],
+            CLASSES.get(data, 10),
+            width=WIDTH,
+            depth=DEPTH,
+            stride=stem_stride(shape[1:]),
+            hidden=hidden,
+        )
+    return measure(model, shape)

@@ -1,0 +1,225 @@
+"""How the studies that do more than compare settings with a reference are read."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nearfold.grammar import parse
+from nearfold.grammar.complexity import c_d
+from nearfold.nn import Mixer
+from nearfold.study.compare import accuracy, count, differences, names, points, verdict
+from nearfold.study.results import Results, Row
+from nearfold.study.statistics import pareto
+
+MEMORISED = 0.995
+COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
+TIERS = (("S", 1800.0), ("A", 1250.0), ("B", 900.0), ("C", 500.0))
+
+
+def memorise_answer(results: Results) -> list[str]:
+    """Gaps of the operators that memorised, against complexity; the others are said not to have."""
+    paragraphs = []
+    for name, rows in results.panels.items():
+        there = [row for row in rows if reached(row)]
+        missed = [row for row in rows if not reached(row)]
+        text = f"{name}: "
+        if there:
+            low, high = (pick(there, key=lambda row: row.estimate("gap_last").mean) for pick in (min, max))
+            text += (
+                f"among the {len(there)} of {len(rows)} operators that memorised with every seed, the gap is "
+                f"smallest for "
+                f"{low.title}, {accuracy(low.estimate('gap_last'))}, and largest for {high.title}, "
+                f"{accuracy(high.estimate('gap_last'))}. "
+            )
+        reference = results.reference(there)
+        if reference is not None:
+            text += "Gaps: " + _smaller(verdict(differences(there, reference, "gap_last"), reference)) + " "
+        if len(there) > 3:
+            text += _ranks(there) + " "
+        if missed:
+            text += "Did not memorise with every seed, so no gap is compared: " + names(
+                [f"{row.title} ({accuracy(row.estimate('train_accuracy_last'))})" for row in missed]
+            )
+            text += "."
+        paragraphs.append(text.strip())
+    return paragraphs
+
+
+def reached(row: Row) -> bool:
+    """Whether every seed of an operator memorised its images."""
+    return all(value >= MEMORISED for value in row.values("train_accuracy_last").values())
+
+
+def _smaller(sentence: str) -> str:
+    """A verdict on accuracies as one on gaps, where less is better."""
+    swapped = sentence.replace("Better than", "Larger than").replace("better than", "larger than")
+    return swapped.replace("Worse than", "Smaller than").replace("worse than", "smaller than")
+
+
+def _ranks(rows: Sequence[Row]) -> str:
+    """Rank correlation of the gap with complexity."""
+    from scipy import stats
+
+    gaps = [row.estimate("gap_last").mean for row in rows]
+    parts = []
+    for name in ("C_D", "C_P", "Omega"):
+        values = [complexity(row)[name] for row in rows]
+        found = stats.spearmanr(values, gaps)
+        parts.append(f"{name} {found.statistic:+.2f} (p = {found.pvalue:.2f})".replace("-", "−"))
+    return f"Rank correlation of the mean gap with complexity over these {len(rows)} operators: {', '.join(parts)}."
+
+
+def complexity(row: Row) -> dict[str, float]:
+    """C_D, C_P (millions) and Omega of the operator layers of a row's network."""
+    network = row.trial.network
+    notation = str(network.get("operation", network.get("layer")))
+    c_p = sum(_c_p(notation, *channels) for channels in _layers(network))
+    total = c_d(parse(notation)) * len(_layers(network))
+    return {"C_D": total, "C_P": c_p, "Omega": total + c_p}
+
+
+def _layers(network: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Channels into and out of every operator layer of the networks that these studies use."""
+    if network["name"] == "spectrum":
+        return [(network["width"], network["width"])] * network["depth"]
+    return [(16, 16), (32, 32)] if network.get("embed") else [(3, 16), (16, 32)]
+
+
+@functools.cache
+def _c_p(notation: str, in_channels: int, out_channels: int) -> float:
+    from nearfold.recognise import complexity as derive
+
+    with torch.device("meta"):
+        return float(derive(Mixer(notation, in_channels, out_channels)).c_p)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of GWO's table: accuracy in percent, Omega, 100 accuracy / (1 + Omega), tier."""
+
+    row: Row
+    accuracy: float
+    omega: float
+    score: float
+    tier: str
+
+
+def scores(rows: Sequence[Row]) -> list[Score]:
+    """GWO's table, best score first."""
+    found = []
+    for row in rows:
+        percent, omega = 100 * row.estimate("test_accuracy").mean, complexity(row)["Omega"]
+        score = 100 * percent / (1 + omega)
+        found.append(Score(row, percent, omega, score, next((t for t, least in TIERS if score >= least), "D")))
+    return sorted(found, key=lambda s: -s.score)
+
+
+def benchmark_answer(results: Results) -> list[str]:
+    """The ranking by score beside the ranking by accuracy."""
+    from scipy import stats
+
+    paragraphs = []
+    for name, rows in results.panels.items():
+        table = scores(rows)
+        n = min(len(row.results) for row in rows)
+        text = (
+            f"{name}: the best score is that of {table[0].row.title}, {table[0].score:.0f} ({table[0].accuracy:.1f} %, "
+        )
+        text += f"Omega {table[0].omega:.3g}); "
+        best = max(table, key=lambda s: s.accuracy)
+        text += (
+            f"the best accuracy that of {best.row.title}, {accuracy(best.row.estimate('test_accuracy'))} ({count(n)}). "
+        )
+        if len(table) > 4:
+            by_omega = stats.spearmanr([s.score for s in table], [-s.omega for s in table]).statistic
+            by_accuracy = stats.spearmanr([s.score for s in table], [s.accuracy for s in table]).statistic
+            text += (
+                f"Rank correlation of the score over {len(table)} operators: {by_omega:+.2f} with a small Omega, "
+                f"{by_accuracy:+.2f} with accuracy."
+            ).replace("-", "−")
+        else:
+            text += "Scores: " + ", ".join(f"{s.row.title} {s.score:.0f} ({s.tier})" for s in table) + "."
+        paragraphs.append(text)
+    return paragraphs
+
+
+def front(rows: Sequence[Row], cost: str) -> list[Row]:
+    """The settings that no other one beats in held-out accuracy at that cost or less, cheapest first."""
+    there = [row for row in rows if row.cost]
+    return [there[i] for i in pareto([(float(row.cost[cost]), row.estimate("val_accuracy").mean) for row in there])]
+
+
+def budget_answer(results: Results) -> list[str]:
+    """The Pareto fronts."""
+    paragraphs = []
+    for name, rows in results.panels.items():
+        parts = []
+        for cost, text in COSTS.items():
+            best = front(rows, cost)
+            if best:
+                parts.append(f"for {text}, {names([row.title for row in best])}")
+        if parts:
+            paragraphs.append(
+                f"{name}: settings that no other one beats on held-out images at that cost or less: {'; '.join(parts)}."
+            )
+    return [*paragraphs, *_gains(results)]
+
+
+def _gains(results: Results) -> list[str]:
+    paragraphs = []
+    for name, rows in results.panels.items():
+        reference = results.reference(rows)
+        if reference is not None:
+            paragraphs.append(f"{name}: on test images, {_lower(verdict(differences(rows, reference), reference))}")
+    return paragraphs
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:
+    """The setting to choose on every data set within a budget: the best on held-out images among those that fit.
+
+    Args:
+        results: of the study `budget`.
+        budget: most of a cost, by its name in `COSTS`.
+
+    Returns:
+        A sentence for every data set.
+
+    Raises:
+        ValueError: a cost is unknown, or was not measured.
+    """
+    for name in budget:
+        if name not in COSTS:
+            raise ValueError(f"budget: no cost is called {name!r}; choose from {', '.join(COSTS)}")
+    sentences = []
+    for name, rows in results.panels.items():
+        fitting = [row for row in rows if row.cost and all(row.cost[c] <= most for c, most in budget.items())]
+        if not any(row.cost for row in rows):
+            raise ValueError(f"nothing was measured on {name}: run the study first, nearfold study run budget")
+        if not fitting:
+            cheapest = ", ".join(f"{COSTS[c]} {min(row.cost[c] for row in rows if row.cost):.3g}" for c in budget)
+            sentences.append(f"{name}: no setting fits; the least there is: {cheapest}.")
+            continue
+        best = max(fitting, key=lambda row: row.estimate("val_accuracy").mean)
+        reference = results.reference(rows)
+        gain = ""
+        if reference is not None and reference is not best:
+            found = next(d for d in differences(rows, reference) if d.row is best)
+            said = (
+                points(found.estimate) if not math.isnan(found.estimate.low) else points(found.estimate) + ", one seed"
+            )
+            gain = f"; against {reference.title} {said}" + ("" if found.found else ", no difference found")
+        cost = ", ".join(f"{COSTS[c]} {best.cost[c]:.3g}" for c in COSTS)
+        sentences.append(
+            f"{name}: {best.title}, {accuracy(best.estimate('test_accuracy'))} on test images ({cost}){gain}."
+        )
+    return sentences

@@ -1,0 +1,309 @@
+"""The figures of a study's page, as inline SVG: every point tells its numbers when pointed at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from nearfold.study.authors import Points
+from nearfold.study.catalogue.readings import COSTS, complexity, front, reached, scores
+from nearfold.study.compare import accuracy, differences, points
+from nearfold.study.plots import new_figure, svg
+from nearfold.study.results import Results, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, TRAIN, THEIRS, FRONT = "#2f6db3", "#cf5a36", "#9a9a9a", "#3f8f6b"
+
+
+@dataclass
+class Tips:
+    """Texts for points: given to an artist here, put into the SVG once it is drawn."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, artist: Any, text: str) -> None:
+        """Let an artist, or all parts of a container, say a text."""
+        parts = (
+            artist.get_children() if hasattr(artist, "get_children") and not hasattr(artist, "set_gid") else [artist]
+        )
+        for part in parts:
+            part.set_gid(f"tip-{len(self.texts)}")
+            self.texts.append(text)
+
+    def into(self, drawn: str) -> str:
+        """The SVG with a title in every group that has a text."""
+
+        def title(match: re.Match[str]) -> str:
+            return f"{match.group(0)}<title>{escape(self.texts[int(match.group(1))])}</title>"
+
+        return re.sub(r'<g id="tip-(\d+)">', title, drawn)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure and what to say under it."""
+
+    picture: str
+    caption: str
+
+
+def draw(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """The figures of a study."""
+    return CHARTS[results.study.figure](results, authors)
+
+
+def _svg(make: Callable[[Tips], Figure], label: str) -> str:
+    tips = Tips()
+    return tips.into(svg(lambda: make(tips), label))
+
+
+def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """Accuracy at every setting, and the difference to the reference."""
+    charts = []
+    for name, rows in results.panels.items():
+        caption = (
+            f"{name}. Above: accuracy on test images (blue) and, of the same weights, on training images "
+            f"(orange): diamonds are "
+            "means over seeds with 95 % intervals, dots single seeds. Below: test accuracy less that of the reference "
+            f"({_axis_label(results)} = {_short(results.study.reference)}), paired by seed, with 95 % intervals; "
+            f"where one "
+            "does not touch the line there is a difference before correction for the number of comparisons."
+        )
+        reference = results.reference(rows)
+        theirs = [(p.text, p.differences(results.study.reference)) for p in authors]
+        theirs = [(text, found) for text, found in theirs if found and reference is not None and "cifar" in name]
+        for text, _ in theirs:
+            caption += (
+                f" Gray circles: {text}, likewise less the mean of theirs at the reference; another network and recipe."
+            )
+        picture = _svg(partial(_two_panels, results, rows, theirs), f"{name}, by setting")
+        charts.append(Chart(picture, caption))
+    return charts
+
+
+def _two_panels(
+    results: Results, rows: Sequence[Row], theirs: Sequence[tuple[str, dict[Any, list[float]]]], tips: Tips
+) -> Figure:
+    axis = results.study.axis
+    figure = new_figure(9.2, 6.4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    places = {row.trial.labels[axis]: place for place, row in enumerate(rows)}
+    for row in rows:
+        place = places[row.trial.labels[axis]]
+        for measure, colour, shift in (("train_accuracy", TRAIN, 0.12), ("test_accuracy", OURS, -0.12)):
+            _mean(above, place + shift, row, measure, colour, tips)
+    reference = results.reference(rows)
+    for _, found in theirs:
+        for value, values in found.items():
+            if value in places:
+                spots = below.plot([places[value] + 0.16] * len(values), values, "o", ms=5, mfc="none", color=THEIRS)
+                tips.add(
+                    spots[0], f"the authors, {_short(value)}: " + ", ".join(f"{v:+.1f}" for v in values) + " points"
+                )
+    if reference is not None:
+        below.axhline(0, color="#777777", lw=1)
+        for d in differences(rows, reference):
+            e = d.estimate
+            bars = below.errorbar(
+                places[d.row.trial.labels[axis]],
+                100 * e.mean,
+                yerr=100 * e.half,
+                fmt="D",
+                ms=5.5,
+                color=OURS,
+                capsize=3,
+            )
+            for part in bars.get_children():
+                tips.add(part, f"{d.row.title}: {points(e)}; adjusted p = {d.p:.3g}")
+    above.set_ylabel("accuracy, %")
+    below.set_ylabel("test accuracy less\nthe reference's, points")
+    labels = [_short(value) for value in places]
+    crowded = max(map(len, labels)) * len(labels) > 90
+    below.set_xticks(list(places.values()), labels, rotation=25 if crowded else 0, ha="right" if crowded else "center")
+    below.set_xlabel(_axis_label(results))
+    return figure
+
+
+def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
+    values = [100 * v for v in row.values(measure).values()]
+    e = row.estimate(measure)
+    axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
+    bars = axes.errorbar(place, 100 * e.mean, yerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    for part in bars.get_children():
+        tips.add(part, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
+
+
+def _axis_label(results: Results) -> str:
+    return results.study.axis
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """The gap of every operator, and the gap against complexity."""
+    charts = []
+    for name, rows in results.panels.items():
+        ranked = sorted(rows, key=lambda row: row.estimate("gap_last").mean)
+
+        def bars(tips: Tips, ranked: Sequence[Row] = ranked) -> Figure:
+            figure = new_figure(9.2, 1.2 + 0.36 * len(ranked))
+            axes = figure.subplots()
+            for place, row in enumerate(ranked):
+                _across(axes, place, row, "gap_last", OURS if reached(row) else THEIRS, tips)
+            axes.set_yticks(range(len(ranked)), [row.title for row in ranked])
+            axes.invert_yaxis()
+            axes.set_xlabel("train minus test accuracy of the last weights, points (less is better)")
+            return figure
+
+        charts.append(
+            Chart(
+                _svg(bars, f"{name}: gaps"),
+                f"{name}. Diamonds: means over seeds with 95 % intervals; dots: single seeds. Gray: operators "
+                f"that did not "
+                "memorise their images with every seed, whose gaps are not comparable.",
+            )
+        )
+        there = [row for row in rows if reached(row)]
+        if len(there) > 2:
+            charts.append(
+                Chart(
+                    _svg(partial(_against_complexity, there), f"{name}: gap against complexity"),
+                    f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, "
+                    f"the millions of "
+                    "parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers.",
+                )
+            )
+    return charts
+
+
+def _across(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
+    values = [100 * v for v in row.values(measure).values()]
+    e = row.estimate(measure)
+    axes.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
+    bars = axes.errorbar(100 * e.mean, place, xerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    for part in bars.get_children():
+        tips.add(part, f"{row.title}: {accuracy(e)}, {e.n} seeds")
+
+
+def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
+    figure = new_figure(9.2, 3.4)
+    for axes, name in zip(figure.subplots(1, 3, sharey=True), ("C_D", "C_P", "Omega"), strict=True):
+        for row in rows:
+            e = row.estimate("gap_last")
+            spot = axes.errorbar(
+                complexity(row)[name], 100 * e.mean, yerr=100 * e.half, fmt="o", ms=5, color=OURS, lw=0.8
+            )
+            for part in spot.get_children():
+                tips.add(part, f"{row.title}: {name} {complexity(row)[name]:.3g}, gap {accuracy(e)}")
+            axes.annotate(
+                row.title, (complexity(row)[name], 100 * e.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
+            )
+        axes.set_xlabel(name + (" (millions)" if name == "C_P" else ""))
+    figure.axes[0].set_ylabel("gap, points")
+    return figure
+
+
+def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """Accuracy and score of every operator, by score."""
+    charts = []
+    for name, rows in results.panels.items():
+
+        def bars(tips: Tips, rows: Sequence[Row] = rows) -> Figure:
+            table = scores(rows)
+            figure = new_figure(9.2, 1.4 + 0.25 * len(table))
+            left, right = figure.subplots(1, 2, sharey=True)
+            for place, s in enumerate(table):
+                _across(left, place, s.row, "test_accuracy", OURS, tips)
+                bar = right.barh(place, s.score, color=OURS, height=0.6)
+                tips.add(bar[0], f"{s.row.title}: score {s.score:.0f}, tier {s.tier}, Omega {s.omega:.3g}")
+                right.annotate(
+                    f"{s.score:.0f} {s.tier}",
+                    (s.score, place),
+                    xytext=(4, -3),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                )
+            left.set_yticks(range(len(table)), [s.row.title for s in table], fontsize=8.5)
+            left.invert_yaxis()
+            left.set_xlabel("test accuracy, %")
+            right.set_xlabel("score = 100 accuracy / (1 + Omega)")
+            right.margins(x=0.15)
+            return figure
+
+        charts.append(
+            Chart(
+                _svg(bars, f"{name}: scores"),
+                f"{name}. By score, best first. Left: test accuracy, means with 95 % intervals over seeds. Right: "
+                f"GWO's score and "
+                "tier.",
+            )
+        )
+    return charts
+
+
+def _costs(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """Accuracy against latency, FLOPs and memory, with the Pareto fronts."""
+    units = {"latency_ms": "milliseconds for one image, forward", "flops": "FLOPs for one image, forward",
+             "peak_memory_mib": "MiB, most in one training step"}  # fmt: skip
+    charts = []
+    for name, rows in results.panels.items():
+        there = [row for row in rows if row.cost]
+        for cost, text in COSTS.items():
+            if there:
+                charts.append(
+                    Chart(
+                        _svg(
+                            partial(_one_cost, there, cost, units[cost]),
+                            f"{name}: {text}",
+                        ),
+                        f"{name}: test accuracy against {text}, means with 95 % intervals over seeds. Green: "
+                        f"settings that no "
+                        "other one beats in held-out accuracy at that cost or less.",
+                    )
+                )
+    return charts
+
+
+def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
+    figure = new_figure(9.2, 3.9)
+    axes = figure.subplots()
+    best = front(rows, cost)
+    for row in rows:
+        e, colour = row.estimate("test_accuracy"), FRONT if row in best else OURS
+        spot = axes.errorbar(
+            row.cost[cost], 100 * e.mean, yerr=100 * e.half, fmt="D" if row in best else "o", ms=6, color=colour, lw=1
+        )
+        for part in spot.get_children():
+            tips.add(part, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
+        axes.annotate(
+            row.title,
+            (row.cost[cost], 100 * e.mean),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+        )
+    axes.plot(
+        [row.cost[cost] for row in best], [100 * row.estimate("test_accuracy").mean for row in best], color=FRONT, lw=1
+    )
+    axes.set(xscale="log", xlabel=f"{unit} (log scale)", ylabel="test accuracy, %")
+    axes.margins(x=0.12, y=0.12)
+    return figure
+
+
+CHARTS: dict[str, Callable[[Results, Sequence[Points]], list[Chart]]] = {
+    "settings": _settings,
+    "gaps": _gaps,
+    "ranking": _ranking,
+    "costs": _costs,
+}
+"""Figures by the name that a study gives."""

@@ -1,0 +1,153 @@
+"""`nearfold study list`, `run` and `budget`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from nearfold.study.catalogue import PRESETS, STUDIES, find
+from nearfold.study.engine import Engine, work_through
+from nearfold.study.grid import Study
+from nearfold.study.plan import Plan, plan
+
+EXAMPLES = {
+    "study list": """\
+example:
+  nearfold study list""",
+    "study run": """\
+examples:
+  nearfold study run ratio
+  nearfold study run ratio --data cifar10=path/to/cifar10
+  nearfold study run my_study.py --seeds 10
+  nearfold study run k --preset paper --data cifar10=/data/cifar10 --data cifar100=/data/cifar100 --engine ray
+
+A finished run is never run again, whoever finished it: interrupt the command when you like, the same command goes on;
+another one may work on the same folder at the same time. Runs that failed are told and left until --retry.""",
+    "study budget": """\
+examples:
+  nearfold study run budget --data cifar10=path/to/cifar10
+  nearfold study budget --latency-ms 2""",
+}
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nearfold study run`."""
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py")
+    _where(parser)
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="runs of every setting (default: the preset's)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="who runs (default: local)")
+    parser.add_argument("--address", default="auto", metavar="A", help="of the Ray cluster (default: auto)")
+    parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side on this machine")
+    parser.add_argument("--retry", action="store_true", help="do runs again that failed before")
+    parser.add_argument("--authors", type=Path, metavar="CSV", help="the authors' runs, drawn behind where they fit")
+    parser.set_defaults(command=run)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nearfold study budget`."""
+    _where(parser)
+    parser.add_argument("--latency-ms", type=float, metavar="T", help="at most so long for one image, forward")
+    parser.add_argument("--flops", type=float, metavar="N", help="at most so many FLOPs for one image")
+    parser.add_argument("--memory-mib", type=float, metavar="M", help="at most so much memory in a training step")
+    parser.set_defaults(command=recommend, name="budget", seeds=None)
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="size of the study (default: cpu)")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FOLDER",
+        help="where a data set is, such as cifar10=path/to/cifar10; digits come along",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)")
+
+
+def show(args: argparse.Namespace) -> int:
+    """`nearfold study list`."""
+    for name in STUDIES:
+        study = find(name, "cpu")
+        data = dict.fromkeys(trial.data.name for trial in study.trials)
+        print(
+            f"{name:13} {study.title}\n{'':13} {len(study.trials)} settings x {study.seeds} seeds on {', '.join(data)}"
+        )
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """`nearfold study run`."""
+    from nearfold.study.files import leave
+
+    planned = _plan(args)
+    try:
+        work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
+    finally:  # also when interrupted: what has finished is worth a report
+        results = planned.results
+        if results.rows:
+            folder = args.out / f"{planned.study.name}-{planned.study.preset}"
+            paths = leave(planned, folder, command=_said(args), authors=args.authors)
+            print("\n" + "\n".join(map(str, paths)))
+    for label, error in results.failures:
+        print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
+    return 1 if results.failures else 0
+
+
+def recommend(args: argparse.Namespace) -> int:
+    """`nearfold study budget`."""
+    from nearfold.study.catalogue import readings
+
+    asked = {"latency_ms": args.latency_ms, "flops": args.flops, "peak_memory_mib": args.memory_mib}
+    budget = {name: most for name, most in asked.items() if most is not None}
+    if not budget:
+        raise ValueError("say a budget: --latency-ms, --flops or --memory-mib")
+    results = _plan(args).results
+    if not results.rows:
+        raise ValueError(f"no run of the study is in {args.out}: nearfold study run budget first")
+    print("\n".join(readings.recommend(results, budget)))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    study = find(args.name, args.preset)
+    if args.seeds:
+        study = replace(study, seeds=args.seeds)
+    sources = dict(_source(text) for text in args.data)
+    planned = plan(study, args.out / "store", sources, resumable=args.preset == "paper")
+    for name in planned.missing:
+        print(f"nearfold: left out, since nobody said where it is: --data {name}=FOLDER", file=sys.stderr)
+    return planned
+
+
+def _source(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
+    return name, folder
+
+
+def _engine(args: argparse.Namespace, study: Study) -> Engine:
+    if args.engine == "ray":
+        from nearfold.study.ray import Ray, connect
+
+        connect(args.address)
+        return Ray(args.address, gpus=args.gpus)
+    from nearfold.study.local import Local, default_jobs
+    from nearfold.train.distributed import join
+
+    return Local(args.jobs or default_jobs(join(study.trials[0].recipe.device).device))
+
+
+def _said(args: argparse.Namespace) -> str:
+    """The command that makes the same study elsewhere."""
+    words = ["nearfold", "study", "run", args.name]
+    words += ["--preset", args.preset] if args.preset != "cpu" else []
+    words += [word for text in args.data for word in ("--data", f"{text.partition('=')[0]}=FOLDER")]
+    words += ["--seeds", str(args.seeds)] if args.seeds else []
+    return " ".join(words)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,131 @@
+"""Sentences about the results of a study, every one computed from them.
+
+Settings are chosen by held-out images, compared on test images, paired by seed; a difference counts as found when
+Holm's adjusted p is below 0.05 among all comparisons with the reference on that data set. The spread of a difference is
+estimated from all settings of the data set (`statistics.between`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nearfold.study.results import Results, Row
+from nearfold.study.statistics import LEVEL, Estimate, between, holm, paired
+
+MEASURE = "test_accuracy"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row against the reference of its data set.
+
+    Attributes:
+        row: the row.
+        estimate: row minus reference, over the seeds that both have.
+        p: Holm's adjusted p among the rows of the data set.
+    """
+
+    row: Row
+    estimate: Estimate
+    p: float
+
+    @property
+    def found(self) -> bool:
+        """Whether a difference was found."""
+        return self.p < 1 - LEVEL
+
+
+def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
+    """Every other row of a data set against the reference, in the order of the rows."""
+    others = [row for row in rows if row is not reference and row.results.keys() & reference.results.keys()]
+    spread = between([row.values(measure) for row in (reference, *others)])
+    estimates = [paired(row.values(measure), reference.values(measure), spread) for row in others]
+    adjusted = holm([found.p for found in estimates])
+    return [Difference(row, found, p) for row, found, p in zip(others, estimates, adjusted, strict=True)]
+
+
+def against_reference(results: Results) -> list[str]:
+    """The answer of a study that compares settings with one of them: two sentences for every data set."""
+    return [_panel(name, rows, results.reference(rows)) for name, rows in results.panels.items()]
+
+
+def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
+    best = max(rows, key=lambda row: row.estimate("val_accuracy").mean)
+    n = min(len(row.results) for row in rows)
+    text = (
+        f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the "
+        f"test images "
+        f"({count(n)})"
+    )
+    if reference is None:
+        return f"{text}; the reference has not been run."
+    if best is reference:
+        text += ", the reference itself. "
+    else:
+        text += f"; {reference.title} has {accuracy(reference.estimate(MEASURE))}. "
+    return text + verdict(differences(rows, reference), reference)
+
+
+def verdict(found: Sequence[Difference], reference: Row) -> str:
+    """What the comparisons with a reference come to, in a sentence."""
+    if not found:
+        return "Nothing to compare it with."
+    if all(math.isnan(d.p) for d in found):
+        return "With one seed there is no interval: no difference can be found."
+    better = [d for d in found if d.found and d.estimate.mean > 0]
+    worse = [d for d in found if d.found and d.estimate.mean < 0]
+    level = [d for d in found if not d.found]
+    parts = []
+    for word, group in (("better", better), ("worse", worse)):
+        if group:
+            parts.append(
+                f"{word} than {reference.title}: " + ", ".join(f"{d.row.title} ({points(d.estimate)})" for d in group)
+            )
+    if level:
+        widest = max(d.estimate.half for d in level)
+        parts.append(
+            f"no difference found between {reference.title} and {names([d.row.title for d in level])}: "
+            f"the intervals are up to {100 * widest:.1f} points to either side"
+        )
+    return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def accuracy(e: Estimate) -> str:
+    """A share in percent with its interval.
+
+    >>> accuracy(Estimate(0.9, 0.88, 0.92, 5, 0.0)), accuracy(Estimate(0.9, math.nan, math.nan, 1, math.nan))
+    ('90.0 % (88.0 to 92.0)', '90.0 %')
+    """
+    if math.isnan(e.low):
+        return f"{100 * e.mean:.1f} %"
+    return f"{100 * e.mean:.1f} % ({100 * e.low:.1f} to {100 * e.high:.1f})"
+
+
+def points(e: Estimate) -> str:
+    """A difference of shares in points with its interval.
+
+    >>> points(Estimate(0.012, -0.003, 0.027, 5, 0.1))
+    '+1.2 points, −0.3 to +2.7'
+    """
+    text = f"{100 * e.mean:+.1f} points" + ("" if math.isnan(e.low) else f", {100 * e.low:+.1f} to {100 * e.high:+.1f}")
+    return text.replace("-", "−")
+
+
+def count(n: int) -> str:
+    """A number of seeds.
+
+    >>> count(1), count(5)
+    ('1 seed', '5 seeds')
+    """
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def names(titles: Sequence[str]) -> str:
+    """Titles as a list in a sentence.
+
+    >>> names(["a", "b", "c"])
+    'a, b and c'
+    """
+    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]

@@ -1,0 +1,183 @@
+"""Doing the runs of a study: which are left, who does them, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nearfold.study.grid import Run
+from nearfold.study.store import Store
+from nearfold.study.tasks import TASKS, Sources
+
+POLL_SECONDS = 2.0
+"""How often to look whether a run that somebody else does has finished."""
+
+LONG_SECONDS = 120.0
+"""Runs that take longer, by those of their kind that have finished, keep checkpoints to go on from."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs find what they need and leave what they find; the same for every process.
+
+    Attributes:
+        root: of the store.
+        sources: folder by name of a data set.
+        resumable: keep checkpoints, so that a killed run goes on where it was.
+    """
+
+    root: Path
+    sources: Sources
+    resumable: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: a result, an error in one line with its traceback, or neither: somebody else does it."""
+
+    run: Run
+    seconds: float
+    result: dict[str, Any] | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+class Engine(Protocol):
+    """Does runs side by side."""
+
+    def outcomes(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
+        """Do the runs, each claimed and recorded by `attempt`, and yield how they ended, as they end.
+
+        What kills a process becomes an outcome with an error; the other runs go on.
+        """
+
+
+def attempt(run: Run, place: Place) -> Outcome:
+    """Do a run that nobody else does and nobody has done; record its result or its error."""
+    began = time.perf_counter()
+    store = Store(place.root)
+    with store.claim(run.config) as ours:
+        if not ours:
+            return Outcome(run, 0.0)
+        if (result := store.load(run.config)) is not None:
+            return Outcome(run, 0.0, result)
+        try:
+            weights = store.weights_path(run.config) if run.keep_weights else None
+            work = store.work_path(run.config) if place.resumable and not run.alone else None
+            result = TASKS[run.config["task"]](run.config, place.sources, weights, work)
+        except Exception as error:  # whatever it dies of: recorded, reported, and the others go on
+            outcome = Outcome(run, time.perf_counter() - began, error=_in_a_line(error), traceback=_trace(error))
+            store.save_failure(run.config, outcome.error, outcome.traceback)
+            return outcome
+        store.save(run.config, result)
+    return Outcome(run, time.perf_counter() - began, result)
+
+
+def work_through(
+    runs: Sequence[Run],
+    place: Place,
+    engine: Engine,
+    *,
+    retry: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Do the runs that have not finished, those that must be alone first.
+
+    A run that fails leaves its error in the store and the others go on. What has finished stays, however this ends.
+
+    Args:
+        runs: of a study.
+        place: where.
+        engine: who.
+        retry: do runs again that failed before.
+        say: gets one line a run; None: print.
+    """
+    say = say or _print
+    store = Store(place.root)
+    finished = [run for run in runs if store.load(run.config) is not None]
+    failed = [] if retry else [run for run in runs if run not in finished and store.failure(run.config) is not None]
+    todo = [run for run in runs if run not in finished and run not in failed]
+    say(
+        f"{len(finished)} of {len(runs)} runs have finished before, {len(todo)} to do; results in {place.root}"
+        + (f"; {len(failed)} failed before and are left: --retry does them again" if failed else "")
+    )
+    clock = _Clock(todo)
+    for alone in (True, False):
+        left = [run for run in todo if run.alone is alone]
+        while left:
+            elsewhere = []
+            for outcome in engine.outcomes(left, place):
+                if outcome.result is None and not outcome.error:
+                    elsewhere.append(outcome.run)
+                    continue
+                say(clock.line(outcome))
+            if elsewhere and len(elsewhere) == len(left):
+                time.sleep(POLL_SECONDS)
+            left = elsewhere
+
+
+class _Clock:
+    """Says how far it is, and how long it will take by the runs that have ended."""
+
+    def __init__(self, todo: Sequence[Run]) -> None:
+        self._began = time.perf_counter()
+        self._left = list(todo)
+        self._total = len(todo)
+        self._seconds: dict[str, list[float]] = {}
+
+    def line(self, outcome: Outcome) -> str:
+        self._left.remove(outcome.run)
+        if outcome.seconds:
+            self._seconds.setdefault(outcome.run.group, []).append(outcome.seconds)
+        done = self._total - len(self._left)
+        rest = self._rest()
+        ending = f"   about {duration(rest)} left" if self._left and rest else ""
+        what = f"FAILED: {outcome.error}" if outcome.result is None else _summary(outcome.result)
+        width = len(str(self._total))
+        return f"[{done:{width}}/{self._total}] {outcome.run.label}: {what}  {outcome.seconds:.1f} s{ending}"
+
+    def _rest(self) -> float:
+        """Seconds still to go: the work left by the seconds of its group, at the rate work was done so far."""
+        known = {group: statistics.fmean(seconds) for group, seconds in self._seconds.items()}
+        if not known:
+            return 0.0
+        usual = statistics.fmean(known.values())
+        work_done = sum(sum(seconds) for seconds in self._seconds.values())
+        work_left = sum(known.get(run.group, usual) for run in self._left)
+        return (time.perf_counter() - self._began) * work_left / work_done
+
+
+def _summary(result: dict[str, Any]) -> str:
+    if "test_accuracy" in result:
+        return f"test {100 * result['test_accuracy']:5.1f} %"
+    if "images_per_second" in result:
+        return f"{result['images_per_second']:,.0f} images/s"
+    return "done"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one says them.
+
+    >>> duration(8.2), duration(95), duration(5400)
+    ('8 s', '1.6 min', '1.5 h')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,220 @@
+"""What a study is: a question, and a grid of trials, each trained with several seeds.
+
+A trial says everything in JSON: the network, the recipe, the data. A run is a trial with a seed; its configuration is
+what its result is filed under, so that equal runs of two studies are one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import nearfold
+from nearfold.grammar import parse
+from nearfold.train import Recipe
+
+if TYPE_CHECKING:
+    from nearfold.study.results import Results
+
+Label = str | float
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set of a study.
+
+    Attributes:
+        name: ``"digits"``, or a name whose folder the user gives: ``--data NAME=FOLDER``.
+        limit: at most so many training (and test) images; None: all.
+        validation: share of the training images held out to choose epochs and settings.
+        image_size: pixels a side to resize to; None: as they are.
+    """
+
+    name: str
+    limit: int | None = None
+    validation: float = 0.1
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a grid.
+
+    Attributes:
+        labels: where it stands: value by axis, as tables and figures show it. Trials differ in their labels.
+        network: ``name`` and arguments: ``"plain"`` or ``"spectrum"`` (`nearfold.models.PlainNet`, `SpectrumNet`;
+            ``operation``, ``width``, ...) or a name of `nearfold.models.list_models`.
+        data: what it is trained on.
+        recipe: how; the seed in it is not used.
+        task: a key of `nearfold.study.tasks.TASKS`.
+    """
+
+    labels: Mapping[str, Label]
+    network: Config
+    data: Data
+    recipe: Recipe
+    task: str = "train"
+
+    @property
+    def title(self) -> str:
+        """The labels, without the data set."""
+        return ", ".join(shown(axis, value) for axis, value in self.labels.items() if axis != "data")
+
+
+def shown(axis: str, value: Label) -> str:
+    """A label as text: a number with its axis, a word by itself.
+
+    >>> shown("k", 9), shown("layer", "convolution"), shown("ratio", 0.5)
+    ('k = 9', 'convolution', 'ratio = 0.5')
+    """
+    return value if isinstance(value, str) else f"{axis} = {value:g}"
+
+
+@dataclass(frozen=True)
+class Authors:
+    """Which of the authors' own runs answer the same question (`nearfold.study.authors`).
+
+    Attributes:
+        axis: the study's axis.
+        column: the column of their table that is on it.
+        where: columns and the values that the others must have.
+        values: their value by ours, where they are spelled differently.
+        text: what was run there.
+    """
+
+    axis: str
+    column: str
+    where: Mapping[str, str | tuple[str, ...]]
+    text: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, a grid and how to read it.
+
+    Attributes:
+        name: on the command line.
+        preset: of this grid.
+        title: of the report.
+        question: a sentence or two.
+        claim: what was published about it, and where.
+        trials: the grid.
+        seeds: how often every trial is trained.
+        axis: the axis of the figures; others make lines or panels.
+        reference: the value of `axis` that the others are compared with.
+        protocol: sentences on what is held equal, and what is not.
+        answer: from the results to the paragraphs of the answer; None: `findings.against_reference`.
+        authors: whose runs are drawn behind.
+        cost: measure latency, FLOPs and memory of every trial's network too.
+        figure: a key of `nearfold.study.charts.CHARTS`.
+    """
+
+    name: str
+    preset: str
+    title: str
+    question: str
+    claim: str
+    trials: Sequence[Trial]
+    seeds: int
+    axis: str
+    reference: Label
+    protocol: Sequence[str] = ()
+    answer: Callable[[Results], list[str]] | None = None
+    authors: Sequence[Authors] = ()
+    cost: bool = False
+    figure: str = "settings"
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        seen = [tuple(trial.labels.items()) for trial in self.trials]
+        twice = [labels for labels in seen if seen.count(labels) > 1]
+        if twice:
+            raise ValueError(f"study {self.name!r}: two trials have the labels {dict(twice[0])}")
+        for trial in self.trials:
+            if self.axis not in trial.labels:
+                raise ValueError(f"study {self.name!r}: the trial {dict(trial.labels)} has no label {self.axis!r}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trial with a seed, ready to be done anywhere.
+
+    Attributes:
+        config: all that decides the result, as JSON.
+        label: for messages.
+        group: runs that take about as long.
+        keep_weights: whether the selected weights are kept.
+        alone: whether other runs at the same time would spoil it.
+    """
+
+    config: Config = field(hash=False)
+    label: str
+    group: str
+    keep_weights: bool = False
+    alone: bool = False
+
+
+def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool = False) -> Run:
+    """The run that trains a trial's network.
+
+    Args:
+        trial: the trial.
+        seed: of weights, order, augmentation, dropout and sampled candidates.
+        fingerprint: of the data (`nearfold.train.checkpoint.fingerprint`).
+        keep_weights: as in `Run`.
+    """
+    config = {
+        "version": nearfold.__version__,
+        "task": trial.task,
+        "network": canonical(trial.network),
+        "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
+        "recipe": changed(trial.recipe) | {"seed": seed},
+    }
+    data = trial.labels.get("data", trial.data.name)
+    label = f"{trial.title} ({data}), seed {seed}"
+    return Run(config, label, group=f"{trial.title} {data}", keep_weights=keep_weights)
+
+
+def costing(trial: Trial, fingerprint: Config) -> Run:
+    """The run that measures what a trial's network costs: neither seed nor epochs decide it, but the machine."""
+    cuda = trial.recipe.device != "cpu" and torch.cuda.is_available()
+    config = {
+        "version": nearfold.__version__,
+        "task": "cost",
+        "network": canonical(trial.network),
+        "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
+        "recipe": {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device},
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    }
+    label = f"{trial.title} ({trial.labels.get('data', trial.data.name)}), cost"
+    return Run(config, label, group="cost", alone=True)
+
+
+def changed(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe that are not the defaults, so that a new field leaves finished runs what they are.
+
+    >>> changed(Recipe(epochs=3))
+    {'epochs': 3}
+    """
+    usual = Recipe().to_dict()
+    return {name: value for name, value in recipe.to_dict().items() if value != usual[name]}
+
+
+def canonical(network: Config) -> dict[str, Any]:
+    """A network's arguments with notations as the language prints them.
+
+    >>> canonical({"name": "spectrum", "operation": "window(3)|box|kernel"})
+    {'name': 'spectrum', 'operation': 'window(3) | box | kernel'}
+    """
+    notations = ("operation", "layer")
+    return {
+        name: str(parse(value)) if name in notations and "|" in str(value) else value for name, value in network.items()
+    }

@@ -1,0 +1,111 @@
+"""From a study to its runs: the data are loaded, the networks tried, and every run gets its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nearfold.study.engine import Place
+from nearfold.study.grid import Run, Study, Trial, costing, training
+from nearfold.study.results import Results, collect
+from nearfold.study.store import Store
+from nearfold.study.tasks import Sources, build, load, source_of
+from nearfold.train import ImageData
+from nearfold.train.checkpoint import fingerprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its data found and its runs laid out.
+
+    Attributes:
+        study: with the trials whose data are there.
+        missing: data sets that nobody said where to find; their trials are left out.
+        training: by (index of the trial, seed).
+        costs: by index of the trial.
+        place: where the runs leave their results.
+        sizes: test images by data set.
+        facts: a sentence about every data set.
+    """
+
+    study: Study
+    missing: tuple[str, ...]
+    training: dict[tuple[int, int], Run]
+    costs: dict[int, Run]
+    place: Place
+    sizes: dict[str, int]
+    facts: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them: costs, then seed by seed."""
+        return [
+            *self.costs.values(),
+            *(self.training[key] for key in sorted(self.training, key=lambda k: (k[1], k[0]))),
+        ]
+
+    @property
+    def results(self) -> Results:
+        """What the store has now."""
+        return collect(self.study, self.training, self.costs, Store(self.place.root), self.sizes)
+
+
+def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False) -> Plan:
+    """Load the data and look for what is missing before any training; nothing is trained.
+
+    Args:
+        study: the study.
+        root: of the store.
+        sources: folder by name of a data set; "digits" needs none.
+        resumable: as in `Place`.
+
+    Raises:
+        ValueError: no data set of the study is there, one cannot be read, or a network does not work on its images:
+            found out now, and not in one run after the other.
+    """
+    names = dict.fromkeys(trial.data.name for trial in study.trials)
+    missing = tuple(name for name in names if name != "digits" and name not in sources)
+    trials = [trial for trial in study.trials if trial.data.name not in missing]
+    if not trials:
+        source_of(missing[0], sources)  # raises
+    datas = {trial.data: _load(trial, sources) for trial in trials}
+    prints = {data: fingerprint(loaded) for data, loaded in datas.items()}
+    for trial in trials:
+        _try(trial, datas[trial.data])
+    study = replace(study, trials=trials)
+    runs = {
+        (index, seed): training(trial, seed, prints[trial.data], keep_weights=seed == 0)
+        for index, trial in enumerate(trials)
+        for seed in range(study.seeds)
+    }
+    costs = {i: costing(trial, prints[trial.data]) for i, trial in enumerate(trials)} if study.cost else {}
+    sizes = {trial.labels.get("data", trial.data.name): len(datas[trial.data].test) for trial in trials}
+    facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
+    return Plan(
+        study, missing, runs, costs, Place(root, dict(sources), resumable), {str(k): v for k, v in sizes.items()}, facts
+    )
+
+
+def _load(trial: Trial, sources: Sources) -> ImageData:
+    data = trial.data
+    return load(source_of(data.name, sources), data.limit, data.validation, data.image_size)
+
+
+def _try(trial: Trial, data: ImageData) -> None:
+    """Build the network on the meta device: cheap at any size."""
+    try:
+        with torch.device("meta"):
+            build(trial.network, data)
+    except ValueError as error:
+        raise ValueError(f"{trial.title}: {error}") from error
+
+
+def _fact(data: ImageData, trial: Trial) -> str:
+    height, width = data.size
+    limit = "" if trial.data.limit is None else f", a subset of at most {trial.data.limit:,} to train and to test"
+    return (
+        f"{trial.data.name}: images of {height} x {width} pixels, {len(data.classes)} classes; {len(data.train):,} to "
+        f"train on, {len(data.val):,} held out to choose epochs and settings, {len(data.test):,} to test{limit}."
+    )

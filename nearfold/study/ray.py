@@ -1,0 +1,122 @@
+"""Runs on an existing Ray cluster, whose nodes see the folder of the store and, at the same paths, the data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nearfold.study.engine import Outcome, Place, attempt
+from nearfold.study.grid import Run
+from nearfold.study.store import Store
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster.
+
+    Attributes:
+        address: as `ray.init` takes it: "auto" for the one on this machine, "ray://host:10001" for a client.
+        gpus: GPUs of a run.
+        cpus: cores of a run.
+    """
+
+    address: str
+    gpus: float = 0.0
+    cpus: float = 1.0
+
+    def outcomes(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
+        """As `nearfold.study.engine.Engine` has it. Runs that must be alone are done here, one after the other.
+
+        Raises:
+            ImportError: Ray is not installed.
+            ValueError: the cluster is not there, or a node does not see the store.
+        """
+        yield from (attempt(run, place) for run in runs if run.alone)
+        together = [run for run in runs if not run.alone]
+        if together:
+            yield from self._together(together, place)
+
+    def _together(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
+        ray = connect(self.address)
+        mark = _mark(place.root)
+        there = Place(
+            place.root.resolve(), {n: str(Path(s).resolve()) for n, s in place.sources.items()}, place.resumable
+        )
+        remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, max_calls=0)(_attempt_there)
+        doing = {remote.remote(run, there, str(mark), self.cpus): run for run in runs}
+        try:
+            while doing:
+                (ready,), _ = ray.wait(list(doing))
+                run = doing.pop(ready)
+                try:
+                    yield ray.get(ready)
+                except ray.exceptions.RayTaskError as error:
+                    raise ValueError(str(error.cause)) from error  # not of the run: the node does not see the store
+                except ray.exceptions.RayError as error:
+                    text = f"the process was ended on the cluster ({type(error).__name__}): {_first_line(error)}"
+                    Store(place.root).save_failure(run.config, text, str(error))
+                    yield Outcome(run, 0.0, error=text)
+        finally:
+            for task in doing:
+                ray.cancel(task, force=True)
+            mark.unlink(missing_ok=True)
+
+
+def connect(address: str) -> Any:
+    """The module ray, connected.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("--engine ray needs Ray: pip install 'nearfold[ray]'") from error
+    if not ray.is_initialized():
+        try:
+            _knock(address)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"no Ray cluster answers at --address {address!r} ({_first_line(error)}): start one with `ray start "
+                "--head` and name it, or use --engine local"
+            ) from error
+    return ray
+
+
+def _knock(address: str) -> None:
+    """Raise an OSError where an address has a port at which nobody listens: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _attempt_there(run: Run, place: Place, mark: str, cpus: float) -> Outcome:
+    if not os.path.exists(mark):
+        raise ValueError(
+            f"the node {socket.gethostname()} does not see {place.root}: put --out on a file system that all "
+            f"nodes share"
+        )
+    torch.set_num_threads(max(1, int(cpus)))
+    return attempt(run, place)
+
+
+def _mark(root: Path) -> Path:
+    """A new file in the store, which every node must see."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root.resolve() / f".seen-{uuid.uuid4().hex}"
+    path.touch()
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,118 @@
+"""The results of a study: what every trial came to, over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nearfold.study.grid import Label, Run, Study, Trial
+from nearfold.study.statistics import Estimate, estimate, within
+from nearfold.study.store import Store
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial and what its runs left.
+
+    Attributes:
+        trial: the trial.
+        results: result by seed (`nearfold.study.tasks.KEPT`, accuracies are fractions).
+        cost: fields of `nearfold.study.measure.Cost`; empty where it was not measured.
+        beside: the other rows of its data set, whose seeds tell how far a value scatters.
+    """
+
+    trial: Trial
+    results: Mapping[int, Mapping[str, Any]]
+    cost: Mapping[str, float]
+    beside: Sequence[Row] = ()
+
+    def values(self, name: str) -> dict[int, float]:
+        """A measurement by seed; ``gap`` and ``gap_last``: train minus test accuracy of selected and last weights."""
+        if name in ("gap", "gap_last"):
+            train, test = (name.replace("gap", f"{part}_accuracy") for part in ("train", "test"))
+            return {seed: r[train] - r[test] for seed, r in self.results.items()}
+        return {seed: float(result[name]) for seed, result in self.results.items()}
+
+    def estimate(self, name: str) -> Estimate:
+        """Its mean and interval over the seeds, by the spread of all rows of the data set."""
+        values = self.values(name)
+        return estimate(list(values.values()), within([values, *(row.values(name) for row in self.beside)]))
+
+    @property
+    def title(self) -> str:
+        """Of the trial."""
+        return self.trial.title
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a study that have a result, in the order of its trials.
+
+    Attributes:
+        study: the study.
+        rows: with at least one finished run.
+        planned: runs of the grid.
+        failures: label and error of runs that failed and have not succeeded since.
+        sizes: test images by data set.
+    """
+
+    study: Study
+    rows: Sequence[Row]
+    planned: int
+    failures: Sequence[tuple[str, str]]
+    sizes: Mapping[str, int]
+
+    @property
+    def finished(self) -> int:
+        """Training runs with a result."""
+        return sum(len(row.results) for row in self.rows)
+
+    @property
+    def panels(self) -> dict[str, list[Row]]:
+        """The rows of every data set, in the study's order."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(panel(row), []).append(row)
+        return found
+
+    def reference(self, rows: Sequence[Row]) -> Row | None:
+        """The row that the others of a panel are compared with."""
+        return next((row for row in rows if row.trial.labels[self.study.axis] == self.study.reference), None)
+
+    def at(self, **labels: Label) -> Row | None:
+        """The row of a point of the grid."""
+        return next((row for row in self.rows if labels.items() <= row.trial.labels.items()), None)
+
+
+def panel(row: Row) -> str:
+    """The data set of a row, as labelled."""
+    return str(row.trial.labels.get("data", row.trial.data.name))
+
+
+def collect(
+    study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[int, Run], store: Store, sizes: Mapping[str, int]
+) -> Results:
+    """Read what a store has of a study.
+
+    Args:
+        study: the study.
+        runs: its training runs by (index of the trial, seed).
+        costs: its cost runs by index of the trial.
+        store: where results lie.
+        sizes: test images by data set.
+    """
+    rows = []
+    for index, trial in enumerate(study.trials):
+        found = {seed: store.load(run.config) for (at, seed), run in runs.items() if at == index}
+        results = {seed: result for seed, result in found.items() if result is not None}
+        cost = store.load(costs[index].config) if index in costs else None
+        if results:
+            rows.append(Row(trial, results, cost or {}))
+    rows = [
+        replace(row, beside=[other for other in rows if other is not row and panel(other) == panel(row)])
+        for row in rows
+    ]
+    errors = ((run.label, store.failure(run.config)) for run in [*costs.values(), *runs.values()])
+    failures = [(label, error) for label, error in errors if error is not None]
+    return Results(study, rows, len(runs), failures, sizes)

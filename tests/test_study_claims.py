@@ -1,0 +1,123 @@
+"""The studies of published claims: every one can be planned, and holds equal what it says it does."""
+
+import pytest
+import torch
+
+from nearfold.study import catalogue
+from nearfold.study.catalogue import PRESETS, STUDIES, find, gwo, matched, readings
+from nearfold.study.grid import Study
+from nearfold.study.measure import count_flops, count_parameters
+from nearfold.study.tasks import TASKS, build
+from nearfold.train import ImageData, Split
+
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+ALL = [(name, preset) for name in STUDIES for preset in PRESETS]
+
+
+def data_like(name):
+    """A data set of the right shape with one image a class."""
+    classes = 100 if name == "cifar100" else 10
+    split = Split(torch.zeros(classes, *SHAPES[name], dtype=torch.uint8), torch.arange(classes))
+    return ImageData(name, tuple(map(str, range(classes))), split, split, split)
+
+
+@pytest.mark.parametrize(("name", "preset"), ALL)
+def test_every_network_of_every_study_runs_on_its_images(name, preset):
+    study = find(name, preset)
+    assert study.seeds >= 3 and study.question and study.claim and study.title
+    assert any(trial.labels[study.axis] == study.reference for trial in study.trials)
+    for trial in study.trials:
+        assert trial.task in TASKS
+        data = data_like(trial.data.name)
+        with torch.device("meta"):
+            net = build(trial.network, data).eval()
+            assert net(torch.zeros(2, data.channels, *data.size)).shape == (2, len(data.classes))
+
+
+def test_every_claim_of_the_seeds_has_a_study():
+    wanted = "k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
+    assert set(STUDIES) == set(wanted.split())
+
+
+@pytest.mark.parametrize(("name", "measure"), [("memorise", count_parameters), ("shared", None)])
+def test_budgets_are_equal_within_five_percent(name, measure):
+    study = find(name, "cpu")
+    found = {}
+    for trial in study.trials:
+        data = data_like(trial.data.name)
+        with torch.device("meta"):
+            net = build(trial.network, data)
+        cost = count_parameters(net) if measure else count_flops(net, SHAPES[trial.data.name])
+        found.setdefault(trial.data.name, []).append(cost)
+    assert set(found) == {"digits", "cifar10"}
+    for costs in found.values():
+        assert max(costs) <= 1.05 * min(costs)
+
+
+def test_a_budget_that_cannot_be_met_is_refused(monkeypatch):
+    monkeypatch.setattr(matched, "TOLERANCE", 1e-9)
+    with pytest.raises(ValueError, match="off the budget of"):
+        matched.matched(gwo.OPERATORS, "operator", find("memorise", "cpu").trials[0].data, gwo.Recipe(), matched.flops)
+
+
+def test_memorising_has_no_regularisation():
+    for trial in find("memorise", "cpu").trials:
+        recipe = trial.recipe
+        assert recipe.until == 0.995 and recipe.weight_decay == 0 and recipe.label_smoothing == 0
+        assert recipe.augment == "none" and recipe.mixup == recipe.cutmix == recipe.ema == 0
+
+
+def test_the_benchmark_has_the_whole_catalogue_and_the_published_complexity():
+    study = find("benchmark", "paper")
+    panels = {}
+    for trial in study.trials:
+        panels.setdefault(trial.labels["data"], []).append(trial)
+    assert set(panels) == {"cifar10, as published", "cifar10, repaired"}
+    names = {trial.labels["operator"] for trial in panels["cifar10, repaired"]}
+    assert names | set(gwo.LEFT_OUT) == set(catalogue.gwo.CATALOGUE)
+    from nearfold.study.results import Row
+
+    omegas = {
+        t.labels["operator"]: readings.complexity(Row(t, {}, {}))["Omega"] for t in panels["cifar10, as published"]
+    }
+    assert omegas["conv"] == 6 and omegas["separable"] == 8
+    assert omegas["deformable"] == pytest.approx(8.003, abs=5e-4)  # as printed
+    recipe = study.trials[0].recipe
+    assert (recipe.optimizer, recipe.lr, recipe.momentum, recipe.batch_size, recipe.epochs) == (
+        "sgd",
+        1e-3,
+        0.9,
+        64,
+        30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "message"),
+    [
+        ("ratios", "cpu", "no study is called 'ratios': ratio"),
+        ("ratio", "gpu", "preset must be one of cpu, paper, got 'gpu'"),
+        ("nowhere.py", "cpu", "nowhere.py does not exist"),
+    ],
+)
+def test_what_is_not_there_is_refused(name, preset, message):
+    with pytest.raises(ValueError, match=message):
+        find(name, preset)
+
+
+def test_a_study_of_ones_own_is_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("x = 1")
+    with pytest.raises(ValueError, match=r"has no function study\(preset\)"):
+        find(str(path), "cpu")
+    assert isinstance(find("recipes/own_study.py", "cpu"), Study)
+
+
+def test_labels_must_differ_and_have_the_axis():
+    study = find("k", "cpu")
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="two trials have the labels"):
+        replace(study, trials=[*study.trials, study.trials[0]])
+    with pytest.raises(ValueError, match="has no label 'ratio'"):
+        replace(study, axis="ratio")

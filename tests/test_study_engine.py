@@ -1,0 +1,266 @@
+"""Who does the runs, and what is left when processes die. The tasks are real: small networks on some digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nearfold.study import engine, tasks
+from nearfold.study.engine import attempt, work_through
+from nearfold.study.grid import Data, Study, Trial
+from nearfold.study.local import Local
+from nearfold.study.plan import plan
+from nearfold.study.store import Store
+from nearfold.train import Recipe
+
+KILLS = int(os.environ.get("NEARFOLD_KILLS", "2"))
+"""Of the launcher and of a worker, each; more in a test of its own."""
+
+
+def a_study(epochs=1, seeds=2, widths=(4, 6)):
+    trials = [
+        Trial(
+            {"data": "digits", "width": float(width)},
+            {"name": "plain", "operation": "window(3) | box | kernel", "width": width},
+            Data("digits", limit=60),
+            Recipe(epochs=epochs, batch_size=18, lr=2e-3, warmup_epochs=0, device="cpu"),
+        )
+        for width in widths
+    ]
+    return Study("widths", "cpu", "Widths", "?", "-", trials, seeds, "width", 4.0)
+
+
+def open_plan(root, **options):
+    return plan(a_study(**options), root / "store", {})
+
+
+def outcomes(store):
+    """What the store has of every run, but for times."""
+    found = {}
+    for path in (store / "runs").glob("*.json"):
+        result = json.loads(path.read_text())["result"]
+        assert path.stem not in found
+        found[path.stem] = {name: result[name] for name in ("train_loss", "test_accuracy", "val_accuracy", "steps")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    planned = open_plan(root)
+    work_through(planned.runs, planned.place, Local(1), say=lambda line: None)
+    return outcomes(root / "store")
+
+
+def test_one_process_and_several_find_the_same(tmp_path, undisturbed):
+    planned = open_plan(tmp_path)
+    lines = []
+    work_through(planned.runs, planned.place, Local(2), say=lines.append)
+    assert len(lines) == 1 + 4 and outcomes(tmp_path / "store") == undisturbed
+    assert {path.stem for path in (tmp_path / "store" / "weights").iterdir()} <= set(undisturbed)  # of seed 0
+    work_through(planned.runs, planned.place, Local(2), say=lines.append)
+    assert "4 of 4 runs have finished before, 0 to do" in lines[-1]
+
+
+def test_a_run_that_somebody_else_does_is_waited_for(tmp_path, monkeypatch):
+    planned = open_plan(tmp_path)
+    store, first = Store(planned.place.root), planned.runs[0]
+    monkeypatch.setattr(engine, "POLL_SECONDS", 0.05)
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:  # meanwhile, somebody else has finished
+            store.save(first.config, {"test_accuracy": 0.5})
+            claim.__exit__(None, None, None)
+
+    monkeypatch.setattr(time, "sleep", nap)
+    claim = store.claim(first.config)
+    assert claim.__enter__() is True
+    with store.claim(first.config) as ours:
+        assert not ours
+    assert attempt(first, planned.place).result is None
+    lines = []
+    work_through(planned.runs, planned.place, Local(1), say=lines.append)
+    assert naps == [0.05] * 3 and len(lines) == 1 + 4
+    assert store.load(first.config) == {"test_accuracy": 0.5}
+
+
+def test_a_failed_run_is_left_until_asked_for(tmp_path, monkeypatch):
+    planned = open_plan(tmp_path)
+
+    def fails(*_):
+        raise RuntimeError("no memory left")
+
+    works = tasks.TASKS["train"]
+    monkeypatch.setitem(tasks.TASKS, "train", fails)
+    lines = []
+    work_through(planned.runs, planned.place, Local(1), say=lines.append)
+    assert sum("FAILED: RuntimeError: no memory left" in line for line in lines) == 4
+    assert len(planned.results.failures) == 4 and planned.results.rows == []
+    monkeypatch.setitem(tasks.TASKS, "train", works)
+    work_through(planned.runs, planned.place, Local(1), say=lines.append)
+    assert "0 to do" in lines[-1] and "4 failed before and are left: --retry" in lines[-1]
+    work_through(planned.runs, planned.place, Local(1), retry=True, say=lines.append)
+    assert planned.results.failures == [] and planned.results.finished == 4
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_study_engine import open_plan, work_through, Local
+if __name__ == "__main__":
+    planned = open_plan(Path(sys.argv[1]))
+    work_through(planned.runs, planned.place, Local(2), retry=True)
+"""
+
+
+def launch(root):
+    script = root / "study.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen(
+        [sys.executable, str(script), str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def children(pid):
+    """Processes of a launcher that work on runs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            try:
+                command = Path(f"/proc/{child}/cmdline").read_text()
+            except OSError:
+                continue
+            if "spawn_main" in command:
+                found.append(int(child))
+    return found
+
+
+def alive(pid):
+    """Whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+
+
+@needs_proc
+def test_killed_launchers_and_workers_lose_nothing_that_has_finished(tmp_path, undisturbed):
+    """kill -9, again and again, at moments spread over a start and its first runs, then once to the end."""
+    store = tmp_path / "store"
+    deaths = 0
+    for attempt_number in range(2 * KILLS):
+        process = launch(tmp_path)
+        deadline = time.monotonic() + 60
+        while not (workers := children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3 + 2.5 * ((attempt_number * 0.618) % 1))  # anywhere from imports to the last run
+        before = outcomes(store)
+        if attempt_number % 2 and workers and process.poll() is None:
+            if alive(workers[0]):
+                os.kill(workers[0], signal.SIGKILL)
+                deaths += 1
+            process.communicate(timeout=120)
+        elif process.poll() is None:
+            process.kill()
+            process.communicate()
+            deaths += 1
+            for worker in workers:  # they notice, and end
+                limit = time.monotonic() + 20
+                while alive(worker):
+                    assert time.monotonic() < limit, "a worker outlives its launcher"
+                    time.sleep(0.05)
+        assert before.items() <= outcomes(store).items()
+    text, _ = launch(tmp_path).communicate(timeout=240)
+    assert outcomes(store) == undisturbed, text
+    assert list((store / "failed").glob("*.json")) == []
+    assert deaths > 0
+
+
+@needs_proc
+def test_a_killed_worker_is_recorded_with_the_reason_and_the_others_go_on(tmp_path):
+    planned = open_plan(tmp_path, epochs=400, seeds=1)  # long enough to be caught
+    short = open_plan(tmp_path, seeds=1)
+    generator = Local(2).outcomes([*planned.runs[:1], *short.runs], planned.place)
+    import threading
+
+    def kill():
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            for child in children(os.getpid()):
+                claimed = list((planned.place.root / "claims").glob("*"))
+                if len(claimed) == 3 and len(list((planned.place.root / "runs").glob("*"))) == 2:
+                    os.kill(child, signal.SIGKILL)
+                    return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    found = list(generator)
+    thread.join()
+    assert sorted(bool(outcome.result) for outcome in found) == [False, True, True]
+    (died,) = (outcome for outcome in found if outcome.error)
+    assert died.run == planned.runs[0] and "ended by SIGKILL" in died.error
+    assert "SIGKILL" in str(Store(planned.place.root).failure(died.run.config))
+    with Store(planned.place.root).claim(died.run.config) as ours:
+        assert ours  # its claim ended with it
+
+
+def test_two_engines_share_a_store_and_do_every_run_once(tmp_path, undisturbed):
+    both = [launch(tmp_path) for _ in range(2)]
+    texts = [process.communicate(timeout=240)[0] for process in both]
+    assert outcomes(tmp_path / "store") == undisturbed, texts
+    done = [line for text in texts for line in text.splitlines() if "seed" in line and not line.endswith(" 0.0 s")]
+    trained = [line.split("] ")[1].split(":")[0] for line in done if "  0.0 s" not in line]
+    assert sorted(trained) == sorted({run.label for run in open_plan(tmp_path).runs}), texts
+
+
+def test_data_that_changed_or_are_missing_are_said(tmp_path):
+    planned = open_plan(tmp_path)
+    config = json.loads(json.dumps(planned.runs[0].config))
+    config["data"]["fingerprint"]["train"][0] += 1
+    with pytest.raises(ValueError, match="is not the one that this run was planned with"):
+        tasks.data_of(config, {})
+    with pytest.raises(ValueError, match=r"where is the data set 'cifar10'.*--data cifar10=FOLDER"):
+        tasks.source_of("cifar10", {})
+
+
+def test_runs_on_a_ray_cluster_of_two_nodes(tmp_path, undisturbed, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or workers starve beside other tests
+    from ray.cluster_utils import Cluster
+
+    from nearfold.study.ray import Ray
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    try:
+        planned = open_plan(tmp_path)
+        lines = []
+        work_through(planned.runs, planned.place, Ray(cluster.address), say=lines.append)
+        assert outcomes(tmp_path / "store") == undisturbed, lines
+        config = dict(planned.runs[0].config) | {"task": "no such task"}
+        bad = planned.runs[0].__class__(config, "bad", "bad")
+        (outcome,) = Ray(cluster.address).outcomes([bad], planned.place)
+        assert "no such task" in outcome.error
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_no_ray_cluster_is_said_in_one_line():
+    pytest.importorskip("ray")
+    from nearfold.study.ray import connect
+
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at --address '127.0.0.1:1'.*ray start"):
+        connect("127.0.0.1:1")
