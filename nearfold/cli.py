@@ -171,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         "--op", default="conv", metavar="NOTATION",
         help="the mixing layer, in the notation or by its name in `ops` (default: conv)",
     )  # fmt: skip
+    train.add_argument(
+        "--stream", type=_positive, metavar="PIXELS",
+        help="read images from parquet, tar or image files when they are needed, and make them so large, instead of "
+        "holding all in memory",
+    )  # fmt: skip
     train.add_argument("--width", type=_positive, default=32, metavar="C", help="channels (default: 32)")
     train.add_argument("--depth", type=_positive, default=2, metavar="N", help="blocks (default: 2)")
     train.add_argument("--out", type=Path, metavar="DIR", help="keep metrics, checkpoint and weights here")
@@ -325,14 +330,18 @@ def _models(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from nearfold.models import SpectrumNet, stem_stride
-    from nearfold.train import Recipe, fit, load_data
+    from nearfold.train import Recipe, fit, load_data, open_data
 
     if args.out is None and (args.resume or args.tensorboard):
         flag = "--resume" if args.resume else "--tensorboard"
         raise ValueError(f"{flag} needs --out DIR, the folder of the run")
+    if args.stream is not None and args.limit is not None:
+        raise ValueError("--limit is for data held in memory: leave it out, or --stream")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     operation = parse(_notation(args.op))
-    data = load_data(args.data, limit=args.limit)
+    data = (
+        load_data(args.data, limit=args.limit) if args.stream is None else open_data(args.data, image_size=args.stream)
+    )
     import torch
 
     torch.manual_seed(recipe.seed)

@@ -145,3 +145,18 @@ def test_study_ends_with_a_table_and_a_report(tmp_path, capsys):
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert main(argv) == 0
     assert "2 of 2 runs have finished before" in capsys.readouterr().out
+
+
+def test_train_reads_files_as_they_are_needed(tmp_path, capsys):
+    from PIL import Image
+
+    for label in ("dark", "light"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (20 + i, 24), (200 * (label == "light"),) * 3).save(tmp_path / "data" / label / f"{i}.png")
+    command = ["train", "--data", str(tmp_path / "data"), "--stream", "16", "--workers", "1", "--epochs", "1"]
+    command += ["--batch-size", "8", "--width", "8", "--augment", "resized_crop", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "data: test accuracy" in capsys.readouterr().out
+    assert main([*command, "--limit", "5"]) == 2
+    assert "--limit is for data held in memory" in capsys.readouterr().err

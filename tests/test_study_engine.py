@@ -1,5 +1,6 @@
 """Who does the runs, and what is left when processes die. The tasks are real: small networks on some digits."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nearfold.study import engine, tasks
+from nearfold.study import store as store_module
 from nearfold.study.engine import attempt, work_through
 from nearfold.study.grid import Data, Study, Trial
 from nearfold.study.local import Local
@@ -108,6 +110,27 @@ def test_a_failed_run_is_left_until_asked_for(tmp_path, monkeypatch):
     assert "0 to do" in lines[-1] and "4 failed before and are left: --retry" in lines[-1]
     work_through(planned.runs, planned.place, Local(1), retry=True, say=lines.append)
     assert planned.results.failures == [] and planned.results.finished == 4
+
+
+def test_a_full_disk_is_said_and_what_has_finished_stays(tmp_path, monkeypatch):
+    planned = open_plan(tmp_path)
+    writes = []
+
+    def write(path, content):
+        if len(writes) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        writes.append(path)
+        return works(path, content)
+
+    works = store_module.write_whole
+    monkeypatch.setattr(store_module, "write_whole", write)
+    lines = []
+    work_through(planned.runs, planned.place, Local(1), say=lines.append)
+    assert sum("No space left on device" in line for line in lines) == 2 and len(lines) == 5
+    assert len(outcomes(tmp_path / "store")) == 2
+    monkeypatch.setattr(store_module, "write_whole", works)
+    work_through(planned.runs, planned.place, Local(1), say=lines.append)
+    assert "2 of 4 runs have finished before, 2 to do" in lines[5] and len(outcomes(tmp_path / "store")) == 4
 
 
 SCRIPT = """

@@ -69,12 +69,11 @@ def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
     charts = []
     for name, rows in results.panels.items():
         caption = (
-            f"{name}. Above: accuracy on test images (blue) and, of the same weights, on training images "
-            f"(orange): diamonds are "
-            "means over seeds with 95 % intervals, dots single seeds. Below: test accuracy less that of the reference "
-            f"({_axis_label(results)} = {_short(results.study.reference)}), paired by seed, with 95 % intervals; "
-            f"where one "
-            "does not touch the line there is a difference before correction for the number of comparisons."
+            f"{name}. Above: accuracy on test images (blue) and, of the same weights, on training images (orange): "
+            "diamonds are means over seeds with 95 % intervals, dots single seeds. Below: test accuracy less that of "
+            f"the reference ({_axis_label(results)} = {_short(results.study.reference)}), paired by seed, with 95 % "
+            "intervals; where one does not touch the line there is a difference before correction for the number of "
+            "comparisons."
         )
         reference = results.reference(rows)
         theirs = [(p.text, p.differences(results.study.reference)) for p in authors]
@@ -167,9 +166,8 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
         charts.append(
             Chart(
                 _svg(bars, f"{name}: gaps"),
-                f"{name}. Diamonds: means over seeds with 95 % intervals; dots: single seeds. Gray: operators "
-                f"that did not "
-                "memorise their images with every seed, whose gaps are not comparable.",
+                f"{name}. Diamonds: means over seeds with 95 % intervals; dots: single seeds. Gray: operators that "
+                "did not memorise their images with every seed, whose gaps are not comparable.",
             )
         )
         there = [row for row in rows if reached(row)]
@@ -177,9 +175,8 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
             charts.append(
                 Chart(
                     _svg(partial(_against_complexity, there), f"{name}: gap against complexity"),
-                    f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, "
-                    f"the millions of "
-                    "parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers.",
+                    f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, the "
+                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers.",
                 )
             )
     return charts
@@ -243,8 +240,7 @@ def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
             Chart(
                 _svg(bars, f"{name}: scores"),
                 f"{name}. By score, best first. Left: test accuracy, means with 95 % intervals over seeds. Right: "
-                f"GWO's score and "
-                "tier.",
+                "GWO's score and tier.",
             )
         )
     return charts
@@ -266,8 +262,7 @@ def _costs(results: Results, authors: Sequence[Points]) -> list[Chart]:
                             f"{name}: {text}",
                         ),
                         f"{name}: test accuracy against {text}, means with 95 % intervals over seeds. Green: "
-                        f"settings that no "
-                        "other one beats in held-out accuracy at that cost or less.",
+                        "settings that no other one beats in held-out accuracy at that cost or less.",
                     )
                 )
     return charts

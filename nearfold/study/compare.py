@@ -55,9 +55,8 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     best = max(rows, key=lambda row: row.estimate("val_accuracy").mean)
     n = min(len(row.results) for row in rows)
     text = (
-        f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the "
-        f"test images "
-        f"({count(n)})"
+        f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the test "
+        f"images ({count(n)})"
     )
     if reference is None:
         return f"{text}; the reference has not been run."
@@ -86,8 +85,8 @@ def verdict(found: Sequence[Difference], reference: Row) -> str:
     if level:
         widest = max(d.estimate.half for d in level)
         parts.append(
-            f"no difference found between {reference.title} and {names([d.row.title for d in level])}: "
-            f"the intervals are up to {100 * widest:.1f} points to either side"
+            f"no difference found between {reference.title} and {names([d.row.title for d in level])}: the intervals "
+            f"are up to {100 * widest:.1f} points to either side"
         )
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
 

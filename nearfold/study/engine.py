@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 import traceback
@@ -70,11 +71,12 @@ def attempt(run: Run, place: Place) -> Outcome:
             weights = store.weights_path(run.config) if run.keep_weights else None
             work = store.work_path(run.config) if place.resumable and not run.alone else None
             result = TASKS[run.config["task"]](run.config, place.sources, weights, work)
+            store.save(run.config, result)
         except Exception as error:  # whatever it dies of: recorded, reported, and the others go on
             outcome = Outcome(run, time.perf_counter() - began, error=_in_a_line(error), traceback=_trace(error))
-            store.save_failure(run.config, outcome.error, outcome.traceback)
+            with contextlib.suppress(OSError):  # where the disk is full, saying so is all that is left
+                store.save_failure(run.config, outcome.error, outcome.traceback)
             return outcome
-        store.save(run.config, result)
     return Outcome(run, time.perf_counter() - began, result)
 
 

@@ -60,7 +60,7 @@ def summary(results: Results) -> str:
         against = {d.row.title: d for d in differences(rows, reference, measure)} if reference is not None else {}
         lines += [
             f"| {name} | {'gap' if measure != MEASURE else 'test accuracy'} | less the reference's | adjusted p | "
-            f"seeds |",
+            "seeds |",
             "|---|---:|---:|---:|---:|",
         ]
         for row in rows:

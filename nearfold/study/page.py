@@ -77,10 +77,9 @@ def html(
         _protocol(results, facts),
         _failures(results),
         _runs(results),
-        f"<h2>To reproduce</h2><pre><code>{escape(command)}</code></pre><p>Beside this page: "
-        f"<code>runs.csv</code>, a line for "
-        "every run, and <code>results.json</code>, with every run's whole configuration.</p><footer>"
-        f"{escape(' · '.join(f'{name} {value}' for name, value in environment.items()))}</footer>",
+        f"<h2>To reproduce</h2><pre><code>{escape(command)}</code></pre><p>Beside this page: <code>runs.csv</code>, "
+        "a line for every run, and <code>results.json</code>, with every run's whole configuration.</p>"
+        f"<footer>{escape(' · '.join(f'{name} {value}' for name, value in environment.items()))}</footer>",
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -120,12 +119,12 @@ def _protocol(results: Results, facts: Sequence[str]) -> str:
         *facts,
         *results.study.protocol,
         "Epochs and settings are chosen by held-out images only; test images are evaluated once, with the chosen "
-        "weights. A seed decides initial weights, order of the images, augmentation and sampled candidates; the split "
-        "of the images is the same for all.",
+        "weights. A seed decides initial weights, order of the images, augmentation and sampled candidates; the "
+        "split of the images is the same for all.",
         "Intervals are Student's at 95 % over seeds; differences are paired by seed. Both take the spread from all "
-        "settings of a data set together (a two-way layout of settings and seeds), which grants that settings scatter "
-        "alike. A difference counts as found when Holm's adjusted p is below 0.05 among the comparisons on that data "
-        "set. None of this contains the choice of the test images themselves, which is the same for all.",
+        "settings of a data set together (a two-way layout of settings and seeds), which grants that settings "
+        "scatter alike. A difference counts as found when Holm's adjusted p is below 0.05 among the comparisons on "
+        "that data set. None of this contains the choice of the test images themselves, which is the same for all.",
         f"Recipe: {recipe}." + (f" Differing by setting: {', '.join(sorted(varied))}." if varied else ""),
     ]
     return "<h2>The protocol</h2><ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
@@ -189,9 +188,9 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> str:
     )
     return (
         f"<p><strong>{escape(name)}</strong></p><div "
-        f"class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-        "</table></div><p class='note'>Means over seeds, with 95 % intervals. Bold: a difference was found. A "
-        "click on a head sorts.</p>"
+        f"class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p "
+        "class='note'>Means over seeds, with 95 % intervals. Bold: a difference was found. A click on a head "
+        "sorts.</p>"
     )
 
 
@@ -203,8 +202,8 @@ def _failures(results: Results) -> str:
         return ""
     items = "".join(f"<li>{escape(name)}: <code>{escape(error)}</code></li>" for name, error in results.failures)
     return (
-        "<h2>Runs that failed</h2><div class='failed'><p>They are in no table and no figure; "
-        f"<code>--retry</code> does them again:</p><ul>{items}</ul></div>"
+        "<h2>Runs that failed</h2><div class='failed'><p>They are in no table and no figure; <code>--retry</code> "
+        f"does them again:</p><ul>{items}</ul></div>"
     )
 
 
@@ -222,12 +221,12 @@ def _runs(results: Results) -> str:
         f"<tr><td class=left>{escape(row.title)}</td><td class=left><code>{escape(_network(row))}</code></td></tr>"
         for row in results.rows
     )
-    heads = ("data", "setting", "seed", "held-out %", "test %", "train %", "best epoch", "epochs", "s")
+    names = ("data", "setting", "seed", "held-out %", "test %", "train %", "best epoch", "epochs", "s")
+    heads = "".join(f"<th class=sorts>{name}</th>" for name in names)
     return (
-        "<h2>Every run</h2><details><summary>The networks</summary><div class='scroll'><table><tbody>"
-        f"{networks}</tbody></table></div></details><details><summary>{results.finished} runs</summary><div "
-        f"class='scroll'><table><thead><tr>{''.join(f'<th class=sorts>{h}</th>' for h in heads)}</tr></thead>"
-        f"<tbody>{lines}</tbody></table></div></details>"
+        f"<h2>Every run</h2><details><summary>The networks</summary><div class='scroll'><table><tbody>{networks}"
+        f"</tbody></table></div></details><details><summary>{results.finished} runs</summary>"
+        f"<div class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div></details>"
     )
 
 

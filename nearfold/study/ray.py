@@ -103,8 +103,8 @@ def _knock(address: str) -> None:
 def _attempt_there(run: Run, place: Place, mark: str, cpus: float) -> Outcome:
     if not os.path.exists(mark):
         raise ValueError(
-            f"the node {socket.gethostname()} does not see {place.root}: put --out on a file system that all "
-            f"nodes share"
+            f"the node {socket.gethostname()} does not see {place.root}: put --out on a file system that all nodes "
+            "share"
         )
     torch.set_num_threads(max(1, int(cpus)))
     return attempt(run, place)

@@ -25,21 +25,17 @@ def shared(p: Preset) -> Study:
         p.name,
         "Does it pay to share projections between convolution and attention?",
         "A 3x3 convolution, attention in a 7x7 window, their sum with projections of its own for each half, and "
-        "ACmix, whose "
-        "halves share them, at equal FLOPs.",
-        "ACmix gains over convolution and over attention at equal cost: +0.9 to +2.5 points on ImageNet for "
-        "ResNets, +0.5 "
-        "and +0.6 for Swin (arXiv 2111.14556).",
+        "ACmix, whose halves share them, at equal FLOPs.",
+        "ACmix gains over convolution and over attention at equal cost: +0.9 to +2.5 points on ImageNet for ResNets, "
+        "+0.5 and +0.6 for Swin (arXiv 2111.14556).",
         [trial for data in p.data for trial in matched(LAYERS, "layer", data, p.recipe(data), flops)],
         p.seeds,
         "layer",
         "ACmix",
         (
-            "The network is the small one of the spectrum study (nearfold.models.SpectrumNet): convolutional "
-            "stem, position "
-            "code, two residual blocks of 32 channels. Its pointwise MLPs are as wide as it takes for all layers "
-            "to cost the "
-            "same FLOPs per image, within 5 %.",
+            "The network is the small one of the spectrum study (nearfold.models.SpectrumNet): convolutional stem, "
+            "position code, two residual blocks of 32 channels. Its pointwise MLPs are as wide as it takes for all "
+            "layers to cost the same FLOPs per image, within 5 %.",
         ),
     )
 

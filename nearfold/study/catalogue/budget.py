@@ -20,9 +20,8 @@ def budget(p: Preset) -> Study:
         "budget",
         p.name,
         "Which layer for which budget?",
-        "Accuracy against measured latency, FLOPs and memory over k, candidates and ratio: which settings does "
-        "no other "
-        "beat, and which one fits a given budget?",
+        "Accuracy against measured latency, FLOPs and memory over k, candidates and ratio: which settings does no "
+        "other beat, and which one fits a given budget?",
         "Random candidates and branching give ConvNN's accuracy at a fraction of its cost (arXiv 2511.14137).",
         p.grid(layers, "setting"),
         p.seeds,
@@ -30,9 +29,8 @@ def budget(p: Preset) -> Study:
         "convolution",
         (
             p.text,
-            "Latency is that of one image's forward pass in evaluation mode, memory that of a training step, "
-            "both measured "
-            "alone on the machine named below, one thread on a CPU.",
+            "Latency is that of one image's forward pass in evaluation mode, memory that of a training step, both "
+            "measured alone on the machine named below, one thread on a CPU.",
         ),
         answer=budget_answer,
         cost=True,

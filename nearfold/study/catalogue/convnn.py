@@ -91,11 +91,10 @@ def ratio(p: Preset) -> Study:
         "ratio",
         p.name,
         "How much of a layer should look at similar positions?",
-        "The share of channels that ConvNN's hybrid gives to nearest neighbours, from none to all: is there a "
-        "best one?",
-        "A ratio near one half wins: 81.68 % at 0.5 against 80.24 % at 0 and 54.52 % at 1 on CIFAR-10 (the "
-        "authors' logs, "
-        "one run each).",
+        "The share of channels that ConvNN's hybrid gives to nearest neighbours, from none to all: is there a best "
+        "one?",
+        "A ratio near one half wins: 81.68 % at 0.5 against 80.24 % at 0 and 54.52 % at 1 on CIFAR-10 (the authors' "
+        "logs, one run each).",
         p.grid(layers, "ratio"),
         p.seeds,
         "ratio",
@@ -167,7 +166,6 @@ def aggregation(p: Preset) -> Study:
     forms = {
         "kernel": "kernel",
         "kernel, with positions": "kernel(coordinates)",
-        "depthwise": "depthwise",
         "separable": "separable",
         "softmax and kernel": "softmax*kernel",
     }
@@ -178,7 +176,7 @@ def aggregation(p: Preset) -> Study:
         "aggregation",
         p.name,
         "What should be done with the neighbours that were found?",
-        "A full kernel over them, with their positions appended or not, a depthwise or separable one, or one that "
+        "A full kernel over them, with their positions appended or not, a separable one, or one that "
         "similarity weighs.",
         "Appending positions to the values (Loc_Col) is an option of the public code without a claim.",
         p.grid(layers, "aggregation"),
@@ -221,9 +219,8 @@ def augmentation(p: Preset) -> Study:
         "augmentation",
         p.name,
         "Do the gains survive augmentation?",
-        "Convolution against hybrids with all and with random candidates, without augmentation as published, "
-        "with crops and "
-        "flips, and with a strong recipe.",
+        "Convolution against hybrids with all and with random candidates, without augmentation as published, with "
+        "crops and flips, and with a strong recipe.",
         "The published gains are from runs without augmentation, where whatever regularises helps.",
         [replace(t, labels={name: v for name, v in t.labels.items() if name != "recipe"}) for t in trials],
         p.seeds,

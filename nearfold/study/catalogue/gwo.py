@@ -46,33 +46,29 @@ def memorise(p: Preset) -> Study:
     trials = [
         trial
         for name, limit in limits.items()
-        for trial in matched(OPERATORS, "operator", Data(name, limit=limit), recipe, parameters)
+        for trial in matched(OPERATORS, "operator", Data(name, limit=limit), recipe, parameters, side=8)
     ]
     return Study(
         "memorise",
         p.name,
         "Which operators generalize once they have memorised?",
-        f"Nine operators in one network, at equal numbers of parameters, trained without regularisation until "
-        f"they classify "
-        f"{100 * MEMORISED:g} % of their training images: how large is the gap to new images, and does complexity "
-        f"explain it?",
+        "Nine operators in one network, at equal numbers of parameters, trained without regularisation until they "
+        f"classify {100 * MEMORISED:g} % of their training images: how large is the gap to new images, and does "
+        "complexity explain it?",
         "Operations whose complexity adapts (deformable convolution) show a much smaller gap than brute-force "
-        "complexity "
-        "(self-attention); no numbers were published (GWO).",
+        "complexity (self-attention); no numbers were published (GWO).",
         trials,
         SEEDS,
         "operator",
         "attention",
         (
-            "The network is the small one of the spectrum study (nearfold.models.SpectrumNet): convolutional "
-            "stem, position "
-            "code, two residual blocks of 32 channels. Its pointwise MLPs are as wide as it takes for all "
-            "operators to have "
-            "the same number of parameters, within 5 %.",
+            "The network is the small one of the spectrum study (nearfold.models.SpectrumNet): convolutional stem, "
+            "position code, two residual blocks of 32 channels on 8 x 8 positions. Its pointwise MLPs are as wide as "
+            "it takes for all operators to have the same number of parameters, within 5 %.",
             f"A run ends after the first epoch at whose end {100 * MEMORISED:g} % of the training images are "
-            f"classified "
-            f"correctly in evaluation mode, or after {recipe.epochs} epochs. No weight decay, augmentation, dropout or "
-            "schedule; the gap is train minus test accuracy of the last weights, and no epoch is chosen.",
+            f"classified correctly in evaluation mode, or after {recipe.epochs} epochs. No weight decay, "
+            "augmentation, dropout or schedule; the gap is train minus test accuracy of the last weights, and no "
+            "epoch is chosen.",
         ),
         answer=memorise_answer,
         figure="gaps",
@@ -135,22 +131,19 @@ def benchmark(p: Preset) -> Study:
         "benchmark",
         p.name,
         "GWO's benchmark, as published and repaired, for every operator of the catalogue",
-        "Accuracy over complexity, score = 100 accuracy% / (1 + Omega): does the ranking hold when all operators "
-        "get the same "
-        "network?",
+        "Accuracy over complexity, score = 100 accuracy% / (1 + Omega): does the ranking hold when all operators get "
+        "the same network?",
         "StandardConv 69.31 %, Omega 6, score 990.14, tier B; DeformableConv 69.45 %, 8.003, 771.40, C; "
-        "DepthwiseConv 61.35 %, "
-        "8, 681.67, C (GWO, CIFAR-10, 30 epochs).",
+        "DepthwiseConv 61.35 %, 8, 681.67, C (GWO, CIFAR-10, 30 epochs).",
         [*published, *repaired],
         3,
         "operator",
         "conv",
         (
-            "Two operator layers with max pooling, three linear layers (nearfold.models.gwo). As published: the plain "
-            "convolution is unpadded, so that its classifier is smaller. Repaired: every operator keeps the map "
-            "and the number "
-            "of channels, behind a 1x1 convolution that is the same for all; every seed trains a new model (the public "
-            "code trains one model on).",
+            "Two operator layers with max pooling, three linear layers (nearfold.models.gwo). As published: the "
+            "plain convolution is unpadded, so that its classifier is smaller. Repaired: every operator keeps the "
+            "map and the number of channels, behind a 1x1 convolution that is the same for all; every seed trains a "
+            "new model (the public code trains one model on).",
             "Omega is derived from the operator's words and parameters, without that 1x1 convolution.",
             f"Left out: {left}.",
         ),

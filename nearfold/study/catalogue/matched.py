@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from nearfold.models import SpectrumNet, stem_stride
+from nearfold.models import SpectrumNet
+from nearfold.models.small import GRID
 from nearfold.study.grid import Data, Label, Trial
 from nearfold.study.measure import count_flops, count_parameters
 from nearfold.train import Recipe
@@ -33,7 +34,9 @@ def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
     return count_flops(model, shape)
 
 
-def matched(layers: Mapping[Label, str], axis: str, data: Data, recipe: Recipe, measure: Measure) -> list[Trial]:
+def matched(
+    layers: Mapping[Label, str], axis: str, data: Data, recipe: Recipe, measure: Measure, side: int = GRID
+) -> list[Trial]:
     """A trial for every layer in `SpectrumNet`, whose MLPs are so wide that all networks have the same budget.
 
     The budget is that of the hungriest layer with MLPs of twice the width.
@@ -44,35 +47,30 @@ def matched(layers: Mapping[Label, str], axis: str, data: Data, recipe: Recipe, 
         data: what is trained on.
         recipe: how.
         measure: of what the budget is: `parameters` or `flops`.
+        side: of the grid of positions that the stem makes, at most.
 
     Raises:
         ValueError: a layer cannot meet the budget within `TOLERANCE`.
     """
     plain = 2 * WIDTH
-    budget = max(_cost(layer, plain, data.name, measure) for layer in layers.values())
+    stride = max(1, SHAPES[data.name][1] // side)
+    budget = max(_cost(layer, plain, data.name, stride, measure) for layer in layers.values())
     trials = []
     for value, layer in layers.items():
-        first, second = (_cost(layer, hidden, data.name, measure) for hidden in (plain, 2 * plain))
+        first, second = (_cost(layer, hidden, data.name, stride, measure) for hidden in (plain, 2 * plain))
         hidden = plain + round((budget - first) / ((second - first) / plain))
-        off = _cost(layer, hidden, data.name, measure) / budget - 1
+        off = _cost(layer, hidden, data.name, stride, measure) / budget - 1
         if abs(off) > TOLERANCE:
             raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network (WIDTH={WIDTH})")
         network = {"name": "spectrum", "operation": layer, "width": WIDTH, "depth": DEPTH, "hidden": hidden}
+        network |= {"stride": stride} if side != GRID else {}
         trials.append(Trial({"data": data.name, axis: value}, network, data, recipe))
     return trials
 
 
 @functools.cache
-def _cost(layer: str, hidden: int, data: str, measure: Measure) -> int:
-    shape = SHAPES[data]
+def _cost(layer: str, hidden: int, data: str, stride: int, measure: Measure) -> int:
+    shape, classes = SHAPES[data], CLASSES.get(data, 10)
     with torch.device("meta"):
-        model = SpectrumNet(
-            layer,
-            shape[0],
-            CLASSES.get(data, 10),
-            width=WIDTH,
-            depth=DEPTH,
-            stride=stem_stride(shape[1:]),
-            hidden=hidden,
-        )
+        model = SpectrumNet(layer, shape[0], classes, width=WIDTH, depth=DEPTH, stride=stride, hidden=hidden)
     return measure(model, shape)

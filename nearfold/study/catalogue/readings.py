@@ -32,9 +32,8 @@ def memorise_answer(results: Results) -> list[str]:
         if there:
             low, high = (pick(there, key=lambda row: row.estimate("gap_last").mean) for pick in (min, max))
             text += (
-                f"among the {len(there)} of {len(rows)} operators that memorised with every seed, the gap is "
-                f"smallest for "
-                f"{low.title}, {accuracy(low.estimate('gap_last'))}, and largest for {high.title}, "
+                f"among the {len(there)} of {len(rows)} operators that memorised with every seed, the gap is smallest "
+                f"for {low.title}, {accuracy(low.estimate('gap_last'))}, and largest for {high.title}, "
                 f"{accuracy(high.estimate('gap_last'))}. "
             )
         reference = results.reference(there)
