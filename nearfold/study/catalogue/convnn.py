@@ -11,9 +11,11 @@ from nearfold.study.grid import Authors, Label, Study, Trial
 HYBRID = (
     "The layer is ConvNN's hybrid: half the channels by nearest neighbours, half by a 3x3 convolution, mixed by a 1x1."
 )
-VGG = {"arg_model": "vgg11", "arg_dataset": "cifar10", "arg_layer": "Branching"}
-NINE = VGG | {"arg_branch_ratio": "0.5", "arg_K": "9"}
+VGG = {"arg_model": "vgg11", "arg_dataset": "cifar10", "arg_layer": "Branching", "arg_kernel_size": "3"}
+FEATURES = {"arg_similarity_type": "Col", "arg_aggregation_type": "Col"}
+NINE = VGG | {"arg_branch_ratio": "0.5", "arg_K": "9", "arg_sampling_type": "all"}
 RUN = "the authors' VGG-11 on CIFAR-10, one run each"
+VIT = "the authors' ViT-Tiny with ConvNN attention on CIFAR-10, one run each"
 
 
 def k(p: Preset) -> Study:
@@ -36,7 +38,9 @@ def k(p: Preset) -> Study:
             Authors(
                 "k",
                 "arg_K",
-                VGG | {"arg_branch_ratio": "0.5", "arg_sampling_type": "all", "arg_magnitude_type": "cosine"},
+                VGG
+                | FEATURES
+                | {"arg_branch_ratio": "0.5", "arg_sampling_type": "all", "arg_magnitude_type": "cosine"},
                 RUN,
             ),
         ),
@@ -77,8 +81,12 @@ def candidates(p: Preset) -> Study:
         authors=(
             Authors(
                 "candidates", "arg_num_samples",
-                NINE | {"arg_sampling_type": ("random", "all")}, RUN,
-                {"-1": "all", "16": "random 12", "32": "random 32"},
+                {
+                    "arg_model": "VIT", "arg_dataset": "cifar10", "arg_layer": "ConvNNAttention", "arg_K": "9",
+                    "arg_sampling_type": ("random", "all"),
+                },
+                VIT,
+                {"-1": "all", "32": "random 32"},
             ),
         ),
     )  # fmt: skip
@@ -103,7 +111,7 @@ def ratio(p: Preset) -> Study:
         authors=(
             Authors(
                 "ratio", "arg_branch_ratio",
-                VGG | {"arg_K": "9", "arg_sampling_type": "all", "arg_magnitude_type": "cosine"}, RUN,
+                VGG | FEATURES | {"arg_K": "9", "arg_sampling_type": "all", "arg_magnitude_type": "cosine"}, RUN,
             ),
         ),
     )  # fmt: skip
@@ -154,7 +162,7 @@ def similarity(p: Preset) -> Study:
         authors=(
             Authors(
                 "similarity", "arg_magnitude_type",
-                NINE | {"arg_sampling_type": "all", "arg_similarity_type": "Col"}, RUN,
+                NINE | FEATURES, RUN,
                 {"euclidean": "Euclidean"},
             ),
         ),
@@ -187,7 +195,7 @@ def aggregation(p: Preset) -> Study:
         authors=(
             Authors(
                 "aggregation", "arg_aggregation_type",
-                NINE | {"arg_sampling_type": "all", "arg_magnitude_type": "euclidean"}, RUN,
+                NINE | {"arg_similarity_type": "Loc_Col"}, RUN,
                 {"Col": "kernel", "Loc_Col": "kernel, with positions"},
             ),
         ),
