@@ -144,7 +144,7 @@ def test_study_ends_with_a_table_and_a_report(tmp_path, capsys):
     assert "convolution 3x3" in out and str(tmp_path / "report.html") in out
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert main(argv) == 0
-    assert "2 of 2 runs have finished before" in capsys.readouterr().out
+    assert "4 of 4 runs have finished before" in capsys.readouterr().out
 
 
 def test_train_reads_files_as_they_are_needed(tmp_path, capsys):

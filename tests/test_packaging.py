@@ -83,7 +83,7 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         assert "nearfold = nearfold.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Version"] == nearfold.__version__
-    assert metadata.get_all("Provides-Extra") == ["data", "vision", "hub", "images", "tensorboard", "all", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["data", "vision", "hub", "images", "tensorboard", "ray", "all", "dev"]
 
 
 def test_building_needs_no_torch():

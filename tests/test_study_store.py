@@ -47,6 +47,21 @@ def test_a_broken_result_is_named_with_what_to_do(tmp_path, content):
     assert str(path) in str(error.value)
 
 
+def test_two_that_write_one_file_at_once_do_not_meet(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    works = os.replace
+
+    def meanwhile(*names):
+        monkeypatch.setattr(os, "replace", works)
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # the other one begins and ends before we do
+        write_whole(path, "theirs")
+        works(*names)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    write_whole(path, "ours")
+    assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file.json"
     write_whole(path, "old")

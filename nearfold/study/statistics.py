@@ -108,9 +108,9 @@ def between(settings: Sequence[Mapping[int, float]]) -> Spread | None:
     (1.0, 2)
     """
     seeds = sorted(set.intersection(*(set(values) for values in settings))) if settings else []
-    freedom = (len(settings) - 1) * (len(seeds) - 1)
-    if freedom < 1:
+    if len(settings) < 2 or len(seeds) < 2:
         return None
+    freedom = (len(settings) - 1) * (len(seeds) - 1)
     of_setting = [statistics.fmean(values[seed] for seed in seeds) for values in settings]
     of_seed = [statistics.fmean(values[seed] for values in settings) for seed in seeds]
     mean = statistics.fmean(of_setting)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ def run_key(config: Mapping[str, Any]) -> str:
 def write_whole(path: Path, content: str) -> None:
     """Write a text file, and its folder, so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, f".{socket.gethostname()}-{os.getpid()}") as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 

@@ -31,12 +31,13 @@ _FORMAT = 2  # raise it when the content of a checkpoint changes
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     """Give a name to write to; once it is written and on the disk, it takes the place of `path`.
 
-    Whatever happens on the way, `path` holds either its old or its new content.
+    Whatever happens on the way, `path` holds either its old or its new content. Where several may write at once, each
+    has a name as `writer`.
     """
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(f"{path.name}{writer}.partial")
     yield temporary
     _to_disk(temporary)
     os.replace(temporary, path)
