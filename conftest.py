@@ -20,3 +20,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.parent == TRITON and importlib.util.find_spec("triton") is None:
         return True
     return None
+
+
+LONG = ("test_triton.py", "test_train_parallel.py", "test_train_survival.py", "test_study_engine.py")
+"""Files of tests that take long: first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put them first; the order is otherwise kept."""
+    items.sort(key=lambda item: item.path.name not in LONG)
