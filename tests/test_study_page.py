@@ -90,9 +90,9 @@ def test_memorise_compares_only_what_memorised():
     slow = replace(results.rows[3], results={s: result(0.6, train=0.97) for s in range(3)})
     results = replace(results, rows=[*results.rows[:3], slow])
     (text,) = readings.memorise_answer(results)
-    assert "among the 3 of 4 operators that memorised" in text and "smallest for conv, 29.7 %" in text
+    assert "among the 3 of 4 operators that memorised" in text and "smallest for conv, 29.7 points" in text
     assert "Smaller than attention: conv" in text
-    assert "Did not memorise with every seed, so no gap is compared: depthwise (97.0 %" in text
+    assert "Did not memorise with every seed, so no gap is compared: depthwise (97.0 %)." in text
 
 
 def test_scores_and_tiers_are_gwos():

@@ -9,7 +9,7 @@ from html import escape
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import scores
 from nearfold.study.charts import Chart, draw
-from nearfold.study.compare import accuracy, against_reference, differences, points
+from nearfold.study.compare import MEASURE, accuracy, against_reference, differences, points
 from nearfold.study.report import CSS
 from nearfold.study.results import Results, Row
 from nearfold.study.table import count
@@ -136,7 +136,9 @@ def _differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
 
 def _table(name: str, rows: Sequence[Row], results: Results) -> str:
     reference = results.reference(rows)
-    against = {d.row.title: d for d in differences(rows, reference)} if reference is not None else {}
+    gaps = results.study.figure == "gaps"
+    measure = "gap_last" if gaps else MEASURE
+    against = {d.row.title: d for d in differences(rows, reference, measure)} if reference is not None else {}
     columns = [
         "setting",
         "test acc. %",
@@ -146,7 +148,8 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> str:
         "adjusted p",
         "seeds",
     ]
-    gaps = results.study.figure == "gaps"
+    if gaps:
+        columns[4] = "gap less the reference's, points"
     ranked = {s.row.title: s for s in scores(rows)} if results.study.figure == "ranking" else {}
     columns += ["gap, last weights", "epochs"] if gaps else []
     columns += ["Omega", "score", "tier"] if ranked else []

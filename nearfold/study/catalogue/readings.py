@@ -33,8 +33,8 @@ def memorise_answer(results: Results) -> list[str]:
             low, high = (pick(there, key=lambda row: row.estimate("gap_last").mean) for pick in (min, max))
             text += (
                 f"among the {len(there)} of {len(rows)} operators that memorised with every seed, the gap is smallest "
-                f"for {low.title}, {accuracy(low.estimate('gap_last'))}, and largest for {high.title}, "
-                f"{accuracy(high.estimate('gap_last'))}. "
+                f"for {low.title}, {gap(low)}, and largest for {high.title}, "
+                f"{gap(high)}. "
             )
         reference = results.reference(there)
         if reference is not None:
@@ -43,11 +43,16 @@ def memorise_answer(results: Results) -> list[str]:
             text += _ranks(there) + " "
         if missed:
             text += "Did not memorise with every seed, so no gap is compared: " + names(
-                [f"{row.title} ({accuracy(row.estimate('train_accuracy_last'))})" for row in missed]
+                [f"{row.title} ({100 * row.estimate('train_accuracy_last').mean:.1f} %)" for row in missed]
             )
             text += "."
         paragraphs.append(text.strip())
     return paragraphs
+
+
+def gap(row: Row) -> str:
+    """The gap of an operator, in points, with its interval."""
+    return accuracy(row.estimate("gap_last")).replace(" %", " points")
 
 
 def reached(row: Row) -> bool:
