@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -64,7 +65,6 @@ def test_one_process_and_several_find_the_same(tmp_path, undisturbed):
     lines = []
     work_through(planned.runs, planned.place, Local(2), say=lines.append)
     assert len(lines) == 1 + 4 and outcomes(tmp_path / "store") == undisturbed
-    assert {path.stem for path in (tmp_path / "store" / "weights").iterdir()} <= set(undisturbed)  # of seed 0
     work_through(planned.runs, planned.place, Local(2), say=lines.append)
     assert "4 of 4 runs have finished before, 0 to do" in lines[-1]
 
@@ -223,7 +223,6 @@ def test_a_killed_worker_is_recorded_with_the_reason_and_the_others_go_on(tmp_pa
     planned = open_plan(tmp_path, epochs=400, seeds=1)  # long enough to be caught
     short = open_plan(tmp_path, seeds=1)
     generator = Local(2).outcomes([*planned.runs[:1], *short.runs], planned.place)
-    import threading
 
     def kill():
         limit = time.monotonic() + 60

@@ -103,8 +103,7 @@ def aggregate(
     _require(value, index, alpha, weight, groups, entries)
     kernels = _on_gpu(value, index, alpha, weight, groups, entries)
     if kernels is not None:
-        with torch.cuda.device_of(value):
-            made: Tensor = kernels.aggregate(value, index, alpha, weight, groups, entries)
+        made: Tensor = kernels.aggregate(value, index, alpha, weight, groups, entries)
         return made
     if not served(value, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
@@ -154,10 +153,9 @@ def aggregate_backward(
     none = value.new_empty(0)
     kernels = _on_gpu(value, index, alpha, weight, groups, entries)
     if kernels is not None:
-        with torch.cuda.device_of(value):
-            d_value, d_slots, d_weight = kernels.aggregate_backward(
-                grad, value, index, alpha, weight, groups, entries, deterministic=cuda.deterministic()
-            )
+        d_value, d_slots, d_weight = kernels.aggregate_backward(
+            grad, value, index, alpha, weight, groups, entries, deterministic=cuda.deterministic()
+        )
         if alpha is not None and d_slots.stride() != (like := torch.empty_like(alpha)).stride():
             d_slots = like.copy_(d_slots)  # laid out as the fake says
         return d_value, d_slots, d_weight

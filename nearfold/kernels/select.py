@@ -136,11 +136,10 @@ def _exact(
     arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
     kernels = cuda.kernels("select", query, key)
     if kernels is not None and query.numel() * key.numel() and not kernels.serves(query, key, k, metric, rule, grid):
-        with torch.cuda.device_of(query):
-            if cuda.search() == "bins" and not kernels.serves_binned(query, key, k, metric):
-                score, index, _ = kernels.select_binned(*arguments)
-            else:
-                score, index = kernels.select(*arguments)
+        if cuda.search() == "bins" and not kernels.serves_binned(query, key, k, metric):
+            score, index, _ = kernels.select_binned(*arguments)
+        else:
+            score, index = kernels.select(*arguments)
         return score, index
     query, key = wide(query), wide(key)
     if not _served(query, key, k, metric, positions, rule):
@@ -219,10 +218,9 @@ def select_backward(
         and query.numel() * key.numel()
         and not kernels.serves(query, key, index.shape[3], metric, [0, -1, 1], [1])
     ):
-        with torch.cuda.device_of(query):
-            made: tuple[Tensor, Tensor] = kernels.select_backward(
-                grad, query, key, index, metric, squared, deterministic=cuda.deterministic()
-            )
+        made: tuple[Tensor, Tensor] = kernels.select_backward(
+            grad, query, key, index, metric, squared, deterministic=cuda.deterministic()
+        )
         return made
     if query.dtype in LOW:
         d_wide = select_backward(grad, wide(query), wide(key), index, metric, squared)

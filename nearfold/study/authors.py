@@ -18,10 +18,12 @@ class Points:
     """Their runs on our axis.
 
     Attributes:
+        data: what it was run on.
         text: what was run.
         values: test accuracies in percent, one a run, by our value on the axis.
     """
 
+    data: str
     text: str
     values: dict[Label, list[float]]
 
@@ -52,7 +54,7 @@ def read(path: Path, asked: Sequence[Authors]) -> list[Points]:
         needed = {ACCURACY, one.column, *one.where}
         if missing := needed - set(rows[0] if rows else ()):
             raise ValueError(f"--authors {path} has no column {', '.join(sorted(missing))}")
-        found.append(Points(one.text, _points(rows, one)))
+        found.append(Points(one.data, one.text, _points(rows, one)))
     return [points for points in found if points.values]
 
 

@@ -30,9 +30,9 @@ class Tips:
 
     def add(self, artist: Any, text: str) -> None:
         """Let an artist, or all parts of a container, say a text."""
-        parts = (
-            artist.get_children() if hasattr(artist, "get_children") and not hasattr(artist, "set_gid") else [artist]
-        )
+        from matplotlib.container import Container
+
+        parts: Sequence[Any] = artist.get_children() if isinstance(artist, Container) else [artist]
         for part in parts:
             part.set_gid(f"tip-{len(self.texts)}")
             self.texts.append(text)
@@ -71,13 +71,13 @@ def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
         caption = (
             f"{name}. Above: accuracy on test images (blue) and, of the same weights, on training images (orange): "
             "diamonds are means over seeds with 95 % intervals, dots single seeds. Below: test accuracy less that of "
-            f"the reference ({_axis_label(results)} = {_short(results.study.reference)}), paired by seed, with 95 % "
+            f"the reference ({results.study.axis} = {_short(results.study.reference)}), paired by seed, with 95 % "
             "intervals; where one does not touch the line there is a difference before correction for the number of "
             "comparisons."
         )
         reference = results.reference(rows)
-        theirs = [(p.text, p.differences(results.study.reference)) for p in authors]
-        theirs = [(text, found) for text, found in theirs if found and reference is not None and "cifar" in name]
+        theirs = [(p.text, p.differences(results.study.reference)) for p in authors if p.data == name]
+        theirs = [(text, found) for text, found in theirs if found and reference is not None]
         for text, _ in theirs:
             caption += (
                 f" Gray circles: {text}, likewise less the mean of theirs at the reference; another network and recipe."
@@ -119,14 +119,13 @@ def _two_panels(
                 color=OURS,
                 capsize=3,
             )
-            for part in bars.get_children():
-                tips.add(part, f"{d.row.title}: {points(e)}; adjusted p = {d.p:.3g}")
+            tips.add(bars, f"{d.row.title}: {points(e)}; adjusted p = {d.p:.3g}")
     above.set_ylabel("accuracy, %")
     below.set_ylabel("test accuracy less\nthe reference's, points")
     labels = [_short(value) for value in places]
     crowded = max(map(len, labels)) * len(labels) > 90
     below.set_xticks(list(places.values()), labels, rotation=25 if crowded else 0, ha="right" if crowded else "center")
-    below.set_xlabel(_axis_label(results))
+    below.set_xlabel(axis)
     return figure
 
 
@@ -135,12 +134,7 @@ def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: T
     e = row.estimate(measure)
     axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
     bars = axes.errorbar(place, 100 * e.mean, yerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    for part in bars.get_children():
-        tips.add(part, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
-
-
-def _axis_label(results: Results) -> str:
-    return results.study.axis
+    tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
 
 
 def _short(value: float | str) -> str:
@@ -187,8 +181,7 @@ def _across(axes: Axes, place: float, row: Row, measure: str, colour: str, tips:
     e = row.estimate(measure)
     axes.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
     bars = axes.errorbar(100 * e.mean, place, xerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    for part in bars.get_children():
-        tips.add(part, f"{row.title}: {accuracy(e)}, {e.n} seeds")
+    tips.add(bars, f"{row.title}: {accuracy(e)}, {e.n} seeds")
 
 
 def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
@@ -199,8 +192,7 @@ def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
             spot = axes.errorbar(
                 complexity(row)[name], 100 * e.mean, yerr=100 * e.half, fmt="o", ms=5, color=OURS, lw=0.8
             )
-            for part in spot.get_children():
-                tips.add(part, f"{row.title}: {name} {complexity(row)[name]:.3g}, gap {accuracy(e)}")
+            tips.add(spot, f"{row.title}: {name} {complexity(row)[name]:.3g}, gap {accuracy(e)}")
             axes.annotate(
                 row.title, (complexity(row)[name], 100 * e.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
             )
@@ -277,8 +269,7 @@ def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
         spot = axes.errorbar(
             row.cost[cost], 100 * e.mean, yerr=100 * e.half, fmt="D" if row in best else "o", ms=6, color=colour, lw=1
         )
-        for part in spot.get_children():
-            tips.add(part, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
+        tips.add(spot, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
         axes.annotate(
             row.title,
             (row.cost[cost], 100 * e.mean),

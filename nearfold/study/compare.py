@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import LEVEL, Estimate, between, holm, paired
+from nearfold.study.table import names, seeds
 
 MEASURE = "test_accuracy"
 
@@ -56,7 +57,7 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     n = min(len(row.results) for row in rows)
     text = (
         f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the test "
-        f"images ({count(n)})"
+        f"images ({seeds(n)})"
     )
     if reference is None:
         return f"{text}; the reference has not been run."
@@ -110,21 +111,3 @@ def points(e: Estimate) -> str:
     """
     text = f"{100 * e.mean:+.1f} points" + ("" if math.isnan(e.low) else f", {100 * e.low:+.1f} to {100 * e.high:+.1f}")
     return text.replace("-", "−")
-
-
-def count(n: int) -> str:
-    """A number of seeds.
-
-    >>> count(1), count(5)
-    ('1 seed', '5 seeds')
-    """
-    return f"{n} seed" if n == 1 else f"{n} seeds"
-
-
-def names(titles: Sequence[str]) -> str:
-    """Titles as a list in a sentence.
-
-    >>> names(["a", "b", "c"])
-    'a, b and c'
-    """
-    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]

@@ -14,12 +14,10 @@ from typing import Any, Protocol
 from nearfold.study.grid import Run
 from nearfold.study.store import Store
 from nearfold.study.tasks import TASKS, Sources
+from nearfold.train.readers import first_line
 
 POLL_SECONDS = 2.0
 """How often to look whether a run that somebody else does has finished."""
-
-LONG_SECONDS = 120.0
-"""Runs that take longer, by those of their kind that have finished, keep checkpoints to go on from."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: a result, an error in one line with its traceback, or neither: somebody else does it."""
+    """How a run ended: a result, an error in one line, or neither: somebody else does it."""
 
     run: Run
     seconds: float
     result: dict[str, Any] | None = None
     error: str = ""
-    traceback: str = ""
 
 
 class Engine(Protocol):
@@ -69,15 +66,20 @@ def attempt(run: Run, place: Place) -> Outcome:
             return Outcome(run, 0.0, result)
         try:
             weights = store.weights_path(run.config) if run.keep_weights else None
-            work = store.work_path(run.config) if place.resumable and not run.alone else None
+            work = store.work_path(run.config) if place.resumable else None
             result = TASKS[run.config["task"]](run.config, place.sources, weights, work)
             store.save(run.config, result)
         except Exception as error:  # whatever it dies of: recorded, reported, and the others go on
-            outcome = Outcome(run, time.perf_counter() - began, error=_in_a_line(error), traceback=_trace(error))
-            with contextlib.suppress(OSError):  # where the disk is full, saying so is all that is left
-                store.save_failure(run.config, outcome.error, outcome.traceback)
-            return outcome
+            text = f"{type(error).__name__}: {first_line(error)}"
+            return failed(run, place, began, text, "".join(traceback.format_exception(error)))
     return Outcome(run, time.perf_counter() - began, result)
+
+
+def failed(run: Run, place: Place, began: float, error: str, trace: str = "") -> Outcome:
+    """Record how a run failed, by whoever saw it."""
+    with contextlib.suppress(OSError):  # where the disk is full, saying so is all that is left
+        Store(place.root).save_failure(run.config, error, trace)
+    return Outcome(run, time.perf_counter() - began, error=error)
 
 
 def work_through(
@@ -88,7 +90,7 @@ def work_through(
     retry: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Do the runs that have not finished, those that must be alone first.
+    """Do the runs that have not finished; first, here and one after the other, those that must be alone.
 
     A run that fails leaves its error in the store and the others go on. What has finished stays, however this ends.
 
@@ -101,19 +103,20 @@ def work_through(
     """
     say = say or _print
     store = Store(place.root)
-    finished = [run for run in runs if store.load(run.config) is not None]
-    failed = [] if retry else [run for run in runs if run not in finished and store.failure(run.config) is not None]
-    todo = [run for run in runs if run not in finished and run not in failed]
+    open_runs = [run for run in runs if store.load(run.config) is None]
+    todo = [run for run in open_runs if retry or store.failure(run.config) is None]
+    left_alone = len(open_runs) - len(todo)
     say(
-        f"{len(finished)} of {len(runs)} runs have finished before, {len(todo)} to do; results in {place.root}"
-        + (f"; {len(failed)} failed before and are left: --retry does them again" if failed else "")
+        f"{len(runs) - len(open_runs)} of {len(runs)} runs have finished before, {len(todo)} to do; results in "
+        f"{place.root}" + (f"; {left_alone} failed before and are left: --retry does them again" if left_alone else "")
     )
     clock = _Clock(todo)
     for alone in (True, False):
         left = [run for run in todo if run.alone is alone]
         while left:
             elsewhere = []
-            for outcome in engine.outcomes(left, place):
+            outcomes = (attempt(run, place) for run in left) if alone else engine.outcomes(left, place)
+            for outcome in outcomes:
                 if outcome.result is None and not outcome.error:
                     elsewhere.append(outcome.run)
                     continue
@@ -175,11 +178,3 @@ def duration(seconds: float) -> str:
 
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _trace(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))

@@ -15,11 +15,11 @@ from nearfold.study.compare import MEASURE, accuracy, differences, points
 from nearfold.study.plan import Plan
 from nearfold.study.publish import environment
 from nearfold.study.results import Results
-from nearfold.study.store import run_key, write_whole
+from nearfold.study.store import write_whole
 
 RUN = (
     "val_accuracy", "test_accuracy", "train_accuracy", "test_accuracy_last", "train_accuracy_last", "best_epoch",
-    "epochs", "seconds",
+    "epochs", "seconds", "run",
 )  # fmt: skip
 
 
@@ -42,8 +42,8 @@ def leave(plan: Plan, folder: Path, *, command: str, authors: Path | None = None
             results, facts=plan.facts, command=command, environment=environment(), authors=theirs, missing=plan.missing
         ),
         "summary.md": summary(results),
-        "runs.csv": _csv(plan, results),
-        "results.json": json.dumps(_json(plan, results, command), indent=1) + "\n",
+        "runs.csv": _csv(results),
+        "results.json": json.dumps(_json(results, command), indent=1) + "\n",
     }
     for name, content in contents.items():
         write_whole(folder / name, content)
@@ -54,7 +54,7 @@ def summary(results: Results) -> str:
     """The answer and the table, in Markdown."""
     lines = [f"# {results.study.title}", "", results.study.question, "", f"Published: {results.study.claim}", ""]
     lines += [text for paragraph in page.answer(results) for text in (paragraph, "")]
-    measure = "gap_last" if results.study.figure == "gaps" else MEASURE
+    measure = results.study.measure
     for name, rows in results.panels.items():
         reference = results.reference(rows)
         against = {d.row.title: d for d in differences(rows, reference, measure)} if reference is not None else {}
@@ -73,23 +73,18 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _csv(plan: Plan, results: Results) -> str:
+def _csv(results: Results) -> str:
     axes = list(dict.fromkeys(axis for row in results.rows for axis in row.trial.labels))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*axes, "seed", *RUN, "run"])
-    for (index, seed), run in plan.training.items():
-        trial = plan.study.trials[index]
-        row = next((row for row in results.rows if row.trial is trial), None)
-        if row is not None and seed in row.results:
-            result = row.results[seed]
-            writer.writerow(
-                [*(trial.labels.get(a, "") for a in axes), seed, *(result[n] for n in RUN), run_key(run.config)]
-            )
+    writer.writerow([*axes, "seed", *RUN])
+    for row in results.rows:
+        labels = [row.trial.labels.get(axis, "") for axis in axes]
+        writer.writerows([*labels, seed, *(result[n] for n in RUN)] for seed, result in row.results.items())
     return text.getvalue()
 
 
-def _json(plan: Plan, results: Results, command: str) -> dict[str, Any]:
+def _json(results: Results, command: str) -> dict[str, Any]:
     study = results.study
     return {
         "study": study.name,
@@ -109,16 +104,8 @@ def _json(plan: Plan, results: Results, command: str) -> dict[str, Any]:
                 "recipe": row.trial.recipe.to_dict(),
                 "data": asdict(row.trial.data),
                 "cost": dict(row.cost),
-                "runs": {
-                    str(seed): {"run": run_key(plan.training[_index(plan, row.trial), seed].config)}
-                    | {n: r[n] for n in RUN}
-                    for seed, r in row.results.items()
-                },
+                "runs": {str(seed): {n: result[n] for n in RUN} for seed, result in row.results.items()},
             }
             for row in results.rows
         ],
     }
-
-
-def _index(plan: Plan, trial: object) -> int:
-    return next(i for i, other in enumerate(plan.study.trials) if other is trial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nearfold.study.table import Row, count, mean, percent
+from nearfold.study.table import Row, count, mean, names, percent, seeds
 
 
 def separated(a: Row, b: Row) -> bool:
@@ -26,12 +26,6 @@ def chance_of_separation(n_a: int, n_b: int) -> float:
     return 2 / math.comb(n_a + n_b, n_a)
 
 
-def names(rows: Sequence[Row]) -> str:
-    """Titles as a list in a sentence."""
-    titles = [row.title for row in rows]
-    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]
-
-
 def answer(rows: Sequence[Row], n_test: int) -> list[str]:
     """The answer of the study, as paragraphs.
 
@@ -47,7 +41,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     ranked = sorted(rows, key=lambda row: -mean(row.test))
     best, others = ranked[0], ranked[1:]
     n = best.n
-    text = f"{_first(best.title)} has the highest mean test accuracy, {percent(best.test)} % over {_seeds(n)}"
+    text = f"{_first(best.title)} has the highest mean test accuracy, {percent(best.test)} % over {seeds(n)}"
     if not others:
         return text + "; it is the only operator that was run."
     text += f"; {others[-1].title} has the lowest, {percent(others[-1].test)} %."
@@ -56,11 +50,11 @@ def _accuracy(rows: Sequence[Row]) -> str:
     apart = [row for row in others if separated(best, row)]
     level = [row for row in others if not separated(best, row)]
     if apart:
-        text += f" Every seed of {best.title} is above every seed of {names(apart)}."
+        text += f" Every seed of {best.title} is above every seed of {names([row.title for row in apart])}."
     if level:
         text += (
-            f" Against {names(level)} the seeds overlap: {'these' if len(level) > 1 else 'this'} "
-            f"cannot be told from the best with {_seeds(n)}."
+            f" Against {names([row.title for row in level])} the seeds overlap: "
+            f"{'these' if len(level) > 1 else 'this'} cannot be told from the best with {seeds(n)}."
         )
     return text
 
@@ -134,7 +128,7 @@ def _caution(rows: Sequence[Row], n_test: int) -> str:
         chance = chance_of_separation(n, n)
         text += (
             f" Two equal operators would come out with non-overlapping seeds with probability {chance:.2g} "
-            f"at {_seeds(n)} each, so among {len(rows) - 1} comparisons with the best some such separations "
+            f"at {seeds(n)} each, so among {len(rows) - 1} comparisons with the best some such separations "
             "are expected by chance."
         )  # fmt: skip
     return text
@@ -143,7 +137,3 @@ def _caution(rows: Sequence[Row], n_test: int) -> str:
 def _first(title: str) -> str:
     """A title as the first word of a sentence."""
     return title[:1].upper() + title[1:]
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seed" if n == 1 else f"{n} seeds"

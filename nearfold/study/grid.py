@@ -7,15 +7,13 @@ what its result is filed under, so that equal runs of two studies are one.
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import nearfold
 from nearfold.grammar import parse
+from nearfold.study.measure import machine
 from nearfold.train import Recipe
 
 if TYPE_CHECKING:
@@ -52,14 +50,12 @@ class Trial:
             ``operation``, ``width``, ...) or a name of `nearfold.models.list_models`.
         data: what it is trained on.
         recipe: how; the seed in it is not used.
-        task: a key of `nearfold.study.tasks.TASKS`.
     """
 
-    labels: Mapping[str, Label]
+    labels: dict[str, Label]
     network: Config
     data: Data
     recipe: Recipe
-    task: str = "train"
 
     @property
     def title(self) -> str:
@@ -81,14 +77,14 @@ class Authors:
     """Which of the authors' own runs answer the same question (`nearfold.study.authors`).
 
     Attributes:
-        axis: the study's axis.
-        column: the column of their table that is on it.
+        data: the data set that their runs are of.
+        column: the column of their table that has the values of the study's axis.
         where: columns and the values that the others must have.
         values: their value by ours, where they are spelled differently.
         text: what was run there.
     """
 
-    axis: str
+    data: str
     column: str
     where: Mapping[str, str | tuple[str, ...]]
     text: str
@@ -110,10 +106,11 @@ class Study:
         axis: the axis of the figures; others make lines or panels.
         reference: the value of `axis` that the others are compared with.
         protocol: sentences on what is held equal, and what is not.
-        answer: from the results to the paragraphs of the answer; None: `findings.against_reference`.
+        answer: from the results to the paragraphs of the answer; None: `compare.against_reference`.
         authors: whose runs are drawn behind.
         cost: measure latency, FLOPs and memory of every trial's network too.
         figure: a key of `nearfold.study.charts.CHARTS`.
+        measure: what is compared: a name that `nearfold.study.results.Row.values` takes.
     """
 
     name: str
@@ -130,6 +127,7 @@ class Study:
     authors: Sequence[Authors] = ()
     cost: bool = False
     figure: str = "settings"
+    measure: str = "test_accuracy"
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -173,7 +171,7 @@ def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool
     """
     config = {
         "version": nearfold.__version__,
-        "task": trial.task,
+        "task": "train",
         "network": canonical(trial.network),
         "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
         "recipe": changed(trial.recipe) | {"seed": seed},
@@ -185,14 +183,13 @@ def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool
 
 def costing(trial: Trial, fingerprint: Config) -> Run:
     """The run that measures what a trial's network costs: neither seed nor epochs decide it, but the machine."""
-    cuda = trial.recipe.device != "cpu" and torch.cuda.is_available()
     config = {
         "version": nearfold.__version__,
         "task": "cost",
         "network": canonical(trial.network),
         "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
         "recipe": {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device},
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "machine": machine(trial.recipe.device),
     }
     label = f"{trial.title} ({trial.labels.get('data', trial.data.name)}), cost"
     return Run(config, label, group="cost", alone=True)

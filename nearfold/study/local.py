@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,9 +15,8 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from nearfold.study.engine import Outcome, Place, attempt
+from nearfold.study.engine import Outcome, Place, attempt, failed
 from nearfold.study.grid import Run
-from nearfold.study.store import Store
 
 MOST_JOBS = 8
 """Runs side by side that are chosen without being asked for: each holds the data and a copy of torch."""
@@ -45,13 +45,8 @@ class Local:
 
     def outcomes(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
         """As `nearfold.study.engine.Engine` has it."""
-        together = [run for run in runs if not run.alone]
-        jobs = min(self.jobs, len(together)) if together else 1
-        if jobs <= 1:
-            yield from (attempt(run, place) for run in runs)
-            return
-        yield from (attempt(run, place) for run in runs if run.alone)
-        yield from _side_by_side(together, place, jobs)
+        jobs = min(self.jobs, len(runs))
+        return _side_by_side(runs, place, jobs) if jobs > 1 else (attempt(run, place) for run in runs)
 
 
 @dataclass
@@ -66,7 +61,8 @@ class _Worker:
 
     def give(self, run: Run) -> None:
         self.run, self.since = run, time.perf_counter()
-        self.pipe.send(run)
+        with contextlib.suppress(OSError):  # it has just died, as `_receive` will find
+            self.pipe.send(run)
 
 
 def _side_by_side(runs: Sequence[Run], place: Place, jobs: int) -> Iterator[Outcome]:
@@ -80,7 +76,7 @@ def _side_by_side(runs: Sequence[Run], place: Place, jobs: int) -> Iterator[Outc
             ready = wait([worker.pipe for worker in workers] + [worker.process.sentinel for worker in workers])
             for worker in [w for w in workers if w.pipe in ready or w.process.sentinel in ready]:
                 outcome = _receive(worker, place)
-                if worker.process.is_alive() and todo and not _died(outcome):
+                if worker.process.is_alive() and todo:
                     worker.give(todo.pop())
                 else:
                     _stop(worker)
@@ -90,13 +86,6 @@ def _side_by_side(runs: Sequence[Run], place: Place, jobs: int) -> Iterator[Outc
         for worker in workers:
             worker.process.terminate()
             _stop(worker)
-
-
-_DEATH = "the process was ended by "
-
-
-def _died(outcome: Outcome) -> bool:
-    return outcome.error.startswith(_DEATH)
 
 
 def _receive(worker: _Worker, place: Place) -> Outcome:
@@ -111,9 +100,7 @@ def _receive(worker: _Worker, place: Place) -> Outcome:
     code = worker.process.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"itself with exit code {code}"
     hint = ": most likely for lack of memory, so try --jobs 1" if code == -signal.SIGKILL else ""
-    error = f"{_DEATH}{how}{hint}"
-    Store(place.root).save_failure(worker.run.config, error, "")
-    return Outcome(worker.run, time.perf_counter() - worker.since, error=error)
+    return failed(worker.run, place, worker.since, f"the process was ended by {how}{hint}")
 
 
 def _start(place: Place, threads: int, run: Run) -> _Worker:

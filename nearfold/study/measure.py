@@ -6,9 +6,11 @@ and backward in training mode. The numbers say nothing about data loading or the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import platform
 import statistics
 import tempfile
 import time
@@ -44,6 +46,21 @@ class Cost:
     latency_ms: float
     images_per_second: float
     peak_memory_mib: float
+
+
+def machine(device: str) -> str:
+    """What costs were measured on: the name of the GPU, or of the processor where the system tells it.
+
+    Args:
+        device: as in `nearfold.train.Recipe`.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def count_parameters(model: nn.Module) -> int:

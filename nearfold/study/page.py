@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import scores
-from nearfold.study.charts import Chart, draw
+from nearfold.study.charts import draw
 from nearfold.study.compare import MEASURE, accuracy, against_reference, differences, points
-from nearfold.study.report import CSS
+from nearfold.study.document import again, document, failures, figure, paragraphs
 from nearfold.study.results import Results, Row
 from nearfold.study.table import count
 
-MORE_CSS = """
-.pictures { overflow-x: auto; }
-.pictures svg { min-width: 620px; }
+CSS = """
 th.sorts { cursor: pointer; }
 th.sorts:hover { color: #2f6db3; }
 td.found { font-weight: 600; }
@@ -67,37 +65,23 @@ def html(
     sections = (
         f"<h1>{escape(study.title)}</h1><p class='under'>study <code>{escape(study.name)}</code>, preset "
         f"<code>{escape(study.preset)}</code>: {len(study.trials)} settings, {study.seeds} seeds each</p>",
-        "<h2>What was asked</h2>" + _paragraphs([study.question, f"What was published: {study.claim}"]),
+        "<h2>What was asked</h2>" + paragraphs([study.question, f"What was published: {study.claim}"]),
         "<h2>The answer</h2><div class='answer'>"
         + _unfinished(results, missing)
-        + _paragraphs(answer(results))
+        + paragraphs(answer(results))
         + "</div>",
-        "<h2>The figures</h2>" + "".join(map(_figure, draw(results, authors))),
+        "<h2>The figures</h2>" + "".join(figure(c.picture, c.caption) for c in draw(results, authors)),
         "<h2>The table</h2>" + "".join(_table(name, rows, results) for name, rows in results.panels.items()),
         _protocol(results, facts),
-        _failures(results),
+        failures(results.failures, "and are done again with --retry"),
         _runs(results),
-        f"<h2>To reproduce</h2><pre><code>{escape(command)}</code></pre><p>Beside this page: <code>runs.csv</code>, "
-        "a line for every run, and <code>results.json</code>, with every run's whole configuration.</p>"
-        f"<footer>{escape(' · '.join(f'{name} {value}' for name, value in environment.items()))}</footer>",
+        again(
+            command,
+            "Beside this page: runs.csv, a line for every run, and results.json, with every setting's configuration.",
+            environment,
+        ),
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(study.title)}</title><style>{CSS}{MORE_CSS}</style></head><body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main><script>{SORT}</script></body></html>\n"
-    )
-
-
-def _paragraphs(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
-
-
-def _figure(chart: Chart) -> str:
-    return (
-        f"<figure><div class='pictures'>{chart.picture}</div><figcaption>{escape(chart.caption)}</figcaption></figure>"
-    )
+    return document(study.title, sections, css=CSS, script=SORT)
 
 
 def _unfinished(results: Results, missing: Sequence[str]) -> str:
@@ -134,79 +118,79 @@ def _differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     return [name for name in a if a[name] != b[name] and name != "seed"]
 
 
+Cell = tuple[str, float | str]
+"""What a cell shows, and what it is sorted by."""
+
+
 def _table(name: str, rows: Sequence[Row], results: Results) -> str:
-    reference = results.reference(rows)
-    gaps = results.study.figure == "gaps"
-    measure = "gap_last" if gaps else MEASURE
-    against = {d.row.title: d for d in differences(rows, reference, measure)} if reference is not None else {}
-    columns = [
-        "setting",
-        "test acc. %",
-        "held-out acc. %",
-        "train acc. %",
-        "less the reference's, points",
-        "adjusted p",
-        "seeds",
-    ]
-    if gaps:
-        columns[4] = "gap less the reference's, points"
-    ranked = {s.row.title: s for s in scores(rows)} if results.study.figure == "ranking" else {}
-    columns += ["gap, last weights", "epochs"] if gaps else []
-    columns += ["Omega", "score", "tier"] if ranked else []
-    costs = any(row.cost for row in rows)
-    columns += ["parameters", "FLOPs/image", "latency, ms", "peak MiB"] if costs else []
-    columns += ["s a run"]
+    study, reference = results.study, results.reference(rows)
+    found = {d.row.title: d for d in differences(rows, reference, study.measure)} if reference is not None else {}
+    last = "_last" if study.measure.endswith("_last") else ""
+
+    def share(measure: str) -> Callable[[Row], Cell]:
+        return lambda row: (accuracy(e := row.estimate(measure)).replace(" %", ""), e.mean)
+
+    def less(row: Row) -> Cell:
+        d = found.get(row.title)
+        return ("", -math.inf) if d is None else (points(d.estimate).replace(" points", ""), d.estimate.mean)
+
+    def adjusted(row: Row) -> Cell:
+        d = found.get(row.title)
+        return ("", math.inf) if d is None or math.isnan(d.p) else (f"{d.p:.3g}", d.p)
+
+    def cost(measure: str, show: Callable[[float], str]) -> Callable[[Row], Cell]:
+        return lambda row: (show(row.cost[measure]), row.cost[measure]) if row.cost else ("", math.inf)
+
+    def number(measure: str, digits: int) -> Callable[[Row], Cell]:
+        return lambda row: (f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
+
+    columns: dict[str, Callable[[Row], Cell]] = {
+        "setting": lambda row: (row.title, row.title),
+        "test acc. %": share(f"test_accuracy{last}"),
+        "held-out acc. %": share("val_accuracy"),
+        "train acc. %": share(f"train_accuracy{last}"),
+    }
+    if study.measure != MEASURE:
+        columns |= {"gap, points": share(study.measure), "epochs": number("epochs", 1)}
+    columns |= {
+        f"{'accuracy' if study.measure == MEASURE else 'gap'} less the reference's, points": less,
+        "adjusted p": adjusted,
+        "seeds": lambda row: (str(len(row.results)), len(row.results)),
+    }
+    if study.figure == "ranking":
+        ranked = {s.row.title: s for s in scores(rows)}
+        columns |= {
+            "Omega": lambda row: (f"{ranked[row.title].omega:.4g}", ranked[row.title].omega),
+            "score": lambda row: (f"{ranked[row.title].score:.0f}", ranked[row.title].score),
+            "tier": lambda row: (ranked[row.title].tier, ranked[row.title].tier),
+        }
+    if any(row.cost for row in rows):
+        columns |= {
+            "parameters": cost("parameters", count),
+            "FLOPs/image": cost("flops", count),
+            "latency, ms": cost("latency_ms", "{:.2f}".format),
+            "peak MiB": cost("peak_memory_mib", "{:.1f}".format),
+        }
+    columns["s a run"] = number("seconds", 0)
+
+    def kind(head: str, row: Row) -> str:
+        if columns[head] is less and row.title in found and found[row.title].found:
+            return " class=found"
+        return " class=left" if head == "setting" else ""
+
+    head = "".join(f"<th class='sorts{' left' if text == 'setting' else ''}'>{escape(text)}</th>" for text in columns)
     body = ""
     for row in rows:
-        d = against.get(row.title)
-        last = "_last" if gaps else ""
-        measures = (f"test_accuracy{last}", "val_accuracy", f"train_accuracy{last}")
-        cells: list[tuple[str, float | str]] = [
-            (row.title, row.title),
-            *((accuracy(e).replace(" %", ""), e.mean) for e in map(row.estimate, measures)),
-            ("", -math.inf) if d is None else (points(d.estimate).replace(" points", ""), d.estimate.mean),
-            ("", math.inf) if d is None or math.isnan(d.p) else (f"{d.p:.3g}", d.p),
-            (str(len(row.results)), len(row.results)),
-        ]
-        if gaps:
-            gap, epochs = row.estimate("gap_last"), row.estimate("epochs")
-            cells += [(accuracy(gap).replace(" %", ""), gap.mean), (f"{epochs.mean:.1f}", epochs.mean)]
-        if ranked:
-            s = ranked[row.title]
-            cells += [(f"{s.omega:.4g}", s.omega), (f"{s.score:.0f}", s.score), (s.tier, s.tier)]
-        if costs:
-            c = row.cost
-            texts = (f"{c[n]:.2f}" if n in ("latency_ms", "peak_memory_mib") else count(c[n]) for n in COLUMNS if c)
-            cells += [(t, float(c[n])) for t, n in zip(texts, COLUMNS, strict=True)] if c else [("", "")] * 4
-        seconds = row.estimate("seconds").mean
-        cells.append((f"{seconds:.0f}", seconds))
-        found = " class=found" if d is not None and d.found else ""
-        body += "<tr>" + "".join(
-            f"<td{' class=left' if i == 0 else found if i == 4 else ''} "
-            f"data-sort='{escape(str(value), quote=True)}'>{escape(text)}</td>"
-            for i, (text, value) in enumerate(cells)
-        ) + "</tr>"  # fmt: skip
-    head = "".join(
-        f"<th class='sorts{' left' if i == 0 else ''}'>{escape(text)}</th>" for i, text in enumerate(columns)
-    )
+        body += "<tr>"
+        for text, cell in columns.items():
+            shown, value = cell(row)
+            body += f"<td{kind(text, row)} data-sort='{escape(str(value), quote=True)}'>{escape(shown)}</td>"
+        body += "</tr>"
     return (
         f"<p><strong>{escape(name)}</strong></p><div "
         f"class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p "
         "class='note'>Means over seeds, with 95 % intervals. Bold: a difference was found. A click on a head "
         "sorts.</p>"
-    )
-
-
-COLUMNS = ("parameters", "flops", "latency_ms", "peak_memory_mib")
-
-
-def _failures(results: Results) -> str:
-    if not results.failures:
-        return ""
-    items = "".join(f"<li>{escape(name)}: <code>{escape(error)}</code></li>" for name, error in results.failures)
-    return (
-        "<h2>Runs that failed</h2><div class='failed'><p>They are in no table and no figure; <code>--retry</code> "
-        f"does them again:</p><ul>{items}</ul></div>"
     )
 
 
@@ -227,9 +211,10 @@ def _runs(results: Results) -> str:
     names = ("data", "setting", "seed", "held-out %", "test %", "train %", "best epoch", "epochs", "s")
     heads = "".join(f"<th class=sorts>{name}</th>" for name in names)
     return (
-        f"<h2>Every run</h2><details><summary>The networks</summary><div class='scroll'><table><tbody>{networks}"
-        f"</tbody></table></div></details><details><summary>{results.finished} runs</summary>"
-        f"<div class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div></details>"
+        "<h2>Every run</h2><details><summary>The networks</summary><div "
+        f"class='scroll'><table><tbody>{networks}</tbody></table></div></details><details><summary>{results.finished} "
+        "runs</summary><div "
+        f"class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div></details>"
     )
 
 

@@ -26,7 +26,6 @@ class Plan:
         training: by (index of the trial, seed).
         costs: by index of the trial.
         place: where the runs leave their results.
-        sizes: test images by data set.
         facts: a sentence about every data set.
     """
 
@@ -35,7 +34,6 @@ class Plan:
     training: dict[tuple[int, int], Run]
     costs: dict[int, Run]
     place: Place
-    sizes: dict[str, int]
     facts: tuple[str, ...]
 
     @property
@@ -49,7 +47,7 @@ class Plan:
     @property
     def results(self) -> Results:
         """What the store has now."""
-        return collect(self.study, self.training, self.costs, Store(self.place.root), self.sizes)
+        return collect(self.study, self.training, self.costs, Store(self.place.root))
 
 
 def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False) -> Plan:
@@ -76,16 +74,13 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False)
         _try(trial, datas[trial.data])
     study = replace(study, trials=trials)
     runs = {
-        (index, seed): training(trial, seed, prints[trial.data], keep_weights=seed == 0)
+        (index, seed): training(trial, seed, prints[trial.data])
         for index, trial in enumerate(trials)
         for seed in range(study.seeds)
     }
     costs = {i: costing(trial, prints[trial.data]) for i, trial in enumerate(trials)} if study.cost else {}
-    sizes = {trial.labels.get("data", trial.data.name): len(datas[trial.data].test) for trial in trials}
     facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
-    return Plan(
-        study, missing, runs, costs, Place(root, dict(sources), resumable), {str(k): v for k, v in sizes.items()}, facts
-    )
+    return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable), facts)
 
 
 def _load(trial: Trial, sources: Sources) -> ImageData:
@@ -94,10 +89,10 @@ def _load(trial: Trial, sources: Sources) -> ImageData:
 
 
 def _try(trial: Trial, data: ImageData) -> None:
-    """Build the network on the meta device: cheap at any size."""
+    """Build the network and run it, on the meta device: cheap at any size."""
     try:
         with torch.device("meta"):
-            build(trial.network, data)
+            build(trial.network, data).eval()(torch.empty(2, data.channels, *data.size))
     except ValueError as error:
         raise ValueError(f"{trial.title}: {error}") from error
 

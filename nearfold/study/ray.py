@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from nearfold.study.engine import Outcome, Place, attempt
+from nearfold.study.engine import Outcome, Place, attempt, failed
 from nearfold.study.grid import Run
-from nearfold.study.store import Store
+from nearfold.train.readers import first_line
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,19 @@ class Ray:
     cpus: float = 1.0
 
     def outcomes(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
-        """As `nearfold.study.engine.Engine` has it. Runs that must be alone are done here, one after the other.
+        """As `nearfold.study.engine.Engine` has it.
 
         Raises:
             ImportError: Ray is not installed.
             ValueError: the cluster is not there, or a node does not see the store.
         """
-        yield from (attempt(run, place) for run in runs if run.alone)
-        together = [run for run in runs if not run.alone]
-        if together:
-            yield from self._together(together, place)
-
-    def _together(self, runs: Sequence[Run], place: Place) -> Iterator[Outcome]:
         ray = connect(self.address)
         mark = _mark(place.root)
         there = Place(
             place.root.resolve(), {n: str(Path(s).resolve()) for n, s in place.sources.items()}, place.resumable
         )
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, max_calls=0)(_attempt_there)
+        began = time.perf_counter()
         doing = {remote.remote(run, there, str(mark), self.cpus): run for run in runs}
         try:
             while doing:
@@ -61,9 +57,8 @@ class Ray:
                 except ray.exceptions.RayTaskError as error:
                     raise ValueError(str(error.cause)) from error  # not of the run: the node does not see the store
                 except ray.exceptions.RayError as error:
-                    text = f"the process was ended on the cluster ({type(error).__name__}): {_first_line(error)}"
-                    Store(place.root).save_failure(run.config, text, str(error))
-                    yield Outcome(run, 0.0, error=text)
+                    text = f"the process was ended on the cluster ({type(error).__name__}): {first_line(error)}"
+                    yield failed(run, place, began, text, str(error))
         finally:
             for task in doing:
                 ray.cancel(task, force=True)
@@ -87,7 +82,7 @@ def connect(address: str) -> Any:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"no Ray cluster answers at --address {address!r} ({_first_line(error)}): start one with `ray start "
+                f"no Ray cluster answers at --address {address!r} ({first_line(error)}): start one with `ray start "
                 "--head` and name it, or use --engine local"
             ) from error
     return ray
@@ -116,7 +111,3 @@ def _mark(root: Path) -> Path:
     path = root.resolve() / f".seen-{uuid.uuid4().hex}"
     path.touch()
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

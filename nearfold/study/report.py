@@ -9,49 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from nearfold.study.document import again, document, failures, figure, paragraphs
 from nearfold.study.findings import answer
 from nearfold.study.looks import Look, picture
 from nearfold.study.plots import FAMILIES, against_cost, along_spectrum, svg
 from nearfold.study.table import COLUMNS, Row, cells
-
-CSS = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f4f1; color: #22262b; font: 16px/1.6 "Source Sans 3", "Segoe UI",
-  "Helvetica Neue", Helvetica, Arial, "DejaVu Sans", sans-serif; }
-main { max-width: 1020px; margin: 0 auto; padding: 44px 48px 60px; background: #fff; }
-h1 { font-size: 31px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.3px; }
-h2 { font-size: 20px; margin: 42px 0 8px; padding-top: 14px; border-top: 1px solid #e3e3de; }
-p, ul { max-width: 76ch; margin: 10px 0; }
-.under { color: #666; margin-top: 0; }
-.answer { background: #f6f8fb; border-left: 4px solid #2f6db3; padding: 8px 20px; margin: 14px 0; }
-.answer p { max-width: none; }
-code { font: 13px/1.5 "DejaVu Sans Mono", Menlo, Consolas, monospace; background: #f3f3ef;
-  padding: 1px 4px; border-radius: 3px; }
-pre { background: #f3f3ef; padding: 12px 16px; overflow-x: auto; border-radius: 4px; }
-pre code { padding: 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 12px 0; }
-th { text-align: right; font-weight: 600; border-bottom: 2px solid #444; padding: 5px 8px;
-  vertical-align: bottom; line-height: 1.3; }
-td { text-align: right; padding: 5px 8px; border-bottom: 1px solid #e8e8e4; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th.left, td.left { text-align: left; }
-td code { white-space: normal; }
-table.narrow { width: auto; }
-table.narrow td { padding: 3px 28px 3px 0; }
-td code { white-space: normal; }
-table.narrow { width: auto; }
-table.narrow td { padding: 3px 28px 3px 0; }
-tr.best td { background: #eef4ea; }
-.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
-.scroll { overflow-x: auto; }
-figure { margin: 14px 0 6px; }
-figure svg { width: 100%; height: auto; display: block; }
-figcaption, .note { color: #555; font-size: 14.5px; line-height: 1.5; max-width: 84ch; margin-top: 8px; }
-.failed { background: #fdf1ee; border-left: 4px solid #c8402a; padding: 8px 20px; }
-footer { color: #777; font-size: 13.5px; margin-top: 40px; border-top: 1px solid #e3e3de; padding-top: 12px; }
-@media (max-width: 720px) { main { padding: 24px 18px; } }
-"""
 
 
 @dataclass(frozen=True)
@@ -96,19 +58,16 @@ def html(report: Report) -> str:
     title = f"From convolution to attention on {report.data}"
     sections = (
         _head(title, report), _asked(report), _answer(report), _table(report), _spectrum(report),
-        _cost(report), _looks(report), _settings(report), _failures(report), _again(report),
+        _cost(report), _looks(report), _settings(report),
+        failures(report.failures, "and are tried again the next time"),
+        again(
+            report.command,
+            "Finished runs are kept and are not run again; the same command redraws this page from them, and a new "
+            "output folder repeats everything.",
+            report.environment,
+        ),
     )  # fmt: skip
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
-    )
-
-
-def _paragraphs(texts: Sequence[str]) -> str:
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+    return document(title, sections)
 
 
 def _head(title: str, report: Report) -> str:
@@ -120,7 +79,7 @@ def _head(title: str, report: Report) -> str:
 
 
 def _asked(report: Report) -> str:
-    return "<h2>What was asked</h2>" + _paragraphs(
+    return "<h2>What was asked</h2>" + paragraphs(
         [
             "A convolution reads its neighbours in space. Self-attention reads whatever looks alike, "
             "wherever it is. Both are one operator: look somewhere (path), in some form (shape), and "
@@ -138,7 +97,7 @@ def _answer(report: Report) -> str:
             f"<p><strong>Not complete:</strong> {report.finished} of {report.planned} runs have finished; "
             "operators may differ in their number of seeds, see the table.</p>"
         )
-    body = _paragraphs(answer(report.rows, report.n_test))
+    body = paragraphs(answer(report.rows, report.n_test))
     return f"<h2>The answer</h2><div class='answer'>{unfinished}{body}</div>"
 
 
@@ -175,10 +134,6 @@ def _table(report: Report) -> str:
     )
 
 
-def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
 def _spectrum(report: Report) -> str:
     bars = "bars: one sample standard deviation to each side; " if max(r.n for r in report.rows) > 1 else ""
     caption = (
@@ -187,7 +142,7 @@ def _spectrum(report: Report) -> str:
         "knows about its training images that it cannot use on new ones."
     )
     drawn = svg(lambda: along_spectrum(report.rows), "Accuracy and gap along the spectrum")
-    return "<h2>Along the spectrum</h2>" + _figure(drawn, caption)
+    return "<h2>Along the spectrum</h2>" + figure(drawn, caption)
 
 
 def _cost(report: Report) -> str:
@@ -198,7 +153,7 @@ def _cost(report: Report) -> str:
     )
     if max(row.n for row in report.rows) > 1:
         caption += " Bars: one sample standard deviation to each side."
-    return "<h2>Accuracy against cost</h2>" + _figure(
+    return "<h2>Accuracy against cost</h2>" + figure(
         svg(lambda: against_cost(report.rows), "Accuracy against cost"), caption
     )
 
@@ -221,7 +176,7 @@ def _looks(report: Report) -> str:
         "for a small neighbourhood of pixels. One image and one position illustrate; they prove nothing."
     )
     drawn = svg(lambda: picture(report.image, found, colours), "Where each operator looks")
-    return "<h2>Where each operator looks</h2>" + _figure(drawn, caption) + notes
+    return "<h2>Where each operator looks</h2>" + figure(drawn, caption) + notes
 
 
 def _settings(report: Report) -> str:
@@ -235,23 +190,4 @@ def _settings(report: Report) -> str:
         "ConvNN and attention on the digits: read accuracies on digits as slightly optimistic. A recipe that suits "
         "one operator better than another is part of what is compared.</p>"
         f"<table class='narrow'><tbody>{lines}</tbody></table>"
-    )
-
-
-def _failures(report: Report) -> str:
-    if not report.failures:
-        return ""
-    items = "".join(f"<li>{escape(name)}: <code>{escape(error)}</code></li>" for name, error in report.failures)
-    return (
-        "<h2>Runs that failed</h2><div class='failed'><p>They are in no table and no plot, and are tried "
-        f"again the next time:</p><ul>{items}</ul></div>"
-    )
-
-
-def _again(report: Report) -> str:
-    machine = " · ".join(f"{name} {value}" for name, value in report.environment.items())
-    return (
-        f"<h2>To reproduce</h2><pre><code>{escape(report.command)}</code></pre><p>Finished runs are kept and "
-        "are not run again; the same command redraws this page from them, and a new output folder repeats "
-        f"everything.</p><footer>{escape(machine)}</footer>"
     )

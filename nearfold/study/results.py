@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nearfold.study.grid import Label, Run, Study, Trial
+from nearfold.study.grid import Run, Study, Trial
 from nearfold.study.statistics import Estimate, estimate, within
-from nearfold.study.store import Store
+from nearfold.study.store import Store, run_key
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         trial: the trial.
-        results: result by seed (`nearfold.study.tasks.KEPT`, accuracies are fractions).
+        results: result by seed (`nearfold.study.tasks.KEPT`, accuracies are fractions), and ``run``, its key.
         cost: fields of `nearfold.study.measure.Cost`; empty where it was not measured.
         beside: the other rows of its data set, whose seeds tell how far a value scatters.
     """
@@ -54,14 +54,12 @@ class Results:
         rows: with at least one finished run.
         planned: runs of the grid.
         failures: label and error of runs that failed and have not succeeded since.
-        sizes: test images by data set.
     """
 
     study: Study
     rows: Sequence[Row]
     planned: int
     failures: Sequence[tuple[str, str]]
-    sizes: Mapping[str, int]
 
     @property
     def finished(self) -> int:
@@ -80,19 +78,13 @@ class Results:
         """The row that the others of a panel are compared with."""
         return next((row for row in rows if row.trial.labels[self.study.axis] == self.study.reference), None)
 
-    def at(self, **labels: Label) -> Row | None:
-        """The row of a point of the grid."""
-        return next((row for row in self.rows if labels.items() <= row.trial.labels.items()), None)
-
 
 def panel(row: Row) -> str:
     """The data set of a row, as labelled."""
     return str(row.trial.labels.get("data", row.trial.data.name))
 
 
-def collect(
-    study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[int, Run], store: Store, sizes: Mapping[str, int]
-) -> Results:
+def collect(study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[int, Run], store: Store) -> Results:
     """Read what a store has of a study.
 
     Args:
@@ -100,12 +92,14 @@ def collect(
         runs: its training runs by (index of the trial, seed).
         costs: its cost runs by index of the trial.
         store: where results lie.
-        sizes: test images by data set.
     """
     rows = []
     for index, trial in enumerate(study.trials):
-        found = {seed: store.load(run.config) for (at, seed), run in runs.items() if at == index}
-        results = {seed: result for seed, result in found.items() if result is not None}
+        results = {
+            seed: result | {"run": run_key(run.config)}
+            for (at, seed), run in runs.items()
+            if at == index and (result := store.load(run.config)) is not None
+        }
         cost = store.load(costs[index].config) if index in costs else None
         if results:
             rows.append(Row(trial, results, cost or {}))
@@ -115,4 +109,4 @@ def collect(
     ]
     errors = ((run.label, store.failure(run.config)) for run in [*costs.values(), *runs.values()])
     failures = [(label, error) for label, error in errors if error is not None]
-    return Results(study, rows, len(runs), failures, sizes)
+    return Results(study, rows, len(runs), failures)

@@ -98,6 +98,24 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
+def seeds(n: int) -> str:
+    """A number of seeds.
+
+    >>> seeds(1), seeds(5)
+    ('1 seed', '5 seeds')
+    """
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def names(titles: Sequence[str]) -> str:
+    """Titles as a list in a sentence.
+
+    >>> names(["a", "b", "c"])
+    'a, b and c'
+    """
+    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]
+
+
 def count(value: float) -> str:
     """A large number in three digits.
 

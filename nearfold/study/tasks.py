@@ -23,11 +23,9 @@ Sources = Mapping[str, str]
 
 KEPT = (
     "train_accuracy", "train_accuracy_last", "val_accuracy", "test_accuracy", "test_accuracy_last", "train_loss",
-    "best_epoch",
-    "epochs", "steps", "seconds", "images_per_second", "history",
+    "best_epoch", "epochs", "steps", "seconds", "images_per_second", "history",
 )  # fmt: skip
 """What a finished run keeps of `nearfold.train.Result`."""
-
 
 SMALL: dict[str, Callable[..., nn.Module]] = {"spectrum": SpectrumNet, "plain": PlainNet}
 """The networks around one operation, besides those of `nearfold.models.list_models`."""
@@ -39,6 +37,9 @@ def load(source: str, limit: int | None, validation: float, image_size: int | No
     return load_data(source, limit=limit, validation=validation, image_size=image_size)
 
 
+_fingerprint = functools.lru_cache(maxsize=4)(fingerprint)  # reads every image
+
+
 def data_of(config: Config, sources: Sources) -> ImageData:
     """The data of a run.
 
@@ -47,7 +48,7 @@ def data_of(config: Config, sources: Sources) -> ImageData:
     """
     asked = config["data"]
     data = load(source_of(asked["name"], sources), asked["limit"], asked["validation"], asked["image_size"])
-    if (found := fingerprint(data)) != asked["fingerprint"]:
+    if (found := _fingerprint(data)) != asked["fingerprint"]:
         raise ValueError(
             f"the data set {asked['name']!r} is not the one that this run was planned with: {found} instead of "
             f"{asked['fingerprint']}; plan it again, or point --data at the same files"

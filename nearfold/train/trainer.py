@@ -267,15 +267,16 @@ class Trainer:
             The fields of a ``Result`` that measure the weights and the steps.
         """
         run = self.run
-        (_, last), (_, train_last) = (self._measure(self._evaluated, split) for split in ("test", "train"))
+        (_, last), on_train_last = (self._measure(self._evaluated, split) for split in ("test", "train"))
         self.model.load_state_dict(run.best_weights)
         if self._schedule is not None:  # the layers are again what they were when the weights were chosen
             self._schedule.load_state_dict({"done": run.best_epoch * self.steps_per_epoch})
             self._follow()
         self.model.eval()
-        is_last = run.best_epoch == self.epochs_done
-        _, test = (0.0, last) if is_last else self._measure(self.model, "test")
-        train_loss, train_accuracy = self._measure(self.model, "train")
+        test, (train_loss, train_accuracy) = last, on_train_last
+        if run.best_epoch != self.epochs_done:
+            _, test = self._measure(self.model, "test")
+            train_loss, train_accuracy = self._measure(self.model, "train")
         if self._given is not self.model:
             self._given.load_state_dict(
                 {n: whole(v) if isinstance(v, Tensor) else v for n, v in run.best_weights.items()}
@@ -286,7 +287,7 @@ class Trainer:
             "steps": run.step,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "train_accuracy_last": train_last,
+            "train_accuracy_last": on_train_last[1],
             "val_accuracy": run.history[run.best_epoch - 1]["val_accuracy"],
             "best_epoch": run.best_epoch,
             "test_accuracy": test,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from nearfold.study.catalogue.presets import CONV, Preset, hybrid
-from nearfold.study.grid import Authors, Label, Study, Trial
+from nearfold.study.grid import Authors, Label, Study
 
 HYBRID = (
     "The layer is ConvNN's hybrid: half the channels by nearest neighbours, half by a 3x3 convolution, mixed by a 1x1."
@@ -36,7 +36,7 @@ def k(p: Preset) -> Study:
         (p.text, HYBRID, "More neighbours are more weights: the kernel of the nearest-neighbour half has k slots."),
         authors=(
             Authors(
-                "k",
+                "cifar10",
                 "arg_K",
                 VGG
                 | FEATURES
@@ -80,7 +80,7 @@ def candidates(p: Preset) -> Study:
         ),
         authors=(
             Authors(
-                "candidates", "arg_num_samples",
+                "cifar10", "arg_num_samples",
                 {
                     "arg_model": "VIT", "arg_dataset": "cifar10", "arg_layer": "ConvNNAttention", "arg_K": "9",
                     "arg_sampling_type": ("random", "all"),
@@ -110,7 +110,7 @@ def ratio(p: Preset) -> Study:
         (p.text, "Every ratio has the 1x1 that mixes the two halves, also 0 and 1, so that depth does not differ."),
         authors=(
             Authors(
-                "ratio", "arg_branch_ratio",
+                "cifar10", "arg_branch_ratio",
                 VGG | FEATURES | {"arg_K": "9", "arg_sampling_type": "all", "arg_magnitude_type": "cosine"}, RUN,
             ),
         ),
@@ -161,7 +161,7 @@ def similarity(p: Preset) -> Study:
         (p.text, HYBRID),
         authors=(
             Authors(
-                "similarity", "arg_magnitude_type",
+                "cifar10", "arg_magnitude_type",
                 NINE | FEATURES, RUN,
                 {"euclidean": "Euclidean"},
             ),
@@ -194,7 +194,7 @@ def aggregation(p: Preset) -> Study:
         (p.text, HYBRID, "Parameters differ: see the table."),
         authors=(
             Authors(
-                "aggregation", "arg_aggregation_type",
+                "cifar10", "arg_aggregation_type",
                 NINE | {"arg_similarity_type": "Loc_Col"}, RUN,
                 {"Col": "kernel", "Loc_Col": "kernel, with positions"},
             ),
@@ -202,7 +202,7 @@ def aggregation(p: Preset) -> Study:
     )  # fmt: skip
 
 
-LAYERS = {
+LAYERS: dict[Label, str] = {
     "convolution": CONV,
     "hybrid, all": hybrid(),
     "hybrid, random 32": hybrid("nearest(9, cosine, random(32), self) | ranked | kernel"),
@@ -218,11 +218,14 @@ def augmentation(p: Preset) -> Study:
         "strong recipe": STRONG[p.name],
     }
     trials = [
-        Trial({"recipe": text, **trial.labels}, trial.network, trial.data, replace(trial.recipe, **fields))
+        replace(
+            trial,
+            labels=trial.labels | {"data": f"{trial.data.name}, {text}"},
+            recipe=replace(trial.recipe, **fields),
+        )
         for text, fields in changes.items()
-        for trial in p.grid(dict(LAYERS.items()), "layer")
+        for trial in p.grid(LAYERS, "layer")
     ]
-    trials = [replace(t, labels={**t.labels, "data": f"{t.data.name}, {t.labels['recipe']}"}) for t in trials]
     return Study(
         "augmentation",
         p.name,
@@ -230,7 +233,7 @@ def augmentation(p: Preset) -> Study:
         "Convolution against hybrids with all and with random candidates, without augmentation as published, with "
         "crops and flips, and with a strong recipe.",
         "The published gains are from runs without augmentation, where whatever regularises helps.",
-        [replace(t, labels={name: v for name, v in t.labels.items() if name != "recipe"}) for t in trials],
+        trials,
         p.seeds,
         "layer",
         "convolution",

@@ -5,13 +5,11 @@ from __future__ import annotations
 from nearfold.grammar import CATALOGUE
 from nearfold.study.catalogue.matched import matched, parameters
 from nearfold.study.catalogue.presets import Preset
-from nearfold.study.catalogue.readings import benchmark_answer, memorise_answer
+from nearfold.study.catalogue.readings import MEMORISED, benchmark_answer, memorise_answer
 from nearfold.study.grid import Data, Label, Study, Trial
 from nearfold.train import Recipe
 
 SEEDS = 5
-MEMORISED = 0.995
-"""Training accuracy from which a network has memorised its images."""
 
 OPERATORS: dict[Label, str] = {
     "convolution": "window(3) | box | kernel",
@@ -72,6 +70,7 @@ def memorise(p: Preset) -> Study:
         ),
         answer=memorise_answer,
         figure="gaps",
+        measure="gap_last",
     )
 
 

@@ -13,11 +13,14 @@ import torch
 from nearfold.grammar import parse
 from nearfold.grammar.complexity import c_d
 from nearfold.nn import Mixer
-from nearfold.study.compare import accuracy, count, differences, names, points, verdict
+from nearfold.study.compare import accuracy, differences, points, verdict
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
+from nearfold.study.table import names, seeds
 
 MEMORISED = 0.995
+"""Training accuracy from which a network has memorised its images."""
+
 COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
 TIERS = (("S", 1800.0), ("A", 1250.0), ("B", 900.0), ("C", 500.0))
 
@@ -138,7 +141,7 @@ def benchmark_answer(results: Results) -> list[str]:
         text += f"Omega {table[0].omega:.3g}); "
         best = max(table, key=lambda s: s.accuracy)
         text += (
-            f"the best accuracy that of {best.row.title}, {accuracy(best.row.estimate('test_accuracy'))} ({count(n)}). "
+            f"the best accuracy that of {best.row.title}, {accuracy(best.row.estimate('test_accuracy'))} ({seeds(n)}). "
         )
         if len(table) > 4:
             by_omega = stats.spearmanr([s.score for s in table], [-s.omega for s in table]).statistic
