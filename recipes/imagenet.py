@@ -23,25 +23,12 @@ from torch import nn
 
 from nearfold.models import create
 from nearfold.models.registry import entry_of
+from nearfold.study.catalogue.presets import IMAGENET as SWIN
 from nearfold.train import Recipe, Result, StreamData, fit, open_data
 from nearfold.train.seeds import derive
 
 VALIDATION = 0.01
 """Of the training images: 12,811 of ImageNet's."""
-SWIN = Recipe(
-    epochs=300,
-    batch_size=1024,
-    lr=1e-3,
-    weight_decay=0.05,
-    warmup_epochs=20,
-    label_smoothing=0.1,
-    clip_grad_norm=5.0,
-    augment="resized_erasing",
-    mixup=0.8,
-    cutmix=1.0,
-    precision="bfloat16",
-)
-"""Swin's settings (arXiv 2103.14030), which all three systems start from."""
 RESNET = dataclasses.replace(SWIN, batch_size=512, weight_decay=0.01)
 VIT = dataclasses.replace(SWIN, weight_decay=0.01)
 IN_SWIN = (

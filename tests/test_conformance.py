@@ -127,7 +127,8 @@ def test_gradcheck(name):
 def test_compiles_in_one_graph(name):
     layer, x = make(CASES[name], (6, 5), torch.float32)
     other = make(CASES[name], (7, 9), torch.float32)[1]
-    check_compiled(layer, [x] if "table(" in CASES[name] else [x, other])
+    one_size = "table(" in CASES[name] or name in ("block", "swin")  # swin_shifted has their graph, and takes as long
+    check_compiled(layer, [x] if one_size else [x, other])
 
 
 LAYERS = {

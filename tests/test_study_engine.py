@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nearfold.study import engine, tasks
 from nearfold.study import store as store_module
@@ -19,7 +21,8 @@ from nearfold.study.grid import Data, Study, Trial
 from nearfold.study.local import Local
 from nearfold.study.plan import plan
 from nearfold.study.store import Store
-from nearfold.train import Recipe
+from nearfold.train import Recipe, fit, open_data
+from recipes.generated import write
 
 KILLS = int(os.environ.get("NEARFOLD_KILLS", "1"))
 """Of the launcher and of a worker, each; more in a test of its own."""
@@ -67,6 +70,29 @@ def test_one_process_and_several_find_the_same(tmp_path, undisturbed):
     assert len(lines) == 1 + 4 and outcomes(tmp_path / "store") == undisturbed
     work_through(planned.runs, planned.place, Local(2), say=lines.append)
     assert "4 of 4 runs have finished before, 0 to do" in lines[-1]
+
+
+def test_data_too_large_for_memory_are_streamed(tmp_path):
+    write(tmp_path / "images", "folder", count=60, size=24)
+    data = Data("textures", image_size=16, validation=0.2, stream=True)
+    recipe = Recipe(epochs=2, batch_size=12, warmup_epochs=0, augment="resized_crop", device="cpu")
+    network = {"name": "plain", "operation": "window(3) | box | kernel", "width": 4}
+    study = Study(
+        "s", "paper", "T", "?", "-", [Trial({"data": "textures", "x": 1.0}, network, data, recipe)], 1, "x", 1.0
+    )
+    sources = {"textures": str(tmp_path / "images")}
+    planned = plan(study, tmp_path / "store", sources, resumable=True, workers=1)
+    work_through(planned.runs, planned.place, Local(1), say=lambda line: None)
+    (row,) = planned.results.rows
+    assert "46 to train on, 14 held out" in planned.facts[0]
+    torch.manual_seed(0)
+    opened = open_data(tmp_path / "images", image_size=16, validation=0.2)
+    direct = fit(tasks.build(network, opened), opened, recipe, progress=False)
+    assert row.results[0]["train_loss"] == direct.train_loss and row.results[0]["steps"] == direct.steps == 6
+    costs = plan(replace(study, cost=True), tmp_path / "store", sources)
+    assert "costs are measured on data that are held in memory" in (attempt(costs.runs[0], costs.place).error)
+    with pytest.raises(ValueError, match="'textures' that are streamed need an image_size and take no limit"):
+        replace(data, limit=3)
 
 
 def test_a_run_that_somebody_else_does_is_waited_for(tmp_path, monkeypatch):

@@ -162,12 +162,14 @@ def test_the_page_is_whole_and_asks_for_nothing(figure):
 def test_the_authors_runs_are_read_by_their_arguments(tmp_path):
     path = tmp_path / "runs.csv"
     path.write_text("final_test_top1,arg_K,arg_m\n80.0,9,vgg\n81.0,9,vgg\n70,3,vgg\n10,3,other\n60,x,vgg\n")
-    asked = Authors("cifar10", "arg_K", {"arg_m": "vgg"}, "theirs", {"x": "all"})
+    asked = Authors("cifar10", ("arg_K",), {"arg_m": "vgg"}, "theirs", {"x": "all"})
     (points,) = read(path, [asked])
     assert points.values == {3.0: [70.0], 9.0: [80.0, 81.0], "all": [60.0]}
     assert points.differences(9.0)[3.0] == [-10.5] and points.differences(4.0) == {}
+    (both,) = read(path, [replace(asked, columns=("arg_K", "arg_m"), where={}, values={"3 other": "none"})])
+    assert both.values == {"3 vgg": [70.0], "9 vgg": [80.0, 81.0], "none": [10.0], "x vgg": [60.0]}
     with pytest.raises(ValueError, match="no column arg_z"):
-        read(path, [replace(asked, column="arg_z")])
+        read(path, [replace(asked, columns=("arg_K", "arg_z"))])
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "no.csv", [asked])
 

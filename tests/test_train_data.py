@@ -86,6 +86,10 @@ def test_limit_is_balanced_deterministic_and_nested():
     assert torch.equal(load_data(limit=50, validation=0.2).train.images, small.train.images)
     assert not torch.equal(load_data(limit=50, validation=0.2, seed=1).train.images, small.train.images)
     assert len(load_data(limit=10_000).test) == len(load_data().test)
+    more = load_data(limit=50, test_limit=120, validation=0.2)  # the same to train on, more to test
+    assert len(more.test) == 120 and torch.equal(more.train.images, small.train.images)
+    with pytest.raises(ValueError, match="test_limit must be None or an integer of at least 1; got 0"):
+        load_data(test_limit=0)
 
 
 def test_limit_with_classes_of_different_sizes_takes_all_there_is(tmp_path):

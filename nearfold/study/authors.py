@@ -51,7 +51,7 @@ def read(path: Path, asked: Sequence[Authors]) -> list[Points]:
         rows = list(csv.DictReader(file))
     found = []
     for one in asked:
-        needed = {ACCURACY, one.column, *one.where}
+        needed = {ACCURACY, *one.columns, *one.where}
         if missing := needed - set(rows[0] if rows else ()):
             raise ValueError(f"--authors {path} has no column {', '.join(sorted(missing))}")
         found.append(Points(one.data, one.text, _points(rows, one)))
@@ -63,7 +63,8 @@ def _points(rows: Sequence[dict[str, str]], asked: Authors) -> dict[Label, list[
     for row in rows:
         wanted = {c: (v,) if isinstance(v, str) else v for c, v in asked.where.items()}
         if all(row[column] in allowed for column, allowed in wanted.items()):
-            spelled = asked.values.get(row[asked.column], row[asked.column])
+            theirs = " ".join(row[column] for column in asked.columns)
+            spelled = asked.values.get(theirs, theirs)
             values.setdefault(_label(spelled), []).append(float(row[ACCURACY]))
     return dict(sorted(values.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 

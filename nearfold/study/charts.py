@@ -68,15 +68,16 @@ def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """Accuracy at every setting, and the difference to the reference."""
     charts = []
     for name, rows in results.panels.items():
+        base = results.study.reference_on(name)
         caption = (
             f"{name}. Above: accuracy on test images (blue) and, of the same weights, on training images (orange): "
             "diamonds are means over seeds with 95 % intervals, dots single seeds. Below: test accuracy less that of "
-            f"the reference ({results.study.axis} = {_short(results.study.reference)}), paired by seed, with 95 % "
+            f"the reference ({results.study.axis} = {_short(base)}), paired by seed, with 95 % "
             "intervals; where one does not touch the line there is a difference before correction for the number of "
             "comparisons."
         )
         reference = results.reference(rows)
-        theirs = [(p.text, p.differences(results.study.reference)) for p in authors if p.data == name]
+        theirs = [(p.text, p.differences(base)) for p in authors if p.data == name]
         theirs = [(text, found) for text, found in theirs if found and reference is not None]
         for text, _ in theirs:
             caption += (

@@ -41,6 +41,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="auto", metavar="A", help="of the Ray cluster (default: auto)")
     parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side on this machine")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a run, that read ahead where data are streamed (default: 0)",
+    )
     parser.add_argument("--retry", action="store_true", help="do runs again that failed before")
     parser.add_argument("--authors", type=Path, metavar="CSV", help="the authors' runs, drawn behind where they fit")
     parser.set_defaults(command=run)
@@ -113,7 +120,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.seeds:
         study = replace(study, seeds=args.seeds)
     sources = dict(_source(text) for text in args.data)
-    planned = plan(study, args.out / "store", sources, resumable=args.preset == "paper")
+    planned = plan(
+        study, args.out / "store", sources, resumable=args.preset == "paper", workers=getattr(args, "workers", 0)
+    )
     for name in planned.missing:
         print(f"nearfold: left out, since nobody said where it is: --data {name}=FOLDER", file=sys.stderr)
     return planned

@@ -8,31 +8,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from nearfold.study.grid import Run
 from nearfold.study.store import Store
-from nearfold.study.tasks import TASKS, Sources
+from nearfold.study.tasks import TASKS, Place
 from nearfold.train.readers import first_line
 
 POLL_SECONDS = 2.0
 """How often to look whether a run that somebody else does has finished."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where runs find what they need and leave what they find; the same for every process.
-
-    Attributes:
-        root: of the store.
-        sources: folder by name of a data set.
-        resumable: keep checkpoints, so that a killed run goes on where it was.
-    """
-
-    root: Path
-    sources: Sources
-    resumable: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ def attempt(run: Run, place: Place) -> Outcome:
         try:
             weights = store.weights_path(run.config) if run.keep_weights else None
             work = store.work_path(run.config) if place.resumable else None
-            result = TASKS[run.config["task"]](run.config, place.sources, weights, work)
+            result = TASKS[run.config["task"]](run.config, place, weights, work)
             store.save(run.config, result)
         except Exception as error:  # whatever it dies of: recorded, reported, and the others go on
             text = f"{type(error).__name__}: {first_line(error)}"

@@ -29,15 +29,23 @@ class Data:
 
     Attributes:
         name: ``"digits"``, or a name whose folder the user gives: ``--data NAME=FOLDER``.
-        limit: at most so many training (and test) images; None: all.
+        limit: at most so many training images; None: all.
+        test_limit: at most so many test images; None: as many as `limit`.
         validation: share of the training images held out to choose epochs and settings.
         image_size: pixels a side to resize to; None: as they are.
+        stream: read while training (`nearfold.train.open_data`) instead of held in memory; needs `image_size`.
     """
 
     name: str
     limit: int | None = None
+    test_limit: int | None = None
     validation: float = 0.1
     image_size: int | None = None
+    stream: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stream and (self.image_size is None or self.limit is not None or self.test_limit is not None):
+            raise ValueError(f"data {self.name!r} that are streamed need an image_size and take no limit, got {self}")
 
 
 @dataclass(frozen=True)
@@ -77,15 +85,16 @@ class Authors:
     """Which of the authors' own runs answer the same question (`nearfold.study.authors`).
 
     Attributes:
-        data: the data set that their runs are of.
-        column: the column of their table that has the values of the study's axis.
+        data: the data set, as labelled, beside whose results theirs are drawn.
+        columns: of their table, that have the values of the study's axis; several are read as words with a space
+            between.
         where: columns and the values that the others must have.
-        values: their value by ours, where they are spelled differently.
+        values: our value by theirs, where they are spelled differently.
         text: what was run there.
     """
 
     data: str
-    column: str
+    columns: Sequence[str]
     where: Mapping[str, str | tuple[str, ...]]
     text: str
     values: Mapping[str, str] = field(default_factory=dict)
@@ -105,6 +114,7 @@ class Study:
         seeds: how often every trial is trained.
         axis: the axis of the figures; others make lines or panels.
         reference: the value of `axis` that the others are compared with.
+        references: by data set as labelled, where it is another one.
         protocol: sentences on what is held equal, and what is not.
         answer: from the results to the paragraphs of the answer; None: `compare.against_reference`.
         authors: whose runs are drawn behind.
@@ -126,8 +136,13 @@ class Study:
     answer: Callable[[Results], list[str]] | None = None
     authors: Sequence[Authors] = ()
     cost: bool = False
+    references: Mapping[str, Label] = field(default_factory=dict)
     figure: str = "settings"
     measure: str = "test_accuracy"
+
+    def reference_on(self, data: str) -> Label:
+        """What the settings on a data set, as labelled, are compared with."""
+        return self.references.get(data, self.reference)
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -173,8 +188,8 @@ def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool
         "version": nearfold.__version__,
         "task": "train",
         "network": canonical(trial.network),
-        "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
-        "recipe": changed(trial.recipe) | {"seed": seed},
+        "data": changed(trial.data, Data(trial.data.name)) | {"name": trial.data.name, "fingerprint": fingerprint},
+        "recipe": changed(trial.recipe, Recipe()) | {"seed": seed},
     }
     data = trial.labels.get("data", trial.data.name)
     label = f"{trial.title} ({data}), seed {seed}"
@@ -187,7 +202,7 @@ def costing(trial: Trial, fingerprint: Config) -> Run:
         "version": nearfold.__version__,
         "task": "cost",
         "network": canonical(trial.network),
-        "data": dataclasses.asdict(trial.data) | {"fingerprint": fingerprint},
+        "data": changed(trial.data, Data(trial.data.name)) | {"name": trial.data.name, "fingerprint": fingerprint},
         "recipe": {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device},
         "machine": machine(trial.recipe.device),
     }
@@ -195,14 +210,14 @@ def costing(trial: Trial, fingerprint: Config) -> Run:
     return Run(config, label, group="cost", alone=True)
 
 
-def changed(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a recipe that are not the defaults, so that a new field leaves finished runs what they are.
+def changed(settings: Recipe | Data, usual: Recipe | Data) -> dict[str, Any]:
+    """The fields that are not as usual, so that a new field leaves finished runs what they are.
 
-    >>> changed(Recipe(epochs=3))
+    >>> changed(Recipe(epochs=3), Recipe())
     {'epochs': 3}
     """
-    usual = Recipe().to_dict()
-    return {name: value for name, value in recipe.to_dict().items() if value != usual[name]}
+    defaults = dataclasses.asdict(usual)
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value != defaults[name]}
 
 
 def canonical(network: Config) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from nearfold.study.engine import Outcome, Place, attempt, failed
+from nearfold.study.engine import Outcome, attempt, failed
 from nearfold.study.grid import Run
+from nearfold.study.tasks import Place
 
 MOST_JOBS = 8
 """Runs side by side that are chosen without being asked for: each holds the data and a copy of torch."""

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from nearfold.study.engine import Place
 from nearfold.study.grid import Run, Study, Trial, costing, training
 from nearfold.study.results import Results, collect
 from nearfold.study.store import Store
-from nearfold.study.tasks import Sources, build, load, source_of
-from nearfold.train import ImageData
+from nearfold.study.tasks import Place, Sources, build, load, source_of
+from nearfold.train import ImageData, StreamData
 from nearfold.train.checkpoint import fingerprint
 
 
@@ -50,7 +49,7 @@ class Plan:
         return collect(self.study, self.training, self.costs, Store(self.place.root))
 
 
-def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False) -> Plan:
+def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False, workers: int = 0) -> Plan:
     """Load the data and look for what is missing before any training; nothing is trained.
 
     Args:
@@ -58,6 +57,7 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False)
         root: of the store.
         sources: folder by name of a data set; "digits" needs none.
         resumable: as in `Place`.
+        workers: as in `Place`.
 
     Raises:
         ValueError: no data set of the study is there, one cannot be read, or a network does not work on its images:
@@ -80,15 +80,14 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False)
     }
     costs = {i: costing(trial, prints[trial.data]) for i, trial in enumerate(trials)} if study.cost else {}
     facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
-    return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable), facts)
+    return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable, workers), facts)
 
 
-def _load(trial: Trial, sources: Sources) -> ImageData:
-    data = trial.data
-    return load(source_of(data.name, sources), data.limit, data.validation, data.image_size)
+def _load(trial: Trial, sources: Sources) -> ImageData | StreamData:
+    return load(source_of(trial.data.name, sources), trial.data)
 
 
-def _try(trial: Trial, data: ImageData) -> None:
+def _try(trial: Trial, data: ImageData | StreamData) -> None:
     """Build the network and run it, on the meta device: cheap at any size."""
     try:
         with torch.device("meta"):
@@ -97,10 +96,12 @@ def _try(trial: Trial, data: ImageData) -> None:
         raise ValueError(f"{trial.title}: {error}") from error
 
 
-def _fact(data: ImageData, trial: Trial) -> str:
+def _fact(data: ImageData | StreamData, trial: Trial) -> str:
     height, width = data.size
-    limit = "" if trial.data.limit is None else f", a subset of at most {trial.data.limit:,} to train and to test"
+    splits = data.splits if isinstance(data, StreamData) else {"train": data.train, "val": data.val, "test": data.test}
+    train, val, test = (len(splits[name]) for name in ("train", "val", "test"))
+    subset = "" if trial.data.limit is None else ": a subset, the same for all seeds"
     return (
-        f"{trial.data.name}: images of {height} x {width} pixels, {len(data.classes)} classes; {len(data.train):,} to "
-        f"train on, {len(data.val):,} held out to choose epochs and settings, {len(data.test):,} to test{limit}."
+        f"{trial.data.name}: images of {height} x {width} pixels, {len(data.classes)} classes; {train:,} to "
+        f"train on, {val:,} held out to choose epochs and settings, {test:,} to test{subset}."
     )

@@ -8,14 +8,15 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nearfold.study.engine import Outcome, Place, attempt, failed
+from nearfold.study.engine import Outcome, attempt, failed
 from nearfold.study.grid import Run
+from nearfold.study.tasks import Place
 from nearfold.train.readers import first_line
 
 
@@ -42,9 +43,8 @@ class Ray:
         """
         ray = connect(self.address)
         mark = _mark(place.root)
-        there = Place(
-            place.root.resolve(), {n: str(Path(s).resolve()) for n, s in place.sources.items()}, place.resumable
-        )
+        sources = {name: str(Path(source).resolve()) for name, source in place.sources.items()}
+        there = replace(place, root=place.root.resolve(), sources=sources)
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0, max_calls=0)(_attempt_there)
         began = time.perf_counter()
         doing = {remote.remote(run, there, str(mark), self.cpus): run for run in runs}

@@ -76,7 +76,7 @@ class Results:
 
     def reference(self, rows: Sequence[Row]) -> Row | None:
         """The row that the others of a panel are compared with."""
-        return next((row for row in rows if row.trial.labels[self.study.axis] == self.study.reference), None)
+        return next((r for r in rows if r.trial.labels[self.study.axis] == self.study.reference_on(panel(r))), None)
 
 
 def panel(row: Row) -> str:

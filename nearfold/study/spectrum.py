@@ -11,11 +11,12 @@ import torch
 
 from nearfold.grammar import CATALOGUE, parse
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study.engine import Place, work_through
+from nearfold.study.engine import work_through
 from nearfold.study.grid import Data, Run, Trial, costing, training
 from nearfold.study.local import Local
 from nearfold.study.store import Store
 from nearfold.study.table import Row, make_row
+from nearfold.study.tasks import Place
 from nearfold.train import ImageData, Recipe, load_data
 from nearfold.train.checkpoint import fingerprint
 from nearfold.train.distributed import join

@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team
+
+if TYPE_CHECKING:
+    from nearfold.train.feed import Streamed
 
 POINTER = "checkpoint.json"
 FOLDERS = ("checkpoint-a", "checkpoint-b")
@@ -227,8 +230,10 @@ def restart(path: Path) -> str:
     return f"to start afresh, delete {path} or choose another folder"
 
 
-def fingerprint(data: ImageData) -> dict[str, Any]:
+def fingerprint(data: ImageData | Streamed) -> dict[str, Any]:
     """Return what tells one data set from another: its name, its sizes, and a checksum of each split."""
+    if not isinstance(data, ImageData):
+        return data.fingerprint()
     checks: dict[str, Any] = {"name": data.name, "classes": len(data.classes)}
     for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
         labels, images = (tensor.cpu().contiguous().numpy().data for tensor in (split.labels, split.images))

@@ -123,6 +123,7 @@ def load_data(
     source: str | Path = "digits",
     *,
     limit: int | None = None,
+    test_limit: int | None = None,
     validation: float = 0.1,
     seed: int = 0,
     image_size: int | None = None,
@@ -138,7 +139,8 @@ def load_data(
             (train/CLASS/*.png, with val/ and test/ if there are any). A folder that happens to be called
             digits: ``"./digits"``.
         limit: At most so many training images, counted before the validation images are taken from
-            them, and at most so many test images, the classes as evenly as they allow; None: all.
+            them, the classes as evenly as they allow; None: all.
+        test_limit: At most so many test images; None: as many as `limit`.
         validation: Share of the training images of every class held out for validation; not used where
             the source has validation images of its own.
         seed: Decides the subset of `limit` and the validation images. The digits' test images are always
@@ -157,8 +159,10 @@ def load_data(
         >>> len(data.train), len(data.val), len(data.test), data.channels, data.size
         (90, 10, 100, 1, (8, 8))
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit must be None or an integer of at least 1; got {limit!r}")
+    for name, most in (("limit", limit), ("test_limit", test_limit)):
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ValueError(f"{name} must be None or an integer of at least 1; got {most!r}")
+    limits = {"train": limit, "test": limit if test_limit is None else test_limit}
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
@@ -166,7 +170,7 @@ def load_data(
 
     if source == "digits":
         splits = _digits()
-        picks = _pick({name: split.labels for name, split in splits.items()}, limit, validation, seed)
+        picks = _pick({name: split.labels for name, split in splits.items()}, limits, validation, seed)
         chosen = {name: splits[origin][rows] for name, (origin, rows) in picks.items()}
         if image_size is not None:
             chosen = {n: Split(resize(split.images, image_size), split.labels) for n, split in chosen.items()}
@@ -178,7 +182,7 @@ def load_data(
         name: torch.tensor([record.label for record in records], dtype=torch.int64)
         for name, records in listing.splits.items()
     }
-    picks = _pick(labels, limit, validation, seed)
+    picks = _pick(labels, limits, validation, seed)
     records = {name: [listing.splits[origin][row] for row in rows.tolist()] for name, (origin, rows) in picks.items()}
     images = dict(zip(records, decode(records.values(), image_size), strict=True))
     chosen = {name: Split(images[name], labels[origin][rows]) for name, (origin, rows) in picks.items()}
@@ -205,13 +209,15 @@ def _listing(folder: Path) -> Listing:
     return list_parquet(folder, files) if files else list_image_folder(folder)
 
 
-def _pick(labels: dict[str, Tensor], limit: int | None, validation: float, seed: int) -> dict[str, tuple[str, Tensor]]:
+def _pick(
+    labels: dict[str, Tensor], limits: dict[str, int | None], validation: float, seed: int
+) -> dict[str, tuple[str, Tensor]]:
     """Choose the images of each split.
 
     Args:
         labels: int64 (N,) for each split of the source; one that is absent or empty is taken from the
             training images.
-        limit: As in :func:`load_data`.
+        limits: At most so many images of ``train``, before validation images are taken from them, and ``test``.
         validation: As in :func:`load_data`.
         seed: As in :func:`load_data`.
 
@@ -226,16 +232,16 @@ def _pick(labels: dict[str, Tensor], limit: int | None, validation: float, seed:
         taken = share_of_each(labels["train"][remaining], share, generator(seed, name))
         if not taken.any():
             raise ValueError(
-                f"no class has two images to give one to {name!r}: raise limit= (got {limit}), or add images"
+                f"no class has two images to give one to {name!r}: raise limit= (got {limits['train']}), or add images"
             )
         picks["train"], picks[name] = ("train", remaining[~taken]), ("train", remaining[taken])
 
     if "test" not in picks:
         take_from_train("test", TEST_SHARE)
-    if limit is not None:
-        for name in ("train", "test"):
+    for name, most in limits.items():
+        if most is not None:
             origin, own = picks[name]
-            picks[name] = (origin, own[_balanced(labels[origin][own], limit, generator(seed, "limit", name))])
+            picks[name] = (origin, own[_balanced(labels[origin][own], most, generator(seed, "limit", name))])
     if "val" not in picks:
         take_from_train("val", validation)
     return {name: picks[name] for name in ("train", "val", "test")}

@@ -218,9 +218,8 @@ def fit(
 
 def _identity(data: ImageData | Streamed, recipe: Recipe, schedule: SpectrumSchedule | None) -> dict[str, Any]:
     """What a run is, by aspect, as JSON gives it back."""
-    fingerprint = checkpoint.fingerprint(data) if isinstance(data, ImageData) else data.fingerprint()
     plan = {} if schedule is None else schedule.plan
-    identity: dict[str, Any] = {"recipe": recipe.to_dict(), "data set": fingerprint, "schedule": plan}
+    identity: dict[str, Any] = {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data), "schedule": plan}
     as_read: dict[str, Any] = json.loads(json.dumps(identity))
     return as_read
 

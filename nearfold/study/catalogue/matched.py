@@ -14,7 +14,6 @@ from nearfold.study.grid import Data, Label, Trial
 from nearfold.study.measure import count_flops, count_parameters
 from nearfold.train import Recipe
 
-WIDTH, DEPTH = 32, 2
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
 """Channels, height and width of the images that budgets are counted for."""
 CLASSES = {"cifar100": 100}
@@ -35,7 +34,14 @@ def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def matched(
-    layers: Mapping[Label, str], axis: str, data: Data, recipe: Recipe, measure: Measure, side: int = GRID
+    layers: Mapping[Label, str],
+    axis: str,
+    data: Data,
+    recipe: Recipe,
+    measure: Measure,
+    side: int = GRID,
+    width: int = 32,
+    depth: int = 2,
 ) -> list[Trial]:
     """A trial for every layer in `SpectrumNet`, whose MLPs are so wide that all networks have the same budget.
 
@@ -48,29 +54,32 @@ def matched(
         recipe: how.
         measure: of what the budget is: `parameters` or `flops`.
         side: of the grid of positions that the stem makes, at most.
+        width: channels.
+        depth: blocks.
 
     Raises:
         ValueError: a layer cannot meet the budget within `TOLERANCE`.
     """
-    plain = 2 * WIDTH
+    plain = 2 * width
     stride = max(1, SHAPES[data.name][1] // side)
-    budget = max(_cost(layer, plain, data.name, stride, measure) for layer in layers.values())
+    price = functools.partial(_cost, width, depth, data.name, stride, measure)
+    budget = max(price(layer, plain) for layer in layers.values())
     trials = []
     for value, layer in layers.items():
-        first, second = (_cost(layer, hidden, data.name, stride, measure) for hidden in (plain, 2 * plain))
+        first, second = (price(layer, hidden) for hidden in (plain, 2 * plain))
         hidden = plain + round((budget - first) / ((second - first) / plain))
-        off = _cost(layer, hidden, data.name, stride, measure) / budget - 1
+        off = price(layer, hidden) / budget - 1
         if abs(off) > TOLERANCE:
-            raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network (WIDTH={WIDTH})")
-        network = {"name": "spectrum", "operation": layer, "width": WIDTH, "depth": DEPTH, "hidden": hidden}
+            raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network ({width=})")
+        network = {"name": "spectrum", "operation": layer, "width": width, "depth": depth, "hidden": hidden}
         network |= {"stride": stride} if side != GRID else {}
         trials.append(Trial({"data": data.name, axis: value}, network, data, recipe))
     return trials
 
 
 @functools.cache
-def _cost(layer: str, hidden: int, data: str, stride: int, measure: Measure) -> int:
+def _cost(width: int, depth: int, data: str, stride: int, measure: Measure, layer: str, hidden: int) -> int:
     shape, classes = SHAPES[data], CLASSES.get(data, 10)
     with torch.device("meta"):
-        model = SpectrumNet(layer, shape[0], classes, width=WIDTH, depth=DEPTH, stride=stride, hidden=hidden)
+        model = SpectrumNet(layer, shape[0], classes, width=width, depth=depth, stride=stride, hidden=hidden)
     return measure(model, shape)

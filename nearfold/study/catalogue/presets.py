@@ -33,6 +33,7 @@ class Preset:
         recipes: by data set.
         seeds: how often every trial is trained.
         text: what the network is, for the report.
+        kind: of network, in the labels of the data sets; the usual one has none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Preset:
     recipes: Mapping[str, Recipe]
     seeds: int
     text: str
+    kind: str = ""
 
     def grid(self, layers: Mapping[Label, str], axis: str, **labels: Label) -> list[Trial]:
         """A trial for every layer and data set.
@@ -53,7 +55,10 @@ class Preset:
         """
         return [
             Trial(
-                {"data": data.name, axis: value, **labels}, {**self.network, self.slot: layer}, data, self.recipe(data)
+                {"data": data.name + self.kind, axis: value, **labels},
+                {**self.network, self.slot: layer},
+                data,
+                self.recipe(data),
             )
             for data in self.data
             for value, layer in layers.items()
@@ -62,6 +67,11 @@ class Preset:
     def recipe(self, data: Data) -> Recipe:
         """How a data set is trained on."""
         return self.recipes[data.name]
+
+    @property
+    def vit(self) -> Preset:
+        """The same size for a vision transformer."""
+        return VITS[self.name]
 
     def only(self, *names: str) -> Preset:
         """The preset with these data sets alone."""
@@ -76,12 +86,30 @@ PUBLISHED = Recipe(
 )
 """ConvNN's CIFAR recipe: AdamW, no schedule, no augmentation (from the authors' logs)."""
 
+SUBSET = Data("cifar10", limit=1500, test_limit=3000, validation=1 / 3)
+"""1,000 images to train on, and 500 to choose by: with 100, the choice is a lottery."""
+
+IMAGENET = Recipe(
+    epochs=300,
+    batch_size=1024,
+    lr=1e-3,
+    weight_decay=0.05,
+    warmup_epochs=20,
+    label_smoothing=0.1,
+    clip_grad_norm=5.0,
+    augment="resized_erasing",
+    mixup=0.8,
+    cutmix=1.0,
+    precision="bfloat16",
+)
+"""Swin's settings (arXiv 2103.14030), which all three systems start from on ImageNet."""
+
 CPU = Preset(
     "cpu",
-    (Data("digits"), Data("cifar10", limit=2000)),
+    (Data("digits"), SUBSET),
     {"name": "plain"},
     "operation",
-    {"digits": SMALL, "cifar10": SMALL},
+    {"digits": SMALL, "cifar10": replace(SMALL, epochs=30)},
     seeds=3,
     text="The network is a VGG in small (nearfold.models.PlainNet): a convolutional stem to at most 16 x 16 positions, "
     "two layers of 16 channels, max pooling, two of 32, two linear layers; batch normalisation and ReLU after each.",
@@ -96,5 +124,25 @@ PAPER = Preset(
     seeds=3,
     text="The network is the published one: VGG-11 at 32 px, every 3x3 convolution replaced.",
 )
+
+VITS = {
+    "cpu": replace(
+        CPU,
+        data=(SUBSET,),
+        network={"name": "vit_tiny_attention", "width": 48, "depth": 3, "patch": 4, "heads": 1},
+        slot="layer",
+        recipes={"cifar10": replace(SMALL, epochs=30, lr=1e-3)},
+        text="The transformer is a small ViT: 64 patches of 4 x 4 pixels and a class token, 3 blocks of 48 features, "
+        "one head.",
+        kind=", ViT",
+    ),
+    "paper": replace(
+        PAPER,
+        data=(Data("cifar10", image_size=224), Data("cifar100", image_size=224)),
+        network={"name": "vit_tiny_attention", "heads": 1},
+        text="The transformer is the published one: ViT-Tiny with one head on images resized to 224 px, patches of 16.",
+        kind=", ViT",
+    ),
+}
 
 PRESETS = {preset.name: preset for preset in (CPU, PAPER)}
