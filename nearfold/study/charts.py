@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nearfold.study.authors import Points
-from nearfold.study.catalogue.readings import COSTS, complexity, front, reached, scores
+from nearfold.study.catalogue.readings import COSTS, complexity, front, scores
 from nearfold.study.compare import accuracy, differences, points
 from nearfold.study.plots import new_figure, svg
 from nearfold.study.results import Results, Row
@@ -18,6 +18,7 @@ from nearfold.study.results import Results, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 OURS, TRAIN, THEIRS, FRONT = "#2f6db3", "#cf5a36", "#9a9a9a", "#3f8f6b"
 
@@ -152,7 +153,7 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
             figure = new_figure(9.2, 1.2 + 0.36 * len(ranked))
             axes = figure.subplots()
             for place, row in enumerate(ranked):
-                _across(axes, place, row, "gap_last", OURS if reached(row) else THEIRS, tips)
+                _across(axes, place, row, "gap_last", OURS if row.memorised else THEIRS, tips)
             axes.set_yticks(range(len(ranked)), [row.title for row in ranked])
             axes.invert_yaxis()
             axes.set_xlabel("train minus test accuracy of the last weights, points (less is better)")
@@ -165,7 +166,7 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
                 "did not memorise their images with every seed, whose gaps are not comparable.",
             )
         )
-        there = [row for row in rows if reached(row)]
+        there = [row for row in rows if row.memorised]
         if len(there) > 2:
             charts.append(
                 Chart(
@@ -194,12 +195,29 @@ def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
                 complexity(row)[name], 100 * e.mean, yerr=100 * e.half, fmt="o", ms=5, color=OURS, lw=0.8
             )
             tips.add(spot, f"{row.title}: {name} {complexity(row)[name]:.3g}, gap {accuracy(e)}")
-            axes.annotate(
-                row.title, (complexity(row)[name], 100 * e.mean), xytext=(4, 3), textcoords="offset points", fontsize=7
-            )
+            _name(axes, row.title, complexity(row)[name], 100 * e.mean)
+        axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(name + (" (millions)" if name == "C_P" else ""))
     figure.axes[0].set_ylabel("gap, points")
+    _part(figure)
     return figure
+
+
+def _name(axes: Axes, text: str, x: float, y: float, colour: str = "#222222") -> None:
+    axes.annotate(text, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
+
+
+def _part(figure: Figure) -> None:
+    """Raise names that lie on others."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        placed: list[Bbox] = []
+        for text in sorted(axes.texts, key=lambda text: text.get_window_extent().y0):
+            while any(box.overlaps(text.get_window_extent()) for box in placed):
+                x, y = text.get_position()
+                text.set_position((x, y + 2))
+            placed.append(text.get_window_extent())
 
 
 def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
@@ -271,19 +289,13 @@ def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
             row.cost[cost], 100 * e.mean, yerr=100 * e.half, fmt="D" if row in best else "o", ms=6, color=colour, lw=1
         )
         tips.add(spot, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
-        axes.annotate(
-            row.title,
-            (row.cost[cost], 100 * e.mean),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=colour,
-        )
+        _name(axes, row.title, row.cost[cost], 100 * e.mean, colour)
     axes.plot(
         [row.cost[cost] for row in best], [100 * row.estimate("test_accuracy").mean for row in best], color=FRONT, lw=1
     )
     axes.set(xscale="log", xlabel=f"{unit} (log scale)", ylabel="test accuracy, %")
     axes.margins(x=0.12, y=0.12)
+    _part(figure)
     return figure
 
 

@@ -39,7 +39,12 @@ class Difference:
 
 
 def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
-    """Every other row of a data set against the reference, in the order of the rows."""
+    """Every other row of a data set against the reference, in the order of the rows.
+
+    Gaps are compared where both have memorised.
+    """
+    if measure == "gap_last":
+        rows = [row for row in rows if row.memorised and reference.memorised]
     others = [row for row in rows if row is not reference and row.results.keys() & reference.results.keys()]
     spread = between([row.values(measure) for row in (reference, *others)])
     estimates = [paired(row.values(measure), reference.values(measure), spread) for row in others]

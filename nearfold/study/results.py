@@ -10,6 +10,9 @@ from nearfold.study.grid import Run, Study, Trial
 from nearfold.study.statistics import Estimate, estimate, within
 from nearfold.study.store import Store, run_key
 
+MEMORISED = 0.995
+"""Training accuracy from which a network has memorised its images."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,6 +41,11 @@ class Row:
         """Its mean and interval over the seeds, by the spread of all rows of the data set."""
         values = self.values(name)
         return estimate(list(values.values()), within([values, *(row.values(name) for row in self.beside)]))
+
+    @property
+    def memorised(self) -> bool:
+        """Whether every seed knew its training images in the end."""
+        return all(value >= MEMORISED for value in self.values("train_accuracy_last").values())
 
     @property
     def title(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from nearfold.grammar import CATALOGUE
 from nearfold.study.catalogue.matched import matched, parameters
 from nearfold.study.catalogue.presets import SUBSET, Preset
-from nearfold.study.catalogue.readings import MEMORISED, benchmark_answer, memorise_answer
+from nearfold.study.catalogue.readings import benchmark_answer, memorise_answer
 from nearfold.study.grid import Data, Label, Study, Trial
+from nearfold.study.results import MEMORISED
 from nearfold.train import Recipe
 
 SEEDS = 5

@@ -18,9 +18,6 @@ from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
 from nearfold.study.table import names, seeds
 
-MEMORISED = 0.995
-"""Training accuracy from which a network has memorised its images."""
-
 COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
 TIERS = (("S", 1800.0), ("A", 1250.0), ("B", 900.0), ("C", 500.0))
 
@@ -29,8 +26,8 @@ def memorise_answer(results: Results) -> list[str]:
     """Gaps of the operators that memorised, against complexity; the others are said not to have."""
     paragraphs = []
     for name, rows in results.panels.items():
-        there = [row for row in rows if reached(row)]
-        missed = [row for row in rows if not reached(row)]
+        there = [row for row in rows if row.memorised]
+        missed = [row for row in rows if not row.memorised]
         text = f"{name}: "
         if there:
             low, high = (pick(there, key=lambda row: row.estimate("gap_last").mean) for pick in (min, max))
@@ -56,11 +53,6 @@ def memorise_answer(results: Results) -> list[str]:
 def gap(row: Row) -> str:
     """The gap of an operator, in points, with its interval."""
     return accuracy(row.estimate("gap_last")).replace(" %", " points")
-
-
-def reached(row: Row) -> bool:
-    """Whether every seed of an operator memorised its images."""
-    return all(value >= MEMORISED for value in row.values("train_accuracy_last").values())
 
 
 def _smaller(sentence: str) -> str:
