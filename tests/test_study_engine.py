@@ -1,5 +1,6 @@
 """Who does the runs, and what is left when processes die. The tasks are real: small networks on some digits."""
 
+import contextlib
 import errno
 import json
 import os
@@ -164,6 +165,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from nearfold.study.store import run_key
+from nearfold.study.ray import Ray
 from test_study_engine import open_plan, work_through, Local, tasks
 
 def train(config, *rest, works=tasks.TASKS["train"]):
@@ -173,16 +175,16 @@ def train(config, *rest, works=tasks.TASKS["train"]):
 
 if __name__ == "__main__":
     tasks.TASKS["train"] = train  # of this process
-    planned = open_plan(Path(sys.argv[1]))
-    work_through(planned.runs, planned.place, Local(int(sys.argv[2])), retry=True)
+    planned = open_plan(Path(sys.argv[1]), epochs={epochs})
+    work_through(planned.runs, planned.place, {engine}, retry=True)
 """
 
 
-def launch(root, jobs=2):
+def launch(root, engine="Local(2)", epochs=1):
     script = root / "study.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), engine=engine, epochs=epochs))
     return subprocess.Popen(
-        [sys.executable, str(script), str(root), str(jobs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(script), str(root)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -273,7 +275,7 @@ def test_a_killed_worker_is_recorded_with_the_reason_and_the_others_go_on(tmp_pa
 
 
 def test_two_engines_share_a_store_and_do_every_run_once(tmp_path, undisturbed):
-    both = [launch(tmp_path, jobs=1) for _ in range(2)]
+    both = [launch(tmp_path, "Local(1)") for _ in range(2)]
     texts = [process.communicate(timeout=240)[0] for process in both]
     assert outcomes(tmp_path / "store") == undisturbed, texts
     assert sorted((tmp_path / "trained").read_text().split()) == sorted(undisturbed), texts
@@ -289,20 +291,55 @@ def test_data_that_changed_or_are_missing_are_said(tmp_path):
         tasks.source_of("cifar10", {})
 
 
-def test_runs_on_a_ray_cluster_of_two_nodes(tmp_path, undisturbed, monkeypatch):
+def at_work():
+    """Processes of a Ray cluster that work on runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_text().startswith("ray::_attempt_there"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(happens, seconds=90):
+    limit = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < limit, "it does not happen"
+        time.sleep(0.02)
+
+
+@needs_proc
+def test_a_ray_cluster_of_two_nodes_whose_launcher_and_workers_are_killed(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # or workers starve beside other tests
     from ray.cluster_utils import Cluster
 
     from nearfold.study.ray import Ray
 
+    here = open_plan(tmp_path / "here", epochs=30)
+    work_through(here.runs, here.place, Local(1), say=lambda line: None)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     try:
-        planned = open_plan(tmp_path)
-        lines = []
-        work_through(planned.runs, planned.place, Ray(cluster.address), say=lines.append)
-        assert outcomes(tmp_path / "store") == undisturbed, lines
+        store = tmp_path / "store"
+        launcher = launch(tmp_path, f"Ray({cluster.address!r})", epochs=30)
+        wait_until(lambda: (outcomes(store) and at_work()) or launcher.poll() is not None)
+        launcher.kill()
+        launcher.communicate()
+        before = outcomes(store)
+        wait_until(lambda: not at_work())  # they end with their launcher
+        planned, lines = open_plan(tmp_path, epochs=30), []
+        arguments = (planned.runs, planned.place, Ray(cluster.address))
+        second = threading.Thread(target=work_through, args=arguments, kwargs={"say": lines.append})
+        second.start()
+        wait_until(lambda: at_work() or not second.is_alive())
+        for pid in at_work():
+            os.kill(pid, signal.SIGKILL)
+        second.join()
+        assert any("the process was ended on the cluster" in line for line in lines), lines
+        work_through(*arguments, retry=True, say=lines.append)
+        assert 0 < len(before) < 4 and before.items() <= outcomes(store).items()
+        assert outcomes(store) == outcomes(tmp_path / "here" / "store"), lines
         config = dict(planned.runs[0].config) | {"task": "no such task"}
         bad = planned.runs[0].__class__(config, "bad", "bad")
         (outcome,) = Ray(cluster.address).outcomes([bad], planned.place)
