@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nearfold.grammar import CATALOGUE
 from nearfold.study.catalogue.matched import matched, parameters
 from nearfold.study.catalogue.presets import SUBSET, Preset
@@ -78,7 +80,7 @@ def memorise(p: Preset) -> Study:
 BENCHMARK: dict[str, tuple[Recipe, Data]] = {
     "cpu": (
         Recipe(epochs=10, batch_size=64, lr=2e-3, weight_decay=0.01, warmup_epochs=1.0, device="cpu"),
-        SUBSET,
+        replace(SUBSET, image_size=16),
     ),
     "paper": (
         Recipe(
@@ -110,10 +112,12 @@ def benchmark(p: Preset) -> Study:
     """GWO's table."""
     recipe, data = BENCHMARK[p.name]
     operators = {name: SPELLED.get(name, entry.notation) for name, entry in CATALOGUE.items() if name not in LEFT_OUT}
+    side = (data.image_size or 32) // 4  # of the map that the linear layers read, behind two poolings
+    unpadded = ((data.image_size or 32) // 2 - 3) // 2
     repaired = [
         Trial(
             {"data": "cifar10, repaired", "operator": name},
-            {"name": "gwo_conv", "layer": layer, "embed": True},
+            {"name": "gwo_conv", "layer": layer, "side": side, "embed": True},
             data,
             recipe,
         )
@@ -122,7 +126,7 @@ def benchmark(p: Preset) -> Study:
     published = [
         Trial(
             {"data": "cifar10, as published", "operator": name},
-            {"name": "gwo_conv", "layer": layer} | ({"side": 6} if name == "conv" else {}),
+            {"name": "gwo_conv", "layer": layer, "side": unpadded if name == "conv" else side},
             data,
             recipe,
         )
@@ -142,7 +146,13 @@ def benchmark(p: Preset) -> Study:
         "operator",
         "conv",
         (
-            "Two operator layers with max pooling, three linear layers (nearfold.models.gwo). As published: the "
+            "Two operator layers with max pooling, three linear layers (nearfold.models.gwo)"
+            + (
+                ""
+                if data.image_size is None
+                else f"; images are resized to {data.image_size} x {data.image_size} pixels"
+            )
+            + ". As published: the "
             "plain convolution is unpadded, so that its classifier is smaller. Repaired: every operator keeps the "
             "map and the number of channels, behind a 1x1 convolution that is the same for all; every seed trains a "
             "new model (the public code trains one model on).",
