@@ -82,7 +82,8 @@ def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
         theirs = [(text, found) for text, found in theirs if found and reference is not None]
         for text, _ in theirs:
             caption += (
-                f" Gray circles: {text}, likewise less the mean of theirs at the reference; another network and recipe."
+                f" Gray circles: {text}, likewise less the mean of theirs at the reference; another network and "
+                "recipe. Triangles: beyond the axis."
             )
         picture = _svg(partial(_two_panels, results, rows, theirs), f"{name}, by setting")
         charts.append(Chart(picture, caption))
@@ -101,13 +102,6 @@ def _two_panels(
         for measure, colour, shift in (("train_accuracy", TRAIN, 0.12), ("test_accuracy", OURS, -0.12)):
             _mean(above, place + shift, row, measure, colour, tips)
     reference = results.reference(rows)
-    for _, found in theirs:
-        for value, values in found.items():
-            if value in places:
-                spots = below.plot([places[value] + 0.16] * len(values), values, "o", ms=5, mfc="none", color=THEIRS)
-                tips.add(
-                    spots[0], f"the authors, {_short(value)}: " + ", ".join(f"{v:+.1f}" for v in values) + " points"
-                )
     if reference is not None:
         below.axhline(0, color="#777777", lw=1)
         for d in differences(rows, reference):
@@ -122,6 +116,9 @@ def _two_panels(
                 capsize=3,
             )
             tips.add(bars, f"{d.row.title}: {points(e)}; adjusted p = {d.p:.3g}")
+    for _, found in theirs:
+        for value in (value for value in found if value in places):
+            _beside(below, places[value] + 0.16, f"the authors, {_short(value)}", found[value], tips)
     above.set_ylabel("accuracy, %")
     below.set_ylabel("test accuracy less\nthe reference's, points")
     labels = [_short(value) for value in places]
@@ -137,6 +134,18 @@ def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: T
     axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
     bars = axes.errorbar(place, 100 * e.mean, yerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
     tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
+
+
+def _beside(axes: Axes, place: float, title: str, values: Sequence[float], tips: Tips) -> None:
+    """The authors' runs, in points; the axis stays as it is, and triangles at its ends point to what is beyond."""
+    low, high = axes.get_ylim()
+    said = f"{title}: " + ", ".join(f"{v:+.1f}" for v in values) + " points"
+    for value in values:
+        marker = "v" if value < low else "^" if value > high else "o"
+        edge = 0.03 * (high - low)
+        (spot,) = axes.plot([place], [min(max(value, low + edge), high - edge)], marker, ms=5, mfc="none", color=THEIRS)
+        tips.add(spot, said)
+    axes.set_ylim(low, high)
 
 
 def _short(value: float | str) -> str:
