@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,13 @@ import torch
 from nearfold.grammar import parse
 from nearfold.grammar.complexity import c_d
 from nearfold.nn import Mixer
-from nearfold.study.compare import accuracy, differences, points, verdict
+from nearfold.study.compare import accuracy, differences, verdict
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
 from nearfold.study.table import names, seeds
 
 COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
+UNITS = {"latency_ms": " ms", "flops": "", "peak_memory_mib": " MiB"}
 TIERS = (("S", 1800.0), ("A", 1250.0), ("B", 900.0), ("C", 500.0))
 
 
@@ -184,11 +184,13 @@ def _lower(text: str) -> str:
 
 
 def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:
-    """The setting to choose on every data set within a budget: the best on held-out images among those that fit.
+    """The setting to choose on every data set within a budget, by held-out images.
+
+    Of those that fit and are not found worse than the best that fits, the one that costs least.
 
     Args:
         results: of the study `budget`.
-        budget: most of a cost, by its name in `COSTS`.
+        budget: most of a cost, by its name in `COSTS`; the first decides what costs least.
 
     Returns:
         A sentence for every data set.
@@ -205,20 +207,25 @@ def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:
         if not any(row.cost for row in rows):
             raise ValueError(f"nothing was measured on {name}: run the study first, nearfold study run budget")
         if not fitting:
-            cheapest = ", ".join(f"{COSTS[c]} {min(row.cost[c] for row in rows if row.cost):.3g}" for c in budget)
+            cheapest = ", ".join(
+                f"{COSTS[c]} {min(row.cost[c] for row in rows if row.cost):.3g}{UNITS[c]}" for c in budget
+            )
             sentences.append(f"{name}: no setting fits; the least there is: {cheapest}.")
             continue
         best = max(fitting, key=lambda row: row.estimate("val_accuracy").mean)
-        reference = results.reference(rows)
-        gain = ""
-        if reference is not None and reference is not best:
-            found = next(d for d in differences(rows, reference) if d.row is best)
-            said = (
-                points(found.estimate) if not math.isnan(found.estimate.low) else points(found.estimate) + ", one seed"
+        worse = {d.row.title for d in differences(fitting, best, "val_accuracy") if d.found}
+        price = next(iter(budget))
+        choice = min((row for row in fitting if row.title not in worse), key=lambda row: row.cost[price])
+        text = f"{name}: {_costing(choice)}"
+        if choice is not best:
+            text += (
+                f"; of the settings that the held-out images cannot tell from the best it has the least "
+                f"{COSTS[price]}. The best on them: {_costing(best)}"
             )
-            gain = f"; against {reference.title} {said}" + ("" if found.found else ", no difference found")
-        cost = ", ".join(f"{COSTS[c]} {best.cost[c]:.3g}" for c in COSTS)
-        sentences.append(
-            f"{name}: {best.title}, {accuracy(best.estimate('test_accuracy'))} on test images ({cost}){gain}."
-        )
+        sentences.append(text + ".")
     return sentences
+
+
+def _costing(row: Row) -> str:
+    costs = ", ".join(f"{text} {row.cost[cost]:.3g}{UNITS[cost]}" for cost, text in COSTS.items())
+    return f"{row.title}, {accuracy(row.estimate('test_accuracy'))} on test images ({costs})"
