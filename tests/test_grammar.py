@@ -196,7 +196,7 @@ def check_round_trip(op: Operation) -> None:
 
 
 @given(OPERATIONS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_generated_operations_round_trip(op):
     check_round_trip(op)
 

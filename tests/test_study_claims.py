@@ -120,6 +120,19 @@ def test_a_study_of_ones_own_is_a_file(tmp_path):
     assert isinstance(find("recipes/own_study.py", "cpu"), Study)
 
 
+def test_gwos_table_has_the_published_networks():
+    rows = {t.labels["operator"]: t for t in find("recipes/gwo_table.py", "cpu").trials}
+    published = {t.labels["operator"]: t for t in find("benchmark", "paper").trials[:3]}
+    names = {"StandardConv, as published": "conv", "DeformableConv": "deformable", "DepthwiseConv": "separable"}
+    for ours, theirs in names.items():
+        assert rows[ours].network == published[theirs].network and rows[ours].recipe == published[theirs].recipe
+    sizes = {}
+    for name, trial in rows.items():
+        model = build(dict(trial.network), data_like(trial.data))
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    assert sizes["StandardConv, padded"] - sizes["StandardConv, as published"] == 32 * (8**2 - 6**2) * 120
+
+
 def test_labels_must_differ_and_have_the_axis():
     study = find("k", "cpu")
     from dataclasses import replace

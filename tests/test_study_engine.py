@@ -120,6 +120,20 @@ def test_a_run_that_somebody_else_does_is_waited_for(tmp_path, monkeypatch):
     assert store.load(first.config) == {"test_accuracy": 0.5}
 
 
+def test_what_is_measured_has_the_machine_to_itself(tmp_path, monkeypatch):
+    planned, order = plan(replace(a_study(), cost=True), tmp_path / "store", {}), []
+
+    class Others:
+        def outcomes(self, runs, place):
+            order.extend("engine" for _ in runs)
+            return (attempt(run, place) for run in runs)
+
+    for name, works in tasks.TASKS.items():
+        monkeypatch.setitem(tasks.TASKS, name, lambda *a, name=name, works=works: order.append(name) or works(*a))
+    work_through(planned.runs, planned.place, Others(), say=lambda line: None)
+    assert order == ["cost"] * 2 + ["engine"] * 4 + ["train"] * 4
+
+
 def test_a_failed_run_is_left_until_asked_for(tmp_path, monkeypatch):
     planned = open_plan(tmp_path)
 
@@ -244,6 +258,23 @@ def test_killed_launchers_and_workers_lose_nothing_that_has_finished(tmp_path, u
     assert outcomes(store) == undisturbed, text
     assert list((store / "failed").glob("*.json")) == []
     assert deaths > 0
+
+
+@needs_proc
+def test_workers_end_with_their_launcher_in_the_middle_of_a_run(tmp_path):
+    process = launch(tmp_path, epochs=100_000)
+    workers = []
+    try:
+        wait_until(lambda: len(list((tmp_path / "store").glob("claims/*"))) == 2 or process.poll() is not None)
+        workers = children(process.pid)
+        process.kill()
+        assert len(workers) == 2
+        wait_until(lambda: not any(map(alive, workers)), seconds=20)
+    finally:
+        process.kill()
+        for worker in filter(alive, workers):
+            os.kill(worker, signal.SIGKILL)
+        process.communicate()
 
 
 @needs_proc

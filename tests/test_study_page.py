@@ -16,6 +16,7 @@ from nearfold.study.charts import CHARTS
 from nearfold.study.compare import against_reference, differences
 from nearfold.study.grid import Authors, Data, Study, Trial
 from nearfold.study.results import Results, Row
+from nearfold.study.statistics import paired
 from nearfold.train import Recipe
 
 
@@ -68,6 +69,22 @@ def _rows_and_reference(tests):
     return results.rows, results.rows[0]
 
 
+def test_the_spread_of_a_difference_is_that_of_all_settings():
+    tests = {"a": (0.5, 0.5, 0.5), "b": (0.52, 0.521, 0.522), "c": (0.4, 0.6, 0.5)}
+    b, _ = differences(*_rows_and_reference(tests))
+    alone = paired({0: 0.52, 1: 0.521, 2: 0.522}, {0: 0.5, 1: 0.5, 2: 0.5})
+    assert b.estimate.mean == pytest.approx(alone.mean) and b.estimate.half > 20 * alone.half
+
+
+def test_gaps_are_compared_where_both_have_memorised():
+    results = results_of({"a": (0.5, 0.5), "b": (0.6, 0.6), "c": (0.7, 0.7)}, train=1.0)
+    a, b, c = results.rows
+    slow = replace(b, results={s: result(0.6, train=0.9) for s in range(2)})
+    assert [d.row.title for d in differences([a, slow, c], a, "gap_last")] == ["c"]
+    assert [d.row.title for d in differences([a, slow, c], a)] == ["b", "c"]
+    assert differences([a, slow, c], slow, "gap_last") == []
+
+
 def test_settings_are_chosen_by_held_out_images_not_by_test_images():
     results = results_of({"a": (0.9, 0.9), "b": (0.8, 0.8)})
     rows = [results.rows[0], replace(results.rows[1], results={s: result(0.8, val=0.95) for s in range(2)})]
@@ -88,7 +105,7 @@ def test_memorise_compares_only_what_memorised():
         "depthwise": (0.6,) * 3,
     }
     results = results_of(tests, "gaps", train=1.0, measure="gap_last")
-    slow = replace(results.rows[3], results={s: result(0.6, train=0.97) for s in range(3)})
+    slow = replace(results.rows[3], results={s: result(0.6, train=t) for s, t in enumerate((1.0, 0.91, 1.0))})
     results = replace(results, rows=[*results.rows[:3], slow])
     (text,) = readings.memorise_answer(results)
     assert "among the 3 of 4 operators that memorised" in text and "smallest for conv, 29.7 points" in text
@@ -108,6 +125,11 @@ def test_a_budget_picks_the_best_that_fits_and_says_what_is_not_known():
     assert readings.recommend(results, {"latency_ms": 2.5})[0].startswith("digits: b, 81.3 %")
     alike = results_of({"a": (0.7, 0.72, 0.71), "b": (0.8, 0.83, 0.81), "c": (0.81, 0.82, 0.82)}, "costs", cost=True)
     (text,) = readings.recommend(alike, {"latency_ms": 5.0})
+    rows = [  # alike on held-out images, and not on the test images, which must not decide
+        replace(row, results={seed: r | {"test_accuracy": 0.1 * i} for seed, r in row.results.items()})
+        for i, row in enumerate(alike.rows)
+    ]
+    assert readings.recommend(replace(alike, rows=rows), {"latency_ms": 5.0})[0].startswith("digits: b, 10.0 %")
     assert text.startswith("digits: b, 81.3 %") and "has the least latency. The best on them: c, 81.7 %" in text
     assert readings.recommend(results, {"latency_ms": 0.5}) == [
         "digits: no setting fits; the least there is: latency 1 ms."

@@ -56,6 +56,7 @@ def test_spreads_use_what_is_there():
     assert between([]) is None and between([{0: 1.0, 1: 2.0}]) is None and between([{0: 1.0}, {0: 2.0}]) is None
     uneven = [{0: 1.0, 1: 2.0, 2: 9.0}, {0: 0.0, 1: 3.0}]
     assert between(uneven) == between([{0: 1.0, 1: 2.0}, {0: 0.0, 1: 3.0}])
+    assert between([*uneven, {0: 5.0}, {}]) == between(uneven) and between([uneven[0], {0: 5.0}]) is None
     assert within([{0: 1.0}, {}]) is None
     values = torch.randn(5, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     found = within([dict(enumerate(row)) for row in values.tolist()])

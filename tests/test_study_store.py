@@ -32,7 +32,7 @@ def test_result_file_says_which_run_it_is(tmp_path):
     store = Store(tmp_path)
     store.save({"seed": 3}, {"accuracy": 1.0})
     (path,) = (tmp_path / "runs").iterdir()
-    assert path == store.result_path({"seed": 3})
+    assert path == store.result_path({"seed": 3}) and path.stem == run_key({"seed": 3})
     assert json.loads(path.read_text()) == {"config": {"seed": 3}, "result": {"accuracy": 1.0}}
 
 

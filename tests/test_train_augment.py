@@ -1,11 +1,15 @@
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nearfold import _torchvision
-from nearfold.train import Recipe
+from nearfold.train import Recipe, load_data
 from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment
+from nearfold.train.data import Split
+from nearfold.train.distributed import Team
+from nearfold.train.feed import open_feed
 from nearfold.train.mix import Mix, draw_mix, mixed
 from nearfold.train.seeds import derive
 
@@ -47,6 +51,16 @@ def test_shares_together_are_the_whole_batch(name):
     if name != "none":
         assert not torch.equal(whole, batch)
         assert not torch.equal(whole, augment(batch, 4, 6, slice(None)))
+
+
+def test_an_image_is_treated_anew_in_every_epoch():
+    digits = load_data("digits", limit=60)
+    one = digits.train.images[:1].expand(40, -1, -1, -1).contiguous()
+    data = replace(digits, train=Split(one, torch.zeros(40, dtype=torch.int64)))
+    feed = open_feed(data, Recipe(batch_size=40, augment="crop_flip"), Team(0, 1, torch.device("cpu")))
+    assert feed.steps_per_epoch == 1
+    (first, _), (second, _) = (next(feed.train(step)) for step in (0, 1))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", sorted(AUGMENTATIONS))

@@ -59,10 +59,9 @@ def against_reference(results: Results) -> list[str]:
 
 def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     best = max(rows, key=lambda row: row.estimate("val_accuracy").mean)
-    n = min(len(row.results) for row in rows)
     text = (
         f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the test "
-        f"images ({seeds(n)})"
+        f"images ({seeds(len(best.results))})"
     )
     if reference is None:
         return f"{text}; the reference has not been run."

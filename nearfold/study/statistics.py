@@ -98,7 +98,7 @@ def between(settings: Sequence[Mapping[int, float]]) -> Spread | None:
     settings this is the standard deviation of their differences.
 
     Args:
-        settings: value by seed; the seeds that all have are used.
+        settings: value by seed; those with one seed say nothing, of the others the seeds that all have are used.
 
     Returns:
         None where there are fewer than two settings or common seeds.
@@ -107,6 +107,7 @@ def between(settings: Sequence[Mapping[int, float]]) -> Spread | None:
     >>> round(found.deviation, 6), found.freedom
     (1.0, 2)
     """
+    settings = [values for values in settings if len(values) > 1]
     seeds = sorted(set.intersection(*(set(values) for values in settings))) if settings else []
     if len(settings) < 2 or len(seeds) < 2:
         return None

@@ -29,10 +29,10 @@ OPERATORS: dict[Label, str] = {
 MEMORISING: dict[str, tuple[Recipe, tuple[Data, ...], dict[str, int]]] = {
     "cpu": (
         Recipe(
-            epochs=200, batch_size=50, lr=2e-3, weight_decay=0.0, warmup_epochs=1.0, schedule="constant",
+            epochs=150, batch_size=50, lr=2e-3, weight_decay=0.0, warmup_epochs=1.0, schedule="constant",
             until=MEMORISED, device="cpu",
         ),
-        (Data("digits"), Data("cifar10", limit=600, test_limit=5000)),
+        (Data("digits", limit=700), Data("cifar10", limit=600, test_limit=5000)),
         {"width": 32, "depth": 2, "side": 8},
     ),
     "paper": (

@@ -126,14 +126,11 @@ def benchmark_answer(results: Results) -> list[str]:
     paragraphs = []
     for name, rows in results.panels.items():
         table = scores(rows)
-        n = min(len(row.results) for row in rows)
+        best = max(table, key=lambda s: s.accuracy)
         text = (
             f"{name}: the best score is that of {table[0].row.title}, {table[0].score:.0f} ({table[0].accuracy:.1f} %, "
-        )
-        text += f"Omega {table[0].omega:.3g}); "
-        best = max(table, key=lambda s: s.accuracy)
-        text += (
-            f"the best accuracy that of {best.row.title}, {accuracy(best.row.estimate('test_accuracy'))} ({seeds(n)}). "
+            f"Omega {table[0].omega:.3g}); the best accuracy that of {best.row.title}, "
+            f"{accuracy(best.row.estimate('test_accuracy'))} ({seeds(len(best.row.results))}). "
         )
         if len(table) > 4:
             by_omega = stats.spearmanr([s.score for s in table], [-s.omega for s in table]).statistic
@@ -144,6 +141,8 @@ def benchmark_answer(results: Results) -> list[str]:
             ).replace("-", "−")
         else:
             text += "Scores: " + ", ".join(f"{s.row.title} {s.score:.0f} ({s.tier})" for s in table) + "."
+            reference = results.reference(rows)
+            text += f" {verdict(differences(rows, reference), reference)}" if reference is not None else ""
         paragraphs.append(text)
     return paragraphs
 
