@@ -23,8 +23,11 @@ help: ## this list
 demo: $(CORE) ## the main job on the embedded data: nearfold study spectrum
 	$(BIN)/nearfold study spectrum
 
+# A test that hangs fails after ten minutes and says where; one that no signal reaches ends its process after fifteen.
+LIMITS := --timeout 600 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+
 test: $(DEV) ## all tests and doctests, in two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(LIMITS)
 
 lint: $(DEV) ## formatting, lint rules and types; changes nothing
 	$(BIN)/ruff format --check .

@@ -78,8 +78,8 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "all_ones": "all | row | ones",
     "nearest_euclidean": "nearest(5, euclidean) | ranked | softmax(heads=2)*separable",
     "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
-    "nearest_blend": "nearest(50, blend(0.3, cosine), padding=1, self) | causal"
-    " | identity(heads=2)*kernel(coordinates)",
+    "nearest_blend": "nearest(50, blend(0.3, cosine), self) | causal | identity(heads=2)*kernel(coordinates)",
+    "nearest_padded": "nearest(50, cosine, padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
     "nearest_chebyshev": "nearest(7, position(chebyshev), stride=2) | box | softmax(project=none)*depthwise",
     "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
     " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",

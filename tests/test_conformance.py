@@ -115,12 +115,14 @@ def test_cases_cover_the_vocabulary():
     assert not missing, f"CASES lacks {missing}"
 
 
+def test_rounding_decides_no_case():
+    """Or one machine's products would order equally near positions in one way, and another's in another."""
+    assert not [text for text in CASES.values() if tie_prone(parse(text))]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name):
-    # at a tie the order of slots jumps, and there is no derivative to compare with
-    text = CASES[name].replace("padding=1, self", "self")
-    assert not tie_prone(parse(text))
-    check_gradients(text, (4, 4) if "padding=0" in text else (3, 4))
+    check_gradients(CASES[name], (4, 4) if "padding=0" in CASES[name] else (3, 4))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n in CATALOGUE])

@@ -246,7 +246,7 @@ def test_killed_launchers_and_workers_lose_nothing_that_has_finished(tmp_path, u
             process.communicate(timeout=120)
         elif process.poll() is None:
             process.kill()
-            process.communicate()
+            process.communicate(timeout=60)
             deaths += 1
             for worker in workers:  # they notice, and end
                 limit = time.monotonic() + 20
@@ -274,7 +274,7 @@ def test_workers_end_with_their_launcher_in_the_middle_of_a_run(tmp_path):
         process.kill()
         for worker in filter(alive, workers):
             os.kill(worker, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 @needs_proc
@@ -356,17 +356,18 @@ def test_a_ray_cluster_of_two_nodes_whose_launcher_and_workers_are_killed(tmp_pa
         launcher = launch(tmp_path, f"Ray({cluster.address!r})", epochs=30)
         wait_until(lambda: (outcomes(store) and at_work()) or launcher.poll() is not None)
         launcher.kill()
-        launcher.communicate()
+        launcher.communicate(timeout=60)
         before = outcomes(store)
         wait_until(lambda: not at_work())  # they end with their launcher
         planned, lines = open_plan(tmp_path, epochs=30), []
         arguments = (planned.runs, planned.place, Ray(cluster.address))
-        second = threading.Thread(target=work_through, args=arguments, kwargs={"say": lines.append})
+        second = threading.Thread(target=work_through, args=arguments, kwargs={"say": lines.append}, daemon=True)
         second.start()
         wait_until(lambda: at_work() or not second.is_alive())
         for pid in at_work():
             os.kill(pid, signal.SIGKILL)
-        second.join()
+        second.join(timeout=240)
+        assert not second.is_alive(), f"the cluster does not go on: {lines}"
         assert any("the process was ended on the cluster" in line for line in lines), lines
         work_through(*arguments, retry=True, say=lines.append)
         assert 0 < len(before) < 4 and before.items() <= outcomes(store).items()
