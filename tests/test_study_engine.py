@@ -376,6 +376,9 @@ def test_a_ray_cluster_of_two_nodes_whose_launcher_and_workers_are_killed(tmp_pa
         bad = planned.runs[0].__class__(config, "bad", "bad")
         (outcome,) = Ray(cluster.address).outcomes([bad], planned.place)
         assert "no such task" in outcome.error
+        monkeypatch.setattr("nearfold.study.ray.PATIENCE_SECONDS", 1.0)
+        with pytest.raises(ValueError, match=r"1 runs wait for a node with 64 cores.*has had none: start one"):
+            list(Ray(cluster.address, cpus=64).outcomes(planned.runs[:1], planned.place))
     finally:
         ray.shutdown()
         cluster.shutdown()

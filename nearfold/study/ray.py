@@ -19,6 +19,9 @@ from nearfold.study.grid import Run
 from nearfold.study.tasks import Place
 from nearfold.train.readers import first_line
 
+PATIENCE_SECONDS = 300.0
+"""How long a cluster may be without any node that could ever hold a run: a new one may be starting."""
+
 
 @dataclass(frozen=True)
 class Ray:
@@ -39,7 +42,7 @@ class Ray:
 
         Raises:
             ImportError: Ray is not installed.
-            ValueError: the cluster is not there, or a node does not see the store.
+            ValueError: the cluster is not there or has no node for a run any more, or a node does not see the store.
         """
         ray = connect(self.address)
         mark = _mark(place.root)
@@ -50,7 +53,7 @@ class Ray:
         doing = {remote.remote(run, there, str(mark), self.cpus): run for run in runs}
         try:
             while doing:
-                (ready,), _ = ray.wait(list(doing))
+                ready = self._next(ray, list(doing))
                 run = doing.pop(ready)
                 try:
                     yield ray.get(ready)
@@ -63,6 +66,23 @@ class Ray:
             for task in doing:
                 ray.cancel(task, force=True)
             mark.unlink(missing_ok=True)
+
+    def _next(self, ray: Any, tasks: list[Any]) -> Any:
+        """The next task that ends. Ray itself waits for ever, and without a word, where no node can take one."""
+        without = 0.0
+        while True:
+            ready, _ = ray.wait(tasks, timeout=PATIENCE_SECONDS / 10)
+            if ready:
+                return ready[0]
+            sizes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            fits = any(size.get("CPU", 0) >= self.cpus and size.get("GPU", 0) >= self.gpus for size in sizes)
+            without = 0.0 if fits else without + PATIENCE_SECONDS / 10
+            if without >= PATIENCE_SECONDS:
+                raise ValueError(
+                    f"{len(tasks)} runs wait for a node with {self.cpus:g} cores and {self.gpus:g} GPUs, and for "
+                    f"{without / 60:.0f} minutes the Ray cluster at {self.address!r} has had none: start one and run "
+                    "this again (what has finished stays), or use --engine local"
+                )
 
 
 def connect(address: str) -> Any:
