@@ -30,6 +30,7 @@ from nearfold.train import (
 from nearfold.train import checkpoint as checkpoints
 from nearfold.train.distributed import Team
 from nearfold.train.evaluation import measure
+from nearfold.train.loop import _only_user
 from nearfold.train.mix import draw_mix, mixed
 from nearfold.train.seeds import generator
 from nearfold.train.trainer import Trainer
@@ -549,6 +550,24 @@ def test_a_killed_process_loses_nothing(data, tmp_path):
     steps = [(r["kind"], r["step"]) for r in records(out)]
     assert len(steps) == len(set(steps)) == result.steps + RECIPE.epochs
     assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for open files in /proc")
+def test_a_run_that_has_ended_frees_its_folder_whoever_it_started(tmp_path, monkeypatch):
+    """A process that was forked in the meantime has a copy of every open file, and of the lock on it."""
+    monkeypatch.setattr("nearfold.train.loop._LOCK_SECONDS", 0.0)
+    team = Team(0, 1, torch.device("cpu"))
+    with _only_user(tmp_path, team):
+        opened = [int(path.name) for path in Path("/proc/self/fd").iterdir() if path.resolve() == tmp_path.resolve()]
+        copies = [os.dup(file) for file in opened]
+        with pytest.raises(ValueError, match="is in use by another run"), _only_user(tmp_path, team):
+            pass
+    try:
+        with _only_user(tmp_path, team):
+            assert len(copies) == 1
+    finally:
+        for file in copies:
+            os.close(file)
 
 
 def records_so_far(out):

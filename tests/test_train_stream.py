@@ -1,11 +1,13 @@
 import gc
 import io
 import json
+import multiprocessing
 import pickle
 import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -105,7 +107,7 @@ def test_workers_end_with_their_feed(folders):
     feed = open_data(folders / "folder", image_size=16).open_feed(RECIPE, Team(0, 1, CPU), 2)
     batches = feed.train(0)
     next(batches)
-    workers = feed._loaders[0]._iterator._workers
+    workers = feed._owned[0]._iterator._workers
     feed.itself, feed.batches = feed, batches  # for the garbage collector to find
     del feed, batches
     began = time.monotonic()
@@ -422,7 +424,7 @@ def test_what_is_broken_inside_is_said_when_it_is_read(tmp_path, damage, says, w
     if callable(afterwards):
         afterwards()
     feed = data.open_feed(replace(RECIPE, batch_size=1), Team(0, 1, CPU), workers)
-    with pytest.raises(ValueError, match=says) as raised:  # wherever the image went
+    with pytest.raises(ValueError, match=says) as raised, closing(feed):  # wherever the image went
         for batches in (feed.train(0), feed.evaluation("val"), feed.evaluation("test")):
             list(batches)
     assert "\n" not in str(raised.value), "no traceback of a worker"
@@ -572,10 +574,13 @@ def test_a_run_that_was_interrupted_ends_where_an_undisturbed_one_does(data, tmp
     whole, again = model(), model()
     result = fit(whole, data, RECIPE, progress=False)
     assert result.steps == 8 and 0 <= result.test_accuracy <= 1
-    with pytest.raises(Interrupted):
-        fit(again, Interrupting(data, 6), RECIPE, out=tmp_path, checkpoint_every=1, progress=False)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(Interrupted) as kept:  # as a notebook keeps it, and with it what was going on
+        fit(again, Interrupting(data, 6), RECIPE, out=tmp_path, checkpoint_every=1, progress=False, workers=2)
+    assert set(multiprocessing.active_children()) <= before, "nobody reads ahead for a run that has ended"
     again = model()
     fit(again, data, RECIPE, out=tmp_path, resume=True, progress=False, workers=2)
+    assert set(multiprocessing.active_children()) <= before and kept.tb
     for name, weight in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
 

@@ -52,6 +52,10 @@ class Feed(Protocol):
         """Return the images of a split that :meth:`evaluation` yields over all processes."""
         ...
 
+    def close(self) -> None:
+        """End what reads ahead. Nothing can be read afterwards."""
+        ...
+
 
 class Streamed(Protocol):
     """Data that are not in memory: what :func:`nearfold.train.fit` needs of them."""
@@ -186,3 +190,6 @@ class MemoryFeed:
     def count(self, split: str) -> int:
         """Return the images of a split that are evaluated."""
         return len(self._evaluated[split][1])
+
+    def close(self) -> None:
+        """Nothing reads ahead."""

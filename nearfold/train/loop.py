@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,9 @@ def fit(
     _check_arguments(out, resume, tensorboard, checkpoint_every, log_every, parallel, workers)
     require_precision(team.device, recipe.precision)
     memory = PeakMemory(team.device)
-    with _only_user(out, team), global_randomness_kept(), _deterministic(recipe.deterministic):
+    with _only_user(out, team), global_randomness_kept(), _deterministic(recipe.deterministic), ExitStack() as at_end:
         trainer = Trainer(model, data, recipe, team, schedule, parallel=parallel, compiled=compile, workers=workers)
+        at_end.callback(trainer.feed.close)
         identity: dict[str, Any] = {}
         if out is not None:
             identity = _identity(data, recipe, schedule)
@@ -268,7 +269,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _only_user(out: Path | None, team: Team) -> Iterator[None]:
     """Keep other processes from using a run's folder; the system lifts the lock when this one dies.
 
-    It is waited for a little: processes whose launcher was killed end within a second.
+    It is waited for a little: processes whose launcher was killed end within a second, those that read ahead for one
+    that was killed within five.
     """
     if out is None or not team.leads:
         yield
@@ -290,6 +292,8 @@ def _only_user(out: Path | None, team: Team) -> Iterator[None]:
                 break
         yield
     finally:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)  # closing lifts it only where no child process has a copy
         os.close(folder)
 
 

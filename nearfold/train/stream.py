@@ -288,7 +288,7 @@ class _Plan(Sampler[_Piece]):
 
 
 class StreamFeed:
-    """A ``Feed`` of data on disk: its workers are torch's ``DataLoader``'s, and stay up from epoch to epoch.
+    """A ``Feed`` of data on disk: its workers are torch's ``DataLoader``'s, and stay up until it is closed.
 
     Only one of the iterators it returns can be used at a time: the last one.
 
@@ -333,9 +333,10 @@ class StreamFeed:
             pin_memory=team.device.type == "cuda",
             generator=torch.Generator(),  # the global one is the model's
         )
+        # The loader and its iterator have no other owner, so that clearing the list ends the workers.
+        self._owned: list[Any] = [loader]
         # Found by the garbage collector, the loader would wait for workers that no longer hear it; here they still do.
-        self._loaders = [loader]
-        weakref.finalize(self, self._loaders.clear)
+        weakref.finalize(self, self._owned.clear)
 
     def train(self, step: int) -> Batches:
         """Yield this process's share of every batch from `step` (over all epochs) to the end of its epoch."""
@@ -363,6 +364,10 @@ class StreamFeed:
         """Return the images of a split that are evaluated."""
         return len(self._evaluated[split])
 
+    def close(self) -> None:
+        """End the workers, whoever still holds an iterator."""
+        self._owned.clear()
+
     def _pieces(self, epoch: int, rows: list[int]) -> list[_Piece]:
         """Cut this process's share of a batch where a lane ends."""
         wide, begin = self.batch_size // self._lanes, self._team.rank * self._each
@@ -376,7 +381,7 @@ class StreamFeed:
         self._turn += 1
         turn = self._turn
         self._plan.pieces = [piece for pieces in steps for piece in pieces]
-        found = iter(self._loaders[0])
+        self._owned[1:] = [iter(self._owned[0])]
         height, width = self._data.size
         for pieces in steps:
             rows = [row for piece in pieces for row in piece.rows]
@@ -384,7 +389,7 @@ class StreamFeed:
             at = 0
             for piece in pieces:
                 assert turn == self._turn, "a newer iterator has taken over the workers"
-                part = next(found)
+                part = next(self._owned[1])
                 if isinstance(part, str):
                     raise ValueError(part)
                 images[at : at + len(piece.rows)].copy_(part, non_blocking=True)
