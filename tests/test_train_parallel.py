@@ -129,6 +129,8 @@ def train_until(out, parallel, last):
             progress=False,
         )
     except KeyboardInterrupt:
+        if "RANK" in os.environ:  # torch's threads may be at work: now and then its end aborts the process
+            os._exit(0)
         return
     finally:
         Trainer.take_step = take
