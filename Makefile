@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
-INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard nearfold/kernels/cpp/*)
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nearfold/kernels/cpp/*)
 
 # CORE and DEV are stamps: removed before an installation, written after it. A .venv made here (OURS)
 # without CORE was left by an installation cut short, which pip may take for a whole one, so it is
@@ -13,7 +13,7 @@ OURS := $(VENV)/.nearfold-made
 CORE := $(VENV)/.nearfold-core
 DEV := $(VENV)/.nearfold-dev
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test slow lint format bench clean
 .NOTPARALLEL: # two installations into one .venv would collide
 .DEFAULT_GOAL := help
 
@@ -26,8 +26,13 @@ demo: $(CORE) ## the main job on the embedded data: nearfold study spectrum
 # A test that hangs fails after ten minutes and says where; one that no signal reaches ends its process after fifteen.
 LIMITS := --timeout 600 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
-test: $(DEV) ## all tests and doctests, in two processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(LIMITS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(LIMITS)
+
+test: $(DEV) ## the quick tests and the doctests, in two processes of one thread each
+	$(PYTEST) -m "not slow"
+
+slow: $(DEV) ## the tests marked slow: kills, torchrun, Ray, Triton's interpreter, sanitizers
+	$(PYTEST) -m slow
 
 lint: $(DEV) ## formatting, lint rules and types; changes nothing
 	$(BIN)/ruff format --check .
@@ -42,7 +47,7 @@ bench: $(CORE) ## time and memory against the usual formulations and libraries; 
 	$(BIN)/python -m benchmarks
 
 clean: ## remove caches and build products; keep .venv and runs
-	rm -rf build dist *.egg-info nearfold/kernels/_engine*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist *.egg-info src/nearfold/kernels/_engine*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . \( -path ./$(VENV) -o -path ./.git -o -path ./runs \) -prune \
 		-o -type d -name __pycache__ -exec rm -rf {} +
 

@@ -1,13 +1,18 @@
-"""Which files pytest reads. Here at the root it also makes the source tree importable without an installation."""
+"""Which files pytest reads. At the root it also makes benchmarks/ importable, and src/ where nothing is installed."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
-TRITON = Path(__file__).parent / "nearfold" / "kernels" / "triton"
+SOURCE = Path(__file__).parent / "src"
+TRITON = SOURCE / "nearfold" / "kernels" / "triton"
+
+if importlib.util.find_spec("nearfold") is None:
+    sys.path.insert(0, str(SOURCE))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -22,10 +27,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-LONG = ("test_triton.py", "test_train_parallel.py", "test_train_survival.py", "test_study_engine.py")
-"""Files of tests that take long: first, so that no process is left with one of them at the end."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put them first; the order is otherwise kept."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """The slow ones first, so that no process is left with one of them at the end; the order is otherwise kept."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

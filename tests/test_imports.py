@@ -32,6 +32,7 @@ RANK = {
     "compat": 6,
     "train": 6,
     "study": 7,
+    "recipes": 8,
     "cli": 8,
     "app": 8,
     "__main__": 9,

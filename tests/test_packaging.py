@@ -58,9 +58,9 @@ def unpacked(tmp_path_factory):
 
 
 def test_the_sdist_has_all_sources(unpacked):
-    for folder in ("nearfold", "tests", "benchmarks"):
+    for folder in ("src", "tests", "benchmarks", "recipes"):
         assert files(unpacked / folder, "*.py") == files(ROOT / folder, "*.py")
-    assert files(unpacked / "nearfold/kernels/cpp", "*") == files(ROOT / "nearfold/kernels/cpp", "*")
+    assert files(unpacked / "src/nearfold/kernels/cpp", "*") == files(ROOT / "src/nearfold/kernels/cpp", "*")
     assert files(unpacked, "*.so") == set()
     root = {path.name for path in unpacked.iterdir() if path.is_file()}
     assert root >= {"pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md"}
@@ -75,7 +75,7 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
     assert wheel.name == f"nearfold-{nearfold.__version__}-py3-none-any.whl"
 
     info = f"nearfold-{nearfold.__version__}.dist-info"
-    package = {name for name in files(unpacked / "nearfold", "*.*") if "/cpp/" not in name}
+    package = {name for name in files(unpacked / "src/nearfold", "*.*") if "/cpp/" not in name}
     assert "nearfold/py.typed" in package
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if not name.startswith(info)} == package
@@ -102,4 +102,4 @@ def test_the_engine_is_built_where_a_compiler_is():
     engine = importlib.util.find_spec("nearfold.kernels._engine")
     assert engine and engine.origin, "to see what failed: .venv/bin/python -m pip install -c constraints.txt -v -e ."
     # one compiled by hand would go on serving, unnoticed, when the sources no longer compile
-    assert not Path(engine.origin).is_relative_to(ROOT / "nearfold"), "delete the engine in the source tree"
+    assert not Path(engine.origin).is_relative_to(ROOT / "src"), "delete the engine in the source tree"

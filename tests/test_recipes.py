@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from nearfold.models.denoise import DenoiseNet
 from nearfold.models.registry import entry_of
-from recipes import backbone, denoise, denoise_report, detection, photographs, scenes, segmentation
+from nearfold.recipes import backbone, denoise, denoise_report, detection, photographs, scenes, segmentation
 
 TINY = backbone.Settings(arguments={"width": 8, "depths": (1, 1, 1, 1)}, size=64, steps=25, batch=6, lr=5e-3)
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def photos():
 
 @pytest.mark.parametrize("module", ["scenes", "backbone", "detection", "denoise_report"])
 def test_examples(module):
-    result = doctest.testmod(importlib.import_module(f"recipes.{module}"))
+    result = doctest.testmod(importlib.import_module(f"nearfold.recipes.{module}"))
     assert result.attempted and not result.failed
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from nearfold.models import create
 from nearfold.models.registry import entry_of
 from nearfold.models.table import agrees, number, parameters
+from nearfold.recipes import generated, imagenet
 from nearfold.train import Recipe, open_data
-from recipes import generated, imagenet
 
 
 @pytest.mark.parametrize("module", ["generated", "imagenet"])
 def test_examples(module):
-    result = doctest.testmod(importlib.import_module(f"recipes.{module}"))
+    result = doctest.testmod(importlib.import_module(f"nearfold.recipes.{module}"))
     assert result.attempted and not result.failed
 
 

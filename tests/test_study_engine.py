@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nearfold.recipes.generated import write
 from nearfold.study import engine, tasks
 from nearfold.study import store as store_module
 from nearfold.study.engine import attempt, work_through
@@ -23,7 +24,8 @@ from nearfold.study.local import Local
 from nearfold.study.plan import plan
 from nearfold.study.store import Store
 from nearfold.train import Recipe, fit, open_data
-from recipes.generated import write
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("NEARFOLD_KILLS", "1"))
 """Of the launcher and of a worker, each; more in a test of its own."""

@@ -21,7 +21,10 @@ from nearfold.train import Recipe, evaluate, fit, load_data
 from nearfold.train.distributed import Team, _agree_on_start
 from nearfold.train.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
+]
 
 RECIPE = Recipe(epochs=2, batch_size=48, lr=3e-3, augment="crop_flip", label_smoothing=0.1, device="cpu")
 SGD = replace(RECIPE, optimizer="sgd", lr=0.05, clip_grad_norm=0.0)  # the size of the gradient counts

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nearfold.recipes import generated
 from nearfold.train import Recipe, fit, load_data, open_data, sources, stream, transforms
 from nearfold.train.distributed import Team
 from nearfold.train.feed import open_feed
 from nearfold.train.seeds import generator
-from recipes import generated
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -19,6 +19,8 @@ from nearfold.nn import Mixer
 from nearfold.train import Recipe, checkpoint, fit, load_data, loop
 from nearfold.train.distributed import Team
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Recipe(epochs=6, batch_size=32, lr=3e-3, augment="crop_flip", ema=0.9, device="cpu")
 KILLS = int(os.environ.get("NEARFOLD_KILLS", "1"))
 """How often the run under torchrun is killed: more of them take longer and prove more."""

@@ -20,6 +20,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from nearfold.kernels.triton.compiled import NUMBERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHARED = {80: 160 * 1024, 90: 227 * 1024}  # bytes that a block may have
 SPILLS = {  # (module, kernel): bytes that a thread may spill; others none
@@ -76,7 +78,7 @@ def compiled(*arguments: str, path: str = "", **environment: str) -> subprocess.
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "nearfold.kernels.triton.compiled", *arguments, "--json"],
-        env={**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), path]), **environment},
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), path]), **environment},
         capture_output=True,
         text=True,
         timeout=300,

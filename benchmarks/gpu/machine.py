@@ -34,7 +34,7 @@ def commit() -> str:
 def sources() -> str:
     """What the package's modules hold, in ten letters: a copy of the tree may know no commit."""
     found = hashlib.sha256()
-    for path in sorted((ROOT / "nearfold").rglob("*.py")):
+    for path in sorted((ROOT / "src" / "nearfold").rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:10]
 

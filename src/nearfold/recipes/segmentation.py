@@ -1,7 +1,7 @@
 """Segmentation: a registered backbone under torchvision's FCN head, trained on generated images with real masks.
 
-`python -m recipes.segmentation` trains for a minute and prints the loss, and the mean IoU of the classes on images
-that were not trained on, before and after. The head (arXiv 1411.4038) reads the finest map of a feature pyramid.
+`python -m nearfold.recipes.segmentation` trains for a minute and prints the loss, and the mean IoU of the classes on
+images that were not trained on, before and after. The head (arXiv 1411.4038) reads the finest map of a feature pyramid.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold._torchvision import load
-from recipes.backbone import Pyramid, Settings, settings_of, study
-from recipes.scenes import CLASSES, Scene
+from nearfold.recipes.backbone import Pyramid, Settings, settings_of, study
+from nearfold.recipes.scenes import CLASSES, Scene
 
 
 class Segmenter(nn.Module):
@@ -60,7 +60,7 @@ def mean_iou(model: nn.Module, batch: list[Scene]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """The command line."""
-    settings = settings_of("python -m recipes.segmentation", __doc__, argv)
+    settings = settings_of("python -m nearfold.recipes.segmentation", __doc__, argv)
     return study(settings, build(settings), loss_of, mean_iou)
 
 

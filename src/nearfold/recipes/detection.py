@@ -1,7 +1,7 @@
 """Detection: a registered backbone under torchvision's FCOS, trained on generated images with real boxes.
 
-`python -m recipes.detection` trains for a minute and prints the loss, and the mean IoU of the found boxes on images
-that were not trained on, before and after. The detector is FCOS (arXiv 1904.01355) on a feature pyramid. Boxes are
+`python -m nearfold.recipes.detection` trains for a minute and prints the loss, and the mean IoU of the found boxes on
+images that were not trained on, before and after. The detector is FCOS (arXiv 1904.01355) on a feature pyramid. Boxes are
 decoded here, in plain PyTorch: torchvision's compiled suppression does not load beside every torch.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nearfold._torchvision import load
-from recipes.backbone import Pyramid, Settings, settings_of, study
-from recipes.scenes import CLASSES, Scene
+from nearfold.recipes.backbone import Pyramid, Settings, settings_of, study
+from nearfold.recipes.scenes import CLASSES, Scene
 
 
 def build(settings: Settings) -> nn.Module:
@@ -83,7 +83,7 @@ def mean_iou(model: nn.Module, batch: list[Scene]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """The command line."""
-    settings = settings_of("python -m recipes.detection", __doc__, argv)
+    settings = settings_of("python -m nearfold.recipes.detection", __doc__, argv)
     return study(settings, build(settings), loss_of, mean_iou)
 
 

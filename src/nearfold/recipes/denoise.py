@@ -1,8 +1,8 @@
 """Denoising real photographs: ConvNN as learned non-local means against its convolutional twins.
 
-`python -m recipes.denoise` trains the networks of the tables below, three seeds each (some 45 minutes on one core), and
-writes benchmarks/results/denoise.md and .json and docs/pictures/denoise.png. What was trained before with the same
-settings is not trained again. docs/denoising.md says what came out.
+`python -m nearfold.recipes.denoise` trains the networks of the tables below, three seeds each (some 45 minutes on one
+core), and writes benchmarks/results/denoise.md and .json and docs/pictures/denoise.png. What was trained before with
+the same settings is not trained again. docs/denoising.md says what came out.
 
 The photographs are those that scikit-learn and scikit-image (`pip install scikit-image`) bring along.
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.models.denoise import DenoiseNet
+from nearfold.recipes.denoise_report import markdown, picture
+from nearfold.recipes.photographs import TEST, TRAIN, VALIDATION, centre, crops, noisy, photograph, scores
 from nearfold.train.seeds import derive, generator
-from recipes.denoise_report import markdown, picture
-from recipes.photographs import TEST, TRAIN, VALIDATION, centre, crops, noisy, photograph, scores
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def cost(name: str, width: int, side: int = 128) -> tuple[int, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.denoise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nearfold.recipes.denoise", description=__doc__)
     parser.add_argument("--sigma", type=float, nargs="+", choices=STUDY, default=[*STUDY], help="default: all of them")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every network (default: 3)")
     parser.add_argument("--steps", type=int, default=Settings.steps, help=f"default: {Settings.steps}")

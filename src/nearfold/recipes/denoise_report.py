@@ -1,4 +1,4 @@
-"""The table and the picture of `recipes.denoise`."""
+"""The table and the picture of `nearfold.recipes.denoise`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recipes.photographs import TEST, psnr
+from nearfold.recipes.photographs import TEST, psnr
 
 
 def spread(numbers: list[float]) -> tuple[float, float]:
@@ -74,7 +74,8 @@ def markdown(
     lines = [
         "# Denoising",
         "",
-        f"Written by `python -m recipes.denoise`. PSNR in dB on {len(TEST)} test photographs: mean and sample standard",
+        "Written by `python -m nearfold.recipes.denoise`. PSNR in dB on "
+        f"{len(TEST)} test photographs: mean and sample standard",
         f"deviation over {seeds} seeds. Ahead: the same of the difference with the same seed, and in how many of the",
         "photographs and seeds it is positive. Then every photograph. What is compared, how, and what it says:",
         "[docs/denoising.md](../../docs/denoising.md).",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nearfold._torchvision import load
 from nearfold.models import create
-from recipes.scenes import Scene, scenes
+from nearfold.recipes.scenes import Scene, scenes
 
 
 @dataclass(frozen=True)

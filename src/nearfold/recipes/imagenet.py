@@ -1,8 +1,9 @@
 """The published ImageNet rows as recipes: what to train, with which settings, and what was printed for it.
 
-`python -m recipes.imagenet` lists the rows; `python -m recipes.imagenet resnet50_hybrid --data DIR --out DIR` trains
-one. The same command runs under torchrun; docs/training.md has the commands for one machine and for several. With
-`--tiny` a small network of the same kind is trained instead: a rehearsal, for which recipes/generated.py writes data.
+`python -m nearfold.recipes.imagenet` lists the rows; `python -m nearfold.recipes.imagenet resnet50_hybrid --data DIR
+--out DIR` trains one. The same command runs under torchrun; docs/training.md has the commands for one machine and for several. With
+`--tiny` a small network of the same kind is trained instead: a rehearsal, for which
+`nearfold.recipes.generated` writes data.
 
 What the sources state is told apart from what we chose, field by field: `Row.stated`. Nobody has trained these rows
 with this code yet. What the sources have and a Recipe has not: stochastic depth (0.2 in Swin-T, 0.1 in ViT-Base) and
@@ -134,7 +135,7 @@ def table() -> str:
 
 def main(argv: list[str] | None = None) -> Result | None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.imagenet", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nearfold.recipes.imagenet", description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="what to train; without it, the rows")
     parser.add_argument("--data", type=Path, metavar="DIR", help="parquet files, tar files or class folders")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for metrics, checkpoints and weights")

@@ -1,7 +1,7 @@
 """A generated data set like ImageNet in form: JPEG files of different sizes, in each layout that training reads.
 
-`python -m recipes.generated DIR --layout parquet --images 2000` writes textures in eight classes: four patterns, each
-in a warm and in a cold colour, at random angles, scales and places. `nearfold.train.open_data` reads the result. The
+`python -m nearfold.recipes.generated DIR --layout parquet --images 2000` writes textures in eight classes: four patterns,
+each in a warm and in a cold colour, at random angles, scales and places. `nearfold.train.open_data` reads the result. The
 same number of images and the same seed are the same images in every layout.
 
 Shape legend: H, W pixels.
@@ -159,7 +159,7 @@ def _write_files(root: Path, part: Iterator[Image]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.generated", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m nearfold.recipes.generated", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help=f"default: {LAYOUTS[0]}")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="for training (default: 2000)")
