@@ -178,7 +178,7 @@ def test_the_page_is_whole_and_asks_for_nothing(figure):
                 assert value.startswith("#"), value
     assert "http" not in re.sub(r'(xmlns(:\w+)?|xlink:\w+)="[^"]*"', "", re.sub(r"<!DOCTYPE[^>]*>", "", text))
     assert "A title &lt;&amp;&gt;" in text and "<1>" not in text and "RuntimeError: &lt;bad&gt;" in text
-    for words in ("Which?", "That one.", "The answer", "The protocol", "Every run", "Facts &amp; figures."):
+    for words in ("Which?", "That one.", "The answer in full", "Every run", "Facts &amp; figures."):
         assert words in text
     assert text.count("<title>") > 10  # every point says its numbers
 
@@ -242,7 +242,9 @@ def _costs(root):
         (["run", "ratio", "--data", "cifar10=nowhere"], "nowhere does not exist"),
         (["run", "augmentation"], "where is the data set 'cifar10'"),
         (["budget"], "say a budget"),
-        (["budget", "--latency-ms", "5"], "no run of the study is in"),
+        (["budget", "--latency-ms", "5", "--data", "cifar10=nowhere"], "nowhere does not exist"),
+        (["budget", "--latency-ms", "5", "--preset", "paper"], "where is the data set"),
+        (["budget", "--latency-ms", "0"], "a budget must be above 0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):

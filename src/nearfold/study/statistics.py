@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEVEL = 0.95
 
@@ -19,6 +19,9 @@ LEVEL = 0.95
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its interval at `LEVEL`; without an interval (nan) where there is one value only.
+
+    One value has no interval even where the spread is known from others: it would be drawn around a value that nothing
+    of its own supports.
 
     Attributes:
         mean: of the values.
@@ -38,6 +41,21 @@ class Estimate:
     def half(self) -> float:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
+
+    @property
+    def arms(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the mean, which an end that was cut makes unequal."""
+        return self.mean - self.low, self.high - self.mean
+
+    def cut(self, low: float, high: float) -> Estimate:
+        """The same with the interval ended at what values can be.
+
+        >>> Estimate(0.98, 0.94, 1.02, 3, 0.0).cut(0.0, 1.0).high
+        1.0
+        """
+        if math.isnan(self.low):
+            return self
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,9 @@ def estimate(values: Sequence[float], spread: Spread | None = None) -> Estimate:
 
     n = len(values)
     mean = statistics.fmean(values)
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n, math.nan)
     if spread is None:
-        if n < 2:
-            return Estimate(mean, math.nan, math.nan, n, math.nan)
         spread = Spread(statistics.stdev(values), n - 1)
     error = spread.deviation / math.sqrt(n)
     half = float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
