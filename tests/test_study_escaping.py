@@ -26,8 +26,8 @@ from nearfold.train import Recipe
 
 ATTACKS = (
     "\"><script>alert(1)</script>", "'><img src=x onerror=alert(2)>", "</title></style></svg><b>", "--><i>", "]]><u>",
-    "{{ 7*7 }}{% raw %}", "$1_{x$", "\\$2^$", "\\frac{", "&lt;script&gt;", "a|b`c`", "λ 文字 \N{RIGHT-TO-LEFT OVERRIDE}", "\x00\x1b[31m",
-    "caf\udce9", "line\nbreak", 'x" onload="alert(3)', "#2f6db3", "https://example.org/x.js",
+    "{{ 7*7 }}{% raw %}", "$1_{x$", "\\$2^$", "\\frac{", "&lt;script&gt;", "a|b`c`",
+    "λ 文字 \N{RIGHT-TO-LEFT OVERRIDE}", "\x00\x1b[31m", "caf\udce9", "line\nbreak", 'x" onload="alert(3)', "#2f6db3", "https://example.org/x.js",
 )  # fmt: skip
 COSTS = {"parameters": 10, "flops": 100.0, "latency_ms": 1.0, "images_per_second": 5.0, "peak_memory_mib": 2.0}
 
@@ -52,7 +52,9 @@ class Tags(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         assert not any(name.startswith("on") for name, _ in attrs), attrs
-        assert all(value.startswith(("#", "data:image/png")) for n, value in attrs if n in ("src", "href", "xlink:href"))
+        assert all(
+            value.startswith(("#", "data:image/png")) for n, value in attrs if n in ("src", "href", "xlink:href")
+        )
         self.found[tag, tuple(sorted(name for name, _ in attrs))] += 1
 
 
@@ -88,21 +90,39 @@ def drawn(name, figure):
 
 def spectrum(name):
     rows = [
-        Line(f"op{i}", f"{name}{i}", name, family, i, (0.9, 0.8 + 0.1 * i), (1.0, 1.0), 10, 1000 + i, 1.5, 50.0 + i, 2.0)
+        Line(
+            f"op{i}", f"{name}{i}", name, family, i, (0.9, 0.8 + 0.1 * i), (1.0, 1.0), 10, 1000 + i, 1.5, 50.0 + i, 2.0
+        )
         for i, family in enumerate(("space", "between", "features"))
     ]
     look = Look(f"{name}0", torch.full((4, 4), 1 / 16), (1, 1))
     return report.html(
         report.Report(
-            name, [name], rows, 100, 9, 6, torch.zeros(1, 8, 8, dtype=torch.uint8), name, name, {"op0": look},
-            [(name, name)], [(name, name)], {name: name}, {name: name},
-        )  # fmt: skip
+            name,
+            [name],
+            rows,
+            100,
+            9,
+            6,
+            torch.zeros(1, 8, 8, dtype=torch.uint8),
+            name,
+            name,
+            {"op0": look},
+            [(name, name)],
+            [(name, name)],
+            {name: name},
+            {name: name},
+        )
     )
 
 
 def without_optional(tags):
     """Tags whose number follows the names' width: which names find room in a figure, and in how many lines."""
-    return {tag: n for tag, n in tags.found.items() if tag[0] not in ("g", "text", "tspan", "path", "use", "defs", "clippath", "rect")}
+    return {
+        tag: n
+        for tag, n in tags.found.items()
+        if tag[0] not in ("g", "text", "tspan", "path", "use", "defs", "clippath", "rect")
+    }
 
 
 @pytest.mark.parametrize("figure", [*sorted(CHARTS), "spectrum"])
@@ -112,7 +132,16 @@ def test_no_text_from_outside_makes_a_tag_or_loses_the_page(figure):
     wild = draw("".join(ATTACKS))
     found = Tags(wild)
     assert without_optional(found) == tame
-    assert {tag for tag, _ in found.found} <= {tag for tag, _ in tame} | {"g", "text", "tspan", "path", "use", "defs", "clippath", "rect"}
+    assert {tag for tag, _ in found.found} <= {tag for tag, _ in tame} | {
+        "g",
+        "text",
+        "tspan",
+        "path",
+        "use",
+        "defs",
+        "clippath",
+        "rect",
+    }
     for sign in ("<script>alert", "<img", "<b>", "<i>", "<u>"):
         assert sign not in wild
     assert "{{ 7*7 }}" in wild and "$1_{x$" in wild.replace("&#39;", "'")  # as they are, neither filled in nor typeset
@@ -154,7 +183,12 @@ def test_a_page_that_cannot_be_drawn_loses_nothing_and_is_one_line(tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"runs.csv", "results.json", "summary.md"}
 
 
-GOOD = {**{k: v for k, v in run(0.5, "").items() if k != "run"}, "steps": 3, "images_per_second": 1.0, "train_loss": 0.1}
+GOOD = {
+    **{k: v for k, v in run(0.5, "").items() if k != "run"},
+    "steps": 3,
+    "images_per_second": 1.0,
+    "train_loss": 0.1,
+}
 BAD = [
     {"best_epoch": "<img src=x onerror=alert(2)>"}, {"test_accuracy": 1.5}, {"test_accuracy": -0.1},
     {"val_accuracy": True}, {"seconds": float("nan")}, {"seconds": float("inf")}, {"epochs": 2.5}, {"epochs": None},

@@ -221,9 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
 
-    from nearfold.study import command
+    from nearfold.study import budget_command, command
 
-    EXAMPLES.update(command.EXAMPLES)
+    EXAMPLES.update(command.EXAMPLES, budget=budget_command.EXAMPLES)
+    budget_command.add(_new(commands.add_parser, "budget", budget_command.SUMMARY))
     _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
     command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))
     command.add_page(_new(studies.add_parser, "study page", "draw a study's page again, from its results.json"))

@@ -184,7 +184,8 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
                     partial(_against_complexity, there),
                     f"{name}: gap against complexity",
                     f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, the "
-                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers; names where there is room.",
+                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers; names where there "
+                    "is room.",
                 )
             )
     return charts
@@ -294,7 +295,8 @@ def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
     log_axis(axes, [row.cost[cost] for row in rows])
     axes.margins(y=0.12)
     test = [(row, row.cost[cost], row.estimate("test_accuracy")) for row in rows]
-    name_points(axes, [_point(row, x, e, FRONT if row in best else OURS) for row, x, e in test], line)
+    named = [_point(row, x, e, FRONT if row in best else OURS) for row, x, e in test]
+    name_points(axes, named, line)
     return figure
 
 

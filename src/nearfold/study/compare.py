@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import LEVEL, Estimate, between, holm, paired
@@ -27,8 +27,11 @@ class Titled(Protocol):
         """Of the setting."""
 
 
+R = TypeVar("R", bound=Titled)
+
+
 @dataclass(frozen=True)
-class Difference:
+class Difference(Generic[R]):
     """A row against the reference of its data set.
 
     Attributes:
@@ -37,7 +40,7 @@ class Difference:
         p: Holm's adjusted p among the rows of the data set.
     """
 
-    row: Titled
+    row: R
     estimate: Estimate
     p: float
 
@@ -47,7 +50,7 @@ class Difference:
         return self.p < 1 - LEVEL
 
 
-def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
+def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference[Row]]:
     """Every other row of a data set against the reference, in the order of the rows.
 
     Gaps are compared where both have memorised.
@@ -58,7 +61,7 @@ def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> 
     return compared([(row, row.values(measure)) for row in others], reference.values(measure))
 
 
-def compared(rows: Sequence[tuple[Titled, Mapping[int, float]]], reference: Mapping[int, float]) -> list[Difference]:
+def compared(rows: Sequence[tuple[R, Mapping[int, float]]], reference: Mapping[int, float]) -> list[Difference[R]]:
     """Shares by seed against those of a reference, paired by seed, corrected for their number.
 
     Args:

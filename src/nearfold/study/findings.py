@@ -90,7 +90,9 @@ def _along_blend(rows: Sequence[Row]) -> str:
         text += ", and is highest at an end of the way"
     else:
         text += f", and is highest on the way, {percent(top.test)} % ({top.title})"
-    found = compared([(row, row.by_seed) for row in blend[1:] if row.by_seed.keys() & first.by_seed.keys()], first.by_seed)
+    found = compared(
+        [(row, row.by_seed) for row in blend[1:] if row.by_seed.keys() & first.by_seed.keys()], first.by_seed
+    )
     ends = [d for d in found if d.row is last and not math.isnan(d.p)]
     return text + "".join(f"; the ends differ by {points(d.estimate)}" for d in ends) + "."
 

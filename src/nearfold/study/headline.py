@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nearfold.study.compare import MEASURE, Difference, differences, points
+from nearfold.study.compare import MEASURE, Difference, differences
 from nearfold.study.results import Results
 from nearfold.study.table import names
 
@@ -100,7 +100,7 @@ def _clause(panel: Panel, words: Words, what: str) -> str:
     if not wanted and not unwanted:
         who = f"none of {len(found)} other {what} is" if len(found) > 1 else f"{quoted(found[0].row.title)} is not"
         return f"{who} found {words.neither} {reference}"
-    parts = []
+    parts: list[str] = []
     for group, (than, short) in ((wanted, words.wanted), (unwanted, words.unwanted)):
         if not group:
             continue

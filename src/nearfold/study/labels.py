@@ -26,8 +26,7 @@ class Point(NamedTuple):
 
 
 def name_points(axes: Axes, points: Sequence[Point], line: Sequence[tuple[float, float]] = ()) -> None:
-    """Write every name at the nearest place where it covers no other name, point, bar or line; where none is, leave it
-    out.
+    """Write every name at the nearest place where it covers nothing; where there is none, leave it out.
 
     The layout of the figure is fixed by this.
 

@@ -82,7 +82,7 @@ def _themed(tag: re.Match[str]) -> str:
 
 
 def plain(text: str, most: int = 40) -> str:
-    """A text in one line for a figure, cut in the middle where it is long.
+    r"""A text in one line for a figure, cut in the middle where it is long.
 
     >>> plain("a\n b"), plain("abcdefghij", most=5)
     ('a b', 'ab…ij')

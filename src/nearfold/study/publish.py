@@ -18,9 +18,9 @@ from nearfold.study.document import markdown
 from nearfold.study.engine import duration
 from nearfold.study.findings import conclusions, verdict
 from nearfold.study.looks import Look, first_look
+from nearfold.study.measure import machine
 from nearfold.study.report import Report, html
 from nearfold.study.spectrum import DEPTH, Settings, Study
-from nearfold.study.measure import machine
 from nearfold.study.store import write_each
 from nearfold.study.table import COLUMNS, Row, cells, markdown_table, mean, spread, text_table
 from nearfold.train import load_weights, prepare
@@ -45,7 +45,9 @@ def publish(study: Study) -> list[Path]:
         raise ValueError(f"no run under {study.store.root} has finished: there is nothing to report")
     folder = study.store.root
     contents = {
-        folder / "table.md": lambda: "\n".join([markdown_table(rows), *(f"{markdown(t)}\n" for t in _said(study, rows))]),
+        folder / "table.md": lambda: "\n".join(
+            [markdown_table(rows), *(f"{markdown(t)}\n" for t in _said(study, rows))]
+        ),
         folder / "results.json": lambda: json.dumps(_results(study, rows), indent=1) + "\n",
         folder / "report.html": lambda: html(_report(study, rows)),
     }

@@ -121,7 +121,7 @@ def _record(content: Mapping[str, Any], study: Study) -> Record:
     if not rows:
         raise ValueError("rows is empty: no run had finished")
     rows = [replace(r, beside=[other for other in rows if other is not r and panel(other) == panel(r)]) for r in rows]
-    seeds = content.get("seeds", max(max(row.results) + 1 for row in rows))
+    seeds = _of(content, "seeds", int) if "seeds" in content else max(max(row.results) + 1 for row in rows)
     planned = _of(content, "planned", int)
     study = replace(study, preset=content["preset"], trials=[row.trial for row in rows], seeds=seeds)
     failures = [(str(f["run"]), str(f["error"])) for f in _of(content, "failures", list)]

@@ -127,9 +127,7 @@ def _numbers(rows: Sequence[Row]) -> Table:
 
 
 def _notations(rows: Sequence[Row]) -> Table:
-    lines = [
-        Line([Cell(str(r.order)), Cell(r.title), Cell(r.notation, kind="left wide", code=True)]) for r in rows
-    ]
+    lines = [Line([Cell(str(r.order)), Cell(r.title), Cell(r.notation, kind="left wide", code=True)]) for r in rows]
     return Table("The operators in the notation", ("#", "operator", "path | shape | weight"), lines, 1, (1, 2))
 
 

@@ -161,6 +161,29 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], spread: Spread | None
     return estimate([a[seed] - b[seed] for seed in seeds], spread)
 
 
+def changed_share(better: int, worse: int, n: int) -> Estimate:
+    """The difference of two shares of the same `n` things, some of which changed, with Agresti and Min's interval.
+
+    It adds half a change of each kind, so that no change among few things is not taken for none among all.
+
+    Args:
+        better: things that are right now and were wrong.
+        worse: things that are wrong now and were right.
+        n: of all things, at least one.
+
+    >>> e = changed_share(1, 3, 200)
+    >>> round(e.mean, 3), round(e.low, 3), round(e.high, 3)
+    (-0.01, -0.032, 0.012)
+    """
+    from scipy import stats
+
+    more, less, total = better + 0.5, worse + 0.5, n + 2
+    centre = (more - less) / total
+    error = math.sqrt(more + less - (more - less) ** 2 / total) / total
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    return Estimate((better - worse) / n, centre - half, centre + half, n, math.nan)
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's adjusted p values: below 0.05 where a difference is found among all of them, at 5 % in all.
 

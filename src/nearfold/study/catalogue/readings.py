@@ -159,9 +159,10 @@ def benchmark_verdict(results: Results) -> str:
         if best is table[0]:
             text = f"{quoted(best.row.title)} is first by score and by accuracy"
         else:
-            text = f"{quoted(table[0].row.title)} is first by score ({table[0].score:.0f}), {quoted(best.row.title)} by accuracy"
+            text = f"{quoted(table[0].row.title)} is first by score ({table[0].score:.0f})"
+            text += f", {quoted(best.row.title)} by accuracy"
         if against is not None and not math.isnan(against.p):
-            found = "found" if against.found else "not found"
+            found = "found" if against.found and against.estimate.mean > 0 else "not found"
             text += f", {found} better than {quoted(panel.reference)} ({points(against.estimate)})"
         parts.append(f"{panel.name}: {text}")
     return "; ".join(parts) + "."
