@@ -89,6 +89,7 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "nearest_dilated": "nearest(4, position(dilation=2)) | box | depthwise",
     "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
     "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
+    "nearest_experts": "nearest(3, dot) | box | experts(2)",
     "nearest_learned": "nearest(4, blend(0.4, learned), self) | ranked | softmax(heads=2)*depthwise",
     "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
     "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
