@@ -1,5 +1,6 @@
 """results.json is enough: pages are drawn again from it, and `study budget` answers from the one that comes along."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -37,13 +38,16 @@ def test_committed_pages_say_what_their_results_come_to(folder, monkeypatch):
 def test_the_verdict_and_its_figure_come_first(folder):
     page = (folder / "report.html").read_text()
     body = page[page.index("<main>") :]
-    order = [body.index(text) for text in ('class="verdict"', 'class="forest"', "What may be concluded", "What was asked",
-                                           "The answer in full", "The numbers", "Every run", "To reproduce")]  # fmt: skip
+    parts = (
+        'class="verdict"', 'class="forest"', "What may be concluded", "What was asked", "The answer in full",
+        "The numbers", "Every run", "To reproduce",
+    )  # fmt: skip
+    order = [body.index(text) for text in parts]
     assert order == sorted(order)
     assert '<html lang="en">' in page and 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     assert body.count("<table") == body.count("<caption>") and "<th>" not in body
     levels = [int(level) for level in re.findall(r"<h(\d)>", body)]
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)) and levels.count(1) == 1
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels)) and levels.count(1) == 1
     for end in re.findall(r"(?:left|right):(-?[\d.]+)%", body):
         assert 0 <= float(end) <= 100
     colours = set(re.findall(r"(?<!, )#[0-9a-f]{6}", body[: body.index("</main>")]))

@@ -186,7 +186,8 @@ def report(found: Sweep, keep: float, machine: str) -> list[str]:
         text_table(header, lines),
         "",
         f"Accuracy and its change with 95 % intervals are on {found.images} held-out images that chose nothing. "
-        f"Latency: median of calls in turn with the model as it was, on {machine}; it holds for this machine and this batch.",
+        f"Latency: median of calls in turn with the model as it was, on {machine}; it holds for "
+        "this machine and this batch.",
         "",
         _recommendation(found, keep),
     ]

@@ -184,8 +184,8 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
                     partial(_against_complexity, there),
                     f"{name}: gap against complexity",
                     f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, the "
-                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers; names where there "
-                    "is room.",
+                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two "
+                    "layers; names where there is room.",
                 )
             )
     return charts

@@ -102,7 +102,8 @@ def verdict(found: Sequence[Difference], reference: Titled) -> str:
         return "With one seed there is no interval: no difference can be found."
     better = [d for d in found if d.found and d.estimate.mean > 0]
     worse = [d for d in found if d.found and d.estimate.mean < 0]
-    level = [d for d in found if not d.found]
+    level = [d for d in found if not d.found and not math.isnan(d.p)]
+    single = [d for d in found if math.isnan(d.p)]
     parts = []
     for word, group in (("better", better), ("worse", worse)):
         if group:
@@ -115,6 +116,9 @@ def verdict(found: Sequence[Difference], reference: Titled) -> str:
             f"no difference found between {reference.title} and {_these([d.row.title for d in level])}: the intervals "
             f"are up to {100 * widest:.1f} points to either side"
         )
+    if single:
+        told = "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in single)
+        parts.append(f"with one seed, so without an interval: {told}")
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def summary(results: Results) -> str:
         ]
         for row in rows:
             d = against.get(row.title)
-            difference = ("", "") if d is None else (points(d.estimate), f"{d.p:.3g}")
+            difference = ("", "") if d is None else (points(d.estimate), "" if math.isnan(d.p) else f"{d.p:.3g}")
             lines.append(
                 f"| {markdown(row.title)} | {accuracy(row.estimate(measure))} | {' | '.join(difference)} | "
                 f"{len(row.results)} |"

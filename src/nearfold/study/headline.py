@@ -95,6 +95,7 @@ def _clause(panel: Panel, words: Words, what: str) -> str:
         return f"nothing to compare {reference} with"
     if all(math.isnan(d.p) for d in found):
         return "with one seed no difference can be found"
+    found = [d for d in found if not math.isnan(d.p)]  # one seed is compared with nothing
     wanted = [d for d in found if d.found and words.sign * d.estimate.mean > 0]
     unwanted = [d for d in found if d.found and words.sign * d.estimate.mean < 0]
     if not wanted and not unwanted:

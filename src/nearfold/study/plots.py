@@ -107,16 +107,16 @@ def along_spectrum(rows: Sequence[Row]) -> Figure:
     figure = new_figure(9.2, 1.3 + 0.34 * len(rows))
     axes = figure.subplots(1, 2, sharey=True)
     places = range(len(rows))
-    panels: tuple[tuple[str, Callable[[Row], tuple[float, ...]]], ...] = (
-        ("test accuracy, %", lambda row: row.test),
-        ("train minus test accuracy, points", lambda row: row.gap),
+    panels: tuple[tuple[str, float, Callable[[Row], tuple[float, ...]]], ...] = (
+        ("test accuracy, %", 0.0, lambda row: row.test),
+        ("train minus test accuracy, points", -100.0, lambda row: row.gap),
     )
-    for axis, (label, values_of) in zip(axes, panels, strict=True):
+    for axis, (label, least, values_of) in zip(axes, panels, strict=True):
         for place, row in zip(places, rows, strict=True):
             values = [100 * v for v in values_of(row)]
             colour = _colour(row)
             axis.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-            arms = _arms(values, 100.0)
+            arms = _arms(values, least)
             axis.errorbar(mean(values), place, xerr=arms, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
         axis.set_xlabel(label)
         axis.margins(y=0.5 / max(len(rows), 1))
@@ -142,7 +142,7 @@ def against_cost(rows: Sequence[Row]) -> Figure:
         for row in rows:
             values = [100 * v for v in row.test]
             axis.errorbar(
-                cost(row), mean(values), yerr=_arms(values, 100.0),
+                cost(row), mean(values), yerr=_arms(values),
                 fmt="o", ms=6, color=_colour(row), capsize=2.5, lw=1.0, elinewidth=0.8,
             )  # fmt: skip
         log_axis(axis, list(map(cost, rows)))
@@ -155,10 +155,10 @@ def against_cost(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _arms(values: Sequence[float], most: float) -> list[list[float]] | None:
-    """One standard deviation to each side, at most to what a value can be; one seed has none."""
+def _arms(values: Sequence[float], least: float = 0.0) -> list[list[float]] | None:
+    """One standard deviation to each side, at most to what a percentage can be; one seed has none."""
     sd = spread(values)
-    return None if sd is None else [[sd], [min(sd, most - mean(values))]]
+    return None if sd is None else [[min(sd, mean(values) - least)], [min(sd, 100 - mean(values))]]
 
 
 def _colour(row: Row) -> str:

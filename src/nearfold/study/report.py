@@ -145,7 +145,7 @@ def _figures(report: Report) -> list[tuple[str, list[Chart], list[str]]]:
         "sorting similarities and gathering neighbours take time, but count hardly any FLOPs."
     )
     if bars:
-        cost += " Bars: one sample standard deviation to each side, at most to 100 %."
+        cost += " Bars: one sample standard deviation to each side, at most to 0 and 100 %."
 
     figures: list[tuple[str, list[Chart], list[str]]] = [
         ("Along the spectrum", [_chart(lambda: along_spectrum(report.rows), "Accuracy and gap", along)], []),
