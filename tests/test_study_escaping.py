@@ -226,6 +226,12 @@ def test_a_stored_file_that_is_none_is_one_line(tmp_path, content, message):
         store.load({"task": "train"})
 
 
+def test_a_stored_error_is_one_line_without_the_terminal_s_commands(tmp_path):
+    store = Store(tmp_path)
+    store.save_failure({}, "Error: \x1b]0;title\x07 \x1b[31mred\nsecond", "")
+    assert store.failure({}) == "Error: ]0;title [31mred second"
+
+
 def test_a_cost_has_the_fields_of_a_cost_and_no_other(tmp_path):
     store, config = Store(tmp_path), {"task": "cost"}
     store.save(config, COSTS)

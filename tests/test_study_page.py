@@ -196,6 +196,16 @@ def test_the_authors_runs_are_read_by_their_arguments(tmp_path):
         read(path, [replace(asked, columns=("arg_K", "arg_z"))])
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "no.csv", [asked])
+    path.write_text("final_test_top1,arg_K,arg_m\n<b>,9,vgg\n")
+    with pytest.raises(ValueError, match="must be a number in every line"):
+        read(path, [asked])
+
+
+def test_a_wrong_table_of_authors_is_found_before_any_run(tmp_path, capsys):
+    command = ["study", "run", "recipes/own_study.py", "--out", str(tmp_path), "--authors", str(tmp_path / "no.csv")]
+    assert cli.main(command) == 2
+    printed = capsys.readouterr()
+    assert "does not exist" in printed.err and "runs have finished" not in printed.out
 
 
 def test_the_command_runs_a_study_of_ones_own(tmp_path, capsys):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nearfold.study.authors import Points, read
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
@@ -104,24 +106,23 @@ def run(args: argparse.Namespace) -> int:
     from nearfold.study.files import leave
 
     planned = _plan(args)
+    theirs = [] if args.authors is None else read(args.authors, planned.study.authors)
     try:
         work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
             folder = args.out / f"{planned.study.name}-{planned.study.preset}"
-            print("\n" + "\n".join(map(str, leave(_record(args, planned, results), folder))))
+            print("\n" + "\n".join(map(str, leave(_record(args, planned, results, theirs), folder))))
     for label, error in results.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
     return 1 if results.failures else 0
 
 
-def _record(args: argparse.Namespace, planned: Plan, results: Results) -> Record:
-    from nearfold.study.authors import read
+def _record(args: argparse.Namespace, planned: Plan, results: Results, theirs: Sequence[Points]) -> Record:
     from nearfold.study.publish import environment
 
     device = planned.study.trials[0].recipe.device
-    theirs = [] if args.authors is None else read(args.authors, planned.study.authors)
     return Record(results, planned.facts, _said(args), environment(device), planned.missing, theirs)
 
 
@@ -157,7 +158,7 @@ def recommend(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> Results:
     """The results to answer from: the user's own runs, or else those that come along, of which it is said."""
-    from nearfold.study.record import read
+    from nearfold.study import record
 
     if args.data or args.preset != "cpu" or (args.out / "store").is_dir():
         results = _plan(args).results
@@ -165,7 +166,7 @@ def _measured(args: argparse.Namespace) -> Results:
             return results
         if args.data or args.preset != "cpu":
             raise ValueError(f"no run of the study is in {args.out}: nearfold study run budget first")
-    found = read(Path(__file__).parent / "catalogue" / "budget.json", find("budget", "cpu"))
+    found = record.read(Path(__file__).parent / "catalogue" / "budget.json", find("budget", "cpu"))
     machine = ", ".join(f"{name} {value}" for name, value in found.environment.items())
     print(
         f"From the {found.results.finished} runs that come with nearfold (docs/studies/budget), as no run of yours is "

@@ -149,6 +149,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            return str(json.loads(path.read_text())["error"])
+            error = str(json.loads(path.read_text())["error"])
+            return " ".join("".join(c if c.isprintable() else " " for c in error).split())
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a run's error ({error}); delete it") from error
