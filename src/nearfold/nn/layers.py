@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,15 +95,15 @@ class _ConvNN(Mixer):
                     f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
                 )
             kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
-        rho = parse_word("rho", rho)
-        if rho.project is None and rho.default_projections:
-            rho = replace(rho, project="none")  # type: ignore[type-var]
+        weigh: Any = parse_word("rho", rho)
+        if weigh.project is None and weigh.default_projections:
+            weigh = replace(weigh, project="none")
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
             similarity,
             candidates,
-            rho,
+            weigh,
             kernel,
             include_self=include_self,
             shape=shape,
