@@ -59,31 +59,6 @@ def _patch_merging(m: Any) -> Found:
     return Found(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
 
 
-def _hugging_face(m: Any) -> Found:
-    """A whole ViTAttention or BertAttention, with its output projection."""
-    if isinstance(getattr(m, "q_proj", None), nn.Linear):  # transformers 5
-        if m.is_causal or m.head_dim * m.num_attention_heads != m.q_proj.in_features:
-            raise Unsaid("a decoder, or heads of fewer or more channels than the input has")
-        note = "without a mask, unless the caller gives one"
-        return attention_rule(m.num_attention_heads, m.q_proj, m.k_proj, m.v_proj, m.o_proj, note=note)
-    inner = getattr(m, "attention", None) or getattr(m, "self", None)
-    out = getattr(getattr(m, "output", None), "dense", None)
-    if inner is None or not isinstance(out, nn.Linear):
-        raise Unsaid("its parts are not those of transformers 4: attention or self, and output.dense")
-    found = _hugging_face_inner(inner)
-    return attention_rule(inner.num_attention_heads, inner, out, note=found.note)
-
-
-def _hugging_face_inner(m: Any) -> Found:
-    if any(not isinstance(getattr(m, name, None), nn.Linear) for name in ("query", "key", "value")):
-        raise Unsaid("its parts are not those of transformers 4: query, key and value")
-    if getattr(m, "is_decoder", False) or getattr(m, "position_embedding_type", "absolute") not in ("absolute", None):
-        raise Unsaid("a decoder, or scores with relative positions")
-    note = "without a mask, unless the caller gives one"
-    return attention_rule(m.num_attention_heads, m, project="qkv", note=note)
-
-
-_TRANSFORMERS = "transformers.models"
 BLOCK_RULES: dict[str, Rule] = {
     "timm.layers.attention.Attention": _timm_attention,
     "timm.models.swin_transformer.WindowAttention": _window_attention,
@@ -91,16 +66,6 @@ BLOCK_RULES: dict[str, Rule] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
     "torchvision.models.swin_transformer.PatchMerging": _patch_merging,
     "torchvision.models.swin_transformer.PatchMergingV2": _patch_merging,
-    **{f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face for name in ("ViTAttention", "ViTSdpaAttention")},
-    **{
-        f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face_inner
-        for name in ("ViTSelfAttention", "ViTSdpaSelfAttention")
-    },
-    f"{_TRANSFORMERS}.bert.modeling_bert.BertAttention": _hugging_face,
-    **{
-        f"{_TRANSFORMERS}.bert.modeling_bert.{name}": _hugging_face_inner
-        for name in ("BertSelfAttention", "BertSdpaSelfAttention")
-    },
 }
 
 
