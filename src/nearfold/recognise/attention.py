@@ -37,7 +37,6 @@ from nearfold.recognise.foreign import Found, Unsaid
 from nearfold.recognise.layouts import (
     CAUSAL,
     CONTEXTS,
-    DROPOUTS,
     FEATURES,
     HEADS,
     OUTSIDE,

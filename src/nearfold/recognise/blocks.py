@@ -26,17 +26,9 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
-from nearfold.recognise.foreign import Found, Ints, Rule, Unsaid, attention_rule, count, crossed, plain, window
+from nearfold.recognise.foreign import Found, Ints, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
-
-
-def _timm_attention(m: Any) -> Found:
-    if type(m.q_norm) is not nn.Identity or type(m.norm) is not nn.Identity or m.gate is not None:
-        raise Unsaid("no word for normalised queries and keys, a norm or a gate before the output projection")
-    if m.attn_dim != m.proj.out_features or m.attn_dim != m.qkv.in_features:
-        raise Unsaid("no word for heads of fewer or more channels than the input has")
-    return attention_rule(m.num_heads, m, note="without a mask, unless the caller gives one")
 
 
 def shifted_block(m: Any, size: Ints, shift: Ints) -> Found:
@@ -60,7 +52,6 @@ def _patch_merging(m: Any) -> Found:
 
 
 BLOCK_RULES: dict[str, Rule] = {
-    "timm.layers.attention.Attention": _timm_attention,
     "timm.models.swin_transformer.WindowAttention": _window_attention,
     "timm.models.swin_transformer.PatchMerging": _patch_merging,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,

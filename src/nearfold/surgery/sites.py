@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nearfold.grammar import Basic, Operation
+from nearfold.grammar.words import Causal
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.recognise.attention import Attention, attention_of
 from nearfold.recognise.blocks import PARENTS
-from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
+from nearfold.recognise.foreign import Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.layouts import CROSS, DROPOUTS, member
+from nearfold.recognise.scans import REFUSAL, is_scan
 from nearfold.recognise.walk import ALL_RULES, walk
-from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
+from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock
 from nearfold.surgery.carry import Weights
 
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
@@ -36,6 +40,7 @@ class Source:
         wrap: the module that stands in its place, around the new layer.
         note: what is not taken over.
         unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
+        refuses: why an operation cannot stand in its place; empty where it can.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +52,7 @@ class Source:
     wrap: Callable[[Any], nn.Module] = lambda mixer: mixer
     note: str = ""
     unlike: Callable[[tuple[int, ...] | None], str] = lambda grid: ""
+    refuses: Callable[[Operation], str] = lambda op: ""
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,6 @@ def _dropped(rate: float) -> str:
     return f"the dropout of {rate:g} on attention weights is not taken over" if rate else ""
 
 
-def _timm(m: Any) -> Source:
-    own = _packed(m.qkv.weight, m.qkv.bias, m.proj)
-    width = m.qkv.in_features
-    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop)  # noqa: E731
-    return Source(own, width, width, wrap=wrap, note=_dropped(m.attn_drop.p))
-
-
 def _multihead(m: nn.MultiheadAttention) -> Source:
     if m.in_proj_weight is not None:
         own = _packed(m.in_proj_weight, m.in_proj_bias, m.out_proj)
@@ -176,10 +175,31 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
 
 
-def _hugging_face(m: Any) -> Source:
-    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj})
-    width = m.q_proj.in_features
-    return Source(own, width, width, wrap=PairAttention, note=_dropped(m.attention_dropout))
+def _attention(m: nn.Module, read: Attention) -> Source:
+    """Attention that was read from its members."""
+    if read.operation.cross:
+        raise Unsaid("cross-attention: keys and values of another input")
+    if read.added:
+        raise Unsaid("positions that its caller gives are added to what makes queries and keys, and not to the values")
+    own = read.tensors(m)
+    width = own["query_weight"].shape[1]
+    core = member(m, read.layout.core)
+    rate = next((getattr(core, name) for name in DROPOUTS if hasattr(core, name)), 0.0)
+    rate = getattr(rate, "p", rate)
+    causal = isinstance(read.operation.shape, Causal)
+
+    def refuses(op: Operation) -> str:
+        if op.needs_context:
+            return f"it is called with one input, and {op} reads two"
+        if causal and not all(isinstance(part.shape, Causal) for part in op.parts):
+            return (
+                f"it is causal, and {op} is not: write the shape causal, such as nearest(8, scaled) | causal | softmax"
+            )
+        return ""
+
+    wrap = lambda mixer: CalledAttention(mixer, m, read)  # noqa: E731
+    note = _dropped(float(rate)) if isinstance(rate, int | float) else ""
+    return Source(own, width, width, wrap=wrap, note=note, refuses=refuses)
 
 
 def _mixer(m: Mixer) -> Source:
@@ -192,9 +212,7 @@ def _mixer(m: Mixer) -> Source:
 SOURCES: dict[str, Callable[[Any], Source]] = {
     **{f"torch.nn.modules.conv.Conv{n}d": _conv for n in (1, 2, 3)},
     "torch.nn.modules.activation.MultiheadAttention": _multihead,
-    "timm.layers.attention.Attention": _timm,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
-    "transformers.models.vit.modeling_vit.ViTAttention": _hugging_face,
 }
 """How the layers that `nearfold.describe` knows are replaced, by qualified name."""
 BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
@@ -216,7 +234,15 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        known = _rule(module)
+        if is_scan(module):  # it reads its parts' weights itself
+            inside.update(module.modules())
+            yield name, module, REFUSAL
+            continue
+        try:
+            known = _rule(module, name)
+        except Unsaid as why:
+            yield name, module, str(why)
+            continue
         if known is None:
             if module in others:
                 yield name, module, others[module].reason or f"no rule to replace a {type(module).__name__}"
@@ -233,7 +259,7 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
             yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
 
 
-def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
+def _rule(module: nn.Module, at: str) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
     """Name of the layer in what is exchanged (empty: it is the layer), and what reads its operation and its weights."""
     if isinstance(module, Mixer):
         return "", ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
@@ -243,6 +269,10 @@ def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any
         if name in BLOCKS:
             part, read = BLOCKS[name]
             return part, functools.partial(_inside, name, part), read
+    if rule_of(module, ALL_RULES) is None:
+        attention = attention_of(module, cross=at.rpartition(".")[2] in CROSS)
+        if attention is not None:
+            return "", attention.found, functools.partial(_attention, read=attention)
     return None
 
 
