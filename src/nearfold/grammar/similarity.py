@@ -131,8 +131,8 @@ def angles(place: Place, pairs: int, rotary: bool | float) -> Tensor:
 def rotated(x_BHNd: Tensor, place: Place, rotary: bool | float = True) -> Tensor:
     """Pairs of features turned by angles that grow with the position, the axes taking turns (arXiv 2104.09864).
 
-    d / (2 a) pairs for each of the a axes, at frequencies base^(-j / pairs). The base is what ``rotary`` says; unless it
-    is a number, 100 as in arXiv 2403.13298 for images, and 10000 on one axis, as in language models. Features
+    d / (2 a) pairs for each of the a axes, at frequencies base^(-j / pairs). The base is what ``rotary`` says; unless
+    that is a number, 100 as in arXiv 2403.13298 for images, and 10000 on one axis, as in language models. Features
     (j, j + half) of an axis' share make a pair.
     """
     axes = len(place.grid)
@@ -223,8 +223,8 @@ class Scaled(Similarity):
     ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
     q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer). ``rotary``
     turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298); a number is the base
-    of its frequencies, such as 500000 in Llama 3. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin, arXiv 2103.14030, eq. 4), for paths of a fixed
-    extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
+    of its frequencies. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin, arXiv
+    2103.14030, eq. 4), for paths of a fixed extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
     """
 
     word = "scaled"

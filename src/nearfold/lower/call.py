@@ -27,8 +27,8 @@ from nearfold.lower.parameters import LETTERS, as_tuple
 class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
-    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`), ``mask`` which
-    of the keys a query may read (B|1, H|1, N, N'); None: every one.
+    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`), ``mask``
+    which of the keys a query may read (B|1, H|1, N, N'); None: every one.
     """
 
     op: Basic

@@ -204,8 +204,9 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
-        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path, ``mask``
-        (B|1, heads|1, N, N') is True where a query may read a key: any other slot is not valid (paths `all`, `nearest`).
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
+        (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
+        not valid.
         """
         self._require(x)
         return self._run(x, context, mask)

@@ -39,6 +39,7 @@ from nearfold.recognise.layouts import (
     CONTEXTS,
     FEATURES,
     HEADS,
+    KNOWN,
     OUTSIDE,
     SCALES,
     SETTINGS,
@@ -137,12 +138,16 @@ def _read(module: nn.Module, layout: Layout, cross: bool) -> Attention:
     for name, what in OUTSIDE.items():
         if name in arguments:
             raise Unsaid(f"no word for {what} ({name})")
+    if unknown := [name for name in list(arguments)[1:] if name not in KNOWN]:
+        raise Unsaid(f"no word for what its caller gives as {unknown[0]}")
     config = config_of(module)
     for name, (odd, what) in SETTINGS.items():
         if odd(getattr(config, name, None)):
             raise Unsaid(f"no word for {what} ({name}={getattr(config, name)})")
     if more := sorted(dict.fromkeys(unexplained(module, layout))):
         raise Unsaid(f"no word for its {', '.join(_kinds(module, more))}")
+    if "window" in type(module).__name__.lower():
+        raise Unsaid("its name says that its caller cuts the map into windows, and nothing says which")
     cross = cross or _is_cross(member(module, layout.core), arguments)
     operation, added = _operation(module, layout, config, arguments, cross)
     if cross:
@@ -159,7 +164,7 @@ def _is_cross(core: nn.Module, arguments: dict[str, inspect.Parameter]) -> bool:
 
 def _kinds(module: nn.Module, names: list[str]) -> list[str]:
     """Names of parts, with their classes."""
-    tops = dict.fromkeys(name if isinstance(member(module, name), nn.Module) else name for name in names)
+    tops = dict.fromkeys(names)
     made = []
     for name in tops:
         part = member(module, name)

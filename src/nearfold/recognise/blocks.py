@@ -1,6 +1,6 @@
 """Rules for what takes more than one layer to say: attention made of parts, layers whose meaning is with their parent.
 
-Verified against torchvision 0.28, timm 1.0.31 and transformers 5.23; by name only, transformers 4.
+Verified against torchvision 0.28, timm 1.0.31 and transformers 5.24.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
-from nearfold.recognise.foreign import Found, Ints, Rule, Unsaid, count, crossed, plain, window
+from nearfold.recognise.foreign import RULES, Found, Ints, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
 
@@ -119,10 +119,26 @@ def is_deformable(module: nn.Module) -> bool:
     return (own.__module__, own.__qualname__) == ("torchvision.ops.deform_conv", "DeformConv2d")
 
 
+def _hugging_face_swin(m: Any) -> dict[str, Found]:
+    path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size)
+    op = Basic(path, Box(), Weight(Softmax(m.attention.num_attention_heads)))
+    return {"attention": Found(op, count(m.attention), axis=-1, note=CUT)}
+
+
+def _pooling_head(m: Any) -> dict[str, Found]:
+    return {"attention": crossed(RULES[MULTIHEAD](m.attention))}
+
+
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 PARENTS: dict[str, Callable[[Any], dict[str, Found]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
     "timm.models.mlp_mixer.MixerBlock": _timm_mixer_block,
     "timm.models.mlp_mixer.ResBlock": _timm_res_block,
+    "transformers.models.swin.modeling_swin.SwinLayer": _hugging_face_swin,
+    **{
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}MultiheadAttentionPoolingHead": _pooling_head
+        for name in ("Siglip", "Siglip2")
+    },
 }
 
 
@@ -149,6 +165,6 @@ def _swin_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 AT_CALL: dict[str, Callable[[Any, Found, tuple[Any, ...], dict[str, Any]], Found]] = {
-    "torch.nn.modules.activation.MultiheadAttention": _multihead_call,
+    MULTIHEAD: _multihead_call,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin_call,
 }

@@ -57,7 +57,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     kinds = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
-    odd = tuple(name for name, t in module.named_buffers() if name == "k_bias" and bool(t.any()))
+    odd = tuple(name for name, t in module.named_buffers() if name == "k_bias" and not t.is_meta and bool(t.any()))
     return classes, scalars, shapes, type(config).__name__, str(config), kind, odd
 
 

@@ -76,6 +76,7 @@ DROPOUTS = ("attention_dropout", "attn_drop", "attn_dropout", "dropout")
 
 # Arguments by which a caller changes what is compared with what; there are no words for them.
 OUTSIDE: dict[str, str] = {
+    "shared_rel_pos": "a bias of the relative positions that its caller may give",
     "rope": "rotary positions of an image, which its caller gives, and class tokens without them",
     "shared_rel_pos_bias": "a bias that its caller may give, with entries of its own for the class token",
     "position_bias": "a bias of the relative positions that its caller gives",
@@ -83,6 +84,15 @@ OUTSIDE: dict[str, str] = {
     "alibi": "a bias that its caller gives",
 }
 _CLASS_TOKEN = "a relative bias with entries of its own for the class token"
+# Arguments that are known: masks, what is kept between calls, the size of a map, another input, what is to be returned.
+KNOWN = frozenset(
+    (
+        "attention_mask", "attn_mask", "mask", "head_mask", "layer_head_mask", "is_causal", "cache", "past_key_values",
+        "past_key_value", "layer_past", "use_cache", "cache_position", "position_ids", "position_embeddings",
+        "output_attentions", "key_value_states", "encoder_hidden_states", "encoder_attention_mask", "height", "width",
+        "feat_size", "encoder_position_embeddings", "interpolate_pos_encoding", "resolution",
+    )
+)  # fmt: skip
 # Settings in a module's configuration that mean more than the module shows: where they are of this kind.
 SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_relative_position_bias": (bool, _CLASS_TOKEN),
@@ -159,7 +169,7 @@ def unexplained(module: nn.Module, layout: Layout) -> Iterator[str]:
     if layout.packed and getattr(module, "q_bias", None) is not None:
         known |= {"q_bias", "k_bias", "v_bias"}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name == "k_bias" and layout.packed and bool(tensor.any()):
+        if name == "k_bias" and layout.packed and not tensor.is_meta and bool(tensor.any()):
             yield name
         elif name not in known and name.rpartition(".")[0] not in known:
             yield name.removesuffix(".weight").removesuffix(".bias")

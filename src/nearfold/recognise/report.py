@@ -259,7 +259,8 @@ def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, s
     reached = [str(seen.fields[name]) for name in own if seen and name in seen.fields]
     return Row(
         layer.name, layer.kind, layer.found.operation, layer.mixes, layer.counted,
-        layer.found.generating / MILLION, count(*layer.modules) - count(*beside), flops, reached[0] if reached else "", layer.note,
+        layer.found.generating / MILLION, count(*layer.modules) - count(*beside), flops,
+        reached[0] if reached else "", layer.note,
     )  # fmt: skip
 
 

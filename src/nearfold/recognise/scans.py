@@ -2,7 +2,7 @@
 
 As with attention, what is read is run: a copy with random weights, next to the recurrence as the words say it.
 
-Shape legend: B batch, N positions, C channels, S numbers of the state, H heads, p channels of a head, G groups of heads.
+Shape legend: B batch, N positions, C channels, S numbers of the state, H heads, p channels of a head.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def recurrence(x_BNHp: Tensor, step_BNHp: Tensor, A_HpS: Tensor, B_BNHS: Tensor,
 def _run_first(m: Any, x: Tensor) -> Tensor:
     z, gate = m.in_proj(x).chunk(2, -1)
     z = _short(m, z)
-    channels, state = m.A_log.shape
+    state = m.A_log.shape[1]
     parts = m.x_proj(z).split([m.dt_proj.in_features, state, state], -1)
     norms = (getattr(m, name, None) or nn.Identity() for name in NORMS)
     step, B, C = (norm(part) for norm, part in zip(norms, parts, strict=True))

@@ -62,10 +62,11 @@ class CalledAttention(nn.Module):
         """(B, N, D), and what the old layer took -> what it returned; None where there were attention weights."""
         given = dict(zip(self.arguments[1:], args, strict=False)) | kwargs
         self._require(given)
-        x, M = hidden_states, hidden_states.shape[1]
-        before, every = self._remembered(given, x)
-        self._require_positions(given, before, M, x)
-        mask = self._mask(given, M, every.shape[1], x)
+        M, turns = hidden_states.shape[1], self._turns(given, hidden_states)
+        every, turns = self._remembered(given, hidden_states, turns)
+        mask = self._mask(given, M, every.shape[1], hidden_states)
+        if turns is not None:
+            self._require_positions(turns, mask, M)
         added = any(isinstance(given.get(name), Tensor) and given[name].is_floating_point() for name in MASKS)
         y = masked(self.mixer, every, mask, added)[:, every.shape[1] - M :]
         y = self.dropout(y)
@@ -84,39 +85,50 @@ class CalledAttention(nn.Module):
         ]
         if odd:
             raise ValueError(
-                f"{odd[0]} was given to {self.mixer.operation}, whose words say what it sees: leave it out, or undo the "
-                "conversion of this layer"
+                f"{odd[0]} was given to {self.mixer.operation}, whose words say what it sees: leave it out, or undo "
+                "the conversion of this layer"
             )
 
-    def _remembered(self, given: dict[str, Any], x: Tensor) -> tuple[int, Tensor]:
-        """How many positions came before this call, and the inputs (B, T, D) that can still be read."""
+    def _turns(self, given: dict[str, Any], x: Tensor) -> Tensor | None:
+        """Cosines and sines of the rotary positions (B, M, 2 d) that the caller gives, where the old layer used them."""
+        near, turns = self.was.path.similarity, given.get("position_embeddings")
+        if turns is None or not isinstance(near, Scaled) or not near.rotary:
+            return None
+        return torch.cat([t.expand(x.shape[0], -1, -1) for t in turns], -1)
+
+    def _remembered(self, given: dict[str, Any], x: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The inputs (B, T, D) that can still be read, those of earlier calls first, and where they are."""
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         if cache is None:
-            return 0, x
+            return x, turns
         if type(cache).__name__ == "EncoderDecoderCache":
             cache = cache.self_attention_cache
         kind = type(cache).__name__
         if kind != "DynamicCache" or self.layer_idx is None:
             raise ValueError(
-                f"a {kind} was given to {self.mixer.operation}, which can go on from a DynamicCache only: call the model "
-                "with use_cache=False, or undo the conversion of this layer"
+                f"a {kind} was given to {self.mixer.operation}, which can go on from a DynamicCache only: call the "
+                "model with use_cache=False, or undo the conversion of this layer"
             )
-        before = int(cache.get_seq_length(self.layer_idx))
-        every, _ = cache.update(x[:, None], x[:, None, :, :1], self.layer_idx)
-        return before, every[:, 0]
+        beside = x[..., :1] if turns is None else turns
+        every, where = cache.update(x[:, None], beside[:, None], self.layer_idx)
+        return every[:, 0], None if turns is None else where[:, 0]
 
-    def _require_positions(self, given: dict[str, Any], before: int, M: int, x: Tensor) -> None:
-        """ValueError where rotary positions are not 0, 1, 2 ..., as the operation has them."""
-        near = self.was.path.similarity
-        turns = given.get("position_embeddings")
-        if turns is None or not isinstance(near, Scaled) or not near.rotary:
-            return
-        ours = rotary_embeddings(near.rotary, turns[0].shape[-1], before + M, x)
-        wide = 1e-4 if x.dtype in (torch.float32, torch.float64) else 1e-2
-        same = all((a - b[:, before:]).abs().max() < wide for a, b in zip(turns, ours, strict=True))
-        if not same:
+    def _require_positions(self, turns: Tensor, mask: Tensor | None, M: int) -> None:
+        """ValueError where what is read does not lie at positions one apart, as the operation has it."""
+        assert isinstance(self.was.path.similarity, Scaled)
+        T, d = turns.shape[1], turns.shape[2] // 2
+        ours = rotary_embeddings(self.was.path.similarity.rotary, d, T, turns)
+        cos, sin = turns[..., :d], turns[..., d:]
+        # turned back by the last position: scores depend on how far apart two positions are, and on nothing else
+        back_cos, back_sin = cos * cos[:, -1:] + sin * sin[:, -1:], sin * cos[:, -1:] - cos * sin[:, -1:]
+        apart = torch.maximum((back_cos - ours[0].flip(1)).abs(), (back_sin + ours[1].flip(1)).abs()).amax(-1)
+        if mask is not None:
+            read = mask[:, :, T - M :].any(2).any(1)
+            asks = torch.cat([read[:, : T - M], mask[:, :, T - M :].any(3).any(1)], 1)
+            apart = apart.masked_fill(~(read | asks), 0)
+        if bool((apart > (5e-3 if turns.dtype in (torch.float32, torch.float64) else 3e-2)).any()):
             raise ValueError(
-                f"{self.mixer.operation} has its queries and keys at the positions 0, 1, 2 ..., and was called with other "
+                f"{self.mixer.operation} has its queries and keys at positions one apart, and was called with other "
                 "ones (position_ids): leave them out, or undo the conversion of this layer"
             )
 
@@ -203,6 +215,33 @@ class SwinBlock(nn.Module):
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         tokens = x.flatten(1, 2)
         return (tokens + self.drop_path2(self.mlp(self.norm2(tokens)))).view(x.shape)
+
+
+class TokenSwinBlock(nn.Module):
+    """Where a transformers ``SwinLayer`` stood: (B, N, D) and the size of the map -> ((B, N, D), None).
+
+    Its other parts, and their names, are the old layer's.
+    """
+
+    def __init__(self, mixer: Mixer, like: Any) -> None:
+        super().__init__()
+        self.attention = ChannelsLast(mixer)
+        self.layernorm_before, self.layernorm_after = like.layernorm_before, like.layernorm_after
+        self.mlp, self.dropout, self.drop_path = like.mlp, like.dropout, like.drop_path
+        self.config = config_of(like)
+
+    def forward(
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **options: Any
+    ) -> tuple[Tensor, None]:
+        """(B, N, D), N = height * width -> ((B, N, D), None)."""
+        if options.get("output_attentions") or records_weights(self.config):
+            raise ValueError(
+                "attention weights were asked for (output_attentions), which the layer that stands here does not keep: "
+                "leave that out, or undo the conversion of this layer"
+            )
+        x = self.layernorm_before(hidden_states).unflatten(1, tuple(map(int, input_dimensions)))
+        x = hidden_states + self.drop_path(self.dropout(self.attention(x).flatten(1, 2)))
+        return self.dropout(self.mlp(self.layernorm_after(x))) + x, None
 
 
 class ChannelsLast(nn.Module):

@@ -25,8 +25,8 @@ def readable(mask: Any, batch: int, queries: int, keys: int) -> Tensor:
     """A mask as bool (B|1, 1|H, M, T), True where a query may read a key.
 
     Args:
-        mask: bool (True: may read), or numbers that are added to the scores: 0, or -10000 and less. (M, T) or four axes,
-            of which the third may be 1; whole numbers or bools (B, T) say which keys there are.
+        mask: bool (True: may read), or numbers that are added to the scores: 0, or -10000 and less. (M, T) or four
+            axes, of which the third may be 1; whole numbers or bools (B, T) say which keys there are.
         batch: B.
         queries: M.
         keys: T.
@@ -49,7 +49,8 @@ def readable(mask: Any, batch: int, queries: int, keys: int) -> Tensor:
         free, hidden = mask == 0, mask <= FORBIDDEN
         if not bool((free | hidden).all()):
             raise ValueError(
-                "the mask adds numbers to the scores, a bias for which there is no word: undo the conversion of this layer"
+                "the mask adds numbers to the scores, a bias for which there is no word: undo the conversion of this "
+                "layer"
             )
         mask = free
     elif mask.dtype != torch.bool:

@@ -57,7 +57,9 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
         grid = x.shape[1:-1] if site.source.channels_last else x.shape[2:]
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             grid = x.shape[:1]
-        seen.grids[site.name] = tuple(grid)
+        if site.source.ndim == 2 and x.dim() == 3:  # tokens, next to the size of their map
+            grid = next((a for a in (*args, *kwargs.values()) if isinstance(a, tuple) and len(a) == 2), grid)
+        seen.grids[site.name] = tuple(map(int, grid))
         for name in names_of(module):
             if name in AT_CALL:
                 try:

@@ -21,7 +21,7 @@ from nearfold.recognise.foreign import Found, Unsaid, names_of, rule_of, uniniti
 from nearfold.recognise.layouts import CROSS, DROPOUTS, member
 from nearfold.recognise.scans import REFUSAL, is_scan
 from nearfold.recognise.walk import ALL_RULES, walk
-from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock
+from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock, TokenSwinBlock
 from nearfold.surgery.carry import Weights
 
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
@@ -158,6 +158,30 @@ def _timm_swin(block: Any) -> Source:
     return _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
 
 
+def _hugging_face_swin(block: Any) -> Source:
+    m, size = block.attention, block.window_size
+    table = m.relative_position_bias.relative_position_bias_table.T.reshape(-1, 2 * size - 1, 2 * size - 1)
+    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj}) | {"relative_bias": table}
+    channels = m.q_proj.in_features
+
+    def unlike(grid: tuple[int, ...] | None) -> str:
+        if grid is not None and block.shift_size and min(grid) <= size < max(grid):
+            return f"the old layer shifts nothing on the map {grid}, one side of which a block covers"
+        return _unlike(grid, size, size)
+
+    wrap = lambda mixer: TokenSwinBlock(mixer, block)  # noqa: E731
+    note = _dropped(m.attention_dropout)
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
+
+
+def _unlike(grid: tuple[int, ...] | None, height: int, width: int) -> str:
+    """Why attention in blocks is not Swin's on a grid: what it pads takes part."""
+    if grid is None:
+        return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
+    fits = not (grid[0] % height or grid[1] % width)
+    return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+
+
 def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dropout: tuple[float, float]) -> Source:
     """Attention in blocks with Swin's relative bias, on maps with the channels last."""
     height, width = size
@@ -166,12 +190,7 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     channels = m.qkv.in_features
     note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
 
-    def unlike(grid: tuple[int, ...] | None) -> str:
-        if grid is None:
-            return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
-        fits = not (grid[0] % height or grid[1] % width)
-        return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
-
+    unlike = lambda grid: _unlike(grid, height, width)  # noqa: E731
     return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
 
 
@@ -217,6 +236,7 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
 """How the layers that `nearfold.describe` knows are replaced, by qualified name."""
 BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": ("attn", _timm_swin),
+    "transformers.models.swin.modeling_swin.SwinLayer": ("attention", _hugging_face_swin),
 }
 """Blocks that cut the map for the attention inside them: its name there, and how both are replaced."""
 
@@ -231,12 +251,17 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
     """
     inside: set[nn.Module] = set()
     others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
+    crossed = {m for m, layer in others.items() if layer.found and layer.found.operation.needs_context}
     for name, module in model.named_modules():
         if module in inside:
             continue
         if is_scan(module):  # it reads its parts' weights itself
             inside.update(module.modules())
             yield name, module, REFUSAL
+            continue
+        if module in crossed and not isinstance(module, Mixer):
+            inside.update(module.modules())
+            yield name, module, "cross-attention: keys and values of another input"
             continue
         try:
             known = _rule(module, name)
