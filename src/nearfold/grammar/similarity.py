@@ -223,8 +223,9 @@ class Scaled(Similarity):
     ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
     q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer). ``rotary``
     turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298); a number is the base
-    of its frequencies. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin, arXiv
-    2103.14030, eq. 4), for paths of a fixed extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
+    of its frequencies. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin,
+    arXiv 2103.14030, eq. 4), for paths of a fixed extent, or ``alibi``: minus the distance times 2^(-8 h / heads),
+    h = 1.. (arXiv 2108.12409).
     """
 
     word = "scaled"

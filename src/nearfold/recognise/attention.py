@@ -200,7 +200,7 @@ def _operation(
         raise Unsaid("keys and values of different widths")
     scale = _first((core, module), SCALES, float)
     factor = 1.0 if scale is None else scale * math.sqrt(features)
-    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    factor = 1.0 if abs(factor - 1) < 1e-6 else round(factor, 12)
     weight = Weight(
         Softmax(heads, scale=factor, project=None if layout.out else "qkv", kv=None if shared == heads else shared)
     )

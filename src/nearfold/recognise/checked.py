@@ -21,7 +21,8 @@ def remembered(known: dict[Any, Read | str], key: Any, read: Callable[[], Read])
     """What was read before from a layer like this one, or why nothing could be: a network's layers are alike."""
     if key not in known:
         try:
-            known[key] = read()
+            with torch.device("cpu"):
+                known[key] = read()
         except Unsaid as why:
             known[key] = str(why)
     found = known[key]
