@@ -124,13 +124,15 @@ CASES: dict[str, Case] = {
     ),
     "roberta": text("RobertaModel", "RobertaConfig"),
     "distilbert": text(
-        "DistilBertModel", "DistilBertConfig", {"vocab_size": 50, "dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 32}
+        "DistilBertModel", "DistilBertConfig",
+        {"vocab_size": 50, "dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 32},
     ),
     "albert": text("AlbertModel", "AlbertConfig", TEXT | {"embedding_size": 16}),
     "electra": text("ElectraModel", "ElectraConfig"),
     "gpt2": text(
         "GPT2Model", "GPT2Config",
-        {"vocab_size": 50, "n_embd": 24, "n_layer": 1, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}, said=(CAUSAL,),
+        {"vocab_size": 50, "n_embd": 24, "n_layer": 1, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+        said=(CAUSAL,),
     ),
     "gpt2 scaled by layer": text(
         "GPT2Model", "GPT2Config",
@@ -151,9 +153,12 @@ CASES: dict[str, Case] = {
         said=(CAUSAL,),
     ),
     "llama": text(
-        "LlamaModel", "LlamaConfig", GROUPED, said=("all(scaled(rotary)) | causal | softmax(heads=4, kv=2)",), quick=True
+        "LlamaModel", "LlamaConfig", GROUPED, said=("all(scaled(rotary)) | causal | softmax(heads=4, kv=2)",),
+        quick=True,
     ),
-    "llama 3": text("LlamaModel", "LlamaConfig", GROUPED | {"rope_parameters": LLAMA3}, said=(), unsaid="of the type llama3"),
+    "llama 3": text(
+        "LlamaModel", "LlamaConfig", GROUPED | {"rope_parameters": LLAMA3}, said=(), unsaid="of the type llama3"
+    ),
     "mistral": text(
         "MistralModel", "MistralConfig", GROUPED | {"sliding_window": 4},
         said=("window(4, scaled(rotary)) | causal | softmax(heads=4, kv=2)",),
@@ -163,10 +168,13 @@ CASES: dict[str, Case] = {
         said=("all(scaled(rotary=1000000.0)) | causal | softmax(heads=4, kv=2)",),
     ),
     "qwen3": text(
-        "Qwen3Model", "Qwen3Config", GROUPED | {"head_dim": 6}, said=(), unsaid="no word for its k_norm (Qwen3RMSNorm), q_norm"
+        "Qwen3Model", "Qwen3Config", GROUPED | {"head_dim": 6}, said=(),
+        unsaid="no word for its k_norm (Qwen3RMSNorm), q_norm",
     ),
     "gemma2": text("Gemma2Model", "Gemma2Config", GROUPED | {"head_dim": 6}, said=(), unsaid="scores that are capped"),
-    "phi": text("PhiModel", "PhiConfig", TEXT | {"num_attention_heads": 2}, said=(), unsaid="in 0.5 of each head's features"),
+    "phi": text(
+        "PhiModel", "PhiConfig", TEXT | {"num_attention_heads": 2}, said=(), unsaid="in 0.5 of each head's features"
+    ),
     "t5": text(
         "T5EncoderModel", "T5Config",
         {"vocab_size": 50, "d_model": 24, "d_kv": 6, "num_layers": 1, "num_heads": 4, "d_ff": 32},

@@ -242,7 +242,7 @@ def test_timm_attention_takes_masks():
     ("models.xcit.XCA", {"num_heads": 4}, "no word for its temperature"),
     ("models.davit.ChannelAttention", {"num_heads": 4}, "it is not all"),
     ("models.cait.TalkingHeadAttn", {"num_heads": 4}, "no word for its proj_l"),
-    ("models.vision_transformer_sam.Attention", {"num_heads": 4, "use_rel_pos": True, "input_size": (3, 3)}, "rel_pos_h"),
+    ("models.vision_transformer_sam.Attention", {"use_rel_pos": True, "input_size": (3, 3)}, "rel_pos_h"),
     ("models.levit.Attention", {"key_dim": 4, "num_heads": 4}, ""),
 ])  # fmt: skip
 def test_timm_attention_that_has_no_words(name, args, why):

@@ -248,7 +248,7 @@ class Scaled(Similarity):
 
     @property
     def placed(self) -> bool:
-        return self.coordinates is not False or self.relative or self.rotary or self.bias != "none"
+        return self.coordinates is not False or self.relative or self.rotary is not False or self.bias != "none"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)

@@ -225,13 +225,13 @@ def _is_causal(core: nn.Module, config: Any, cross: bool) -> bool:
 
 
 def _sliding(core: nn.Module, config: Any) -> int | None:
-    if hasattr(core, "sliding_window"):
-        own = core.sliding_window
-    else:
-        own = getattr(config, "sliding_window", None)
-        kinds, index = getattr(config, "layer_types", None), getattr(core, "layer_idx", None)
-        if kinds and isinstance(index, int) and kinds[index] != "sliding_attention":
-            own = None
+    kinds, index = getattr(config, "layer_types", None), getattr(core, "layer_idx", None)
+    kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
+    if kind not in (None, "full_attention", "attention", "sliding_attention"):
+        raise Unsaid(f"no word for a layer of the type {kind}")
+    own: Any = getattr(core, "sliding_window", getattr(config, "sliding_window", None))
+    if kind in ("full_attention", "attention"):
+        own = None
     if own is None:
         return None
     if not isinstance(own, int) or own < 1:
@@ -345,7 +345,8 @@ FILLED: dict[str, Callable[[int], Any]] = {
 
 
 def _call(arguments: dict[str, inspect.Parameter], op: Basic, features: int, x: Tensor) -> dict[str, Any]:
-    N, given = x.shape[1], {}
+    N = x.shape[1]
+    given: dict[str, Any] = {}
     near = op.path.similarity
     assert isinstance(near, Scaled)
     if isinstance(op.shape, Causal) and "attention_mask" in arguments:

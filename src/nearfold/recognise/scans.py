@@ -132,7 +132,7 @@ def _run_first(m: Any, x: Tensor) -> Tensor:
     step = F.softplus(m.dt_proj(step))
     one = [t[:, :, None] for t in (z, step, B, C)]
     y = recurrence(one[0], one[1], -m.A_log.exp()[None], one[2], one[3])[:, :, 0] + m.D * z
-    return m.out_proj(y * F.silu(gate))  # type: ignore[no-any-return]
+    return m.out_proj(y * F.silu(gate))
 
 
 def _run_second(m: Any, x: Tensor) -> Tensor:
@@ -144,4 +144,4 @@ def _run_second(m: Any, x: Tensor) -> Tensor:
     z = z.unflatten(-1, (heads, -1))
     B, C = (t.unflatten(-1, (groups, state)).repeat_interleave(heads // groups, 2) for t in (B, C))
     y = recurrence(z, step, -m.A_log.exp()[:, None, None], B, C) + m.D[:, None] * z
-    return m.out_proj(m.norm(y.flatten(2), gate))  # type: ignore[no-any-return]
+    return m.out_proj(m.norm(y.flatten(2), gate))

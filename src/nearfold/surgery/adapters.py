@@ -40,8 +40,8 @@ HARMLESS = frozenset(
 class CalledAttention(nn.Module):
     """Where an attention of transformers or timm stood: its arguments, and a tuple or a tensor as it returned.
 
-    Masks are honoured: a slot that one forbids is not valid. With a mask that is not the operation's own shape `nearest`
-    runs on the oracle.
+    Masks are honoured: a slot that one forbids is not valid. With a mask that is not the operation's own shape,
+    `nearest` runs on the oracle.
 
     Keys and values that a caller keeps from call to call (transformers' DynamicCache) are the inputs themselves here:
     every call computes all positions anew, and returns the new ones.
@@ -90,7 +90,7 @@ class CalledAttention(nn.Module):
             )
 
     def _turns(self, given: dict[str, Any], x: Tensor) -> Tensor | None:
-        """Cosines and sines of the rotary positions (B, M, 2 d) that the caller gives, where the old layer used them."""
+        """Cosines and sines (B, M, 2 d) of the rotary positions that the caller gives, where the old layer used them."""
         near, turns = self.was.path.similarity, given.get("position_embeddings")
         if turns is None or not isinstance(near, Scaled) or not near.rotary:
             return None

@@ -59,5 +59,7 @@ def run(call: Call) -> Tensor:
         mask = mask if mask.dim() == 4 else mask[None]  # with three axes it would not be taken by the fast kernel
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
     if call.mask is not None:  # a query that may read nothing
-        y = y.masked_fill(~allowed(call, query_M, torch.arange(key.shape[2], device=key.device)).any(-1, True), 0)
+        read = allowed(call, query_M, torch.arange(key.shape[2], device=key.device))
+        assert read is not None
+        y = y.masked_fill(~read.any(-1, True), 0)
     return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)
