@@ -298,6 +298,22 @@ def test_generation_goes_on_from_what_was_kept(name, implementation):
         assert torch.equal(model.generate(given["input_ids"], **options, **way), tokens), way
 
 
+@pytest.mark.slow
+def test_positions_that_are_added_to_queries_and_keys():
+    """DETR: its words are said with a note, and it is kept; so is attention to another input."""
+    backbone = tf.ResNetConfig(hidden_sizes=[8] * 4, depths=[1] * 4, embedding_size=8, out_features=["stage4"])
+    sizes = {name: value for name, value in BART.items() if name != "vocab_size"}
+    model = tf.DetrModel(tf.DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes)).eval()
+    rows = {row.name: row for row in describe(model).rows if "softmax" in row.notation}
+    names = ("encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn")
+    assert [rows[name].notation for name in names] == [ROW, ROW, "all(cross) | row | softmax(heads=4)"]
+    assert all("plus the positions that the caller gives" in rows[name].note for name in names)
+    rules = [Rule("{self}", kind="attention"), Rule("{self}", kind="conv")]
+    reasons = {row.name: row.reason for row in convert(model, rules).rows if row.status == "refused"}
+    assert "positions that its caller gives are added" in reasons[names[0]] and reasons[names[2]] == CROSS
+    assert "positions that its caller gives are added" in reasons[names[1]]
+
+
 # --- calls that are refused
 
 

@@ -90,7 +90,7 @@ class CalledAttention(nn.Module):
             )
 
     def _turns(self, given: dict[str, Any], x: Tensor) -> Tensor | None:
-        """Cosines and sines (B, M, 2 d) of the rotary positions that the caller gives, where the old layer used them."""
+        """Cosines and sines (B, M, 2 d) of the caller's rotary positions, where the old layer used them."""
         near, turns = self.was.path.similarity, given.get("position_embeddings")
         if turns is None or not isinstance(near, Scaled) or not near.rotary:
             return None
