@@ -122,10 +122,10 @@ class _ConvNN(Mixer):
         self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         self._require(x)
-        y = self._run(self.prepare(x), context)
+        y = self._run(self.prepare(x), context, mask)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
 
     def prepare(self, x: Tensor) -> Tensor:
