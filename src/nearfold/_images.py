@@ -60,7 +60,9 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({first_line(error)}): restore it") from error
     if max(status.st_size, len(content)) > most:
-        raise ValueError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read: delete it or make it smaller")
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes, at most {most:,} are read: delete it or make it smaller"
+        )
     return content
 
 
