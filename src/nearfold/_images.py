@@ -35,22 +35,24 @@ _GRAY_MODES = {"1", "L", "LA"}
 _DEEP_MODES = {"I", "F"}  # and I;16 of every kind
 
 
-def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_file(path: Path, most: int = MOST_BYTES, where: str = "") -> bytes:
     """Read a file, and nothing that waits or never ends.
 
     Args:
         path: The file.
         most: Bytes that it may have.
+        where: For messages; empty: the path.
 
     Raises:
         ValueError: It cannot be read, has more bytes, or is a pipe, a device or a folder.
     """
+    where = where or str(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{path} is a pipe, a device or a folder, not a file: delete it")
+                raise ValueError(f"{where} is a pipe, a device or a folder, not a file: delete it")
             content = b""
             if status.st_size <= most:
                 with open(descriptor, "rb", buffering=0, closefd=False) as file:
@@ -58,10 +60,10 @@ def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}): restore it") from error
+        raise ValueError(f"{where} cannot be read ({first_line(error)}): restore it") from error
     if max(status.st_size, len(content)) > most:
         raise ValueError(
-            f"{path} has {status.st_size:,} bytes, at most {most:,} are read: delete it or make it smaller"
+            f"{where} has {status.st_size:,} bytes, at most {most:,} are read: delete it or make it smaller"
         )
     return content
 

@@ -68,7 +68,7 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     if unknown := [name for name in sources if name not in names]:
         close = "".join(f", did you mean {name!r}" for name in difflib.get_close_matches(unknown[0], names, n=1))
         raise ValueError(
-            f"--data {unknown[0]}={sources[unknown[0]]}: the study {study.name!r} has no data set {unknown[0]!r}{close}; "
+            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so{close}; "
             f"its data sets are {', '.join(names)}"
         )
     missing = tuple(name for name in names if name != "digits" and name not in sources)

@@ -29,6 +29,7 @@ _BESIDE = r"(?:data|set|images?|imgs?|split|folder|files?|samples?|[\W\d_])*"
 _SPLITS = {
     split: re.compile(rf"{_BESIDE}(?:{'|'.join(words)}){_BESIDE}") for split, words in SPLIT_WORDS.items()
 }  # fmt: skip
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _HIDDEN = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information"}
 
 
@@ -49,7 +50,7 @@ def splits_in(name: str) -> set[str]:
         >>> sorted(splits_in("cifar10-train-00000-of-00001")), sorted(splits_in("BulletTrain")), splits_in("latest")
         (['train'], ['train'], set())
     """
-    return {split for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name) if (split := split_named(word))}
+    return {split for word in _WORD.findall(name) if (split := split_named(word))}
 
 
 def is_hidden(name: str) -> bool:
@@ -59,7 +60,7 @@ def is_hidden(name: str) -> bool:
 
 def ending(name: str) -> str:
     """Return the ending of a name in lower case, with its dot."""
-    return os.path.splitext(name)[1].lower()
+    return "".join(name.lower().rpartition(".")[1:]) if "." in name else ""
 
 
 def _is_image(name: str) -> bool:
@@ -238,7 +239,7 @@ def _split_folders(tree: Tree, base: str) -> dict[str, str]:
         flat = [name for name in maybe if not tree.nested(join(base, name))]
         if not maybe or (flat == maybe and len(names) > len(maybe)):
             return {"train": base}
-        if names != maybe or flat:
+        if flat or len(maybe) == 1 or len({_without_split(name) for name in maybe}) > 1:
             raise ValueError(
                 f"{root / maybe[0]} may be a split or a class: if it is a split, name it train, val or test; if it is "
                 f"a class, put all class folders into {root / 'train'}"
@@ -267,6 +268,11 @@ def _split_folders(tree: Tree, base: str) -> dict[str, str]:
                 f"{tree.root / folder}/CLASS; if it is a class itself, put all class folders into {root / 'train'}"
             )
     return folders
+
+
+def _without_split(name: str) -> tuple[str, ...]:
+    """What a name says besides its split: the same of seg_train and seg_test, not of bullet_train and test_tube."""
+    return tuple(word.lower() for word in _WORD.findall(name) if not split_named(word))
 
 
 def _inner(tree: Tree, folder: str, split: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nearfold._images import first_line
-from nearfold.train.records import UNLABELLED, Read, Source, checksum_of_files, named, require_label
+from nearfold.train.listing import UNLABELLED, Read, Source, checksum_of_files, named, require_label
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -154,7 +154,7 @@ def _columns(path: Path, schema: Any, features: dict[str, Any], label_column: st
     called_so = [
         name for name, about in features.items() if about.get("_type") == "ClassLabel" and name in schema.names
     ]
-    structs = [name for name in schema.names if holds_images(schema.field(name).type)]
+    structs = [field.name for field in schema if holds_images(field.type)]
     image = [*(name for name in _IMAGE_COLUMNS if name in schema.names), *structs[: len(structs) == 1]]
     label = [*(name for name in _LABEL_COLUMNS if name in schema.names), *called_so[: len(called_so) == 1]]
     if label_column is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearfold._images import first_line as first_line
 from nearfold._images import picture
-from nearfold.train.records import Records
+from nearfold.train.listing import Records
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nearfold.train.layout import SHARDS, Tree, image_classes, left_out, say_left_out, shards
+from nearfold.train.listing import UNLABELLED, FileRecords, Records, Source
 from nearfold.train.parquet import open_parquet
-from nearfold.train.records import UNLABELLED, FileRecords, Records, Source
 from nearfold.train.tars import open_tars
 
 

@@ -23,8 +23,8 @@ from nearfold._images import picture
 from nearfold.train.data import TEST_SHARE, share_of_each
 from nearfold.train.distributed import Team
 from nearfold.train.feed import TRAIN_IMAGES_EVALUATED, Batches, global_batch
+from nearfold.train.listing import Read, Records, Source
 from nearfold.train.recipe import Recipe
-from nearfold.train.records import Read, Records, Source
 from nearfold.train.seeds import generator
 from nearfold.train.sources import open_source
 from nearfold.train.transforms import (

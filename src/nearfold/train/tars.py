@@ -15,7 +15,7 @@ import torch
 
 from nearfold._images import MOST_BYTES, SUFFIXES, first_line, read_file
 from nearfold.train.layout import is_hidden
-from nearfold.train.records import UNLABELLED, Names, Read, Source, checksum_of_files, named, require_label
+from nearfold.train.listing import UNLABELLED, Names, Read, Source, checksum_of_files, in_one_line, named, require_label
 
 _MOST_OF_A_LABEL = {".cls": 2**12, ".json": 2**22}
 """Bytes of the files that hold labels, by the ending."""
@@ -68,7 +68,7 @@ class TarRecords:
 
     def where(self, row: int) -> str:
         """Return the tar file and the key."""
-        return f"{self._paths[int(self._file[row])]}, key {self._keys[row]}"
+        return in_one_line(f"{self._paths[int(self._file[row])]}, key {self._keys[row]}")
 
     def checksum(self) -> int:
         """Return a checksum of names and sizes, and of a sample of the content."""
@@ -158,20 +158,21 @@ def _members(path: Path, labels_needed: bool, label_field: str | None, left_out:
         for entry in _entries(path):
             place = PurePosixPath(entry.name)
             ending = place.suffix.lower()
+            where = f"{path}, member {entry.name}"
+            most = _MOST_OF_A_LABEL.get(ending, MOST_BYTES if ending in SUFFIXES else length)
+            if entry.isreg() and not (0 <= entry.size <= most and entry.offset_data + entry.size <= length):
+                raise ValueError(
+                    f"{where} claims {entry.size:,} bytes; the tar file has {length:,}, and at most {most:,} are read "
+                    f"of such a member: fetch the file again, or delete the member"
+                )
             if entry.isdir() or ending not in (*SUFFIXES, *_MOST_OF_A_LABEL):
                 continue
             if any(map(is_hidden, place.parts)):
                 left_out["of the images in tar files, which are hidden"] += ending in SUFFIXES
                 continue
-            key, where = str(place.with_suffix("")), f"{path}, member {entry.name}"
+            key = str(place.with_suffix(""))
             if not entry.isreg() or entry.issparse():
                 raise ValueError(f"{where} is a link or another special file: write it as a file of its own")
-            most = _MOST_OF_A_LABEL.get(ending, MOST_BYTES)
-            if entry.size > most or entry.offset_data + entry.size > length:
-                raise ValueError(
-                    f"{where} claims {entry.size:,} bytes; the tar file has {length:,}, and at most {most:,} are read "
-                    f"of a {ending} file: fetch the file again, or delete the member"
-                )
             if ending in SUFFIXES:
                 if key in images:
                     raise ValueError(f"{path} holds two images of the key {key}: delete one")

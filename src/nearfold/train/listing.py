@@ -99,11 +99,11 @@ class FileRecords:
 
     def reader(self, units: int) -> Read:
         """Return a function that reads images."""
-        return lambda row: read_file(self._root / self._names[row])
+        return lambda row: read_file(self._root / self._names[row], where=self.where(row))
 
     def where(self, row: int) -> str:
         """Return the file's path."""
-        return str(self._root / self._names[row])
+        return in_one_line(str(self._root / self._names[row]))
 
     def checksum(self) -> int:
         """Return a checksum of all names, and of the sizes and beginnings of a sample of the files."""
@@ -112,6 +112,11 @@ class FileRecords:
             path = self._root / self._names[row]
             check = zlib.crc32(repr(path.stat().st_size).encode(), zlib.crc32(piece(path, 0), check))
         return check
+
+
+def in_one_line(name: str) -> str:
+    """Return a name as messages show it, which it cannot break."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def sample(count: int) -> list[int]:
