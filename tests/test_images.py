@@ -116,14 +116,17 @@ def test_images_are_opened_in_one_place_with_formats_that_are_named():
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 UNMEANT = {
     "postscript": POSTSCRIPT,
-    "postscript in a DOS header": b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, len(POSTSCRIPT)) + bytes(18) + POSTSCRIPT,
+    "postscript in a DOS header": b"\xc5\xd0\xd3\xc6"
+    + struct.pack("<II", 30, len(POSTSCRIPT))
+    + bytes(18)
+    + POSTSCRIPT,
     "icon": encoded(Image.new("RGB", (16, 16)), "ICO"),
     "targa": encoded(Image.new("RGB", (16, 16)), "TGA"),
     "photoshop": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(12 + 2 + 243),
-    "pixmap in C": b"/* XPM */\nstatic char *x[] = {\n\"1 1 1 1\",\n\"a c #000000\",\n\"a\"};\n",
+    "pixmap in C": b'/* XPM */\nstatic char *x[] = {\n"1 1 1 1",\n"a c #000000",\n"a"};\n',
     "fits": b"SIMPLE  =                    T".ljust(80) + b"END".ljust(80),
     "nothing": b"",
-}  # fmt: skip
+}
 
 
 @READERS
@@ -147,7 +150,7 @@ def test_no_program_is_started(tmp_path, monkeypatch):
             reader(tmp_path / reader.__name__, POSTSCRIPT, "z.jpg")
     assert not mark.exists()
     (tmp_path / "x.jpg").write_bytes(POSTSCRIPT)
-    anyone = "from PIL import Image\ntry: Image.open('x.jpg').load()\nexcept OSError: pass"
+    anyone = "from PIL import Image\ntry: Image.open('x.jpg').load()\nexcept Exception: pass"
     subprocess.run([sys.executable, "-c", anyone], cwd=tmp_path, check=True)  # a process of its own: Pillow remembers
     assert mark.exists()
 
@@ -204,11 +207,20 @@ def tiff(bits, samples, kind=1, width=4, height=4):
 
 
 DEEP = {
-    "gray PNG": png(0, 1), "RGB PNG": png(2, 3), "gray PNG with alpha": png(4, 2), "RGBA PNG": png(6, 4),
-    "gray TIFF": tiff(16, 1), "RGB TIFF": tiff(16, 3), "float TIFF": tiff(32, 1, kind=3), "int TIFF": tiff(32, 1, kind=2),
-    "gray PGM": b"P5 4 4 65535\n" + bytes(32), "12-bit PGM": b"P5 4 4 4095\n" + bytes(32),
-    "RGB PPM": b"P6 4 4 65535\n" + bytes(96), "plain PPM": b"P3 1 1 300\n1 2 3\n", "float map": b"Pf 2 2 -1.0\n" + bytes(16),
-}  # fmt: skip
+    "gray PNG": png(0, 1),
+    "RGB PNG": png(2, 3),
+    "gray PNG with alpha": png(4, 2),
+    "RGBA PNG": png(6, 4),
+    "gray TIFF": tiff(16, 1),
+    "RGB TIFF": tiff(16, 3),
+    "float TIFF": tiff(32, 1, kind=3),
+    "int TIFF": tiff(32, 1, kind=2),
+    "gray PGM": b"P5 4 4 65535\n" + bytes(32),
+    "12-bit PGM": b"P5 4 4 4095\n" + bytes(32),
+    "RGB PPM": b"P6 4 4 65535\n" + bytes(96),
+    "plain PPM": b"P3 1 1 300\n1 2 3\n",
+    "float map": b"Pf 2 2 -1.0\n" + bytes(16),
+}
 
 
 @READERS
