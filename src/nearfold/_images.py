@@ -90,15 +90,12 @@ def picture(encoded: bytes, where: str, mode: str = "") -> Image:
         try:
             with Image.open(io.BytesIO(encoded), formats=formats) as image:
                 refused = _refusal(image)
-                if not refused:
-                    image.load()
-                    plain = image.convert(mode or ("L" if image.mode in _GRAY_MODES else "RGB"))
-                    plain, damage = _upright(plain, image)
+                plain, damage = (None, "") if refused else _decoded(image, mode)
         except Exception as error:  # Pillow raises nearly anything on broken bytes
             unknown = isinstance(error, UnidentifiedImageError)
             why = f"its content is none of {', '.join(formats)}" if unknown else first_line(error)
             raise ValueError(f"{where} does not decode as an image ({why}): replace or delete it") from error
-    if refused:
+    if plain is None:
         raise ValueError(f"{where} {refused}")
     problems = [*(f"Pillow warns: {first_line(warning.message)}" for warning in said), *([damage] if damage else [])]
     if problems:
@@ -135,18 +132,20 @@ def _deep(image: Image) -> bool:
     return False
 
 
-def _upright(plain: Image, loaded: Image) -> tuple[Image, str]:
-    """Turn a picture as the EXIF orientation of the image that it was made from says; and what is wrong with that."""
+def _decoded(image: Image, mode: str) -> tuple[Image, str]:
+    """Convert an image and turn it upright; return what is wrong with its orientation too."""
     from PIL.Image import Exif, Transpose
 
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
+    image.load()  # which turns some formats already, and then forgets the orientation
+    plain = image.convert(mode or ("L" if image.mode in _GRAY_MODES else "RGB"))
     try:
-        if loaded.info.get("exif"):
-            Exif().load(loaded.info["exif"])  # raises where Pillow has let it pass
-        orientation = loaded.getexif().get(0x112, 1)
+        if image.info.get("exif"):
+            Exif().load(image.info["exif"])  # raises where Pillow has let it pass
+        orientation = image.getexif().get(0x112, 1)
     except Exception as error:  # as when it decodes
         return plain, f"damaged EXIF data ({first_line(error)}), taken as it lies"
     if isinstance(orientation, int) and orientation in turns:

@@ -135,7 +135,7 @@ def _above(folder: str) -> Iterator[str]:
 def _walk(tree: Tree) -> None:
     """Fill a tree. Links to folders come last and are followed, but no folder is entered twice."""
     seen: set[tuple[int, int]] = set()
-    waiting, links = [("", False)], []
+    waiting, links = [("", False)], list[tuple[str, bool]]()
     while waiting or links:
         at, hidden = waiting.pop() if waiting else links.pop(0)
         path = tree.root / at
@@ -307,8 +307,8 @@ def shards(tree: Tree, kind: str) -> tuple[str, list[tuple[str, str]]] | None:
             raise ValueError(f"{tree.root / path} names two splits, {' and '.join(sorted(splits))}: rename it")
         if splits:
             found.setdefault("/".join(part for part in above if not splits_in(part)), []).append((splits.pop(), path))
-    places = [place for place in ("", "data") if place in found] or list(found)
-    if len(places) > 1 and places[0]:
+    places = sorted(found, key=lambda place: (place not in ("", "data"), place))  # the usual ones first
+    if len(places) > 1 and places[0] not in ("", "data"):
         raise ValueError(
             f"{tree.root} holds several data sets, {', '.join(places[:10])}: pass the folder of one, such as "
             f"{tree.root / places[0]}"
