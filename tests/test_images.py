@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import nearfold
+from nearfold import _images
 from nearfold._images import SUFFIXES, picture
 from nearfold.look import load_image
 from nearfold.train import load_data, open_data
@@ -283,9 +284,9 @@ DAMAGED = {
 
 @READERS
 @pytest.mark.parametrize(("exif", "turns"), DAMAGED.values(), ids=DAMAGED)
-def test_damaged_exif_is_said_at_most_and_the_same_everywhere(tmp_path, reader, exif, turns):
-    content = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif)
-    name = f"{abs(hash((exif, reader.__name__)))}.jpg"  # a file is said once
+def test_damaged_exif_is_said_at_most_and_the_same_everywhere(tmp_path, monkeypatch, reader, exif, turns):
+    monkeypatch.setattr(_images, "_named", {})
+    content, name = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif), "z.jpg"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         reader(tmp_path, content, name)
@@ -293,6 +294,24 @@ def test_damaged_exif_is_said_at_most_and_the_same_everywhere(tmp_path, reader, 
     texts = [str(warning.message) for warning in said if name in str(warning.message)]
     assert all("\n" not in text for text in texts)
     assert turns or len(texts) == 2, "what is taken as it lies is said"
+
+
+def test_the_first_few_images_of_a_kind_of_damage_are_named(monkeypatch):
+    monkeypatch.setattr(_images, "_named", {})
+    content = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=DAMAGED["junk"][0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for name in "aabcdaefgh":
+            picture(content, name)
+    assert [str(warning.message)[:2] for warning in said] == ["a:", "b:", "c:", "d:", "e:"]
+    assert str(said[-1].message).endswith("(no further image with this is named)")
+
+
+def test_transparency_is_dropped_without_a_word(recwarn):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([9, 9, 9, 200, 100, 0])
+    plain = picture(encoded(image, "PNG", transparency=b"\xff\x10"), "x")
+    assert plain.mode == "RGB" and plain.getpixel((0, 0)) == (200, 100, 0) and not recwarn
 
 
 @settings(max_examples=150, deadline=None)

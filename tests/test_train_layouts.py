@@ -150,6 +150,9 @@ def folder(root, *paths, count=3):
         (["seg_train/seg_train/sea", "seg_test/seg_test/sea", "seg_pred"], ("sea",), {"train": 3, "test": 3}),
         (["chest/train/a", "chest/val/a", "chest/test/a"], ("a",), {"train": 3, "val": 3, "test": 3}),
         (["x/train/a", "x/test/a", "x/x/train/a", "__MACOSX/x/train/a"], ("a",), {"train": 3, "test": 3}),
+        (["PetImages/Cat", "PetImages/Dog"], ("Cat", "Dog"), {"train": 6}),
+        (["train_test_split/train/a", "train_test_split/test/a"], ("a",), {"train": 3, "test": 3}),
+        (["train/images/a", "train/images/b", "test/images/a", "test/images/b"], ("a", "b"), {"train": 6, "test": 6}),
         (["train/n01/images", "val/n01/images"], ("n01",), {"train": 3, "val": 3}),
         (["bullet_train", "test tube", "cat"], ("bullet_train", "cat", "test tube"), {"train": 9}),
         (["train/train", "train/apple", "test/train"], ("apple", "train"), {"train": 6, "test": 3}),
@@ -192,9 +195,10 @@ def test_links_are_followed_but_nothing_is_used_twice(tmp_path):
     (root / "a_link").symlink_to(root / "test")
     (root / "val").symlink_to(root / "train")
     (root / "train" / "cat" / "loop").symlink_to("..")
+    (root / "train" / "everything").symlink_to("/")
     source, content, _, text = opened(root)
     assert source.classes == ("cat", "dog") and {s: len(c) for s, c in content.items()} == {"train": 6, "test": 3}
-    assert "3 links to folders that are there anyway" in text
+    assert "4 links to folders that are there anyway" in text
 
 
 def test_other_files_in_class_folders_are_said(tmp_path):

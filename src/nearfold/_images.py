@@ -5,7 +5,6 @@ Everything in the package that reads an image reads it here.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import re
@@ -31,6 +30,8 @@ MOST_PIXELS = 2**27
 MOST_ASPECT = 100
 """Of the longer side to the shorter one: resized by its shorter side, a line of pixels would take all memory."""
 
+_MOST_NAMED = 5
+_named: dict[str, set[str]] = {}  # what Pillow and we warned of, and the images of which it was said
 _GRAY_MODES = {"1", "L", "LA"}
 _DEEP_MODES = {"I", "F"}  # and I;16 of every kind
 
@@ -71,7 +72,7 @@ def read_file(path: Path, most: int = MOST_BYTES, where: str = "") -> bytes:
 def picture(encoded: bytes, where: str, mode: str = "") -> Image:
     """Decode an image with Pillow, and turn it upright as its EXIF orientation says.
 
-    Where Pillow warns, of damaged EXIF data for instance, one warning names the image.
+    Where Pillow warns, of damaged EXIF data for instance, a warning names the image: the first few of each kind.
 
     Args:
         encoded: The file's content, in one of the formats of :data:`SUFFIXES`. Of several frames the first is read.
@@ -98,8 +99,12 @@ def picture(encoded: bytes, where: str, mode: str = "") -> Image:
     if plain is None:
         raise ValueError(f"{where} {refused}")
     problems = [*(f"Pillow warns: {first_line(warning.message)}" for warning in said), *([damage] if damage else [])]
-    if problems:
-        _warn_once(f"{where}: {'; '.join(dict.fromkeys(problems))}")
+    for problem in dict.fromkeys(problems):
+        named = _named.setdefault(problem, set())
+        if where not in named and len(named) < _MOST_NAMED:  # catch_warnings makes Python forget what it has shown
+            named.add(where)
+            last = " (no further image with this is named)" if len(named) == _MOST_NAMED else ""
+            warnings.warn(f"{where}: {problem}{last}", stacklevel=2)
     return plain
 
 
@@ -141,7 +146,9 @@ def _decoded(image: Image, mode: str) -> tuple[Image, str]:
         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
     }  # fmt: skip
     image.load()  # which turns some formats already, and then forgets the orientation
-    plain = image.convert(mode or ("L" if image.mode in _GRAY_MODES else "RGB"))
+    mode = mode or ("L" if image.mode in _GRAY_MODES else "RGB")
+    # Transparency is dropped; of a palette Pillow wants to be told so.
+    plain = (image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image).convert(mode)
     try:
         if image.info.get("exif"):
             Exif().load(image.info["exif"])  # raises where Pillow has let it pass
@@ -152,11 +159,6 @@ def _decoded(image: Image, mode: str) -> tuple[Image, str]:
         return plain.transpose(turns[orientation]), ""
     known = isinstance(orientation, int) and orientation in (0, 1)
     return plain, "" if known else f"unknown EXIF orientation {orientation!r:.40}, taken as it lies"
-
-
-@functools.lru_cache(maxsize=10_000)
-def _warn_once(text: str) -> None:  # catch_warnings makes Python forget what it has shown
-    warnings.warn(text, stacklevel=3)
 
 
 def first_line(error: object) -> str:

@@ -168,7 +168,7 @@ def load_data(
     limits = {"train": limit, "test": limit if test_limit is None else test_limit}
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be None or an integer of at least 1; got {image_size!r}")
 
     if source == "digits":

@@ -133,8 +133,9 @@ def _above(folder: str) -> Iterator[str]:
 
 
 def _walk(tree: Tree) -> None:
-    """Fill a tree. Links to folders come last and are followed, but no folder is entered twice."""
+    """Fill a tree. Links to folders come last and are followed, but not to what is around, and nowhere twice."""
     seen: set[tuple[int, int]] = set()
+    around = Path(os.path.realpath(tree.root))
     waiting, links = [("", False)], list[tuple[str, bool]]()
     while waiting or links:
         at, hidden = waiting.pop() if waiting else links.pop(0)
@@ -154,6 +155,8 @@ def _walk(tree: Tree) -> None:
                 if entry.is_dir():
                     if not entry.is_symlink():
                         waiting.append((inside, unseen))
+                    elif not unseen and around.is_relative_to(os.path.realpath(tree.root / inside)):
+                        tree.linked.append(inside)
                     elif not unseen:
                         links.append((inside, False))
                 elif unseen:
@@ -182,8 +185,8 @@ def image_classes(tree: Tree) -> tuple[tuple[str, ...], list[str], dict[str, dic
     """
     root = tree.root
     base = ""
-    while not tree.images(base) and len(inside := _holding(tree, base)) == 1 and _wraps(tree, join(base, inside[0])):
-        base = join(base, inside[0])
+    while (inner := _wrapped(tree, base)) and split_named(os.path.basename(inner)) is None:
+        base = inner
     folders = _split_folders(tree, base)
     classes = tuple(tree.folders(folders["train"]))
     if not classes:
@@ -222,11 +225,17 @@ def _holding(tree: Tree, folder: str) -> list[str]:
     return [name for name in tree.folders(folder) if tree.holds_images(join(folder, name))]
 
 
-def _wraps(tree: Tree, folder: str) -> bool:
-    """Whether a folder is not a class or a split itself but one around splits, as archives have it."""
-    return split_named(os.path.basename(folder)) is None and any(
-        split_named(name) and tree.nested(join(folder, name)) for name in tree.folders(folder)
-    )
+def _wrapped(tree: Tree, folder: str) -> str | None:
+    """The only folder in one, where it is no class but one around splits or classes, as archives have it.
+
+    chest_xray/train/CLASS, PetImages/CLASS, seg_train/seg_train/CLASS: of one class alone there is nothing to learn.
+    """
+    inside = _holding(tree, folder)
+    if len(inside) != 1 or tree.images(folder) or tree.images(inner := join(folder, inside[0])):
+        return None
+    around_splits = any(split_named(name) and tree.nested(join(inner, name)) for name in tree.folders(inner))
+    again = splits_in(inside[0]) and splits_in(inside[0]) == splits_in(os.path.basename(folder)) and tree.nested(inner)
+    return inner if around_splits or again or len(_holding(tree, inner)) > 1 else None
 
 
 def _split_folders(tree: Tree, base: str) -> dict[str, str]:
@@ -261,7 +270,9 @@ def _split_folders(tree: Tree, base: str) -> dict[str, str]:
             continue
         folder = join(base, by_split[split])
         if tree.nested(folder):
-            folders[split] = _inner(tree, folder, split)
+            while inner := _wrapped(tree, folder):
+                folder = inner
+            folders[split] = folder
         elif split == "train":
             raise ValueError(
                 f"{tree.root / folder} is named like a split, but its images are in no class folders: put them into "
@@ -273,16 +284,6 @@ def _split_folders(tree: Tree, base: str) -> dict[str, str]:
 def _without_split(name: str) -> tuple[str, ...]:
     """What a name says besides its split: the same of seg_train and seg_test, not of bullet_train and test_tube."""
     return tuple(word.lower() for word in _WORD.findall(name) if not split_named(word))
-
-
-def _inner(tree: Tree, folder: str, split: str) -> str:
-    """The folder of the classes, where archives have it twice: seg_train/seg_train/CLASS."""
-    while len(inside := tree.folders(folder)) == 1 and not tree.images(folder):
-        inner = join(folder, inside[0])
-        if splits_in(inside[0]) != {split} or not tree.nested(inner):
-            break
-        folder = inner
-    return folder
 
 
 def shards(tree: Tree, kind: str) -> tuple[str, list[tuple[str, str]]] | None:

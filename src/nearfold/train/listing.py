@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nearfold._images import read_file
+from nearfold._images import first_line, read_file
 
 UNLABELLED = -1
 """The label of an image whose label is kept secret."""
@@ -110,7 +110,8 @@ class FileRecords:
         check = self._names.checksum()
         for row in sample(len(self.labels)):
             path = self._root / self._names[row]
-            check = zlib.crc32(repr(path.stat().st_size).encode(), zlib.crc32(piece(path, 0), check))
+            beginning = piece(path, 0)
+            check = zlib.crc32(repr(path.stat().st_size).encode(), zlib.crc32(beginning, check))
         return check
 
 
@@ -126,9 +127,12 @@ def sample(count: int) -> list[int]:
 
 def piece(path: Path, at: int) -> bytes:
     """Return some of a file's bytes from a place on."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(at)
-        return file.read(_PIECE)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(at)
+            return file.read(_PIECE)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): restore it") from error
 
 
 def checksum_of_files(paths: list[Path]) -> int:

@@ -155,7 +155,9 @@ def _columns(path: Path, schema: Any, features: dict[str, Any], label_column: st
         name for name, about in features.items() if about.get("_type") == "ClassLabel" and name in schema.names
     ]
     structs = [field.name for field in schema if holds_images(field.type)]
-    image = [*(name for name in _IMAGE_COLUMNS if name in schema.names), *structs[: len(structs) == 1]]
+    pictures = [name for name, about in features.items() if about.get("_type") == "Image" and name in schema.names]
+    image = [name for name in _IMAGE_COLUMNS if name in schema.names]
+    image += next((only for only in (pictures, structs) if len(only) == 1), [])
     label = [*(name for name in _LABEL_COLUMNS if name in schema.names), *called_so[: len(called_so) == 1]]
     if label_column is not None:
         label = [label_column] if label_column in schema.names else []

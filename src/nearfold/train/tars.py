@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from nearfold._images import MOST_BYTES, SUFFIXES, first_line, read_file
-from nearfold.train.layout import is_hidden
+from nearfold.train.layout import ending, is_hidden
 from nearfold.train.listing import UNLABELLED, Names, Read, Source, checksum_of_files, in_one_line, named, require_label
 
 _MOST_OF_A_LABEL = {".cls": 2**12, ".json": 2**22}
@@ -157,29 +157,29 @@ def _members(path: Path, labels_needed: bool, label_field: str | None, left_out:
     with open(path, "rb") as raw:
         for entry in _entries(path):
             place = PurePosixPath(entry.name)
-            ending = place.suffix.lower()
+            kind = ending(place.name)
             where = f"{path}, member {entry.name}"
-            most = _MOST_OF_A_LABEL.get(ending, MOST_BYTES if ending in SUFFIXES else length)
+            most = _MOST_OF_A_LABEL.get(kind, MOST_BYTES if kind in SUFFIXES else length)
             if entry.isreg() and not (0 <= entry.size <= most and entry.offset_data + entry.size <= length):
                 raise ValueError(
                     f"{where} claims {entry.size:,} bytes; the tar file has {length:,}, and at most {most:,} are read "
                     f"of such a member: fetch the file again, or delete the member"
                 )
-            if entry.isdir() or ending not in (*SUFFIXES, *_MOST_OF_A_LABEL):
+            if entry.isdir() or kind not in (*SUFFIXES, *_MOST_OF_A_LABEL):
                 continue
             if any(map(is_hidden, place.parts)):
-                left_out["of the images in tar files, which are hidden"] += ending in SUFFIXES
+                left_out["of the images in tar files, which are hidden"] += kind in SUFFIXES
                 continue
-            key = str(place.with_suffix(""))
+            key = str(place)[: -len(kind)]
             if not entry.isreg() or entry.issparse():
                 raise ValueError(f"{where} is a link or another special file: write it as a file of its own")
-            if ending in SUFFIXES:
+            if kind in SUFFIXES:
                 if key in images:
                     raise ValueError(f"{path} holds two images of the key {key}: delete one")
                 images[key] = (entry.offset_data, entry.size)
                 continue
             raw.seek(entry.offset_data)
-            label = _label(raw.read(entry.size), ending, f"{path}, key {key}", label_field)
+            label = _label(raw.read(entry.size), kind, f"{path}, key {key}", label_field)
             if None not in (label, labels.get(key)) and label != labels[key]:
                 raise ValueError(f"{path}, key {key}, has two labels, {labels[key]} and {label}: delete one")
             labels[key] = labels.get(key) if label is None else label
@@ -229,10 +229,10 @@ def _checked(label: int | None, needed: bool, path: Path, key: str) -> int:
     return require_label(label, f"{path}, key {key}")
 
 
-def _label(content: bytes, ending: str, where: str, label_field: str | None) -> int | None:
+def _label(content: bytes, kind: str, where: str, label_field: str | None) -> int | None:
     """Read KEY.cls, or the label in KEY.json; None where that has none."""
     try:
-        if ending == ".cls":
+        if kind == ".cls":
             if not re.fullmatch(rb"\s*[+-]?\d+\s*", content):
                 raise ValueError
             return int(content)
@@ -245,4 +245,4 @@ def _label(content: bytes, ending: str, where: str, label_field: str | None) -> 
         return label
     except (ValueError, RecursionError) as error:
         text = content[:40].decode(errors="replace")
-        raise ValueError(f"{where}{ending} holds no integer as label ({text!r}): correct it") from error
+        raise ValueError(f"{where}{kind} holds no integer as label ({text!r}): correct it") from error
