@@ -366,3 +366,20 @@ def test_columns_that_are_there_twice_and_rows_without_end(tmp_path):
             writer.write_table(part)
     with pytest.raises(ValueError, match=r"claims 140,000,000 rows, at most 134,217,728 are read"):
         open_data(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(1, 2500), st.integers(0, 255)), min_size=1, max_size=4))
+def test_no_bytes_of_a_parquet_file_end_in_anything_but_one_line(tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "changed parquet" / "train-0.parquet"
+    rows(path, names=["cat", "dog"])
+    content = bytearray(path.read_bytes())
+    for place, value in changes:  # from the end, where the description is
+        content[-place % len(content)] = value
+    path.write_bytes(bytes(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            load_data(path.parent)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(path.parent) in str(error)
