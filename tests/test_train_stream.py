@@ -461,7 +461,7 @@ def test_what_is_not_installed_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"'resized_erasing' needs torchvision.*or choose augment='resized_crop'"):
         open_feed(data, replace(RECIPE, augment="resized_erasing"), team, 0)
-    with pytest.raises(ImportError, match=r"holds parquet files: pip install 'nearfold\[data\]'"):
+    with pytest.raises(ImportError, match=r"holds parquet files: pip install pyarrow"):
         open_data(folders / "parquet")
 
 

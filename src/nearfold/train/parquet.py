@@ -95,7 +95,7 @@ def open_parquet(folder: Path, files: list[tuple[str, Path]], label_column: str 
     try:
         import pyarrow.parquet as pq
     except ModuleNotFoundError as error:
-        raise ImportError(f"{folder} holds parquet files: pip install 'nearfold[data]'") from error
+        raise ImportError(f"{folder} holds parquet files: pip install pyarrow") from error
 
     found: dict[str, list[tuple[Path, str, list[tuple[int, int]], Tensor]]] = {}
     classes: tuple[str, ...] = ()
