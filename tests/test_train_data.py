@@ -325,7 +325,7 @@ def test_broken_parquet(tmp_path, damage, says):
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"nearfold\[data\]"):
+    with pytest.raises(ImportError, match="holds parquet files: pip install pyarrow"):
         load_data(tmp_path)
 
 

@@ -53,7 +53,9 @@ def read_file(path: Path, most: int = MOST_BYTES, where: str = "") -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{where} is a pipe, a device or a folder, not a file: delete it")
+                raise ValueError(
+                    f"{where} is a pipe, a device or a folder, not a file: name another one, or move it away"
+                )
             content = b""
             if status.st_size <= most:
                 with open(descriptor, "rb", buffering=0, closefd=False) as file:
@@ -64,7 +66,7 @@ def read_file(path: Path, most: int = MOST_BYTES, where: str = "") -> bytes:
         raise ValueError(f"{where} cannot be read ({first_line(error)}): restore it") from error
     if max(status.st_size, len(content)) > most:
         raise ValueError(
-            f"{where} has {status.st_size:,} bytes, at most {most:,} are read: delete it or make it smaller"
+            f"{where} has {status.st_size:,} bytes, at most {most:,} are read: make it smaller, or move it away"
         )
     return content
 
