@@ -165,7 +165,8 @@ def _walk(tree: Tree) -> None:
                     names.append(entry.name)
                 elif many:
                     raise ValueError(
-                        f"{tree.root / inside} is a pipe, a device or a broken link, not a file: mend it, or move it away"
+                        f"{tree.root / inside} is a pipe, a device or a broken link, not a file: mend it, or move it "
+                        "away"
                     )
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({first_line(error)}): restore it, or move it away") from error
