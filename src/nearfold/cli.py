@@ -172,6 +172,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the mixing layer, in the notation or by its name in `ops` (default: conv)",
     )  # fmt: skip
     train.add_argument(
+        "--label-column", metavar="NAME",
+        help="the column of parquet files, or the field of KEY.json in tar files, with the labels (default: label, or "
+        "fine_label)",
+    )  # fmt: skip
+    train.add_argument(
         "--stream", type=_positive, metavar="PIXELS",
         help="read images from parquet, tar or image files when they are needed, and make them so large, instead of "
         "holding all in memory",
@@ -246,8 +251,8 @@ def _new(make: Any, name: str, summary: str = "", **options: Any) -> argparse.Ar
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="digits", metavar="SOURCE",
-        help="digits (8x8 handwriting, comes along; default), a folder with Hugging Face parquet files, or a "
-        "folder of images: train/CLASS/*.png",
+        help="digits (8x8 handwriting, comes along; default), or a folder of Hugging Face parquet files, of WebDataset "
+        "tar files, or of images, train/CLASS/*.png",
     )  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N", help="at most N training and N test images")
 
@@ -337,7 +342,9 @@ def _train(args: argparse.Namespace) -> int:
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     operation = parse(args.op)
     data = (
-        load_data(args.data, limit=args.limit) if args.stream is None else open_data(args.data, image_size=args.stream)
+        load_data(args.data, limit=args.limit, label_column=args.label_column)
+        if args.stream is None
+        else open_data(args.data, image_size=args.stream, label_column=args.label_column)
     )
     import torch
 

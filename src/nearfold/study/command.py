@@ -179,7 +179,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     study = find(args.name, args.preset)
     if args.seeds:
         study = replace(study, seeds=args.seeds)
-    sources = dict(_source(text) for text in args.data)
+    sources = _sources(args.data)
     planned = plan(
         study, args.out / "store", sources, resumable=args.preset == "paper", workers=getattr(args, "workers", 0)
     )
@@ -188,11 +188,15 @@ def _plan(args: argparse.Namespace) -> Plan:
     return planned
 
 
-def _source(text: str) -> tuple[str, str]:
-    name, equals, folder = text.partition("=")
-    if not equals or not name or not folder:
-        raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
-    return name, folder
+def _sources(texts: Sequence[str]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder:
+            raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
+        if sources.setdefault(name, folder) != folder:
+            raise ValueError(f"--data {name} is given twice, as {sources[name]} and as {folder}: say one")
+    return sources
 
 
 def _engine(args: argparse.Namespace, study: Study) -> Engine:
