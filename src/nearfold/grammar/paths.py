@@ -329,7 +329,7 @@ class Strided(Shape):
 
     word = "strided"
     primitive = ("STRIDED_ROW", 1)
-    step: int
+    step: int = field(metadata={"most": 2**62})  # no further than the map in any case
 
     def __post_init__(self) -> None:
         positive(self, step=self.step)

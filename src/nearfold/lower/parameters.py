@@ -18,6 +18,7 @@ from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
 from nearfold.grammar.words import (
     Block,
+    Causal,
     Deformable,
     Dense,
     Depthwise,
@@ -224,9 +225,26 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
                 f"multiple of {2 * ndim}, got {head}"
             )
         if near.bias == "table":
-            sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
-            found["relative_bias"] = Parameter((op.weight.heads, *(2 * n - 1 for n in sizes)), "normal:0.02")
+            offsets = tuple(2 * n - 1 for n in bias_reach(op, ndim))
+            found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02")
     return found
+
+
+def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
+    """Per axis n, so that a query lies at most n - 1 steps before or behind a key: a table of 2 n - 1 offsets holds all.
+
+    >>> from nearfold import parse
+    >>> bias_reach(parse("window(3, scaled(bias=table), mode=inside, step=(3, 8)) | box | softmax"), 2)
+    (3, 6)
+    """
+    sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
+    steps = as_tuple(getattr(op.path, "step", 1), ndim, "step")
+    ends = (op.shape.axes or (0,)) if isinstance(op.shape, Causal) else ()
+    # queries that share the window of the one in their middle may lie outside it
+    return tuple(
+        n if axis in ends else max(n, step // 2 + n - n // 2, step - step // 2 + n // 2)
+        for axis, (n, step) in enumerate(zip(sizes, steps, strict=True))
+    )
 
 
 def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) -> dict[str, Parameter]:
