@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
 from nearfold.grammar.words import (
@@ -34,6 +35,8 @@ from nearfold.grammar.words import (
     Window,
 )
 
+MOST_NUMBERS = 2**40  # of one parameter
+MOST_AXES = 8
 LETTERS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 SHARED = tuple(f"{LETTERS[c]}_{part}" for c in "qkv" for part in ("weight", "bias"))
 
@@ -45,6 +48,12 @@ class Parameter:
     shape: tuple[int, ...]
     init: str
     fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"a parameter of shape {self.shape} would hold {math.prod(self.shape)} numbers; at most {MOST_NUMBERS}"
+            )
 
 
 def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
@@ -97,8 +106,7 @@ def parameters(
         "context_channels": context_channels,
     }
     for name, channels in named.items():
-        if type(channels) is not int or channels < 1:
-            raise ValueError(f"{name} must be a positive integer, got {channels!r}")
+        integer(name, channels, most=MOST_AXES if name == "ndim" else MOST)
     if isinstance(op, Basic):
         return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
@@ -258,6 +266,8 @@ def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) 
             found[f"{name}_bias"] = Parameter((made,), init, read)
 
     if isinstance(path, Deformable):
+        if ndim > 3:
+            raise ValueError(f"{op}: deformable goes with one to three grid axes, got ndim={ndim}")
         slots = as_tuple(path.size, ndim, "size")
         points = path.groups * math.prod(slots)
         linear("offset", ndim * points, in_channels, slots, "constant:0")
@@ -321,6 +331,9 @@ def part_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         slice(have - want, None) if last and axis < 2 else slice(want)
         for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True))
     ]
+    if name.endswith("relative_bias"):  # by offset: zero stays in the middle
+        middle = zip(tensor.shape[1:], shape[1:], strict=True)
+        index[1:] = [slice((have - want) // 2, (have + want) // 2) for have, want in middle]
     return tensor[tuple(index)]
 
 

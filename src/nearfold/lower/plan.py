@@ -9,7 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
+from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
@@ -57,6 +59,14 @@ def runner(name: str) -> Callable[[Call], Tensor]:
     return oracle.run if name == "oracle" else BACKENDS[name].run
 
 
+def operation(given: Operation | str) -> Operation:
+    """An operation itself, or the one that a notation says; ValueError for anything else."""
+    op = parse(given) if isinstance(given, str) else given
+    if not isinstance(op, Operation):
+        raise ValueError(f"operation must be an Operation or its notation, got {shown(given)}")
+    return op
+
+
 def apply(
     op: Operation | str,
     params: dict[str, Tensor],
@@ -78,8 +88,8 @@ def apply(
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
         context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
     """
-    if isinstance(op, str):
-        op = parse(op)
+    op = operation(op)
+    require_tensors(x=x)
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, channels, *grid), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -94,6 +104,7 @@ def apply(
         return runner(chosen(facts, backend))
 
     if context is not None:
+        require_tensors(context=context)
         if not op.needs_context:
             raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
         if (

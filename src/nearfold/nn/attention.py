@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from nearfold._numbers import integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Elu, Scaled
 from nearfold.grammar.words import (
@@ -19,6 +20,7 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
+from nearfold.kernels.names import require_tensors
 from nearfold.nn.mixer import Mixer, TokenMixer
 
 
@@ -285,13 +287,15 @@ class TokenMLP(nn.Module):
 
     def __init__(self, tokens: int, hidden: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
-        hidden = 4 * tokens if hidden is None else hidden
+        tokens = integer("tokens", tokens)
+        hidden = 4 * tokens if hidden is None else integer("hidden", hidden)
         # one table for all channels: the number of channels is not a number of parameters
         self.expand = Mixer(Basic(All(), Row(), Weight(Table(tokens, hidden))), 1, ndim=1, bias=bias)
         self.contract = Mixer(Basic(All(), Row(), Weight(Table(hidden, tokens))), 1, ndim=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
+        require_tensors(x=x)
         if x.dim() != 3:
             raise ValueError(f"x must be (B, N, D) for this layer, got shape {tuple(x.shape)}")
         B, _, D = x.shape

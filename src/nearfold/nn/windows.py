@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nearfold._numbers import integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import (
     Box,
@@ -94,7 +95,7 @@ class Involution2d(Mixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        groups = max(1, channels // 16) if groups is None else groups
+        groups = max(1, integer("channels", channels) // 16) if groups is None else groups
         operation = Basic(Window(kernel_size, stride=stride), Box(), Weight(Generated(groups, reduction)))
         super().__init__(operation, channels, bias=bias, backend=backend)
 

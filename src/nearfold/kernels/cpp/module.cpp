@@ -45,15 +45,20 @@ bool has_amx() {
 const std::vector<const Engine *> &engines() {
     static const std::vector<const Engine *> found = [] {
         std::vector<const Engine *> all;
-#if defined(NEARFOLD_X86)
+#if defined(NEARFOLD_AVX2) || defined(NEARFOLD_AVX512) || defined(NEARFOLD_AMX)
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+        [[maybe_unused]] const bool avx512 =
+            avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 #if defined(NEARFOLD_AMX)
         if (avx512 && has_amx()) all.push_back(&engine_amx);
 #endif
+#if defined(NEARFOLD_AVX512)
         if (avx512) all.push_back(&engine_avx512);
+#endif
+#if defined(NEARFOLD_AVX2)
         if (avx2) all.push_back(&engine_avx2);
+#endif
 #endif
         all.push_back(&engine_generic);
         return all;
