@@ -16,13 +16,14 @@ from torch import Tensor
 
 from nearfold.kernels import corners_torch, cuda, engine
 from nearfold.kernels.corners_torch import Frame
-
+from nearfold.kernels.names import require_tensors
 
 MOST_NUMBER = 2**28  # of a frame: products stay integers
 
 
 def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(offset=offset)
     axes, slots, outputs = frame.axes, math.prod(frame.size), math.prod(frame.out)
     numbers = (frame.grid, frame.out, frame.size, frame.stride, frame.dilation)
     if (
@@ -33,8 +34,8 @@ def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
         or max(map(max, (*numbers, frame.before))) > MOST_NUMBER
     ):
         raise ValueError(
-            f"grid, out, size, stride, dilation and before must be one per axis, positive (before: not negative) and at most "
-            f"{MOST_NUMBER}, got {frame}"
+            "grid, out, size, stride, dilation and before must be positive (before: not negative), one per axis and at "
+            f"most {MOST_NUMBER}, got {frame}"
         )
     if offset.dim() != 4 or offset.shape[1:] != (slots, axes, outputs) or not offset.is_floating_point():
         raise ValueError(
@@ -141,6 +142,7 @@ def corners_backward(
     """Gradients at offset and mask (an empty tensor where that is None)."""
     frame = Frame(grid, out, size, stride, dilation, before)
     _require(offset, mask, frame)
+    require_tensors(grad=grad)
     entries = (offset.shape[0], offset.shape[3], offset.shape[1] << frame.axes)
     if grad.shape != entries or grad.dtype != offset.dtype:
         raise ValueError(f"grad must be {entries} {offset.dtype} as the shares, got {tuple(grad.shape)} {grad.dtype}")

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nearfold.kernels.names import require_tensors
+
 
 def reflect(index: Tensor, n: int) -> Tensor:
     """Mirror positions outside 0..n-1 back inside, as often as it takes."""
@@ -64,8 +66,9 @@ def _slots(offsets: list[int], axes: int) -> Iterator[tuple[int, tuple[int, ...]
         yield s, tuple(offsets[s * axes : (s + 1) * axes])
 
 
-def _require(over: Tensor, near: Tensor, offsets: list[int], stride: list[int]) -> None:
+def _require(names: str, over: Tensor, near: Tensor, offsets: list[int], stride: list[int]) -> None:
     """ValueError unless windows of maps (P, c, *grid) fit outputs (P, c', *out)."""
+    require_tensors(**dict(zip(names.split(), (over, near), strict=True)))
     axes = len(stride)
     if axes < 1 or over.dim() != axes + 2 or near.dim() != axes + 2 or over.shape[0] != near.shape[0]:
         raise ValueError(
@@ -75,7 +78,9 @@ def _require(over: Tensor, near: Tensor, offsets: list[int], stride: list[int]) 
     if over.dtype != near.dtype or over.device != near.device or not near.is_floating_point():
         raise ValueError(f"maps must have one floating dtype and device, got {over.dtype} and {near.dtype}")
     if min(stride) < 1 or not offsets or len(offsets) % axes:
-        raise ValueError(f"stride must be positive and offsets {axes} numbers for each slot, got {stride} and {offsets}")
+        raise ValueError(
+            f"stride must be positive and offsets {axes} numbers for each slot, got {stride} and {offsets}"
+        )
     for axis, (step, n, most) in enumerate(zip(stride, over.shape[2:], near.shape[2:], strict=True)):
         starts = offsets[axis::axes]
         if n < 1 or min(starts) < 0 or max(starts) + (n - 1) * step >= most:
@@ -87,12 +92,13 @@ def _require(over: Tensor, near: Tensor, offsets: list[int], stride: list[int]) 
 
 def _same(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """ValueError unless a tensor has this shape, and the dtype and device of another."""
+    require_tensors(**{name: given})
     if tuple(given.shape) != tuple(shape) or given.dtype != like.dtype or given.device != like.device:
         raise ValueError(f"{name} must be {tuple(shape)} {like.dtype}, got {tuple(given.shape)} {given.dtype}")
 
 
 def _require_scores(query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str) -> None:
-    _require(query, key, offsets, stride)
+    _require("query key", query, key, offsets, stride)
     if query.shape[1] != key.shape[1] or metric not in ("dot", "euclidean"):
         raise ValueError(
             f"query and key must have equal features and metric be dot or euclidean, got {tuple(query.shape)}, "
@@ -101,9 +107,11 @@ def _require_scores(query: Tensor, key: Tensor, offsets: list[int], stride: list
 
 
 def _require_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> None:
-    _require(alpha, value, offsets, stride)
+    _require("alpha value", alpha, value, offsets, stride)
     if alpha.shape[1] * len(stride) != len(offsets):
-        raise ValueError(f"alpha {tuple(alpha.shape)} must have one row for each of {len(offsets) // len(stride)} slots")
+        raise ValueError(
+            f"alpha {tuple(alpha.shape)} must have one row for each of {len(offsets) // len(stride)} slots"
+        )
 
 
 @torch.library.custom_op("nearfold::local_scores", mutates_args=())

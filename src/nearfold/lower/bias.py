@@ -49,8 +49,6 @@ def score_bias(
     dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
     # how far the query lies behind the key, in steps of the dilation, as Swin counts; from no tensor of the
     # host, which a CUDA graph could not hold
-    behind = [
-        offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(dilations, reach, strict=True))
-    ]
+    behind = [offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(dilations, reach, strict=True))]
     row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in reach))
     return params["relative_bias"].to(like.dtype).flatten(1)[:, row_MS]

@@ -25,7 +25,7 @@ def _fillable(path: Nearest, grid: tuple[int, ...], source: tuple[int, ...], dra
     keys = math.prod(source)
     if isinstance(candidates, Random) and drawing:
         keys = min(keys, candidates.r)
-    if isinstance(candidates, Grid):
+    if isinstance(candidates, Grid) and (candidates.inset or any(candidates.r < n for n in grid)):  # not all of them
         keys = math.prod(min(candidates.r, n - 2 * min(candidates.inset, (n - 1) // 2)) for n in grid)
     if isinstance(candidates, Nearby):
         keys = math.prod(min(candidates.size, n) for n in source)
@@ -109,7 +109,7 @@ def unfilled(op: Operation, grid: tuple[int, ...], context: tuple[int, ...] | No
         if can < part.path.k:
             where = " x ".join(map(str, context if part.cross and context is not None else grid))
             found.append(
-                f"{part.path}: k={part.path.k}, but only {can} slots can be filled on a grid of {where}; the others read "
-                "nothing"
+                f"{part.path}: k={part.path.k}, but only {can} slots can be filled on a grid of {where}; the others "
+                "read nothing"
             )
     return list(dict.fromkeys(found))

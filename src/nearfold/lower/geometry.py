@@ -19,7 +19,6 @@ from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
 
-
 MOST_SLOTS = 2**24 - 1  # of a window: what the kernels count to
 
 

@@ -239,7 +239,7 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
 
 
 def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
-    """Per axis n, so that a query lies at most n - 1 steps before or behind a key: a table of 2 n - 1 offsets holds all.
+    """Per axis n, so that a query lies at most n - 1 steps from a key: a table of 2 n - 1 offsets holds all of them.
 
     >>> from nearfold import parse
     >>> bias_reach(parse("window(3, scaled(bias=table), mode=inside, step=(3, 8)) | box | softmax"), 2)

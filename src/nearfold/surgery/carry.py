@@ -333,7 +333,11 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
     found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
     table = source.tensors.get("relative_bias")
-    if table is not None and _biased(target) and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1):
+    if (
+        table is not None
+        and _biased(target)
+        and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
+    ):
         found = replace(found, tensors=found.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
         found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")

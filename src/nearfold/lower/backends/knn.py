@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.operation import Basic
-from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Separable, Shift, Softmax
+from nearfold.grammar.words import AllCandidates, Box, Causal, Experts, Nearest, Ones, Rho, Separable, Shift, Softmax
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
@@ -160,7 +160,7 @@ def run(call: Call) -> Tensor:
         groups,
     )
     bias = call.params.get("bias")
-    plain = not isinstance(weight_word.kernel, (Separable, Shift))
+    plain = not isinstance(weight_word.kernel, (Experts, Separable, Shift))
     if plain and bias is not None:
         y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
     return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)
