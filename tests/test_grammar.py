@@ -292,6 +292,7 @@ WRONG = [
     ("window(3) / box | kernel", 10, "expected '|' between path and shape, found '/'"),
     ("window(3) | box", 15, "expected '|' between shape and weight, found 'the end'"),
     ("window(3) | bx | kernel", 12, "'bx' is not a shape (did you mean box?); choose from: box, ranked, row"),
+    ("all(stride=2) | row | table(4)", 0, "has a row for every output already; leave stride out"),
     ("window(3) | row | kernel", 0, "shape row does not go with path window; it takes one of: box, causal"),
     ("all | row | kernel", 0, "a kernel needs a fixed number of slots"),
     ("window(3) | box | soft", 18, "'soft' is not a rho or kernel"),
