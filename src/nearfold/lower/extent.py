@@ -106,7 +106,7 @@ def unfilled(op: Operation, grid: tuple[int, ...], context: tuple[int, ...] | No
         border = padding_of(part)
         source = context if part.cross and context is not None else tuple(n + 2 * border for n in grid)
         can = _fillable(part.path, grid, source, drawing=False)
-        if can < part.path.k:
+        if 0 < can < part.path.k:
             where = " x ".join(map(str, context if part.cross and context is not None else grid))
             found.append(
                 f"{part.path}: k={part.path.k}, but only {can} slots can be filled on a grid of {where}; the others "
