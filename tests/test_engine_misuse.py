@@ -8,8 +8,10 @@ around its elements must stay as it was. A failure names the call, to be made ag
 """
 
 import ast
+import contextlib
 import ctypes
 import faulthandler
+import inspect
 import mmap
 import random
 import resource
@@ -71,9 +73,10 @@ from nearfold.kernels.weigh import slot_softmax, slot_softmax_backward
 from nearfold.nn.functional import deform_conv, knn_attention
 
 REFUSED = (ValueError, TypeError, RuntimeError, MemoryError)
+UNMADE = (*REFUSED, IndexError, AttributeError)
 st = pytest.importorskip("hypothesis.strategies")
 OUTPUT = "d_", "to_"  # what the module writes to
-CALLS = {"operators": 500, "engine": 600, "layers": 150}
+CALLS = {"operators": 500, "engine": 600, "layers": 150, "making": 250}
 
 
 # ---- what is called: the function, its right arguments, the documented shapes of its results -------------------------
@@ -170,10 +173,27 @@ MADE = [
     (nn.TokenMixer("all(elu) | row | normalized", 8), tokens),
 ]
 LAYERS = {type(layer).__name__: (layer, right, lambda a: [a["x"].shape]) for layer, right in MADE}
+
+
+def _making(layer, right):
+    """A layer's own class, called with its right arguments, and then the layer with a right input."""
+    cls = type(layer)
+    takes = inspect.signature(cls).parameters
+    known = {"operation": str(layer.operation) if hasattr(layer, "operation") else "", "num_heads": 2, "step": 3}
+    own = {n: known.get(n, 8) if p.default is p.empty else p.default for n, p in takes.items()}
+
+    def call(**arguments):
+        cls(**arguments)(**right(random.Random(0)))
+        return []
+
+    return call, lambda rng: dict(own), lambda a: []
+
+
+MAKING = {f"{type(layer).__name__}()": _making(layer, right) for layer, right in MADE}
 RAW = ("select", "aggregate", "softmax", "local", "grouped", "scan", "corners")
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
-CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS}
-TARGETS = OPERATORS | LAYERS | RAW
+CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}
+TARGETS = OPERATORS | LAYERS | RAW | MAKING
 
 
 # ---- what can be wrong with an argument ------------------------------------------------------------------------------
@@ -313,16 +333,12 @@ def built(fences, target, at, changes):
         if change in BUFFERS:
             later.append((name, change))
             continue
-        try:
+        with contextlib.suppress(*UNMADE):  # refused by torch: it cannot be made of this one
             a[name] = change(a[name])
-        except (*REFUSED, IndexError, AttributeError):  # by torch: it cannot be made of this one
-            pass
     a = {name: fences.place(name, x) for name, x in a.items()}
     for name, change in later:
-        try:
+        with contextlib.suppress(*UNMADE):
             a[name] = change(a[name])
-        except (*REFUSED, AttributeError):
-            pass
     return a
 
 

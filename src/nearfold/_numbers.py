@@ -86,6 +86,18 @@ def real(name: str, value: Any) -> float:
     return float(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """The truth value as Python's own; 0, 1 and None count as one.
+
+    Raises:
+        ValueError: unless it is one.
+    """
+    value = plain(value)
+    if type(value) not in (bool, int, type(None)):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
 def sizes(name: str, value: Any, axes: int, least: int = 1) -> list[int]:
     """One integer per axis, from one for all of them or one for each.
 

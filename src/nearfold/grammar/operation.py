@@ -235,7 +235,7 @@ class Sum(Operation):
             name = isinstance(rate, str) and rate.isascii() and rate.isidentifier()
             if not (rate is None or number or name):
                 raise ValueError(
-                    f"a sum's rate must be a name, a finite number or None (size at most {LARGEST:g}), got {shown(rate)}"
+                    f"a sum's rate must be a name, a finite number or None (at most {LARGEST:g}), got {shown(rate)}"
                 )
             terms.append((float(rate) if number else rate, term))  # type: ignore[arg-type]
         object.__setattr__(self, "terms", tuple(terms))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nearfold._numbers import MOST, integer, plain, shown
+from nearfold._numbers import MOST, flag, integer, plain, shown
 from nearfold.models.network import Features, Network
 
 PREFIX = "nearfold_"
@@ -142,7 +142,7 @@ def create(
         "in_chans": channels if in_chans is None else integer("in_chans", in_chans),
         "img_size": tuple(size) if img_size is None else _pair(img_size),
     }
-    features_only = plain(features_only)
+    features_only = flag("features_only", features_only)
     if out_indices is not None and not features_only:
         raise ValueError("out_indices goes with features_only=True")
     try:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from nearfold._numbers import integer, real, sizes
+from nearfold._numbers import flag, integer, real, sizes
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.names import require_tensors
@@ -96,7 +96,7 @@ def knn_attention(
         torch.arange(M, device=query.device),
         torch.arange(N, device=query.device),
         [max(M, N)],
-        [int(bool(is_causal)), -1, 1],
+        [int(flag("is_causal", is_causal)), -1, 1],
         False,
         0.0,
         recall,

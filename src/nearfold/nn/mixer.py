@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from nearfold._numbers import integer, plain, shown
+from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
 from nearfold.grammar.words import Nearest, Random
 from nearfold.kernels.names import require_tensors
@@ -107,7 +107,7 @@ class Mixer(nn.Module):
         self.context_channels = (
             self.in_channels if context_channels is None else integer("context_channels", context_channels)
         )
-        self._between = (self.in_channels, self.out_channels, self.ndim, bool(plain(bias)), self.context_channels)
+        self._between = (self.in_channels, self.out_channels, self.ndim, flag("bias", bias), self.context_channels)
         self._specs = self._stored = parameters(self.operation, *self._between)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
