@@ -178,7 +178,7 @@ LAYERS = {type(layer).__name__: (layer, right, lambda a: [a["x"].shape]) for lay
 def _making(layer, right):
     """A layer's own class, called with its right arguments, and then the layer with a right input."""
     cls = type(layer)
-    takes = inspect.signature(cls).parameters
+    takes = {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n != "self"}
     known = {"operation": str(layer.operation) if hasattr(layer, "operation") else "", "num_heads": 2, "step": 3}
     own = {n: known.get(n, 8) if p.default is p.empty else p.default for n, p in takes.items()}
 

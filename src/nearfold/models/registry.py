@@ -99,10 +99,17 @@ def entry_of(name: str) -> Entry:
         raise ValueError(f"the name of a network must be text, got {shown(name)}")
     own = name.removeprefix(PREFIX)
     if own not in MODELS:
-        close = difflib.get_close_matches(own, MODELS, n=5, cutoff=0.5)
-        hint = f"close to it: {', '.join(close)}" if close else "nearfold.models.list_models() names them"
-        raise ValueError(f"no network is called {name!r}; {hint}")
+        raise ValueError(f"no network is called {name!r}; {close_to(own)}")
     return MODELS[own]
+
+
+def close_to(name: str) -> str:
+    """Which networks may be meant by a name that there is not, in words: those that hold it, or are spelled alike."""
+    part = name.removeprefix(PREFIX).lower().replace("-", "_").strip("*")
+    close = [known for known in MODELS if part and part in known] or difflib.get_close_matches(
+        part, MODELS, n=5, cutoff=0.5
+    )
+    return f"close to it: {', '.join(close[:8])}" if close else "`nearfold models` lists all"
 
 
 def create(
