@@ -231,13 +231,13 @@ class Sum(Operation):
         terms = []
         for rate, term in self.terms:
             rate = plain(rate)
-            number = type(rate) in (int, float) and abs(rate) <= LARGEST  # type: ignore[arg-type]
+            number = type(rate) in (int, float) and abs(rate) <= LARGEST
             name = isinstance(rate, str) and rate.isascii() and rate.isidentifier()
             if not (rate is None or number or name):
                 raise ValueError(
                     f"a sum's rate must be a name, a finite number or None (at most {LARGEST:g}), got {shown(rate)}"
                 )
-            terms.append((float(rate) if number else rate, term))  # type: ignore[arg-type]
+            terms.append((float(rate) if number else rate, term))
         object.__setattr__(self, "terms", tuple(terms))
         names = [r for r, _ in self.terms if isinstance(r, str)]
         if len(set(names)) != len(names):

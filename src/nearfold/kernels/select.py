@@ -230,6 +230,8 @@ def select_backward(
         return d_wide[0].to(query.dtype), d_wide[1].to(key.dtype)
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if metric not in DIFFERENTIABLE or query.numel() * key.numel() == 0 or not engine.serves(grad, query, key):
+        if index.numel() and int(index.max()) >= key.shape[2]:  # it would read another head's key
+            raise ValueError(f"index holds a position beyond the {key.shape[2]} keys: {int(index.max())}")
         with torch.autocast(query.device.type, enabled=False):
             flat = select_torch.select_backward(
                 grad.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1), index.flatten(0, 1), metric, squared
