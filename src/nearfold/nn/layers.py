@@ -97,6 +97,7 @@ class _ConvNN(Mixer):
                 )
             kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
         rho = parse_word("rho", rho)
+        assert isinstance(rho, Rho)
         if rho.project is None and rho.default_projections:
             rho = replace(rho, project="none")  # type: ignore[type-var]
         many = shuffle_scale**self._ndim

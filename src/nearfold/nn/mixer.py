@@ -243,8 +243,10 @@ class Mixer(nn.Module):
 
     def _say(self, x: Tensor, context: Tensor | None) -> None:
         """Once for a layer: that it asks for more neighbours than there are."""
+        if torch.compiler.is_compiling():  # a look at the sizes would tie the graph to them
+            return
         grid = tuple(x.shape[2:])
-        if self._said in (grid, (0,)) or torch.compiler.is_compiling():
+        if self._said in (grid, (0,)):
             return
         self._said = grid
         found = unfilled(self.operation, grid, None if context is None else tuple(context.shape[2:]))
