@@ -34,8 +34,8 @@ def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
         or max(map(max, (*numbers, frame.before))) > MOST_NUMBER
     ):
         raise ValueError(
-            "grid, out, size, stride, dilation and before must be positive, one per axis (before: not negative), and at "
-            f"most {MOST_NUMBER}, got {frame}"
+            "grid, out, size, stride, dilation and before must be positive, one per axis (before: not negative), and "
+            f"at most {MOST_NUMBER}, got {frame}"
         )
     if offset.dim() != 4 or offset.shape[1:] != (slots, axes, outputs) or not offset.is_floating_point():
         raise ValueError(
