@@ -221,11 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
 
-    from nearfold.study import command
+    from nearfold.study import budget_command, command
 
-    EXAMPLES.update(command.EXAMPLES)
+    EXAMPLES.update(command.EXAMPLES, budget=budget_command.EXAMPLES)
+    budget_command.add(_new(commands.add_parser, "budget", budget_command.SUMMARY))
     _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
     command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))
+    command.add_page(_new(studies.add_parser, "study page", "draw a study's page again, from its results.json"))
     command.add_budget(_new(studies.add_parser, "study budget", "the best layer for a budget, by the study `budget`"))
     return parser
 
@@ -360,9 +362,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _study_spectrum(args: argparse.Namespace) -> int:
     from nearfold.study.local import default_jobs
-    from nearfold.study.publish import publish
+    from nearfold.study.publish import printed, publish
     from nearfold.study.spectrum import Settings, open_study, run
-    from nearfold.study.table import COLUMNS, cells, text_table
 
     given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
     settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
@@ -372,7 +373,7 @@ def _study_spectrum(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what has finished is worth a report
         if study.finished:
             paths = publish(study)
-            print("\n" + text_table(COLUMNS, (cells(row) for row in study.rows())))
+            print("\n" + printed(study))
             print("\n" + "\n".join(str(path) for path in paths))
     for label, error in study.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)

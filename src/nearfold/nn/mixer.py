@@ -233,13 +233,15 @@ class Mixer(nn.Module):
         self.get_parameter(name).requires_grad_(old.requires_grad)
         self._stored = self._stored | {name: spec}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
-        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path.
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
+        (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
+        not valid.
         """
         self._require(x)
-        return self._run(x, context)
+        return self._run(x, context, mask)
 
     def _say(self, x: Tensor, context: Tensor | None) -> None:
         """Once for a layer: that it asks for more neighbours than there are."""
@@ -258,7 +260,7 @@ class Mixer(nn.Module):
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
         return x
 
-    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if context is not None:
             require_tensors(context=context)
         if context is not None and context.dim() > 1 and context.shape[1] != self.context_channels:
@@ -271,7 +273,7 @@ class Mixer(nn.Module):
             draw = self._draws.next(self.sampler)
         return apply(
             self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
-            context=context,
+            context=context, mask=mask,
         )  # fmt: skip
 
     def _require(self, x: Tensor) -> None:
@@ -314,8 +316,8 @@ class TokenMixer(Mixer):
             operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend, context_channels=context_dim
         )
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
@@ -324,7 +326,7 @@ class TokenMixer(Mixer):
                 f"context must be (B, N, {self.context_channels}) for this layer, got shape {tuple(context.shape)}"
             )
         context = None if context is None else self.prepare(context)
-        return super().forward(self.prepare(x), context).transpose(1, 2)
+        return super().forward(self.prepare(x), context, mask).transpose(1, 2)
 
     def prepare(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D, N)."""
