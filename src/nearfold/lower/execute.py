@@ -11,6 +11,7 @@ from torch import Tensor
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
+from nearfold.lower.extent import fitted
 from nearfold.lower.geometry import crop, fill_of, padding_of, pads_input
 from nearfold.lower.parameters import LETTERS, kv_heads, operand
 
@@ -117,7 +118,8 @@ def _basic(
     same = not {"q", "k"} & set(op.weight.projections) and not op.cross
     key = (query if same else projected("k")) if features else None
     source = tuple(read.shape[2:]) if op.cross else ()
-    call = Call(op, params, grid, projected("v"), query, key, x, draw, source, inner, mask)
+    fit, own = fitted(op, params, grid, tuple(read.shape[2:]), draw is not None)
+    call = Call(fit, own, grid, projected("v"), query, key, x, draw, source, inner, mask)
     y = choose(op)(call)
     if inner:
         y = crop(y, [0] * len(inner), inner)

@@ -10,8 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.words import All, Nearest, Table
+from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
@@ -81,6 +83,14 @@ def runner(name: str) -> Callable[[Call], Tensor]:
     return oracle.run if name == "oracle" else BACKENDS[name].run
 
 
+def operation(given: Operation | str) -> Operation:
+    """An operation itself, or the one that a notation says; ValueError for anything else."""
+    op = parse(given) if isinstance(given, str) else given
+    if not isinstance(op, Operation):
+        raise ValueError(f"operation must be an Operation or its notation, got {shown(given)}")
+    return op
+
+
 def apply(
     op: Operation | str,
     params: dict[str, Tensor],
@@ -105,8 +115,8 @@ def apply(
         mask: bool (B|1, H|1, N, N'), True where a query may read a key: a slot that it forbids is not valid. For paths
             `all` and `nearest`; the latter then runs on the oracle.
     """
-    if isinstance(op, str):
-        op = parse(op)
+    op = operation(op)
+    require_tensors(x=x)
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, channels, *grid), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -123,9 +133,11 @@ def apply(
         return runner("sdpa" if backend == "auto" and sdpa.supports(facts).ok else _masked(backend))
 
     if mask is not None:
+        require_tensors(mask=mask)
         _require_mask(op, mask, x, context)
 
     if context is not None:
+        require_tensors(context=context)
         if not op.needs_context:
             raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
         if (

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._numbers import integer
 from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.notation import parse_word
 from nearfold.grammar.similarity import Scaled, Similarity
@@ -87,8 +88,9 @@ class _ConvNN(Mixer):
     ) -> None:
         if shuffle not in SHUFFLES:
             raise ValueError(f"shuffle must be one of {', '.join(SHUFFLES)}, got {shuffle!r}")
-        if type(shuffle_scale) is not int or shuffle_scale < 1:
-            raise ValueError(f"shuffle_scale must be a positive integer, got {shuffle_scale!r}")
+        shuffle_scale = integer("shuffle_scale", shuffle_scale, most=2**10)
+        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
+        groups = integer("groups", groups)
         if groups != 1:
             if kernel not in ("kernel", "separable"):
                 raise ValueError(

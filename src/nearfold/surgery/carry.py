@@ -34,7 +34,7 @@ from nearfold.grammar.words import (
     Window,
 )
 from nearfold.lower.geometry import WindowGeometry
-from nearfold.lower.parameters import SHARED, as_tuple, parameters
+from nearfold.lower.parameters import SHARED, as_tuple, bias_reach, parameters
 
 GRADES = ("exact", "approximate", "new weights")
 LETTERS = ("query", "key", "value", "out")
@@ -333,8 +333,13 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
         return Carried()
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
     found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
-    if "relative_bias" in source.tensors and _biased(target) and own.path.size == target.path.size:  # type: ignore[attr-defined]
-        found = replace(found, tensors=found.tensors | {"relative_bias": source.tensors["relative_bias"]})
+    table = source.tensors.get("relative_bias")
+    if (
+        table is not None
+        and _biased(target)
+        and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
+    ):
+        found = replace(found, tensors=found.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
         found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
     if not isinstance(rho, Softmax) or rho.scale != own.weight.rho.scale:  # type: ignore[attr-defined]
