@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from nearfold import _torchvision
+from nearfold.options import sizes
 from nearfold.recognise.report import describe
 
 
@@ -41,9 +42,10 @@ def parse_size(text: str) -> tuple[int, ...]:
     >>> parse_size("3,224,224"), parse_size("16x100")
     ((3, 224, 224), (16, 100))
     """
-    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)+", text):
-        raise ValueError(f"wanted channels and grid, such as 3,224,224; got {text!r}")
-    return tuple(int(number) for number in re.split("[,x]", text))
+    try:
+        return sizes(text, 2, "channels and grid, such as 3,224,224")
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def load_model(spec: str) -> nn.Module:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from nearfold.options import above, brief, whole
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
@@ -36,14 +37,18 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold study run`."""
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py")
     _where(parser)
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="runs of every setting (default: the preset's)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 10_000), metavar="N", help="runs of every setting (default: the preset's)"
+    )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="who runs (default: local)")
     parser.add_argument("--address", default="auto", metavar="A", help="of the Ray cluster (default: auto)")
-    parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side on this machine")
+    parser.add_argument(
+        "--gpus", type=above(0, allow=True), default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)"
+    )
+    parser.add_argument("--jobs", type=whole(1, 1000), metavar="N", help="runs side by side on this machine")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole(0, 1000),
         default=0,
         metavar="N",
         help="of a run, that read ahead where data are streamed (default: 0)",
@@ -56,9 +61,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold study budget`."""
     _where(parser)
-    parser.add_argument("--latency-ms", type=float, metavar="T", help="at most so long for one image, forward")
-    parser.add_argument("--flops", type=float, metavar="N", help="at most so many FLOPs for one image")
-    parser.add_argument("--memory-mib", type=float, metavar="M", help="at most so much memory in a training step")
+    parser.add_argument("--latency-ms", type=above(0), metavar="T", help="at most so long for one image, forward")
+    parser.add_argument("--flops", type=above(0), metavar="N", help="at most so many FLOPs for one image")
+    parser.add_argument("--memory-mib", type=above(0), metavar="M", help="at most so much memory in a training step")
     parser.set_defaults(command=recommend, name="budget", seeds=None)
 
 
@@ -131,7 +136,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _source(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
     if not equals or not name or not folder:
-        raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
+        raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {brief(text)}")
     return name, folder
 
 
@@ -154,9 +159,3 @@ def _said(args: argparse.Namespace) -> str:
     words += [word for text in args.data for word in ("--data", f"{text.partition('=')[0]}=FOLDER")]
     words += ["--seeds", str(args.seeds)] if args.seeds else []
     return " ".join(words)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}")
-    return int(text)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nearfold.train.checkpoint import replacing
+from nearfold.train.files import replacing
 
 
 def run_key(config: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team, join
 from nearfold.train.evaluation import require_precision
 from nearfold.train.feed import Streamed
+from nearfold.train.files import replacing
 from nearfold.train.memory import PeakMemory
 from nearfold.train.recipe import Recipe
 from nearfold.train.record import Metrics, Progress, Recorder, require_tensorboard
@@ -261,7 +262,7 @@ def _check_arguments(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with checkpoint.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
