@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 import re
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from nearfold import __version__, look_command
 from nearfold.grammar import CATALOGUE, NotationError, parse
-from nearfold.options import PIXELS, brief, line, sizes, whole
+from nearfold.options import PIXELS, above, brief, folder, line, sizes, whole
 
 INTRODUCTION = """\
 Convolution and self-attention are two ends of one operator: look somewhere (path), in some
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--width", type=whole(1, PIXELS), default=32, metavar="C", help="channels (default: 32)")
     train.add_argument("--depth", type=whole(1, 1000), default=2, metavar="N", help="blocks (default: 2)")
-    train.add_argument("--out", type=Path, metavar="DIR", help="keep metrics, checkpoint and weights here")
+    train.add_argument("--out", type=folder, metavar="DIR", help="keep metrics, checkpoint and weights here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     train.add_argument(
@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--seeds", type=whole(1, 10_000), metavar="N", help="runs of every operator (default: 3)")
     spectrum.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
     spectrum.add_argument("--width", type=whole(1, PIXELS), metavar="C", help="channels of the network (default: 32)")
-    spectrum.add_argument("--out", type=Path, metavar="DIR", help="default: runs/spectrum-DATA")
+    spectrum.add_argument("--out", type=folder, metavar="DIR", help="default: runs/spectrum-DATA")
     spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
     spectrum.add_argument(
         "--jobs", type=whole(1, 1000), metavar="N",
@@ -282,6 +282,10 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole(), metavar="N", help="at most N training and N test images")
 
 
+_TYPES: dict[type, Callable[[str], Any]] = {int: whole(0), float: above(-math.inf), str: str}
+"""How a field of the recipe is read; the recipe knows its range."""
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag a field of the recipe, with the field's own type, default and documentation."""
     from nearfold.train import Recipe
@@ -294,7 +298,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction}
             if types[field.name] is bool
-            else {"type": types[field.name], "metavar": types[field.name].__name__.upper()}
+            else {"type": _TYPES[types[field.name]], "metavar": types[field.name].__name__.upper()}
         )
         group.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **how)
 

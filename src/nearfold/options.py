@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 MANY = 1_000_000_000
 """More than anybody has of anything that is counted here."""
 PIXELS = 1 << 16
 """The longest side of an image, and the greatest number of channels."""
+
+
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+"""As Python writes numbers, in plain digits; of any length that is no power of ten beyond what a float holds."""
 
 
 def whole(least: int = 1, most: int = MANY) -> Callable[[str], int]:
@@ -39,10 +45,7 @@ def above(least: float, *, allow: bool = False) -> Callable[[str], float]:
     """
 
     def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
+        number = float(text) if NUMBER.fullmatch(text) else math.nan
         if math.isfinite(number) and (number > least or (allow and number == least)):
             return number
         raise argparse.ArgumentTypeError(
@@ -64,6 +67,22 @@ def sizes(text: str, least: int, wanted: str) -> tuple[int, ...]:
     if any(len(number) > 10 or int(number) > MANY for number in numbers):
         raise argparse.ArgumentTypeError(f"every number must be at most {MANY:,}; got {brief(text)}")
     return tuple(map(int, numbers))
+
+
+def folder(text: str) -> Path:
+    """A type of folders that are there, or can be made.
+
+    >>> folder("runs/new").name
+    'new'
+    """
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"wanted the name of a folder, got {brief(text)}")
+    there = Path(text)
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is no folder: name another one")
+    return Path(text)
 
 
 def brief(text: str) -> str:

@@ -14,6 +14,7 @@ from nearfold.lower.parameters import parameters
 from nearfold.lower.plan import apply, lower, verdicts
 from nearfold.lower.verdict import Facts, Verdict
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST = 1 << 40
 """Numbers of an input, at most: 4 TiB in float32."""
 
@@ -115,8 +116,8 @@ def explain(
     op = parse(op) if isinstance(op, str) else op
     if len(shape) < 3 or any(type(n) is not int or n < 1 for n in shape):
         raise ValueError(f"shape must be (batch, channels, *grid), positive integers, got {tuple(shape)}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one, such as torch.float32, got {dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if math.prod(shape) > MOST:
         raise ValueError(f"shape must be of at most {MOST:,} numbers, got {tuple(shape)}, {math.prod(shape):,} numbers")
     ndim, channels = len(shape) - 2, shape[1]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from nearfold.options import above, brief, whole
+from nearfold.options import above, brief, folder, whole
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
 from nearfold.study.plan import Plan, plan
+from nearfold.train.files import inside
 
 EXAMPLES = {
     "study list": """\
@@ -73,7 +75,7 @@ def _where(parser: argparse.ArgumentParser) -> None:
         "--data", action="append", default=[], metavar="NAME=FOLDER",
         help="where a data set is, such as cifar10=path/to/cifar10; digits come along",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)")
+    parser.add_argument("--out", type=folder, default=Path("runs"), metavar="DIR", help="results (default: runs)")
 
 
 def show(args: argparse.Namespace) -> int:
@@ -92,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
     from nearfold.study.files import leave
 
     planned = _plan(args)
+    ours = _folder(args.out, planned.study)
     try:
         work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
-            folder = args.out / f"{planned.study.name}-{planned.study.preset}"
-            paths = leave(planned, folder, command=_said(args), authors=args.authors)
+            paths = leave(planned, ours, command=_said(args), authors=args.authors)
             print("\n" + "\n".join(map(str, paths)))
     for label, error in results.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
@@ -131,6 +133,17 @@ def _plan(args: argparse.Namespace) -> Plan:
     for name in planned.missing:
         print(f"nearfold: left out, since nobody said where it is: --data {name}=FOLDER", file=sys.stderr)
     return planned
+
+
+def _folder(out: Path, study: Study) -> Path:
+    """Where a study's report goes; ValueError, before anything is run, where its name leads elsewhere."""
+    name = f"{study.name}-{study.preset}"
+    if not re.fullmatch(r"\w[\w .+=-]{0,99}", name):
+        raise ValueError(
+            f"a study's name and preset make the name of a folder in --out: letters, digits and -_.+= only, at most "
+            f"100 of them; got {brief(name)}"
+        )
+    return inside(out, out / name)
 
 
 def _source(text: str) -> tuple[str, str]:

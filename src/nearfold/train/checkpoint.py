@@ -17,12 +17,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nearfold.train import index
 from nearfold.train.data import ImageData
@@ -58,7 +57,7 @@ class Saved:
     def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """(shape, type) of every tensor by name."""
         entries = self.index.state_dict_metadata.items()
-        return {n: (e.size, e.properties.dtype) for n, e in entries if hasattr(e, "properties")}
+        return {name: (entry.size, entry.properties.dtype) for name, entry in entries}
 
     def unusable(self, why: object) -> ValueError:
         """Return the error that says that the checkpoint cannot be used, and what to do."""
@@ -105,7 +104,6 @@ def save(out: Path, identity: dict[str, Any], facts: dict[str, Any], tensors: di
         if team.leads:
             _remove(folder)  # what a process that died has left
         team.wait()
-        _require_plain(tensors)
         with _torchs_errors():
             dcp.save(tensors, storage_writer=_writer(folder), no_dist=team.world == 1)
         own = [*folder.glob(f"__{team.rank}_*"), *([folder / index.NAME] if team.leads else [])]
@@ -178,21 +176,16 @@ def load(saved: Saved, tensors: dict[str, Any], team: Team) -> None:
     import torch.distributed.checkpoint as dcp
 
     for name, value in tensors.items():
-        if isinstance(value, Tensor) and (name not in saved.layout or saved.layout[name][0] != value.shape):
+        if name not in saved.layout or saved.layout[name][0] != value.shape:
             raise saved.unusable(f"{name} is not there, or not {tuple(value.shape)}")
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Any:
             return saved.index
 
-    class Planner(dcp.DefaultLoadPlanner):
-        def load_bytes(self, read_item: Any, value: BytesIO) -> None:
-            content = torch.load(value, map_location="cpu", weights_only=True)  # torch's own would run what it holds
-            self.original_state_dict[read_item.dest_index.fqn] = content
-
     try:
         with _torchs_errors():
-            dcp.load(tensors, storage_reader=Reader(saved.folder), planner=Planner(), no_dist=team.world == 1)
+            dcp.load(tensors, storage_reader=Reader(saved.folder), no_dist=team.world == 1)
     except Exception as error:  # the files are those that were written: it was wrong bytes that were vouched for
         raise saved.unusable(_line(error)) from error
 
@@ -263,23 +256,6 @@ def _damage(out: Path, file: Path, check: list[int]) -> str:
     if not file.exists():
         return "is missing"
     return "" if is_own_file(file) and _check(file) == check else "is damaged"
-
-
-def _require_plain(tensors: dict[str, Any]) -> None:
-    """ValueError for a state that is no tensor and could not be read again without running what the file holds."""
-    for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            continue
-        content = BytesIO()
-        try:
-            torch.save(value, content)
-            content.seek(0)
-            torch.load(content, weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{name} is a {type(value).__name__}, which torch.load(weights_only=True) does not read again: keep "
-                "tensors, numbers, texts, lists and dicts in a module's extra state"
-            ) from error
 
 
 def _writer(folder: Path) -> Any:

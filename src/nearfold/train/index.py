@@ -2,7 +2,8 @@
 
 The index is a pickle, and a pickle may call what it likes. This reader knows the records that an index has, builds
 nothing but those and numbers, names and sizes, and then makes torch's own index of what it has checked: every tensor
-by its name, size and type, and the parts of files where it lies, files of the checkpoint only.
+by its name, size and type, and the parts of files where it lies, files of the checkpoint only. What is no tensor is
+refused too: torch would read it by another pickle.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ _RECORDS = {
     (f"{_MODULE}metadata", "TensorStorageMetadata"),
     (f"{_MODULE}metadata", "TensorProperties"),
     (f"{_MODULE}metadata", "ChunkStorageMetadata"),
-    (f"{_MODULE}metadata", "BytesStorageMetadata"),
     (f"{_MODULE}metadata", "StorageMeta"),
     (f"{_MODULE}filesystem", "_StorageInfo"),
 }
@@ -99,9 +99,6 @@ def _checked(found: Any, files: Mapping[str, int]) -> Any:
     whole = _fields(found, "Metadata")
     entries: dict[str, Any] = {}
     for name, entry in _is(whole.get("state_dict_metadata"), dict).items():
-        if isinstance(entry, _Record) and entry.kind == "BytesStorageMetadata":
-            entries[_is(name, str)] = torch_index.BytesStorageMetadata()
-            continue
         fields = _fields(entry, "TensorStorageMetadata")
         size, dtype = _is(fields.get("size"), torch.Size), _dtype(fields.get("properties"))
         if math.prod(size) * dtype.itemsize > sum(files.values()):

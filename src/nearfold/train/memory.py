@@ -78,10 +78,14 @@ def require_trainable(build: Callable[[], nn.Module], size: Sequence[int]) -> No
     try:
         with torch.device("meta"):
             model = build().eval()
+            _require_memory(model)
             model(torch.empty(2, *size))
     except (RuntimeError, NotImplementedError) as error:
         image = " x ".join(map(str, size))
         raise ValueError(f"the network does not run on images of {image}: {line(error)}") from error
+
+
+def _require_memory(model: nn.Module) -> None:
     needed = 4 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
