@@ -243,7 +243,8 @@ def test_in_processes_of_their_own(bad, tmp_path):
 
 def test_divergence_is_one_line(capsys, tmp_path):
     assert (
-        main(["train", "--lr", "1e9", "--epochs", "1", "--limit", "40", "--width", "4", "--clip-grad-norm", "0"]) == 2
+        main(["train", "--lr", "1e9", "--epochs", "1", "--limit", "40", "--width", "4"])
+    assert code == 2
     )
     err = capsys.readouterr().err
     assert err.startswith("nearfold: error: ") and "lower lr" in err and len(err.splitlines()) == 1
@@ -263,7 +264,7 @@ def raising(error):
         (
             RuntimeError("shapes\ndo not fit"),
             3,
-            "a fault of nearfold, please report it: RuntimeError: shapes do not fit",
+            "please report it: RuntimeError: shapes do not fit",
         ),
         (MemoryError(), 2, "not enough memory for this: MemoryError"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory"),

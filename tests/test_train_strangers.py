@@ -260,7 +260,7 @@ def test_a_state_that_is_no_tensor_is_refused_before_anything_is_trained(data, t
         def get_extra_state(self):
             return {"seen": [1, 2.5, "three"]}
 
-    with pytest.raises(ValueError, match="1._extra_state of the model is no tensor"):
+    with pytest.raises(ValueError, match=r"1\._extra_state of the model is no tensor"):
         go_on(tmp_path / "run", data, model=nn.Sequential(nn.Flatten(), Extra(64, 10)))
 
 
