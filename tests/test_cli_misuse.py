@@ -242,10 +242,7 @@ def test_in_processes_of_their_own(bad, tmp_path):
 
 
 def test_divergence_is_one_line(capsys, tmp_path):
-    assert (
-        main(["train", "--lr", "1e9", "--epochs", "1", "--limit", "40", "--width", "4"])
-    assert code == 2
-    )
+    assert main(["train", "--lr", "1e9", "--epochs", "1", "--limit", "40", "--width", "4"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("nearfold: error: ") and "lower lr" in err and len(err.splitlines()) == 1
 
