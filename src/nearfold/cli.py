@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from nearfold import __version__, look_command
-from nearfold.grammar import CATALOGUE, NotationError, parse
+from nearfold.grammar import NotationError, parse
 from nearfold.options import PIXELS, above, brief, folder, line, sizes, whole
 
 INTRODUCTION = """\
@@ -323,11 +323,6 @@ def attribute_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "").replace("`", "").split()) for name, text in items}
 
 
-def _notation(text: str) -> str:
-    """The notation, where `text` is a name of the catalogue."""
-    return CATALOGUE[text].notation if text in CATALOGUE else text
-
-
 def _ops(args: argparse.Namespace) -> int:
     from nearfold.periodic import card, table
 
@@ -349,7 +344,7 @@ def _explain(args: argparse.Namespace) -> int:
         device = torch.device(args.device).type
     except RuntimeError:
         raise ValueError(f"--device: torch has no device {brief(args.device)}; for instance cpu, cuda") from None
-    operation = parse(_notation(args.notation))
+    operation = parse(args.notation)
     print(explain(operation, args.shape, args.out_channels, dtype=dtype, device=device, grad=args.grad))
     return 0
 
@@ -378,7 +373,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.stream is not None and args.limit is not None:
         raise ValueError("--limit is for data held in memory: leave it out, or --stream")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    operation = parse(_notation(args.op))
+    operation = parse(args.op)
     data = (
         load_data(args.data, limit=args.limit) if args.stream is None else open_data(args.data, image_size=args.stream)
     )
