@@ -37,7 +37,7 @@ examples:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold study run`."""
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py")
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py (the file is run)")
     _where(parser)
     parser.add_argument(
         "--seeds", type=whole(1, 10_000), metavar="N", help="runs of every setting (default: the preset's)"

@@ -117,7 +117,11 @@ def _checked(found: Any, files: Mapping[str, int]) -> Any:
     places: dict[Any, Any] = {}
     for key, place in _is(whole.get("storage_data"), dict).items():
         index, fields = _fields(key, "MetadataIndex"), _fields(place, "_StorageInfo")
-        file, begin, length = fields.get("relative_path"), _count(fields.get("offset")), _count(fields.get("length"))
+        file, begin, length = (
+            _is(fields.get("relative_path"), str),
+            _count(fields.get("offset")),
+            _count(fields.get("length")),
+        )
         if file not in files or begin + length > files[file]:
             raise ValueError(f"{repr(index.get('fqn'))} is said to be in {repr(file)}, not in the checkpoint's files")
         offset, hint = index.get("offset"), index.get("index")

@@ -361,7 +361,7 @@ class Trainer:
             owner, held = name.rsplit("/", 1)
             self._optimizer.state[owners[owner]][held] = value
         self._scaler.load_state_dict(scaler)
-        if self._schedule is not None:
+        if self._schedule is not None and moved is not None:
             self._schedule.load_state_dict(moved)
             self._follow()
         self.run = run
