@@ -93,6 +93,8 @@ def load_checkpoint(
             plan.network.set_submodule(name, make(own))
         except UnsupportedReference:
             raise
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {line(error)}") from error
         except Exception as error:
             raise ValueError(f"{prefix} of the checkpoint is not of {network}: {line(error)}") from error
     ours = {plan.renamed(name): tensor for name, tensor in left.items() if plan.renamed(name) is not None}
