@@ -139,15 +139,15 @@ def _all(call: Call) -> Selection:
     if isinstance(rho, Table):
         query_M = torch.arange(count_positions(call.out_grid), device=query_M.device)
     mask = allowed(call, query_M, key_N)
-    valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
+    valid_MN = torch.ones(query_M.shape[0], key_N.shape[0], dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
-    index_MN = key_N.expand(len(query_M), -1).masked_fill(~valid_MN, 0)
+    index_MN = key_N.expand(query_M.shape[0], -1).masked_fill(~valid_MN, 0)
     score = None
     if q is not None and k is not None:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
         bias = score_bias(call.op, call.params, call.grid, query_M, score)
         score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
-    return Selection(index_MN[None, None], valid_MN[None, None], score, len(key_N))
+    return Selection(index_MN[None, None], valid_MN[None, None], score, key_N.shape[0])
 
 
 def _nearest(call: Call) -> Selection:
@@ -194,7 +194,7 @@ def _nearest(call: Call) -> Selection:
         valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
     index = index.masked_fill(~valid, 0)
     if isinstance(call.op.shape, Box):
-        order = index.masked_fill(~valid, len(key_R) + count_positions(call.padded)).sort(dim=-1, stable=True).indices
+        order = index.masked_fill(~valid, key_R.shape[0] + count_positions(call.padded)).sort(dim=-1, stable=True).indices
         index, valid, ranked = index.gather(-1, order), valid.gather(-1, order), ranked.gather(-1, order)
     lost_M1 = q_M.isnan().any(-1, keepdim=True)
     ranked = ranked.masked_fill(lost_M1, float("nan"))

@@ -18,7 +18,7 @@ from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import block_shift, crop
+from nearfold.lower.geometry import block_shift, crop, surely
 from nearfold.lower.parameters import as_tuple
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -51,11 +51,10 @@ class _Blocks:
         self.size = as_tuple(path.size, self.ndim, "size")
         shift = block_shift(path, self.grid)
         self.before = tuple((n - s) % n for n, s in zip(self.size, shift, strict=True))
-        self.after = tuple(-(g + b) % n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
-        self.whole = all(b == 0 for b in self.before + self.after)
-        self.many = tuple(
-            (g + b + a) // n for g, b, a, n in zip(self.grid, self.before, self.after, self.size, strict=True)
-        )
+        self.many = tuple((g + b + n - 1) // n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
+        counts = zip(self.many, self.size, self.grid, self.before, strict=True)
+        self.after = tuple(k * n - g - b for k, n, g, b in counts)
+        self.whole = all(surely(b == 0) for b in self.before + self.after)
 
     def cut(self, x: Tensor) -> Tensor:
         """(B, H, N, e) -> (B, P, H, n, e)."""
@@ -94,11 +93,12 @@ class _Residues:
         assert isinstance(shape, Strided)
         self.step, self.grid = shape.step, call.grid
         self.total = count_positions(call.grid)
-        self.after = -self.total % self.step
+        self.many = (self.total + self.step - 1) // self.step
+        self.after = self.many * self.step - self.total
 
     def cut(self, x: Tensor) -> Tensor:
         """(B, H, N, e) -> (B, step, H, n, e)."""
-        return F.pad(x, [0, 0, 0, self.after]).unflatten(2, (-1, self.step)).permute(0, 3, 1, 2, 4)
+        return F.pad(x, [0, 0, 0, self.after]).unflatten(2, (self.many, self.step)).permute(0, 3, 1, 2, 4)
 
     def join(self, x: Tensor) -> Tensor:
         """(B, step, H, n, e) -> (B, H * e, *grid)."""
@@ -107,7 +107,7 @@ class _Residues:
 
     def mask(self, like: Tensor) -> Tensor | None:
         """Positions that exist: (step, 1, 1, n), or None where all do."""
-        if not self.after:
+        if surely(self.after == 0):
             return None
         inside = torch.ones(1, 1, self.total, 1, device=like.device)
         return self.cut(inside)[0].transpose(-1, -2) > 0
