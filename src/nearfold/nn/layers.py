@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.notation import parse_word
@@ -118,6 +118,8 @@ class _ConvNN(Mixer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context)
         self._require(x)
         y = self._run(self.prepare(x), context)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y

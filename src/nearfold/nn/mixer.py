@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nearfold.grammar import Operation, parse
 from nearfold.grammar.words import Nearest, Random
@@ -206,8 +207,15 @@ class Mixer(nn.Module):
 
         ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path.
         """
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context)
         self._require(x)
         return self._run(x, context)
+
+    def _leaf(self, x: fx.Proxy, context: Any) -> Any:
+        """One call of the whole layer, in a graph that torch.fx records: as torch's own layers are."""
+        given = (x,) if context is None else (x, context)
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})  # type: ignore[attr-defined]
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
@@ -267,6 +275,8 @@ class TokenMixer(Mixer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context)
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):
