@@ -107,7 +107,10 @@ def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing
     flat = _raster(at, grid).masked_fill(~inside, missing)
     ndim = len(grid)
     shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
-    return flat.reshape(shape), inside.reshape(shape)
+    flat, inside = flat.reshape(shape), inside.reshape(shape)
+    if torch.compiler.is_compiling():  # as views, their strides are minima of open sizes, which nothing proves equal
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (flat, inside))  # type: ignore[return-value]
+    return flat, inside
 
 
 def home_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> Tensor:
