@@ -1,4 +1,4 @@
-"""Derivatives of derivatives: equal to finite differences in float64, for every backend that has operators of its own."""
+"""Derivatives of derivatives: equal to finite differences in float64, for every backend with operators of its own."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _alias(x: Tensor, further: bool) -> Tensor:
 
 def near(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (B, N, C) that slots read: index (B, M, S, H) -> (B, M, S, H, C / H), zero where it is negative."""
-    B, N, C = rows.shape
+    B, _, C = rows.shape
     H = index.shape[3]
     at = index.clamp(min=0).flatten(1, 2)
     head = torch.arange(H, device=rows.device)
@@ -105,9 +105,9 @@ def aggregate(
     if weight is None:
         return read.sum(2)
     read = read.unflatten(2, (-1, entries)).sum(3)
-    return torch.einsum(
-        "bmsgc,gocs->bmgo", read.unflatten(3, (groups, -1)), weight.unflatten(0, (groups, -1))
-    ).flatten(2)
+    return torch.einsum("bmsgc,gocs->bmgo", read.unflatten(3, (groups, -1)), weight.unflatten(0, (groups, -1))).flatten(
+        2
+    )
 
 
 def slot_scores(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
@@ -173,4 +173,3 @@ def masked_softmax(score: Tensor, inside: Tensor | None) -> Tensor:
         return torch.softmax(score, 1)
     lowest = torch.finfo(score.dtype).min
     return torch.softmax(score.masked_fill(~inside, lowest), 1).masked_fill(~inside, 0)
-

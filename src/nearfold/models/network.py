@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 POOLS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "avg": lambda x, axes: x.mean(axes),
     "max": lambda x, axes: x.amax(axes),
@@ -39,7 +38,7 @@ class Network(nn.Module):
     head_name: str = "head"
     feature_info: list[dict[str, Any]]
     pools: tuple[str, ...] = ("avg",)
-    """What ``global_pool`` may be: how positions become one; "" leaves the map, or all tokens; "token" takes the first."""
+    """What ``global_pool`` may be: how positions become one. "" leaves the map, or all tokens; "token" is the first."""
     global_pool: str = "avg"
     grad_checkpointing: bool = False
     architecture: str = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -92,12 +95,15 @@ class _ConvNN(Mixer):
                     f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
                 )
             kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
+        weigh: Any = parse_word("rho", rho)
+        if weigh.project is None and weigh.default_projections:
+            weigh = replace(weigh, project="none")
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
             similarity,
             candidates,
-            rho,
+            weigh,
             kernel,
             include_self=include_self,
             shape=shape,
@@ -116,12 +122,12 @@ class _ConvNN(Mixer):
         self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         if isinstance(x, fx.Proxy):
-            return self._leaf(x, context)
+            return self._leaf(x, context, mask)
         self._require(x)
-        y = self._run(self.prepare(x), context)
+        y = self._run(self.prepare(x), context, mask)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -169,7 +175,8 @@ class ConvNN2d(_ConvNN):
         similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
             cosine(coordinates) ...
         candidates: all, random(64), grid(8), window(7).
-        rho: ones, identity, softmax, inverse; with heads and projections: softmax(heads=4).
+        rho: ones, identity, softmax, inverse; with heads: softmax(heads=4); with projections, which are left out
+            unless they are asked for: softmax(heads=4, project=qkv).
         kernel: kernel, depthwise, separable, kernel(coordinates).
         shape: ranked (slots by similarity) or box (slots in raster order).
         include_self: the position itself is slot 0.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,6 +60,22 @@ def _draws(op: Operation) -> bool:
     return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
 
 
+MEANT = {
+    "kernel_size": ("k", "block_size", "size"),
+    "k": ("kernel_size", "block_size"),
+    "window_size": ("kernel_size", "block_size", "window"),
+    "heads": ("num_heads",),
+    "n_heads": ("num_heads",),
+    "nhead": ("num_heads",),
+    "dim": ("embed_dim", "channels", "in_channels"),
+    "d_model": ("embed_dim", "channels", "in_channels"),
+    "num_neighbors": ("k",),
+    "neighbors": ("k",),
+    "op": ("operation",),
+}
+"""What other libraries call an argument, and what it may be called here."""
+
+
 def _new_sampler() -> Tensor:
     """(seed, draws) of a layer's own generator."""
     return torch.tensor([int(torch.randint(2**31, (1,), device="cpu")), 0])
@@ -86,6 +104,16 @@ class Mixer(nn.Module):
     """
 
     sampler: Tensor | None
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in named:
+            if name not in known:
+                meant = [s for s in MEANT.get(name, ()) if s in known] or difflib.get_close_matches(name, known, 1)
+                hint = f"; here it is {meant[0]}" if meant else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}. It takes: {', '.join(known)}")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -202,26 +230,30 @@ class Mixer(nn.Module):
         self.get_parameter(name).requires_grad_(old.requires_grad)
         self._stored = self._stored | {name: spec}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
-        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path.
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
+        (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
+        not valid.
         """
         if isinstance(x, fx.Proxy):
-            return self._leaf(x, context)
+            return self._leaf(x, context, mask)
         self._require(x)
-        return self._run(x, context)
+        return self._run(x, context, mask)
 
-    def _leaf(self, x: fx.Proxy, context: Any) -> Any:
+    def _leaf(self, x: fx.Proxy, *others: Any) -> Any:
         """One call of the whole layer, in a graph that torch.fx records: as torch's own layers are."""
-        given = (x,) if context is None else (x, context)
+        given = (x, *others)
+        while given[-1] is None:
+            given = given[:-1]
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})  # type: ignore[attr-defined]
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
         return x
 
-    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         if context is not None and context.dim() > 1 and context.shape[1] != self.context_channels:
             raise ValueError(
                 f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
@@ -231,7 +263,7 @@ class Mixer(nn.Module):
             draw = self._draws.next(self.sampler)
         return apply(
             self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
-            context=context,
+            context=context, mask=mask,
         )  # fmt: skip
 
     def _require(self, x: Tensor) -> None:
@@ -273,10 +305,10 @@ class TokenMixer(Mixer):
             operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend, context_channels=context_dim
         )
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
         if isinstance(x, fx.Proxy):
-            return self._leaf(x, context)
+            return self._leaf(x, context, mask)
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):
@@ -284,7 +316,7 @@ class TokenMixer(Mixer):
                 f"context must be (B, N, {self.context_channels}) for this layer, got shape {tuple(context.shape)}"
             )
         context = None if context is None else self.prepare(context)
-        return super().forward(self.prepare(x), context).transpose(1, 2)
+        return super().forward(self.prepare(x), context, mask).transpose(1, 2)
 
     def prepare(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D, N)."""

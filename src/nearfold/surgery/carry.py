@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import Blend, Position, Scaled
+from nearfold.grammar.similarity import Blend, Position
 from nearfold.grammar.words import (
     All,
     AllCandidates,
     Block,
     Box,
+    Causal,
     Deformable,
     Dense,
     Depthwise,
@@ -342,9 +343,11 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     if path == own.path:
         return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
     nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
-    everywhere = isinstance(own.path, All) and own.path == All(cross=own.cross) and isinstance(own.shape, Row)
-    plain = isinstance(path, Nearest) and path == Nearest(path.k, Scaled(), cross=path.cross)
-    if nearest and everywhere and plain and isinstance(target.shape, Ranked | Box):
+    near = own.path.similarity
+    everywhere = isinstance(own.path, All) and own.path == All(near, cross=own.cross)
+    alike = isinstance(path, Nearest) and path == Nearest(path.k, near, cross=path.cross)
+    shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
+    if nearest and everywhere and alike and isinstance(target.shape, shapes):
         assert isinstance(path, Nearest)
         return replace(found, limit=path.k)
     return found.weaker(f"it looks at {path}, and looked at {own.path}")

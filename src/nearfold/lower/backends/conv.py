@@ -53,7 +53,11 @@ def supports(facts: Facts) -> Verdict:
 def _by_groups(call: Call) -> bool:
     """Whether this is ACmix's convolution where the compiled engine or a GPU's kernels may run it."""
     x = call.value
-    if not isinstance(call.op.weight.kernel, Shift) or is_transformed(x, *call.params.values()) or torch.jit.is_tracing():
+    if (
+        not isinstance(call.op.weight.kernel, Shift)
+        or is_transformed(x, *call.params.values())
+        or torch.jit.is_tracing()
+    ):
         return False
     kernels = cuda.kernels("grouped_conv", x)
     if kernels is not None:
