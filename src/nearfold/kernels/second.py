@@ -144,7 +144,8 @@ def _views(x: Tensor, offsets: Sequence[int], stride: Sequence[int], out: Sequen
     axes, found = len(stride), []
     for s in range(0, len(offsets), axes):
         first = zip(offsets[s : s + axes], stride, out, strict=True)
-        found.append(x[(..., *(slice(f, f + (n - 1) * t + 1, t) for f, t, n in first))])
+        where: list[Any] = [slice(f, f + (n - 1) * t + 1, t) for f, t, n in first]
+        found.append(x[(..., *where)])
     return found
 
 

@@ -52,8 +52,8 @@ def _repair() -> None:
         from torch.utils._sympy.value_ranges import ValueRangeError
 
         ir.get_fill_order = _sized(ir.get_fill_order, lambda: V.graph)
-        ask = ir.Layout._stride_expr_ge_or_false
-        ir.Layout._stride_expr_ge_or_false = staticmethod(_or_false(ask, ValueRangeError))
+        name = "_stride_expr_ge_or_false"
+        setattr(ir.Layout, name, staticmethod(_or_false(getattr(ir.Layout, name), ValueRangeError)))
     except (ImportError, AttributeError):  # another torch, arranged otherwise
         pass
 
