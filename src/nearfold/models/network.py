@@ -54,7 +54,7 @@ class Network(nn.Module):
         """The last map, or the last tokens: what the head reads."""
         return self.stages(x)[-1]
 
-    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """What `stages` and `forward_features` return, by one pass."""
         maps = self.stages(x)
         return maps, maps[-1]
@@ -89,7 +89,7 @@ class Network(nn.Module):
                 raise ValueError(f"indices={indices} asks for the last {indices} of {count} stages; 1 to {count} go")
             indices = range(count - indices, count)
         wanted = _chosen("indices", indices, count)
-        maps, last = self.features(x)
+        maps, last = self.stages_and_last(x)
         found = [maps[i] if output_fmt == "NCHW" else maps[i].flatten(2).transpose(1, 2) for i in wanted]
         return found if intermediates_only else (last, found)
 

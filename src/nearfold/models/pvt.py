@@ -205,9 +205,9 @@ class PyramidVisionTransformer(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The maps behind the stages, without the last norm and the class token."""
-        return self.features(x)[0]
+        return self.stages_and_last(x)[0]
 
-    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """`stages` and `forward_features`."""
         require_size(x, LEAST)
         maps, tokens = [], x

@@ -161,9 +161,9 @@ class VisionTransformer(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The patches' features behind every quarter of the blocks, as maps."""
-        return self.features(x)[0]
+        return self.stages_and_last(x)[0]
 
-    def features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """`stages` and `forward_features`."""
         grid = tuple(n // self.patch for n in x.shape[2:])
         ends = {info["block"] for info in self.feature_info}
