@@ -6,11 +6,11 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from nearfold.grammar import Basic, Operation
 from nearfold.nn.mixer import Mixer, TokenMixer
@@ -19,8 +19,23 @@ from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
 from nearfold.recognise.walk import ALL_RULES, walk
 from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
 from nearfold.surgery.carry import Weights
+from nearfold.surgery.obstacles import Surroundings, made_of, tracked
 
+LARGEST = 65  # side of a grid that is tried
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call of a layer; ``what`` it asks for beyond the plain one: a mask, another memory ..."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    what: str = ""
+
+
+Make = Callable[..., Tensor]
+"""From sizes to a random tensor in float64."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +49,10 @@ class Source:
         tokens: whether it maps (B, N, D) and not (B, C, *grid).
         channels_last: whether its input has the channels last, as tokens do.
         wrap: the module that stands in its place, around the new layer.
-        note: what is not taken over.
+        note: what is not the same in training.
         unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
+            None: it is on every grid.
+        calls: calls beyond the plain ones, on so many positions and width; how it is compared with what replaces it.
     """
 
     tensors: dict[str, Tensor]
@@ -46,7 +63,49 @@ class Source:
     channels_last: bool = True
     wrap: Callable[[Any], nn.Module] = lambda mixer: mixer
     note: str = ""
-    unlike: Callable[[tuple[int, ...] | None], str] = lambda grid: ""
+    unlike: Callable[[tuple[int, ...] | None], str] | None = None
+    calls: Callable[[Make, int], Iterator[Trial]] | None = None
+
+    def trials(self, site: Site, generator: torch.Generator, old: nn.Module, limit: int | None) -> Iterator[Trial]:
+        """Calls to compare on: the smallest grid that the layer takes, odd and larger ones; then special arguments."""
+
+        def make(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+        if self.unlike is not None:
+            if site.grid is not None and not self.unlike(site.grid):
+                yield Trial((make(2, *site.grid, self.in_channels),))
+            return
+        if self.tokens:
+            lengths = [n for n in (1, 4, 7) if limit is None or n <= limit]
+            for n in lengths:
+                yield from (self.calls or _plain_tokens(site))(make, n)
+            return
+        least = _least(old, make, self.in_channels, self.ndim)
+        if least is None:
+            return
+        for grid in ([least] * 3, [least + 1, least + 4, least + 2], [least + 7, least + 5, least + 6]):
+            yield Trial((make(2, self.in_channels, *grid[: self.ndim]),))
+        yield Trial((make(self.in_channels, *[least + 2] * self.ndim),), what="inputs without a batch axis")
+
+
+def _least(layer: nn.Module, make: Make, channels: int, ndim: int) -> int | None:
+    """The smallest side of a grid that a layer takes."""
+    for n in range(1, LARGEST):
+        try:
+            layer(make(1, channels, *[n] * ndim))
+        except (RuntimeError, ValueError):
+            continue
+        return n
+    return None
+
+
+def _plain_tokens(site: Site) -> Callable[[Make, int], Iterator[Trial]]:
+    def calls(make: Make, n: int) -> Iterator[Trial]:
+        x = make(2, n, site.in_channels)
+        yield Trial((x, make(2, n + 2, site.module.context_channels)) if site.operation.needs_context else (x,))  # type: ignore[arg-type]
+
+    return calls
 
 
 @dataclass(frozen=True)
@@ -136,9 +195,21 @@ def _dropped(rate: float) -> str:
 
 def _timm(m: Any) -> Source:
     own = _packed(m.qkv.weight, m.qkv.bias, m.proj)
-    width = m.qkv.in_features
-    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop)  # noqa: E731
-    return Source(own, width, width, wrap=wrap, note=_dropped(m.attn_drop.p))
+    width, rate = m.qkv.in_features, m.attn_drop.p
+    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop, rate)  # noqa: E731
+
+    def calls(make: Make, n: int) -> Iterator[Trial]:
+        x = make(2, n, width)
+        yield Trial((x,))
+        yield Trial((x,), {"attn_mask": _mask(n, n)}, "attn_mask")
+        yield Trial((x,), {"is_causal": True}, "is_causal")
+
+    return Source(own, width, width, wrap=wrap, note=_dropped(rate), calls=calls)
+
+
+def _mask(queries: int, keys: int) -> Tensor:
+    """Some pairs, so that every query sees a key."""
+    return (torch.arange(keys) <= torch.arange(queries)[:, None]) | (torch.arange(keys) % 3 == 0)
 
 
 def _multihead(m: nn.MultiheadAttention) -> Source:
@@ -147,7 +218,25 @@ def _multihead(m: nn.MultiheadAttention) -> Source:
     else:
         raise Unsaid("keys and values of another width than the queries")
     wrap = lambda mixer: MultiheadAttention(mixer, m)  # noqa: E731
-    return Source(own, m.embed_dim, m.embed_dim, wrap=wrap, note=_dropped(m.dropout))
+    width = m.embed_dim
+
+    def calls(make: Make, n: int) -> Iterator[Trial]:
+        x, other = (make(2, length, width).transpose(0, 0 if m.batch_first else 1) for length in (n, n))
+        memory = make(2, max(n - 1, 1), width).transpose(0, 0 if m.batch_first else 1)
+        padded, seen = torch.zeros(2, n, dtype=torch.bool), ~_mask(n, n)
+        padded[1, 1:] = True
+        alone = make(n, width)
+        yield Trial((x, x, x), {"need_weights": False})
+        yield Trial((x, x, x), {"key_padding_mask": padded, "need_weights": False}, "key_padding_mask")
+        yield Trial((x, x, x), {"attn_mask": seen, "need_weights": False}, "attn_mask")
+        yield Trial((x, x, x), {"attn_mask": make(n, n), "key_padding_mask": padded.double() * -1e9}, "attn_mask")
+        yield Trial((x, memory, memory), {"need_weights": False}, "keys of another input")
+        yield Trial((x, x, other), {"need_weights": False}, "other values than keys")
+        yield Trial((x, x, x), {}, "attention weights")
+        yield Trial((x, x, x), {"average_attn_weights": False}, "attention weights")
+        yield Trial((alone, alone, alone), {"need_weights": False}, "inputs without a batch axis")
+
+    return Source(own, width, width, wrap=wrap, note=_dropped(m.dropout), calls=calls)
 
 
 def _swin(m: Any) -> Source:
@@ -203,15 +292,25 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
 """Blocks that cut the map for the attention inside them: its name there, and how both are replaced."""
 
 
-def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
-    """The layers that mix positions: a `Site`, or (name, layer, why it cannot be replaced).
+class Obstacle(NamedTuple):
+    """A layer that cannot be replaced, and why; ``known`` where another of its class could be."""
+
+    name: str
+    module: nn.Module
+    reason: str
+    known: bool = False
+
+
+def sites(model: nn.Module) -> Iterator[Site | Obstacle]:
+    """The layers that mix positions, and can be replaced or not.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
     >>> conv, pool = sites(model)
-    >>> conv.kernel_size, pool[2]
+    >>> conv.kernel_size, pool.reason
     (3, 'no rule to replace a MaxPool2d')
     """
     inside: set[nn.Module] = set()
+    around = Surroundings(model)
     others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
     for name, module in model.named_modules():
         if module in inside:
@@ -219,18 +318,20 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
         known = _rule(module)
         if known is None:
             if module in others:
-                yield name, module, others[module].reason or f"no rule to replace a {type(module).__name__}"
+                why = others[module].reason or f"no rule to replace a {type(module).__name__}"
+                yield Obstacle(name, module, why)
             continue
         part, find, read = known
         place, module = module, module.get_submodule(part)
         name = f"{name}.{part}".strip(".")
         inside.update(module.modules())
         try:
-            yield _site(name, module, place, find, read)
-        except Unsaid as why:
-            yield name, module, str(why)
+            yield _site(name, module, place, find, read, around)
+        except Unsaid as reason:
+            yield Obstacle(name, module, str(reason), known=True)
         except AttributeError as error:
-            yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
+            why = f"its attributes are not those of the version the rule was written for: {error}"
+            yield Obstacle(name, module, why, known=True)
 
 
 def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
@@ -251,27 +352,31 @@ def _inside(block: str, part: str, module: Any) -> Found:
 
 
 def _site(
-    name: str, module: nn.Module, place: nn.Module, find: Callable[[Any], Found], read: Callable[[Any], Source]
+    name: str,
+    module: nn.Module,
+    place: nn.Module,
+    find: Callable[[Any], Found],
+    read: Callable[[Any], Source],
+    around: Surroundings,
 ) -> Site:
     if uninitialized(module):
         raise Unsaid("lazy, and not initialised yet: run the model once")
-    for what, there in _obstacles({module, place, *module.modules()}).items():
-        if there:
-            raise Unsaid(f"it has {what}, which would be lost")
-    operation, source = find(place).operation, read(place)
+    if reason := around.obstacle(module, place):
+        raise Unsaid(reason)
+    operation = find(place).operation
+    with tracked(module):
+        source = read(place)
+        source = replace(source, tensors={name: t.view_as(t) for name, t in source.tensors.items()})
+    used = set().union(*map(made_of, source.tensors.values()))
+    unread = [name for name, parameter in module.named_parameters() if parameter not in used]
+    if unread:
+        raise Unsaid(f"its {unread[0]} has no place in the words, and would be lost")
     kind = "conv" if any(k in type(module).__name__ for k in ("Conv1d", "Conv2d", "Conv3d")) else "attention"
     if isinstance(module, Mixer):
         kind = _kind(operation)
     stage = STAGE.search(name.rpartition(".")[0])
     at = int(stage[1]) if stage else None
     return Site(name, module, kind, operation, source.in_channels, source.out_channels, at, source, place)
-
-
-def _obstacles(every: set[nn.Module]) -> dict[str, bool]:
-    return {
-        "hooks": any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in every),
-        "parametrizations": any(parametrize.is_parametrized(m) for m in every),
-    }
 
 
 def _kind(op: Operation) -> str:
