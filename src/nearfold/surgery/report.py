@@ -207,7 +207,7 @@ class Report:
         text += f"; parameters {self._parameters:,} -> {self._parameters_after:,}"
         if self._after:
             text += f"; FLOPs {self._before['']:,} -> {self._after['']:,}"
-        return text + ("; exact" if self.exact else "")
+        return text + ("; exact" if self.replaced and self.exact else "")
 
 
 def _counts(row: Row) -> tuple[str, str]:
