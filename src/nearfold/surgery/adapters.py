@@ -137,7 +137,8 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D), or (N, B, D) without batch_first -> (output, weights or None)."""
         if query.is_nested:
-            made = [self(t[None], t[None], t[None], need_weights=False)[0][0] for t in query.unbind()]
+            alone = [t[None] for t in query.unbind()]
+            made = [self(t, t, t, need_weights=False)[0][0] for t in alone]
             return torch.nested.as_nested_tensor(made), None
         batch = query.dim() == 3
         second = batch and self.batch_first
