@@ -19,7 +19,7 @@ from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
 from nearfold.recognise.walk import ALL_RULES, walk
 from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
 from nearfold.surgery.carry import Weights
-from nearfold.surgery.obstacles import Surroundings, made_of, tracked
+from nearfold.surgery.obstacles import Surroundings, made_of, own_ways, tracked
 
 LARGEST = 65  # side of a grid that is tried
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
@@ -318,8 +318,9 @@ def sites(model: nn.Module) -> Iterator[Site | Obstacle]:
         known = _rule(module)
         if known is None:
             if module in others:
+                own = own_ways(module) if _derived(module) else ""
                 why = others[module].reason or f"no rule to replace a {type(module).__name__}"
-                yield Obstacle(name, module, why)
+                yield Obstacle(name, module, f"it {own}" if own else why, known=bool(own))
             continue
         part, find, read = known
         place, module = module, module.get_submodule(part)
@@ -345,6 +346,11 @@ def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any
             part, read = BLOCKS[name]
             return part, functools.partial(_inside, name, part), read
     return None
+
+
+def _derived(module: nn.Module) -> bool:
+    """Whether a layer is of a class that can be replaced, or of one made from it."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" in SOURCES for cls in type(module).__mro__)
 
 
 def _inside(block: str, part: str, module: Any) -> Found:
