@@ -150,7 +150,7 @@ def test_images_of_every_kind(tmp_path):
         ({"at": (32, 0)}, r"\(32, 0\) is outside the image, which has 32 rows and 48 columns"),
         ({"at": (0, -1)}, "outside"),
         ({"size": 40}, "from 2 to 32"),
-        ({"operations": ["convn"]}, "no operator is called 'convn'; did you mean conv"),
+        ({"operations": ["convn"]}, "'convn' is not the name of an operator .did you mean convnn"),
         ({"operations": ["zzz"]}, "nearfold ops"),
         ({"operations": ["window(3) | box"]}, r"\^"),
         ({"operations": ["all(cross) | row | softmax"]}, "one image"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nearfold import __version__, look_command
-from nearfold.grammar import CATALOGUE, parse
+from nearfold.grammar import parse
 
 INTRODUCTION = """\
 Convolution and self-attention are two ends of one operator: look somewhere (path), in some
@@ -287,11 +287,6 @@ def attribute_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "").replace("`", "").split()) for name, text in items}
 
 
-def _notation(text: str) -> str:
-    """The notation, where `text` is a name of the catalogue."""
-    return CATALOGUE[text].notation if text in CATALOGUE else text
-
-
 def _ops(args: argparse.Namespace) -> int:
     from nearfold.periodic import card, table
 
@@ -307,7 +302,7 @@ def _explain(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64")
-    operation = parse(_notation(args.notation))
+    operation = parse(args.notation)
     print(
         explain(operation, args.shape, args.out_channels, dtype=dtype, device=args.device, grad=args.grad)
     )  # fmt: skip
@@ -338,7 +333,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.stream is not None and args.limit is not None:
         raise ValueError("--limit is for data held in memory: leave it out, or --stream")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    operation = parse(_notation(args.op))
+    operation = parse(args.op)
     data = (
         load_data(args.data, limit=args.limit) if args.stream is None else open_data(args.data, image_size=args.stream)
     )

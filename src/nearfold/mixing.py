@@ -178,10 +178,14 @@ def _part(call: Call, limit_gib: float) -> _Part:
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
     border = padding_of(call.op)
-    if not border:
-        return part
-    inside = (..., *(slice(border, border + n) for n in call.grid))
-    return _Part(part.matrix.unflatten(-1, call.padded)[inside].flatten(3), part.exact)
+    inner = call.inner or call.grid
+    matrix = part.matrix
+    if border or call.inner:
+        matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
+    if call.inner:
+        outputs = (slice(None), slice(None), *(slice(n) for n in inner))
+        matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
+    return _Part(matrix, part.exact)
 
 
 def _kernel(call: Call) -> Tensor | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from nearfold.grammar.similarity import Elu, Position, Scaled
-from nearfold.grammar.word import WORDS
+from nearfold.grammar.word import WORDS, all_ones
 from nearfold.grammar.words import (
     All,
     Block,
@@ -134,6 +134,8 @@ class Basic(Operation):
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
             )
+        if isinstance(rho, Table) and not all_ones(getattr(self.path, "stride", 1)):
+            raise ValueError(f"{rho} has a row for every output already; leave stride out, got {self.path}")
         if isinstance(self.path, Scan) and not isinstance(rho, Selective):
             raise ValueError(f"scan goes with weight selective, got {self.weight}")
         if isinstance(self.path, Deformable) and not (isinstance(rho, Ones | Modulated) and rho.heads == 1):
@@ -171,6 +173,14 @@ class Basic(Operation):
                 raise ValueError(f"scaled(bias={bias}) goes with softmax over one of the paths {names}, got {self}")
             if bias == "table" and isinstance(path, Window) and path.mode == "reflect":
                 raise ValueError(f"scaled(bias=table) goes with mode=zeros or inside, got {path}")
+        if getattr(near, "learned", False):
+            if not rho.needs_score:
+                raise ValueError(
+                    f"blend(learned) gets its gradient through the scores that weigh, and rho {rho.word} reads none: "
+                    f"use softmax, inverse or identity, such as {path} | {self.shape} | softmax; got {self}"
+                )
+            if getattr(path, "again", None) is not None:
+                raise ValueError(f"again does not go with blend(learned), got {path}")
         if isinstance(rho, Normalized) and not isinstance(near, Elu):
             raise ValueError(
                 f"normalized divides by the sum of the scores, which must not be negative: use elu, such as {path.word}"

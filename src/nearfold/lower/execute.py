@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
-from nearfold.lower.geometry import padding_of
+from nearfold.lower.geometry import crop, fill_of, padding_of, pads_input
 from nearfold.lower.parameters import LETTERS, kv_heads, operand
 
 Run = Callable[[Call], Tensor]
@@ -47,7 +47,7 @@ def execute(
         return pointwise(y, params["mix_weight"], params.get("mix_bias")) if op.mix else y
     assert isinstance(op, Sum)
     # a projection hoisted into the sum is computed once, for every operand that asks for it
-    bordered = any(padding_of(part) for part in op.parts)  # those project their own padded input
+    bordered = any(pads_input(part, tuple(x.shape[2:])) for part in op.parts)  # those project their own padded input
     planes = all(isinstance(part.path, Window) for part in op.parts)
     shared = {
         c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
@@ -95,12 +95,12 @@ def _basic(
     if op.cross and context is None:
         raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
     read = context if op.cross and context is not None else x
-    border = padding_of(op)
-    if border:
-        x = F.pad(x, [border] * (2 * len(grid)))
-
-    if border:
-        read = x
+    border, fill = padding_of(op), fill_of(op, grid)
+    inner: tuple[int, ...] = ()
+    if pads_input(op, grid):
+        x = read = F.pad(x, [n for end in fill[::-1] for n in (border, border + end)])
+        if not border:
+            inner, grid = grid, tuple(x.shape[2:])
     groups = kv_heads(op)
 
     def projected(letter: str) -> Tensor:
@@ -115,8 +115,10 @@ def _basic(
     same = not {"q", "k"} & set(op.weight.projections) and not op.cross
     key = (query if same else projected("k")) if features else None
     source = tuple(read.shape[2:]) if op.cross else ()
-    call = Call(op, params, grid, projected("v"), query, key, x, draw, source)
+    call = Call(op, params, grid, projected("v"), query, key, x, draw, source, inner)
     y = choose(op)(call)
+    if inner:
+        y = crop(y, [0] * len(inner), inner)
     if "o" in op.weight.projections:
         y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))
     return y

@@ -115,6 +115,24 @@ def padding_of(op: Basic) -> int:
     return op.path.padding if isinstance(op.path, Nearest) else 0
 
 
+def fill_of(op: Basic, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Zero inputs that `block` adds behind the end of every axis where it is padded to whole blocks.
+
+    >>> from nearfold import parse
+    >>> fill_of(parse("block(7, padded) | box | softmax"), (7, 9))
+    (0, 5)
+    """
+    path = op.path
+    if not (isinstance(path, Block) and path.padded):
+        return (0,) * len(grid)
+    return tuple(-n % size for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
+
+
+def pads_input(op: Basic, grid: tuple[int, ...]) -> bool:
+    """Whether an operation adds zero inputs, which it projects with the others: it shares no projection then."""
+    return padding_of(op) > 0 or any(fill_of(op, grid))
+
+
 def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions (M,) of the padded grid that are queries: the strided positions of the unpadded one."""
     flat = torch.zeros(1, dtype=torch.long, device=device)

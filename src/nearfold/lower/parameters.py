@@ -215,6 +215,9 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
     near, found = op.path.similarity, {}
     if not (op.weight.rho.needs_score or isinstance(op.path, Nearest)):
         return {}
+    if getattr(near, "learned", False):
+        lam = near.lam  # type: ignore[attr-defined]
+        found["blend_logit"] = Parameter((op.weight.heads,), f"constant:{math.log(lam / (1 - lam))}")
     if near.coordinates == "learned":
         found["encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
     if isinstance(near, Scaled):

@@ -153,7 +153,7 @@ def _all(call: Call) -> Selection:
 def _nearest(call: Call) -> Selection:
     path = call.op.path
     assert isinstance(path, Nearest)
-    q, k = call.embedded()
+    q, k, factor = call.ranked()
     query_M = call.query_index()
     chosen = call.candidate_index()
     key_R = torch.arange(count_positions(call.padded), device=query_M.device) if chosen is None else chosen
@@ -168,7 +168,7 @@ def _nearest(call: Call) -> Selection:
     k_slots, again = path.k, float("-inf")
     if path.include_self is not False:
         own_MR = key_R[None, :] == query_M[:, None]
-        again = again if path.again is None else float(path.again)
+        again = again if path.again is None else path.again / factor  # type: ignore[assignment]
         score = score.masked_fill(own_MR, -again * again if rooted and again < 0 else again)
         k_slots -= 1
     # a key that is NaN is never chosen, a query that is NaN gives NaN (below)
@@ -179,12 +179,13 @@ def _nearest(call: Call) -> Selection:
     if rooted:
         own = (index == query_M[:, None]) & (path.include_self is not False)
         ranked = distance_score(ranked.masked_fill(own, -1)).masked_fill(own, again)
+    ranked = ranked * factor
     missing = k_slots - index.shape[-1]
     if missing > 0:
         ranked = torch.cat([ranked, ranked.new_full((*ranked.shape[:-1], missing), float("-inf"))], -1)
         index = torch.cat([index, index.new_zeros((*index.shape[:-1], missing))], -1)
     if path.include_self is not False:
-        own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0]
+        own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0] * factor
         if path.include_self is not True:
             own = torch.full_like(own, path.include_self)
         ranked = torch.cat([own, ranked], -1)

@@ -96,10 +96,17 @@ def entry_of(name: str) -> Entry:
     """
     plain = name.removeprefix(PREFIX)
     if plain not in MODELS:
-        close = difflib.get_close_matches(plain, MODELS, n=5, cutoff=0.5)
-        hint = f"close to it: {', '.join(close)}" if close else "nearfold.models.list_models() names them"
-        raise ValueError(f"no network is called {name!r}; {hint}")
+        raise ValueError(f"no network is called {name!r}; {close_to(plain)}")
     return MODELS[plain]
+
+
+def close_to(name: str) -> str:
+    """Which networks may be meant by a name that there is not, in words: those that hold it, or are spelled alike."""
+    plain = name.removeprefix(PREFIX).lower().replace("-", "_").strip("*")
+    close = [known for known in MODELS if plain and plain in known] or difflib.get_close_matches(
+        plain, MODELS, n=5, cutoff=0.5
+    )
+    return f"close to it: {', '.join(close[:8])}" if close else "`nearfold models` lists all"
 
 
 def create(

@@ -102,11 +102,13 @@ class BlockAttention2d(Mixer):
         block_size: positions per axis; int or (rows, columns).
         shift: moves the blocks' borders, from 0 to block_size - 1; Swin takes half the size in every other layer.
         relative_bias: a learned number per head and offset is added to the scores.
+        padded: maps that the blocks do not divide are filled up with zeros at their end, which take part, as in Swin's
+            public code, torchvision and timm; without it the blocks at the border are cut short and attend among
+            themselves.
         bias: biases on the projections.
         backend: "auto", or a backend's name.
 
-    Blocks at the border that are cut short attend among themselves; Swin pads its input there, and lets what it padded
-    take part. Along an axis that one block covers nothing is shifted. Source: arXiv 2103.14030, 3.2.
+    Along an axis that one block covers nothing is shifted. Source: arXiv 2103.14030, 3.2.
 
     >>> import torch
     >>> BlockAttention2d(16, 4, 7, shift=3)(torch.randn(1, 16, 14, 15)).shape
@@ -121,11 +123,12 @@ class BlockAttention2d(Mixer):
         *,
         shift: int | tuple[int, int] = 0,
         relative_bias: bool = True,
+        padded: bool = False,
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
         near = Scaled(bias="table" if relative_bias else "none")
-        operation = Basic(Block(block_size, near, shift), Box(), Weight(Softmax(heads=num_heads)))
+        operation = Basic(Block(block_size, near, shift, padded), Box(), Weight(Softmax(heads=num_heads)))
         super().__init__(operation, channels, bias=bias, backend=backend)
 
 

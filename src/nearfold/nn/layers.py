@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -92,6 +94,9 @@ class _ConvNN(Mixer):
                     f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
                 )
             kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
+        rho = parse_word("rho", rho)
+        if rho.project is None and rho.default_projections:
+            rho = replace(rho, project="none")  # type: ignore[type-var]
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
@@ -167,7 +172,8 @@ class ConvNN2d(_ConvNN):
         similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
             cosine(coordinates) ...
         candidates: all, random(64), grid(8), window(7).
-        rho: ones, identity, softmax, inverse; with heads and projections: softmax(heads=4).
+        rho: ones, identity, softmax, inverse; with heads: softmax(heads=4); with projections, which are left out
+            unless they are asked for: softmax(heads=4, project=qkv).
         kernel: kernel, depthwise, separable, kernel(coordinates).
         shape: ranked (slots by similarity) or box (slots in raster order).
         include_self: the position itself is slot 0.

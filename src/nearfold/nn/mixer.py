@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +60,22 @@ def _draws(op: Operation) -> bool:
     return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
 
 
+MEANT = {
+    "kernel_size": ("k", "block_size", "size"),
+    "k": ("kernel_size", "block_size"),
+    "window_size": ("kernel_size", "block_size", "window"),
+    "heads": ("num_heads",),
+    "n_heads": ("num_heads",),
+    "nhead": ("num_heads",),
+    "dim": ("embed_dim", "channels", "in_channels"),
+    "d_model": ("embed_dim", "channels", "in_channels"),
+    "num_neighbors": ("k",),
+    "neighbors": ("k",),
+    "op": ("operation",),
+}
+"""What other libraries call an argument, and what it may be called here."""
+
+
 def _new_sampler() -> Tensor:
     """(seed, draws) of a layer's own generator."""
     return torch.tensor([int(torch.randint(2**31, (1,), device="cpu")), 0])
@@ -85,6 +104,16 @@ class Mixer(nn.Module):
     """
 
     sampler: Tensor | None
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in named:
+            if name not in known:
+                meant = [s for s in MEANT.get(name, ()) if s in known] or difflib.get_close_matches(name, known, 1)
+                hint = f"; here it is {meant[0]}" if meant else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}. It takes: {', '.join(known)}")
+        return super().__new__(cls)
 
     def __init__(
         self,

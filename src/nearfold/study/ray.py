@@ -95,7 +95,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray: pip install 'nearfold[ray]'") from error
+        raise ImportError("--engine ray needs Ray: pip install ray") from error
     if not ray.is_initialized():
         try:
             _knock(address)

@@ -91,7 +91,7 @@ def import_pyarrow(folder: Path) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ImportError(f"{folder} holds parquet files: pip install 'nearfold[data]'") from error
+        raise ImportError(f"{folder} holds parquet files: pip install pyarrow") from error
 
 
 @contextmanager

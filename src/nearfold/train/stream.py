@@ -403,7 +403,7 @@ def _require_torchvision(augment: str) -> None:
         _torchvision.transforms()
     except ImportError as error:
         raise ImportError(
-            f"augment={augment!r} needs torchvision: pip install 'nearfold[vision]', or choose augment='resized_crop'"
+            f"augment={augment!r} needs torchvision: pip install torchvision, or choose augment='resized_crop'"
         ) from error
 
 
