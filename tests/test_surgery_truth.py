@@ -6,6 +6,7 @@ The oracle is here: a copy of the original and the converted model run on the sa
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -212,7 +213,7 @@ def size(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(chains(), st.sampled_from(RULES), st.booleans(), st.booleans())
 def test_exact_means_exact(model, rule, sized, train):
     model.train(train)
@@ -225,8 +226,10 @@ def test_exact_means_exact(model, rule, sized, train):
         assert state(model)[:3] == before[:3]
         return
     assert f"-> {size(model):,}" in str(report) and all(m.training == train for m in model.modules())
-    kept = {layer for name, layer in zip("012", layers, strict=False) if f"layers.{name}" not in _names(report)}
-    assert kept <= set(model.layers)
+    replaced = {int(row.name.removeprefix("layers.")) for row in report.replaced}
+    assert [a is b for a, b in zip(layers, model.layers, strict=True)] == [
+        layers.index(layer) not in replaced for layer in layers
+    ]
     if report.exact:
         for shape in ((2, 4, 8, 9), (1, 4, 3, 3), (3, 4, 1, 1), (1, 4, 2, 5), (2, 4, 16, 7), (4, 6, 5)):
             require_same(old, model, torch.randn(shape))
@@ -242,10 +245,6 @@ def test_exact_means_exact(model, rule, sized, train):
     assert undone == before[0]
     wanted = outcome(model, x, train=True)  # a copy does not have the hooks on weights
     assert not report.exact or (ran and ran[2]) == (wanted and wanted[2])
-
-
-def _names(report) -> set[str]:
-    return {row.name for row in report.replaced}
 
 
 @pytest.mark.parametrize("change", [c for c in CHANGES if c not in ("nothing", "frozen", "weight frozen", "marked")])
@@ -272,7 +271,7 @@ class Attends(nn.Module):
         return torch.cat([made.flatten(), alpha.flatten()]) if alpha is not None else made.flatten()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     arguments=st.fixed_dictionaries(
         {
@@ -297,16 +296,16 @@ def test_multihead_attention_on_every_call(arguments, rule, seed):
     old.load_state_dict(model.state_dict())
     report = convert(model, Rule(rule, kind="attention"))
     assert report.replaced or report.rows[0].status == "refused"
-    if not report.exact:
+    if not (report.replaced and report.exact):
         return
-    for queries, keys in ((5, 5), (1, 1), (3, 7), (4, 2)):
+    for queries, keys in ((5, 5), (3, 7), (1, 1)):
         x, memory = torch.randn(2, queries, width), torch.randn(2, keys, arguments["kdim"] or width)
         padding, hidden = torch.zeros(2, keys, dtype=torch.bool), torch.zeros(queries, keys, dtype=torch.bool)
         padding[1, keys // 2 + 1 :], hidden[:, keys // 2 + 1 :] = True, True
         if not arguments["batch_first"]:
             x, memory = x.transpose(0, 1), memory.transpose(0, 1)
         for masks in ((None, None), (padding, None), (None, hidden), (padding, hidden)):
-            for weights in (False, True):
+            for weights in (False, True) if masks == (None, None) or masks == (padding, hidden) else (False,):
                 call = lambda m, masks=masks, weights=weights: _Bound(m, *masks, weights)  # noqa: E731
                 assert require_same(call(old), call(model), x, memory)
                 if queries == keys:
@@ -449,7 +448,7 @@ def test_an_interrupted_rule_or_layer_changes_nothing(error, where, monkeypatch)
     if where in ("build", "check"):
         own = Mixer.__init__ if where == "build" else Mixer.forward
         name = "__init__" if where == "build" else "forward"
-        monkeypatch.setattr(Mixer, name, lambda *a, **k: (trip(), own(*a, **k))[1])
+        monkeypatch.setattr(Mixer, name, functools.wraps(own)(lambda *a, **k: (trip(), own(*a, **k))[1]))
     rule = Rule(trip if where == "to" else "window(3, padding={padding}) | box | kernel",
                 where=trip if where == "where" else None)  # fmt: skip
     try:

@@ -311,7 +311,7 @@ class TokenMixer(Mixer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D), or (N, D); context (B, N', context_dim) where the operation is `cross`."""
         if x.dim() == 2:
-            return self(x[None], None if context is None else context[None])[0]  # type: ignore[no-any-return]
+            return self(x[None], None if context is None else context[None])[0]
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):

@@ -168,8 +168,9 @@ class MultiheadAttention(nn.Module):
         """Plain attention with everything that torch's function knows; (N, B, D) or (N, D)."""
         own = self.mixer.tensors()
         padding, need_weights, mask, average, is_causal = options
+        heads: int = self.mixer.operation.heads  # type: ignore[attr-defined]
         return F.multi_head_attention_forward(
-            q, k, v, self.embed_dim, self.mixer.operation.heads, self.in_proj_weight,
+            q, k, v, self.embed_dim, heads, self.in_proj_weight,
             self.in_proj_bias if "query_bias" in own else None, None, None, False, rate, own["out_weight"],
             own.get("out_bias"), self.training, padding, need_weights, mask,
             average_attn_weights=average, is_causal=is_causal,

@@ -180,7 +180,7 @@ def _freeze(mixer: Mixer, site: Site, made: list[Carried]) -> list[str]:
         ValueError: when one new parameter takes over frozen and trainable ones.
     """
     trainable = [p.requires_grad for p in site.module.parameters()]
-    names = {parameter: name for name, parameter in site.module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in site.module.named_parameters()}
     added, fresh = [], []
     for name, parameter in mixer.named_parameters():
         sources = set().union(*(made_of(c.tensors[name]) for c in made if name in c.tensors))

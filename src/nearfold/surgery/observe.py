@@ -43,7 +43,8 @@ class Call:
         def cast(t: Any) -> Any:
             return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
-        return Call(*tree_map(cast, (self.args, self.kwargs)), self.about)
+        args, kwargs = tree_map(cast, (self.args, self.kwargs))
+        return Call(args, kwargs, self.about)
 
 
 def call_of(model: nn.Module, input_size: tuple[int, ...] | None, inputs: Any) -> Call | None:
@@ -87,8 +88,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, own in parameters:
-            module._parameters.update(own)
+        for module, weights in parameters:
+            module._parameters.update(weights)
         for module, own in buffers:
             module._buffers.update(own)
             for t in own.values():
@@ -178,7 +179,7 @@ def confirm(report: Report, model: nn.Module, call: Call) -> None:
     before = _output(model, call)
     while True:
         report.apply()
-        failure, off = None, math.inf
+        failure, off, flops = None, math.inf, {}
         try:
             after, flops = run(model, call)
             off = _off(_output(model, call) if _half(model) else after, before)

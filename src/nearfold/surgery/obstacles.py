@@ -105,7 +105,7 @@ def _span(tensor: Tensor) -> tuple[int, int, int] | None:
         return None
     first = tensor.storage_offset()
     last = first + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().data_ptr(), first * tensor.itemsize, last * tensor.itemsize
+    return tensor.untyped_storage().data_ptr(), int(first) * tensor.itemsize, int(last) * tensor.itemsize
 
 
 def _called(hook: object) -> str:
@@ -120,9 +120,10 @@ def _node_hooks(parameter: Tensor) -> bool:
         made = parameter.expand_as(parameter).grad_fn
     assert made is not None
     node = made.next_functions[0][0]
+    assert node is not None
     for register in (node.register_hook, node.register_prehook):
         handle = register(lambda *grads: None)
-        others = len(handle.hooks_dict_ref()) - 1
+        others = len(handle.hooks_dict_ref() or {}) - 1
         handle.remove()
         if others:
             return True

@@ -103,7 +103,7 @@ def _least(layer: nn.Module, make: Make, channels: int, ndim: int) -> int | None
 def _plain_tokens(site: Site) -> Callable[[Make, int], Iterator[Trial]]:
     def calls(make: Make, n: int) -> Iterator[Trial]:
         x = make(2, n, site.in_channels)
-        yield Trial((x, make(2, n + 2, site.module.context_channels)) if site.operation.needs_context else (x,))  # type: ignore[arg-type]
+        yield Trial((x, make(2, n + 2, site.module.context_channels)) if site.operation.needs_context else (x,))
 
     return calls
 
