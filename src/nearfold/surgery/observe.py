@@ -177,9 +177,10 @@ def confirm(report: Report, model: nn.Module, call: Call) -> None:
     if not all(c.proven and c.row.grade == "exact" for c in report.standing):
         report.refuse(_wrong(report, model, call))
     before = _output(model, call)
+    flops: dict[str, int] = {}
     while True:
         report.apply()
-        failure, off, flops = None, math.inf, {}
+        failure, off = None, math.inf
         try:
             after, flops = run(model, call)
             off = _off(_output(model, call) if _half(model) else after, before)
