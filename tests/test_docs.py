@@ -49,7 +49,9 @@ def commands(page: Path) -> list[str]:
     lines += re.findall(r"^ {4}(\S.*)$", outside, re.MULTILINE)
     lines += [" ".join(found.split()) for found in INLINE.findall(outside)]
     plain = (re.split(r"\s#\s", line)[0].strip() for line in lines)
-    return [line for line in plain if re.match(rf"{PROGRAM}(?: |$)", line) and " " in line and not TEMPLATE.search(line)]
+    return [
+        line for line in plain if re.match(rf"{PROGRAM}(?: |$)", line) and " " in line and not TEMPLATE.search(line)
+    ]
 
 
 COMMANDS = sorted({(page.name, command) for page in PAGES for command in commands(page)})

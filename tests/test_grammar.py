@@ -113,9 +113,9 @@ def values_for(cls: type[Word], field: str, hint: object, axes: int) -> st.Searc
         if member is bool:
             choices.append(st.booleans())
         elif member is int:
-            choices.append(st.integers(1, 9) | st.integers(0, 10**20))
+            choices.append(st.integers(1, 9) | st.integers(0, 2**31 - 1))
         elif member is float:
-            choices.append(st.floats(0, 1) | st.floats(allow_nan=False, allow_infinity=False))
+            choices.append(st.floats(0, 1) | st.floats(-1e18, 1e18))
         elif member is str:
             names = names_for(cls, field, base)
             assert names, f"{cls.__name__}.{field}: the message does not list the choices"
@@ -164,7 +164,7 @@ def basics(draw: st.DrawFn) -> Basic:
 
 
 NAMES = st.sampled_from(["a", "b", "rate_2", "branch", "window", "mix", "none"])
-RATES = st.none() | st.floats(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9) | NAMES
+RATES = st.none() | st.floats(-9, 9) | st.floats(-1e18, 1e18) | st.integers(-9, 9) | NAMES
 
 
 @st.composite

@@ -31,6 +31,7 @@ ENDS = ("", "+", ")", ",")
 """What may follow an operation; a name before it stands alone."""
 
 MAX_DEPTH = 50  # far from Python's recursion limit
+SHOWN = 300  # characters of a text in an error
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))")
 
@@ -40,7 +41,11 @@ class NotationError(ValueError):
 
     def __init__(self, message: str, text: str, position: int) -> None:
         self.message, self.text, self.position = message, text, position
-        super().__init__(f"{message}\n  {text}\n  {' ' * position}^")
+        near, at = text, position
+        if len(text) > SHOWN:  # its part around the place
+            start = max(position - SHOWN // 2, 0)
+            near, at = f"...{text[start : start + SHOWN]}...", position - start + 3
+        super().__init__(f"{message}\n  {near}\n  {' ' * at}^")
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses process boundaries
         return type(self), (self.message, self.text, self.position)

@@ -155,13 +155,9 @@ class Block(Path):
         _similar(self)
         size, shift = (v if isinstance(v, tuple) else (v,) for v in (self.size, self.shift))
         ok = all(type(n) is int and n >= 0 for n in shift) and (len(shift) == len(size) or 1 in (len(shift), len(size)))
-        check(
-            ok and all(n < m for n in shift for m in size[: len(shift)]),
-            self,
-            "shift",
-            self.shift,
-            "from 0 to size - 1",
-        )
+        axes = max(len(size), len(shift))
+        pairs = zip(shift * (axes // max(len(shift), 1)), size * (axes // len(size)), strict=False)
+        check(ok and all(n < m for n, m in pairs), self, "shift", self.shift, "from 0 to size - 1")
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ class Strided(Shape):
 
     word = "strided"
     primitive = ("STRIDED_ROW", 1)
-    step: int
+    step: int = field(metadata={"most": 2**62})  # no further than the map in any case
 
     def __post_init__(self) -> None:
         positive(self, step=self.step)

@@ -122,17 +122,24 @@ def _append(x_BHNd: Tensor, coordinates: bool | str, place: Place, params: dict[
     return torch.cat([x_BHNd, code_Np.expand(*x_BHNd.shape[:2], *code_Np.shape)], -1)
 
 
-def rotated(x_BHNd: Tensor, place: Place) -> Tensor:
+def angles(place: Place, pairs: int, rotary: bool | float) -> Tensor:
+    """By how much each pair of features is turned at each position (N, a, pairs); see `rotated`."""
+    axes = len(place.grid)
+    base = float(rotary) if rotary is not True else 10000.0 if axes == 1 else 100.0
+    frequency_p = base ** (-torch.arange(pairs, device=place.device, dtype=place.dtype) / pairs)
+    return place.index().to(place.dtype)[..., None] * frequency_p
+
+
+def rotated(x_BHNd: Tensor, place: Place, rotary: bool | float = True) -> Tensor:
     """Pairs of features turned by angles that grow with the position, the axes taking turns (arXiv 2104.09864).
 
-    d / (2 a) pairs for each of the a axes, at frequencies 100^(-j / pairs) as in arXiv 2403.13298 for images; 10000 on
-    one axis, as in language models. Features (j, j + half) of an axis' share make a pair.
+    d / (2 a) pairs for each of the a axes, at frequencies base^(-j / pairs). The base is what ``rotary`` says; unless
+    that is a number, 100 as in arXiv 2403.13298 for images, and 10000 on one axis, as in language models. Features
+    (j, j + half) of an axis' share make a pair.
     """
     axes = len(place.grid)
     pairs = x_BHNd.shape[-1] // (2 * axes)
-    base = 10000.0 if axes == 1 else 100.0
-    frequency_p = base ** (-torch.arange(pairs, device=x_BHNd.device, dtype=place.dtype) / pairs)
-    angle_Nap = place.index().to(place.dtype)[..., None] * frequency_p
+    angle_Nap = angles(place, pairs, rotary)
     cos, sin = angle_Nap.cos().to(x_BHNd.dtype), angle_Nap.sin().to(x_BHNd.dtype)
     first, second = x_BHNd.unflatten(-1, (axes, 2, pairs)).unbind(-2)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -2).flatten(-3)
@@ -226,28 +233,33 @@ class Scaled(Similarity):
 
     ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
     q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer). ``rotary``
-    turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298). ``bias`` adds a number
-    per head that depends on the offset only: a learned ``table`` (Swin, arXiv 2103.14030, eq. 4), for paths of a fixed
-    extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
+    turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298); a number is the base
+    of its frequencies. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin,
+    arXiv 2103.14030, eq. 4), for paths of a fixed extent, or ``alibi``: minus the distance times 2^(-8 h / heads),
+    h = 1.. (arXiv 2108.12409).
     """
 
     word = "scaled"
     coordinates: bool | str = False
     relative: bool = False
-    rotary: bool = False
+    rotary: bool | float = False
     bias: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_coordinates(self)
         check(not (self.coordinates and self.relative), self, "relative", self.relative, "given without coordinates")
+        if not isinstance(self.rotary, bool):
+            number(self, "rotary", self.rotary)
+            check(self.rotary > 1, self, "rotary", self.rotary, "a flag, or the base of its frequencies, above 1")
+            object.__setattr__(self, "rotary", float(self.rotary))
         both = self.rotary and (self.coordinates is not False or self.relative)
         check(not both, self, "rotary", self.rotary, "given without coordinates and relative")
         check(self.bias in ("none", "table", "alibi"), self, "bias", self.bias, "none, table or alibi")
 
     @property
     def placed(self) -> bool:
-        return self.coordinates is not False or self.relative or self.rotary or self.bias != "none"
+        return self.coordinates is not False or self.relative or self.rotary is not False or self.bias != "none"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)
@@ -264,7 +276,7 @@ class Scaled(Similarity):
         scale = q_BHNd.shape[-1] ** -0.5
         q_BHNd, k_BHNd = self._appended(q_BHNd, k_BHNd, place, params)
         if self.rotary:
-            q_BHNd, k_BHNd = rotated(q_BHNd, place), rotated(k_BHNd, place)
+            q_BHNd, k_BHNd = rotated(q_BHNd, place, self.rotary), rotated(k_BHNd, place, self.rotary)
         if self.relative:
             # features and positions swapped: for keys by planes the gradient's sum over batch and heads is then fast
             p_dN = self._position(place, params, k_BHNd).neg().T

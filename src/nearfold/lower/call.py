@@ -28,7 +28,8 @@ class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
     ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`), ``inner`` the
-    input's own grid where `grid` was padded to whole blocks.
+    input's own grid where `grid` was padded to whole blocks, ``mask`` which of the keys a query may read
+    (B|1, H|1, N, N'); None: every one.
     """
 
     op: Basic
@@ -41,6 +42,7 @@ class Call:
     draw: Tensor | None = None
     source: tuple[int, ...] = ()
     inner: tuple[int, ...] = ()
+    mask: Tensor | None = None
     _rows: Tensor | None = None
 
     def rows(self) -> Tensor:

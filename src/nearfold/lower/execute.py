@@ -11,6 +11,7 @@ from torch import Tensor
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
+from nearfold.lower.extent import fitted
 from nearfold.lower.geometry import crop, fill_of, padding_of, pads_input
 from nearfold.lower.parameters import LETTERS, kv_heads, operand
 
@@ -26,19 +27,20 @@ def execute(
     shared: dict[str, Tensor] | None = None,
     out_channels: int | None = None,
     context: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
     ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C), ``context`` the
-    input that `cross` paths read.
+    input that `cross` paths read, ``mask`` the keys that each query may read.
     """
     out_channels = x.shape[1] if out_channels is None else out_channels
     if isinstance(op, Basic):
-        return _basic(op, params, x, choose, draw, shared or {}, context)
+        return _basic(op, params, x, choose, draw, shared or {}, context, mask)
     if isinstance(op, Branch):
         sides = zip((op.first, op.second), op.shares(out_channels), op.inputs(x.shape[1]), strict=True)
         made = [
-            execute(part, operand(params, i), x[:, read], choose, draw, out_channels=channels, context=context)
+            execute(part, operand(params, i), x[:, read], choose, draw, None, channels, context, mask)
             for i, (part, channels, read) in enumerate(sides)
             if channels
         ]
@@ -58,7 +60,7 @@ def execute(
     total: Tensor | None = None
     for i, (rate, term) in enumerate(op.terms):
         mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
-        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context)
+        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context, mask)
         if rate is not None:
             y = y * (next(rates).to(y.dtype) if isinstance(rate, str) else rate)
         if total is not None:
@@ -90,6 +92,7 @@ def _basic(
     draw: Tensor | None,
     shared: dict[str, Tensor],
     context: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     grid = tuple(x.shape[2:])
     if op.cross and context is None:
@@ -115,7 +118,8 @@ def _basic(
     same = not {"q", "k"} & set(op.weight.projections) and not op.cross
     key = (query if same else projected("k")) if features else None
     source = tuple(read.shape[2:]) if op.cross else ()
-    call = Call(op, params, grid, projected("v"), query, key, x, draw, source, inner)
+    fit, own = fitted(op, params, grid, tuple(read.shape[2:]), draw is not None)
+    call = Call(fit, own, grid, projected("v"), query, key, x, draw, source, inner, mask)
     y = choose(op)(call)
     if inner:
         y = crop(y, [0] * len(inner), inner)

@@ -6,6 +6,7 @@ Shape legend: N input positions (of the padded grid), M output positions, S slot
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
+
+MOST_SLOTS = 2**24 - 1  # of a window: what the kernels count to
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class WindowGeometry:
         path = op.path
         assert isinstance(path, Window | Deformable)
         size = as_tuple(path.size, ndim, "size")
+        if math.prod(size) > MOST_SLOTS:
+            raise ValueError(f"{op}: its window has {math.prod(size)} slots on this map; at most {MOST_SLOTS}")
         dilation = as_tuple(path.dilation, ndim, "dilation")
         reach = tuple(d * (s - 1) for s, d in zip(size, dilation, strict=True))
         anchor = tuple(r // 2 for r in reach)

@@ -112,7 +112,18 @@ def rule_of(call: Call) -> tuple[int, int, int]:
 
 
 def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
-    """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
+    """Which keys a query may read at all (M, N), by shape and similarity; None for every one.
+
+    Under the call's own mask it is (B|1, H|1, M, N).
+    """
+    own = _allowed(call, query_M, key_N)
+    if call.mask is None:
+        return own
+    given = call.mask[:, :, query_M][..., key_N]
+    return given if own is None else given & own
+
+
+def _allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
     causal, reach, dilation = rule_of(call)
     mask = key_N[None, :] <= query_M[:, None] if causal else None
     if isinstance(call.op.path, Scan):
@@ -141,13 +152,14 @@ def _all(call: Call) -> Selection:
     mask = allowed(call, query_M, key_N)
     valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
-    index_MN = key_N.expand(len(query_M), -1).masked_fill(~valid_MN, 0)
+    valid = valid_MN if valid_MN.dim() == 4 else valid_MN[None, None]
+    index = key_N.masked_fill(~valid, 0)
     score = None
     if q is not None and k is not None:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
         bias = score_bias(call.op, call.params, call.grid, query_M, score)
         score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
-    return Selection(index_MN[None, None], valid_MN[None, None], score, len(key_N))
+    return Selection(index, valid, score, len(key_N))
 
 
 def _nearest(call: Call) -> Selection:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from nearfold._images import first_line
 from nearfold.study.engine import Outcome, attempt, failed
 from nearfold.study.grid import Run
 from nearfold.study.tasks import Place
-from nearfold.train.readers import first_line
 
 PATIENCE_SECONDS = 300.0
 """How long a cluster may be without any node that could ever hold a run: a new one may be starting."""

@@ -44,6 +44,8 @@ def change(site: Site, rule: Rule, given: bool) -> Change:
         return _refused(site, str(why))
     if wanted is None:
         return Change(row_of(site.name, site.module, "kept", "the rule keeps it", site), site.place)
+    if refusal := site.source.refuses(wanted):
+        return _refused(site, refusal)
     if not site.name:
         raise ValueError(f"the model itself is the layer {type(site.module).__name__}: convert what it is in")
     begin = changed(wanted, **rule.start) if rule.start else wanted

@@ -136,12 +136,15 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not given:
             return
-        grid = given[0].shape[1:-1] if site.source.channels_last else given[0].shape[2:]
+        x = given[0]
+        grid = tuple(x.shape[1:-1]) if site.source.channels_last else tuple(x.shape[2:])
         if isinstance(module, nn.MultiheadAttention):
             key = args[1] if len(args) > 1 else kwargs["key"]
-            grid = key.shape[1:2] if module.batch_first and key.dim() == 3 else key.shape[:1]
+            grid = tuple(key.shape[1:2] if module.batch_first and key.dim() == 3 else key.shape[:1])
+        elif site.source.ndim == 2 and x.dim() == 3:  # tokens, next to the size of their map
+            grid = next((a for a in (*args, *kwargs.values()) if isinstance(a, tuple) and len(a) == 2), grid)
         if math.prod(grid) > math.prod(seen.grids.get(site.name, (0,))):
-            seen.grids[site.name] = tuple(grid)
+            seen.grids[site.name] = tuple(map(int, grid))
         for name in names_of(module):
             if name in AT_CALL:
                 with contextlib.suppress(Unsaid):

@@ -57,11 +57,17 @@ class Surroundings:
                         if isinstance(other, nn.Module) and other is not module:
                             self.held[other] = f"{name}.{key}".lstrip(".")
 
-    def obstacle(self, layer: nn.Module, place: nn.Module) -> str:
-        """Why a layer cannot be replaced, with the block that calls it, without a loss; empty where it can."""
-        return next(self._obstacles(layer, place), "")
+    def obstacle(self, layer: nn.Module, place: nn.Module, ran: bool = False) -> str:
+        """Why a layer cannot be replaced, with the block that calls it, without a loss; empty where it can.
 
-    def _obstacles(self, layer: nn.Module, place: nn.Module) -> Iterator[str]:
+        Args:
+            layer: the layer.
+            place: what is exchanged: the layer, or that block.
+            ran: whether it is known by what it computed and not by its class.
+        """
+        return next(self._obstacles(layer, place, ran), "")
+
+    def _obstacles(self, layer: nn.Module, place: nn.Module, ran: bool) -> Iterator[str]:
         inside = set(layer.modules())
         around = [] if place in inside else [("block", place)]
         for name, module in (*layer.named_modules(), *around):
@@ -71,7 +77,7 @@ class Surroundings:
             for attribute, what in HOOKS.items():
                 if hooks := getattr(module, attribute, None):
                     yield f"{whose} {what} ({_called(next(iter(hooks.values())))}), which would be lost"
-            if reason := own_ways(module):
+            if reason := own_ways(module, ran):
                 yield f"its {name} {reason}" if name else f"it {reason}"
             if module in self.held:
                 yield f"it is held in {self.held[module]}, too, which is not registered: it would stay in use there"
@@ -130,8 +136,10 @@ def _node_hooks(parameter: Tensor) -> bool:
     return False
 
 
-def own_ways(module: nn.Module) -> str:
+def own_ways(module: nn.Module, ran: bool = False) -> str:
     """What an object or its class does in a way of its own, so that what is known of its base may not hold.
+
+    A forward that ``ran`` in comparison is known, where the class is of no library.
 
     >>> class Doubled(nn.Linear):
     ...     def forward(self, x):
@@ -150,6 +158,7 @@ def own_ways(module: nn.Module) -> str:
     if base is nn.Module:
         base = next(cls for cls in mro if f"{cls.__module__}.".startswith(LIBRARIES))
     known = set(dir(base)) | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    known -= {"forward"} if ran and base is nn.Module else set()
     for cls in mro[: mro.index(base)]:
         changed = sorted((vars(cls).keys() & known) - HARMLESS, key=lambda name: (name != "forward", name))
         if changed:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nearfold.surgery.sites import Site, Trial
 
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5}
 """How far outputs may be from each other, over the largest, to be called the same; else eight steps of the dtype."""
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
 SEED = 20  # of the inputs that are made up
 
 
@@ -131,7 +133,10 @@ def _compare(found: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: s
             found.broken.append(f"does not run on {_shape(trial)}: {refused}")
         return
     off = max(itertools.starmap(difference, zip(made, wanted, strict=False)), default=float("inf"))
-    if off > BUDGET[torch.float64]:
+    allowed = BUDGET[torch.float64]
+    if allowed < off <= BUDGET[torch.float32] and _rounds(old, trial):
+        allowed = BUDGET[torch.float32]
+    if off > allowed:
         if what:
             found.missing.append(what)
         else:
@@ -153,6 +158,24 @@ def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
             return tensors(module(*args, **kwargs)), ""
     except Exception as error:
         return [], _first(error)
+
+
+class _Widths(TorchDispatchMode):
+    """Whether anything was computed in less than float64."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.found |= any(isinstance(t, Tensor) and t.dtype in NARROW for t in tree_leaves(made))
+        return made
+
+
+def _rounds(old: nn.Module, trial: Trial) -> bool:
+    """Whether a layer computes in float32 even where it is in float64, as eager attention of transformers does."""
+    with _Widths() as widths:
+        _run(old, trial)
+    return widths.found
 
 
 def _first(error: Exception) -> str:

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Operation
+from nearfold.grammar.words import Causal
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.recognise.attention import Attention, attention_of, visible
 from nearfold.recognise.blocks import PARENTS
-from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
+from nearfold.recognise.foreign import Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.layouts import CROSS, DROPOUTS, member
+from nearfold.recognise.scans import REFUSAL, is_scan
 from nearfold.recognise.walk import ALL_RULES, walk
-from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
+from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock, TokenSwinBlock
 from nearfold.surgery.carry import Weights
 from nearfold.surgery.obstacles import Surroundings, made_of, own_ways, tracked
 
@@ -52,6 +56,7 @@ class Source:
         note: what is not the same in training.
         unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
             None: it is on every grid.
+        refuses: why an operation cannot stand in its place; empty where it can.
         calls: calls beyond the plain ones, on so many positions and width; how it is compared with what replaces it.
     """
 
@@ -65,6 +70,7 @@ class Source:
     note: str = ""
     unlike: Callable[[tuple[int, ...] | None], str] | None = None
     calls: Callable[[Make, int], Iterator[Trial]] | None = None
+    refuses: Callable[[Operation], str] = lambda op: ""
 
     def trials(self, site: Site, generator: torch.Generator, old: nn.Module, limit: int | None) -> Iterator[Trial]:
         """Calls to compare on: the smallest grid that the layer takes, odd and larger ones; then special arguments."""
@@ -193,20 +199,6 @@ def _dropped(rate: float) -> str:
     return f"the dropout of {rate:g} on attention weights is not taken over" if rate else ""
 
 
-def _timm(m: Any) -> Source:
-    own = _packed(m.qkv.weight, m.qkv.bias, m.proj)
-    width, rate = m.qkv.in_features, m.attn_drop.p
-    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop, rate)  # noqa: E731
-
-    def calls(make: Make, n: int) -> Iterator[Trial]:
-        x = make(2, n, width)
-        yield Trial((x,))
-        yield Trial((x,), {"attn_mask": _mask(n, n)}, "attn_mask")
-        yield Trial((x,), {"is_causal": True}, "is_causal")
-
-    return Source(own, width, width, wrap=wrap, note=_dropped(rate), calls=calls)
-
-
 def _mask(queries: int, keys: int) -> Tensor:
     """Some pairs, so that every query sees a key."""
     return (torch.arange(keys) <= torch.arange(queries)[:, None]) | (torch.arange(keys) % 3 == 0)
@@ -248,6 +240,30 @@ def _timm_swin(block: Any) -> Source:
     return _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
 
 
+def _hugging_face_swin(block: Any) -> Source:
+    m, size = block.attention, block.window_size
+    table = m.relative_position_bias.relative_position_bias_table.T.reshape(-1, 2 * size - 1, 2 * size - 1)
+    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj}) | {"relative_bias": table}
+    channels = m.q_proj.in_features
+
+    def unlike(grid: tuple[int, ...] | None) -> str:
+        if grid is not None and block.shift_size and min(grid) <= size < max(grid):
+            return f"the old layer shifts nothing on the map {grid}, one side of which a block covers"
+        return _unlike(grid, size, size)
+
+    wrap = lambda mixer: TokenSwinBlock(mixer, block)  # noqa: E731
+    note = _dropped(m.attention_dropout)
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
+
+
+def _unlike(grid: tuple[int, ...] | None, height: int, width: int) -> str:
+    """Why attention in blocks is not Swin's on a grid: what it pads takes part."""
+    if grid is None:
+        return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
+    fits = not (grid[0] % height or grid[1] % width)
+    return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+
+
 def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dropout: tuple[float, float]) -> Source:
     """Attention in blocks with Swin's relative bias, on maps with the channels last."""
     height, width = size
@@ -256,19 +272,53 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     channels = m.qkv.in_features
     note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
 
-    def unlike(grid: tuple[int, ...] | None) -> str:
-        if grid is None:
-            return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
-        fits = not (grid[0] % height or grid[1] % width)
-        return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
-
+    unlike = lambda grid: _unlike(grid, height, width)  # noqa: E731
     return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
 
 
-def _hugging_face(m: Any) -> Source:
-    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj})
-    width = m.q_proj.in_features
-    return Source(own, width, width, wrap=PairAttention, note=_dropped(m.attention_dropout))
+def _attention(m: nn.Module, read: Attention) -> Source:
+    """Attention that was read from its members."""
+    if read.operation.cross:
+        raise Unsaid("cross-attention: keys and values of another input")
+    if read.added:
+        raise Unsaid("positions that its caller gives are added to what makes queries and keys, and not to the values")
+    own = read.tensors(m)
+    width = own["query_weight"].shape[1]
+    core = member(m, read.layout.core)
+    rate = next((getattr(core, name) for name in DROPOUTS if hasattr(core, name)), 0.0)
+    rate = getattr(rate, "p", rate)
+    causal = isinstance(read.operation.shape, Causal)
+
+    def refuses(op: Operation) -> str:
+        if op.needs_context:
+            return f"it is called with one input, and {op} reads two"
+        if causal and not all(isinstance(part.shape, Causal) for part in op.parts):
+            return (
+                f"it is causal, and {op} is not: write the shape causal, such as nearest(8, scaled) | causal | softmax"
+            )
+        return ""
+
+    wrap = lambda mixer: CalledAttention(mixer, m, read)  # noqa: E731
+    note = _dropped(float(rate)) if isinstance(rate, int | float) else ""
+    calls = functools.partial(_calls, m, read)
+    return Source(own, width, width, wrap=wrap, note=note, refuses=refuses, calls=calls)
+
+
+def _calls(m: nn.Module, read: Attention, make: Make, n: int) -> Iterator[Trial]:
+    """The plain call of an attention that was read, and those with each mask that it takes."""
+    x = make(2, n, next(iter(read.tensors(m).values())).shape[1])
+    given = read.call(m, x)
+    yield Trial((x,), given)
+    seen = (
+        _mask(n, n) & visible(read.operation, n, x.device) if isinstance(read.operation.shape, Causal) else _mask(n, n)
+    )
+    if "attention_mask" in read.arguments:
+        hidden = torch.zeros(1, 1, n, n, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        yield Trial((x,), given | {"attention_mask": hidden}, "attention_mask")
+    if "attn_mask" in read.arguments:
+        yield Trial((x,), given | {"attn_mask": seen}, "attn_mask")
+    if "is_causal" in read.arguments:
+        yield Trial((x,), given | {"is_causal": True}, "is_causal")
 
 
 def _mixer(m: Mixer) -> Source:
@@ -281,13 +331,12 @@ def _mixer(m: Mixer) -> Source:
 SOURCES: dict[str, Callable[[Any], Source]] = {
     **{f"torch.nn.modules.conv.Conv{n}d": _conv for n in (1, 2, 3)},
     "torch.nn.modules.activation.MultiheadAttention": _multihead,
-    "timm.layers.attention.Attention": _timm,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
-    "transformers.models.vit.modeling_vit.ViTAttention": _hugging_face,
 }
 """How the layers that `nearfold.describe` knows are replaced, by qualified name."""
 BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": ("attn", _timm_swin),
+    "transformers.models.swin.modeling_swin.SwinLayer": ("attention", _hugging_face_swin),
 }
 """Blocks that cut the map for the attention inside them: its name there, and how both are replaced."""
 
@@ -312,22 +361,35 @@ def sites(model: nn.Module) -> Iterator[Site | Obstacle]:
     inside: set[nn.Module] = set()
     around = Surroundings(model)
     others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
+    crossed = {m for m, layer in others.items() if layer.found and layer.found.operation.needs_context}
     for name, module in model.named_modules():
         if module in inside:
             continue
-        known = _rule(module)
+        if is_scan(module):  # it reads its parts' weights itself
+            inside.update(module.modules())
+            yield Obstacle(name, module, REFUSAL)
+            continue
+        if module in crossed and not isinstance(module, Mixer | nn.MultiheadAttention):
+            inside.update(module.modules())
+            yield Obstacle(name, module, "cross-attention: keys and values of another input")
+            continue
+        try:
+            known = _rule(module, name)
+        except Unsaid as why:
+            yield Obstacle(name, module, str(why), known=True)
+            continue
         if known is None:
             if module in others:
                 own = own_ways(module) if _derived(module) else ""
                 why = others[module].reason or f"no rule to replace a {type(module).__name__}"
                 yield Obstacle(name, module, f"it {own}" if own else why, known=bool(own))
             continue
-        part, find, read = known
+        part, find, read, ran = known
         place, module = module, module.get_submodule(part)
         name = f"{name}.{part}".strip(".")
         inside.update(module.modules())
         try:
-            yield _site(name, module, place, find, read, around)
+            yield _site(name, module, place, find, read, around, ran)
         except Unsaid as reason:
             yield Obstacle(name, module, str(reason), known=True)
         except AttributeError as error:
@@ -335,16 +397,35 @@ def sites(model: nn.Module) -> Iterator[Site | Obstacle]:
             yield Obstacle(name, module, why, known=True)
 
 
-def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
-    """Name of the layer in what is exchanged (empty: it is the layer), and what reads its operation and its weights."""
+class Known(NamedTuple):
+    """How a layer is replaced.
+
+    Attributes:
+        part: its name in what is exchanged; empty: it is the layer.
+        find: reads its operation.
+        read: reads its weights.
+        ran: whether it is known by what it computed and not by its class.
+    """
+
+    part: str
+    find: Callable[[Any], Found]
+    read: Callable[[Any], Source]
+    ran: bool = False
+
+
+def _rule(module: nn.Module, at: str) -> Known | None:
     if isinstance(module, Mixer):
-        return "", ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
+        return Known("", ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer)
     for name in names_of(module):
         if name in SOURCES:
-            return "", ALL_RULES[name], SOURCES[name]
+            return Known("", ALL_RULES[name], SOURCES[name])
         if name in BLOCKS:
             part, read = BLOCKS[name]
-            return part, functools.partial(_inside, name, part), read
+            return Known(part, functools.partial(_inside, name, part), read)
+    if rule_of(module, ALL_RULES) is None:
+        attention = attention_of(module, cross=at.rpartition(".")[2] in CROSS)
+        if attention is not None:
+            return Known("", attention.found, functools.partial(_attention, read=attention), ran=True)
     return None
 
 
@@ -364,16 +445,18 @@ def _site(
     find: Callable[[Any], Found],
     read: Callable[[Any], Source],
     around: Surroundings,
+    ran: bool,
 ) -> Site:
     if uninitialized(module):
         raise Unsaid("lazy, and not initialised yet: run the model once")
-    if reason := around.obstacle(module, place):
+    if reason := around.obstacle(module, place, ran):
         raise Unsaid(reason)
     operation = find(place).operation
     with tracked(module):
         source = read(place)
         source = replace(source, tensors={name: t.view_as(t) for name, t in source.tensors.items()})
     used = set().union(*map(made_of, source.tensors.values()))
+    used |= set(source.wrap(nn.Identity()).parameters())  # parts that go on in what stands in its place
     unread = [name for name, parameter in module.named_parameters() if parameter not in used]
     if unread:
         raise Unsaid(f"its {unread[0]} has no place in the words, and would be lost")
