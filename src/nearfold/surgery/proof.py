@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nearfold.surgery.sites import Site, Trial
+from nearfold.surgery.sites import Site
+from nearfold.surgery.sources import Trial
 
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5}
 """How far outputs may be from each other, over the largest, to be called the same; else eight steps of the dtype."""
@@ -105,7 +107,7 @@ def prove(site: Site, new: nn.Module, limit: int | None = None) -> Proof:
     found = Proof()
     generator = torch.Generator().manual_seed(SEED)
     last: Trial | None = None
-    for trial in site.source.trials(site, generator, old64, limit):
+    for trial in site.trials(generator, old64, limit):
         _compare(found, old64, new64, trial, trial.what)
         last = last if trial.what else trial
     if last is not None and not found.unlike:
@@ -154,7 +156,8 @@ def _compare(found: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: s
 def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
     args, kwargs = copy.deepcopy((trial.args, trial.kwargs))  # what is one tensor in two places stays one
     try:
-        with undrawn():
+        with undrawn(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that only these calls have
             return tensors(module(*args, **kwargs)), ""
     except Exception as error:
         return [], _first(error)
