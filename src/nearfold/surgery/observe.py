@@ -229,9 +229,15 @@ def _wrong(report: Report, model: nn.Module, call: Call) -> dict[str, str]:
     wrong: dict[str, str] = {}
     called: set[str] = set()
 
-    def watching(name: str, grade: str, new: nn.Module) -> Callable[..., None]:
+    def watching(name: str, grade: str, new: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given.append(copy.deepcopy((args, kwargs)))  # a call may change what it is given, such as a cache
+
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             called.add(name)
+            args, kwargs = given.pop()
             try:
                 made, wanted = tensors(new(*args, **kwargs)), tensors(output)
             except Exception as error:
@@ -241,14 +247,15 @@ def _wrong(report: Report, model: nn.Module, call: Call) -> dict[str, str]:
             if grade == "exact" and off > budget(wanted[0].dtype if wanted else torch.float32):
                 wrong.setdefault(name, f"its output differs by {off:.1g} on {call.about}: it does something of its own")
 
-        return watch
+        return keep, watch
 
     with contextlib.ExitStack() as stack:
         for change in report.standing:
             assert change.new is not None
             stack.enter_context(unchanged(change.new))
-            hook = watching(change.row.name, change.row.grade, change.new)
-            stack.callback(change.old.register_forward_hook(hook, with_kwargs=True).remove)
+            keep, watch = watching(change.row.name, change.row.grade, change.new)
+            stack.callback(change.old.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            stack.callback(change.old.register_forward_hook(watch, with_kwargs=True).remove)
         run(model, call)
     unseen = [
         c.row.name for c in report.standing if not c.proven and c.row.grade == "exact" and c.row.name not in called
