@@ -103,8 +103,8 @@ CASES: dict[str, Case] = {
     "swin": Case(
         "SwinModel", "SwinConfig",
         {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2], "num_heads": [3], "window_size": 4},
-        ("block(4, scaled(bias=table)) | box | softmax(heads=3)",
-         "block(4, scaled(bias=table), shift=2) | box | softmax(heads=3)"),
+        ("block(4, scaled(bias=table), padded) | box | softmax(heads=3)",
+         "block(4, scaled(bias=table), shift=2, padded) | box | softmax(heads=3)"),
     ),
     "segformer": Case(
         "SegformerModel", "SegformerConfig",

@@ -269,24 +269,35 @@ def test_swins_blocks(shift):
     whole = torch.randn(1, 4, 4, 12)  # a block that covers the map is not shifted
     y = model(whole)
     report = convert(model, Rule("{self}"), input_size=(4, 4, 12))
-    assert report.exact and off(model(whole), y) <= BOUND and "shift" not in report.rows[0].to
+    assert report.exact and off(model(whole), y) <= BOUND
     report.undo()
-    reasons = {None: "with input_size it is seen", (9, 8, 12): "4 x 4 does not divide the map (9, 8)"}
-    for size, reason in reasons.items():
-        report = convert(model, Rule("{self}"), input_size=size)
-        assert report.rows[0].grade == "approximate" and reason in report.rows[0].reason
-        report.undo()
+    for grid in ((9, 8), (3, 9), (5, 2)):  # not divided by the blocks
+        x = torch.randn(2, *grid, 12)
+        y = model(x)
+        for size in (None, (*grid, 12)):
+            report = convert(model, Rule("{self}"), input_size=size)
+            assert report.rows[0].grade == "exact" and off(model(x), y) <= BOUND
+            report.undo()
+    cut = f"block(4, scaled(bias=table), shift={shift}) | box | softmax(heads=3)"
+    (row,) = convert(model, Rule(cut)).rows
+    assert row.grade == "approximate" and "padded" in row.reason
 
 
-@pytest.mark.parametrize(("grid", "exact"), [((8, 12), True), ((4, 4), True), ((9, 12), False)])
-def test_timms_swin_blocks(grid, exact):
-    """The block cuts and masks the map for its attention; both are exchanged, the block's other parts stay."""
+@pytest.mark.parametrize(
+    ("grid", "shift", "exact"),
+    [((8, 12), 2, True), ((4, 4), 2, True), ((9, 12), 2, False), ((9, 12), 0, True), ((7, 10), 0, True)],
+)
+def test_timms_swin_blocks(grid, shift, exact):
+    """The block cuts and masks the map for its attention; both are exchanged, the block's other parts stay.
+
+    It shifts the map before it fills it up with zeros, which are then inside the map.
+    """
     try:
         _torchvision.load("torchvision")
         from timm.models.swin_transformer import SwinTransformerBlock
     except ImportError as error:
         pytest.skip(f"timm: {error}")
-    block = shaken(SwinTransformerBlock(12, grid, 3, window_size=4, shift_size=2))
+    block = shaken(SwinTransformerBlock(12, grid, 3, window_size=4, shift_size=shift))
     model = nn.Sequential(block).eval()
     x = torch.randn(2, *grid, 12)
     y = model(x)

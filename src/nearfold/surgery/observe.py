@@ -146,7 +146,7 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
         if math.prod(grid) > math.prod(seen.grids.get(site.name, (0,))):
             seen.grids[site.name] = tuple(map(int, grid))
         for name in names_of(module):
-            if name in AT_CALL:
+            if name in AT_CALL and site.source.tokens:  # blocks of a map leave their shift out by themselves
                 with contextlib.suppress(Unsaid):
                     found: Found = AT_CALL[name](module, ALL_RULES[name](module), args, kwargs)
                     seen.operations[site.name] = found.operation

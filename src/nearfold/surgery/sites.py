@@ -93,34 +93,40 @@ class Site:
 
         if self.source.unlike is not None:
             if self.grid is not None and not self.source.unlike(self.grid):
-                yield Trial((make(2, *self.grid, self.in_channels),))
+                yield self.source.call(self._map(make, 2, *self.grid))
             return
         if self.source.tokens:
             lengths = [n for n in (1, 4, 7) if limit is None or n <= limit]
             for n in lengths:
                 yield from (self.source.calls or self._plain)(make, n)
             return
-        least = _least(old, make, self.in_channels, self.source.ndim)
+        least = self._least(old, make)
         if least is None:
             return
         for grid in ([least] * 3, [least + 1, least + 4, least + 2], [least + 7, least + 5, least + 6]):
-            yield Trial((make(2, self.in_channels, *grid[: self.source.ndim]),))
-        yield Trial((make(self.in_channels, *[least + 2] * self.source.ndim),), what="inputs without a batch axis")
+            yield self.source.call(self._map(make, 2, *grid[: self.source.ndim]))
+        alone = self._map(make, 1, *[least + 2] * self.source.ndim)[0]
+        yield Trial((alone,), what="inputs without a batch axis")
 
     def _plain(self, make: Make, n: int) -> Iterator[Trial]:
         x = make(2, n, self.in_channels)
         yield Trial((x, make(2, n + 2, self.module.context_channels)) if self.operation.needs_context else (x,))
 
+    def _map(self, make: Make, batch: int, *grid: int) -> Tensor:
+        return (
+            make(batch, *grid, self.in_channels) if self.source.channels_last else make(batch, self.in_channels, *grid)
+        )
 
-def _least(layer: nn.Module, make: Make, channels: int, ndim: int) -> int | None:
-    """The smallest side of a grid that a layer takes."""
-    for n in range(1, LARGEST):
-        try:
-            layer(make(1, channels, *[n] * ndim))
-        except (RuntimeError, ValueError):
-            continue
-        return n
-    return None
+    def _least(self, layer: nn.Module, make: Make) -> int | None:
+        """The smallest side of a grid that a layer takes."""
+        for n in range(1, LARGEST):
+            call = self.source.call(self._map(make, 1, *[n] * self.source.ndim))
+            try:
+                layer(*call.args, **call.kwargs)
+            except (RuntimeError, ValueError):
+                continue
+            return n
+        return None
 
 
 class Obstacle(NamedTuple):

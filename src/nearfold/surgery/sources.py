@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Source:
             None: it is on every grid.
         refuses: why an operation cannot stand in its place; empty where it can.
         calls: calls beyond the plain ones, on so many positions and width; how it is compared with what replaces it.
+        call: the plain call with a map (B, C, *grid), or (B, *grid, C).
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +62,7 @@ class Source:
     unlike: Callable[[tuple[int, ...] | None], str] | None = None
     calls: Callable[[Make, int], Iterator[Trial]] | None = None
     refuses: Callable[[Operation], str] = lambda op: ""
+    call: Callable[[Tensor], Trial] = lambda x: Trial((x,))
 
 
 def _conv(m: Any) -> Source:
@@ -128,7 +130,16 @@ def _swin(m: Any) -> Source:
 
 def _timm_swin(block: Any) -> Source:
     m = block.attn
-    return _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
+    height, width = block.window_size
+
+    def unlike(grid: tuple[int, ...] | None) -> str:
+        if grid is None:
+            return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
+        fits = not (grid[0] % height or grid[1] % width)
+        return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+
+    made = _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
+    return replace(made, unlike=unlike) if any(block.shift_size) else made
 
 
 def _hugging_face_swin(block: Any) -> Source:
@@ -138,21 +149,16 @@ def _hugging_face_swin(block: Any) -> Source:
     channels = m.q_proj.in_features
 
     def unlike(grid: tuple[int, ...] | None) -> str:
-        if grid is not None and block.shift_size and min(grid) <= size < max(grid):
+        if grid is None:
+            return f"the same only on maps with sides larger than {size}; with input_size it is seen"
+        if block.shift_size and min(grid) <= size < max(grid):
             return f"the old layer shifts nothing on the map {grid}, one side of which a block covers"
-        return _unlike(grid, size, size)
+        return ""
 
     wrap = lambda mixer: TokenSwinBlock(mixer, block)  # noqa: E731
     note = _dropped(m.attention_dropout)
-    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
-
-
-def _unlike(grid: tuple[int, ...] | None, height: int, width: int) -> str:
-    """Why attention in blocks is not Swin's on a grid: what it pads takes part."""
-    if grid is None:
-        return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
-    fits = not (grid[0] % height or grid[1] % width)
-    return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+    call = lambda x: Trial((x.flatten(1, 2), tuple(x.shape[1:3])))  # noqa: E731
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike, call=call)
 
 
 def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dropout: tuple[float, float]) -> Source:
@@ -162,9 +168,7 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     own = _packed(m.qkv.weight, m.qkv.bias, m.proj) | {"relative_bias": table}
     channels = m.qkv.in_features
     note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
-
-    unlike = lambda grid: _unlike(grid, height, width)  # noqa: E731
-    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note)
 
 
 def attention_source(m: nn.Module, read: Attention) -> Source:
