@@ -19,6 +19,7 @@ RANK = {
     "_torchvision": 0,
     "grammar": 0,
     "kernels": 0,
+    "options": 0,
     "lower": 1,
     "nn": 2,
     "": 3,

@@ -23,6 +23,7 @@ from nearfold.train import (
     load_data,
     load_weights,
     loop,
+    optimizer,
     prepare,
     save_weights,
     trainer,
@@ -270,7 +271,7 @@ def test_averaged_weights_are_those_that_are_kept(data):
 def test_integers_are_not_averaged():
     """Torch's average of 3 and 3 is 2, at this decay: fatal to a table of indices."""
     averaged, current = [torch.arange(9)], [torch.arange(9)]
-    trainer._average(0.9)(averaged, current, 1)
+    optimizer.average(0.9)(averaged, current, 1)
     assert torch.equal(averaged[0], torch.arange(9))
 
 

@@ -1,7 +1,7 @@
 """The command line: `nearfold ops`, `explain`, `look`, `describe`, `models`, `train` and `study spectrum`.
 
-Exit codes: 0 done, 1 a study some of whose runs failed, 2 bad input (one clear message on stderr), 130
-interrupted.
+Exit codes: 0 done, 1 a study some of whose runs failed, 2 what was asked cannot be done (one clear message on stderr),
+3 a fault of nearfold itself (one line; with NEARFOLD_DEBUG=1 in the environment the traceback), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import os
 import re
 import sys
+import traceback
 import typing
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from nearfold import __version__, look_command
-from nearfold.grammar import parse
+from nearfold.grammar import NotationError, parse
+from nearfold.options import PIXELS, above, brief, folder, line, sizes, whole
 
 INTRODUCTION = """\
 Convolution and self-attention are two ends of one operator: look somewhere (path), in some
@@ -85,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {line(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,19 +104,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        return int(args.command(args))
     except SystemExit as stop:  # argparse's way to say that help was shown (0) or an argument was wrong (2)
         return int(stop.code or 0)
-    try:
-        return int(args.command(args))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, ImportError, OSError) as error:  # the library's errors for users
+    except (Exception, KeyboardInterrupt) as error:
+        return _say(error)
+
+
+def _say(error: BaseException) -> int:
+    """Tell in one line why the command ends, and return the exit code."""
+    if os.environ.get("NEARFOLD_DEBUG"):
+        traceback.print_exception(error)
+    if any(isinstance(cause, KeyboardInterrupt) for cause in _and_before(error)):
+        also = "" if isinstance(error, KeyboardInterrupt) else f"; then: {line(error)}"
+        print(f"\nnearfold: interrupted{also}", file=sys.stderr)
+        return 130
+    if isinstance(error, NotationError):  # points at the place, below
         print(f"nearfold: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nnearfold: interrupted", file=sys.stderr)
-        return 130
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        print(f"nearfold: error: not enough memory for this: {line(error)}", file=sys.stderr)
+        return 2
+    if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError, FloatingPointError)):
+        print(f"nearfold: error: {line(error)}", file=sys.stderr)  # the library's errors for users
+        return 2
+    print(
+        f"nearfold: error: this is a fault of nearfold, please report it: {type(error).__name__}: {line(error)} "
+        "(NEARFOLD_DEBUG=1 in the environment shows where)",
+        file=sys.stderr,
+    )
+    return 3
+
+
+_NO_MEMORY = re.compile("allocate memory|out of memory|not enough memory|Storage size calculation overflowed")
+
+
+def _and_before(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those during whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", type=_shape, required=True, metavar="B,C,H,W",
         help="shape of the input: batch, channels and the grid (B,C,N for sequences)",
     )  # fmt: skip
-    explain.add_argument("--out-channels", type=_positive, metavar="C", help="default: as many as come in")
+    explain.add_argument("--out-channels", type=whole(1, PIXELS), metavar="C", help="default: as many as come in")
     explain.add_argument("--dtype", default="float32", help="of the input, as in torch (default: float32)")
     explain.add_argument("--device", default="cpu", help="where it would run (default: cpu)")
     explain.add_argument(
@@ -150,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     describe = _new(
         commands.add_parser, "describe", "say any network in these words, layer by layer, and its complexity"
     )
-    describe.add_argument("model", metavar="SPEC", help="timm:NAME, torchvision:NAME or path/to/file.py:factory")
+    describe.add_argument(
+        "model", metavar="SPEC", help="timm:NAME, torchvision:NAME or path/to/file.py:factory (the file is run)"
+    )
     describe.add_argument(
         "--input", type=_input_size, metavar="C,H,W",
         help="size of one input, for FLOPs and receptive fields (default: a timm model's own, else none)",
@@ -177,17 +211,17 @@ def _parser() -> argparse.ArgumentParser:
         "fine_label)",
     )  # fmt: skip
     train.add_argument(
-        "--stream", type=_positive, metavar="PIXELS",
+        "--stream", type=whole(1, PIXELS), metavar="PIXELS",
         help="read images from parquet, tar or image files when they are needed, and make them so large, instead of "
         "holding all in memory",
     )  # fmt: skip
-    train.add_argument("--width", type=_positive, default=32, metavar="C", help="channels (default: 32)")
-    train.add_argument("--depth", type=_positive, default=2, metavar="N", help="blocks (default: 2)")
-    train.add_argument("--out", type=Path, metavar="DIR", help="keep metrics, checkpoint and weights here")
+    train.add_argument("--width", type=whole(1, PIXELS), default=32, metavar="C", help="channels (default: 32)")
+    train.add_argument("--depth", type=whole(1, 1000), default=2, metavar="N", help="blocks (default: 2)")
+    train.add_argument("--out", type=folder, metavar="DIR", help="keep metrics, checkpoint and weights here")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     train.add_argument(
-        "--checkpoint-every", type=_positive, metavar="N",
+        "--checkpoint-every", type=whole(), metavar="N",
         help="steps between checkpoints within an epoch (default: one at the end of every epoch)",
     )  # fmt: skip
     train.add_argument(
@@ -196,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--compile", action="store_true", help="train by torch.compile")
     train.add_argument(
-        "--workers", type=int, default=0, metavar="N",
+        "--workers", type=whole(0, 1000), default=0, metavar="N",
         help="processes that read ahead, of data that are not in memory (default: 0)",
     )  # fmt: skip
     _recipe_arguments(train)
@@ -212,16 +246,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _data_arguments(spectrum)
     spectrum.add_argument(
-        "--epochs", type=_positive, metavar="N",
+        "--epochs", type=whole(), metavar="N",
         help=f"passes over the training images (default: {RECIPE.epochs})",
     )  # fmt: skip
-    spectrum.add_argument("--seeds", type=_positive, metavar="N", help="runs of every operator (default: 3)")
+    spectrum.add_argument("--seeds", type=whole(1, 10_000), metavar="N", help="runs of every operator (default: 3)")
     spectrum.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
-    spectrum.add_argument("--width", type=_positive, metavar="C", help="channels of the network (default: 32)")
-    spectrum.add_argument("--out", type=Path, metavar="DIR", help="default: runs/spectrum-DATA")
+    spectrum.add_argument("--width", type=whole(1, PIXELS), metavar="C", help="channels of the network (default: 32)")
+    spectrum.add_argument("--out", type=folder, metavar="DIR", help="default: runs/spectrum-DATA")
     spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
     spectrum.add_argument(
-        "--jobs", type=_positive, metavar="N",
+        "--jobs", type=whole(1, 1000), metavar="N",
         help="runs side by side (default: one a core up to 8 on the CPU, one on CUDA)",
     )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
@@ -254,7 +288,11 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         help="digits (8x8 handwriting, comes along; default), or a folder of Hugging Face parquet files, of WebDataset "
         "tar files, or of images, train/CLASS/*.png",
     )  # fmt: skip
-    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N training and N test images")
+    parser.add_argument("--limit", type=whole(), metavar="N", help="at most N training and N test images")
+
+
+_TYPES: dict[type, Callable[[str], Any]] = {int: whole(0), float: above(-math.inf), str: str}
+"""How a field of the recipe is read; the recipe knows its range."""
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +307,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction}
             if types[field.name] is bool
-            else {"type": types[field.name], "metavar": types[field.name].__name__.upper()}
+            else {"type": _TYPES[types[field.name]], "metavar": types[field.name].__name__.upper()}
         )
         group.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=text, **how)
 
@@ -308,11 +346,15 @@ def _explain(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64")
+        raise ValueError(
+            f"--dtype: torch has no dtype {brief(args.dtype)}; an operator works on float32, bfloat16, float16, float64"
+        )
+    try:
+        device = torch.device(args.device).type
+    except RuntimeError:
+        raise ValueError(f"--device: torch has no device {brief(args.device)}; for instance cpu, cuda") from None
     operation = parse(args.notation)
-    print(
-        explain(operation, args.shape, args.out_channels, dtype=dtype, device=args.device, grad=args.grad)
-    )  # fmt: skip
+    print(explain(operation, args.shape, args.out_channels, dtype=dtype, device=device, grad=args.grad))
     return 0
 
 
@@ -332,7 +374,7 @@ def _models(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from nearfold.models import SpectrumNet, stem_stride
-    from nearfold.train import Recipe, fit, load_data, open_data
+    from nearfold.train import Recipe, fit, load_data, open_data, require_trainable
 
     if args.out is None and (args.resume or args.tensorboard):
         flag = "--resume" if args.resume else "--tensorboard"
@@ -348,11 +390,15 @@ def _train(args: argparse.Namespace) -> int:
     )
     import torch
 
+    def build() -> SpectrumNet:
+        return SpectrumNet(
+            operation, data.channels, len(data.classes),
+            width=args.width, depth=args.depth, stride=stem_stride(data.size),
+        )  # fmt: skip
+
+    require_trainable(build, (data.channels, *data.size))
     torch.manual_seed(recipe.seed)
-    model = SpectrumNet(
-        operation, data.channels, len(data.classes),
-        width=args.width, depth=args.depth, stride=stem_stride(data.size),
-    )  # fmt: skip
+    model = build()
     result = fit(
         model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard,
         checkpoint_every=args.checkpoint_every or 0, parallel=args.parallel, compile=args.compile, workers=args.workers,
@@ -388,24 +434,11 @@ def _study_spectrum(args: argparse.Namespace) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*){2,}", text):
-        raise argparse.ArgumentTypeError(f"wanted batch, channels and grid, such as 16,64,32,32; got {text!r}")
-    return tuple(int(number) for number in re.split("[,x]", text))
+    return sizes(text, 3, "batch, channels and grid, such as 16,64,32,32")
 
 
 def _input_size(text: str) -> tuple[int, ...]:
-    from nearfold.recognise.command import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}")
-    return int(text)
+    return sizes(text, 2, "channels and grid, such as 3,224,224")
 
 
 def _names(text: str) -> tuple[str, ...]:

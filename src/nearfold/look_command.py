@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from nearfold.look import DEFAULT, look
+from nearfold.options import brief, whole
 
 SUMMARY = "draw what operators read of a photograph for one position, and their mixing matrices"
 EXAMPLES = """\
@@ -36,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=_position, metavar="Y,X", help="the position asked, row and column in pixels (default: the middle)"
     )
     parser.add_argument(
-        "--size", type=int, default=28, metavar="N", help="the image is seen as N x N patches (default: 28)"
+        "--size", type=whole(2, 1000), default=28, metavar="N", help="the image is seen as N x N patches (default: 28)"
     )
     parser.add_argument("--out", type=Path, default=Path("look.png"), metavar="FILE", help="default: look.png")
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _position(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+,\d+", text):
-        raise argparse.ArgumentTypeError(f"wanted row and column in pixels, such as 190,255; got {text!r}")
+    if not re.fullmatch("[0-9]{1,9},[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"wanted row and column in pixels, such as 190,255; got {brief(text)}")
     row, column = text.split(",")
     return int(row), int(column)

@@ -324,7 +324,7 @@ def _outputs(layer: nn.Module, x: Tensor, context: Tensor | None, tokens: bool) 
     given = [x.detach()] if context is None else [x.detach(), context.detach()]
     given[-1] = source = given[-1].clone().requires_grad_()
     try:
-        y = layer(*given)
+        y = layer(*(t.clone() for t in given))  # which a layer may overwrite
     except torch.OutOfMemoryError:  # says enough, and not that the shape is wrong
         raise
     except (TypeError, RuntimeError, IndexError, AssertionError) as error:

@@ -20,6 +20,7 @@ from nearfold.models.swin import SwinTransformer
 from nearfold.models.vgg import VGG
 from nearfold.models.vit import VisionTransformer
 from nearfold.nn import Mixer
+from nearfold.options import line
 
 HOLDERS = ("state_dict", "model", "model_state_dict", "module")
 MAPS = {
@@ -80,6 +81,10 @@ def load_checkpoint(
         plan = NETWORKS[network](left, dict(config or {}))
     except KeyError as missing:
         raise ValueError(f"the checkpoint or config of {network} lacks {missing.args[0]!r}") from None
+    except ValueError:
+        raise
+    except Exception as error:  # shapes and types of any kind came from the file
+        raise ValueError(f"the checkpoint or config is not of {network}: {line(error)}") from error
     for prefix, (name, make) in plan.layers.items():
         own = {key[len(prefix) + 1 :]: left.pop(key) for key in list(left) if key.startswith(f"{prefix}.")}
         if not own:
@@ -89,12 +94,14 @@ def load_checkpoint(
         except UnsupportedReference:
             raise
         except ValueError as error:
-            raise ValueError(f"{prefix}: {error}") from error
+            raise ValueError(f"{prefix}: {line(error)}") from error
+        except Exception as error:
+            raise ValueError(f"{prefix} of the checkpoint is not of {network}: {line(error)}") from error
     ours = {plan.renamed(name): tensor for name, tensor in left.items() if plan.renamed(name) is not None}
     try:
         found = plan.network.load_state_dict(ours, strict=False)  # type: ignore[arg-type]
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit {network}: {error}") from error
+        raise ValueError(f"the checkpoint does not fit {network}: {line(error)}") from error
     inside = tuple(f"{name}." for name, _ in plan.layers.values())
     missing_ = [name for name in found.missing_keys if not name.startswith(inside)]
     if missing_ or found.unexpected_keys:
@@ -110,11 +117,17 @@ def _few(names: list[str]) -> str:
 
 def _state(checkpoint: str | Path | Mapping[str, Any]) -> State:
     content = _read(Path(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
-    while not all(isinstance(t, Tensor) for t in content.values()):
+    for _ in range(8):  # one that holds itself would never end
+        if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+            raise ValueError(f"the checkpoint holds a {type(content).__name__}, and no tensors by name")
+        if all(isinstance(t, Tensor) for t in content.values()):
+            break
         holder = next((name for name in HOLDERS if isinstance(content.get(name), Mapping)), None)
         if holder is None:
             raise ValueError(f"the checkpoint holds no state dict; it has: {_few(list(map(str, content)))}")
         content = content[holder]
+    else:
+        raise ValueError("the checkpoint holds dicts in dicts, and no state dict")
     prefix = "module." if content and all(name.startswith("module.") for name in content) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
 
@@ -125,9 +138,19 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
-    content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content
+        return _said(path, "safetensors", lambda: load_file(path))
+    return _said(path, "a checkpoint", lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _said(path: Path, wanted: str, read: Callable[[], Any]) -> Any:
+    """What was read; whatever a library raises over a broken file is a ValueError that names the file."""
+    try:
+        return read()
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as {wanted} ({line(error)}): fetch it again; a file that holds more than "
+            "tensors and plain values is not read, since it could run code: save its state dict alone"
+        ) from error
 
 
 def _layer(kind: str, config: Config) -> Callable[[State], nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import aggregate_torch, cuda, engine
+from nearfold.kernels import aggregate_torch, cuda, engine, second
 from nearfold.kernels.aggregate_torch import out_channels
 from nearfold.kernels.names import LOW, require_tensors
 
@@ -223,6 +223,14 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 aggregate.register_autograd(_backward, setup_context=_setup)
+
+
+def _again(grad, value, index, alpha, weight, groups, entries=1):  # type: ignore[no-untyped-def]
+    found = second.gradients(second.aggregate)(grad, value, index, alpha, weight, groups, entries)
+    return found[0], found[2], found[3]
+
+
+second.register(aggregate_backward, _again)
 
 
 def _count(value_shape, index_shape, weight_shape, groups, entries) -> int:  # type: ignore[no-untyped-def]

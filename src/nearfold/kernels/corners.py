@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nearfold.kernels import corners_torch, cuda, engine
+from nearfold.kernels import corners_torch, cuda, engine, second
 from nearfold.kernels.corners_torch import Frame
 from nearfold.kernels.names import require_tensors
 
@@ -210,3 +210,10 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 corners.register_autograd(_backward, setup_context=_setup)
+
+
+def _again(grad, offset, mask, *frame):  # type: ignore[no-untyped-def]
+    return second.gradients(lambda o, m: corners_torch.corners(o, m, Frame(*frame))[0])(grad, offset, mask)
+
+
+second.register(corners_backward, _again)

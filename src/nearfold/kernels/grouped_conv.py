@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import cuda, engine
+from nearfold.kernels import cuda, engine, second
 from nearfold.kernels.local import pad, unpad
 from nearfold.kernels.names import require_tensors
 
@@ -92,11 +92,22 @@ def grouped_conv(
         module.grouped(list(maps), weight.contiguous(), stride, dilation, before, reflect, y, engine.threads())
         return y
     with torch.autocast(weight.device.type, enabled=False):
-        x = pad(
-            torch.cat(list(maps), 2).flatten(1, 2), before, _after(maps, weight, stride, dilation, before, out), reflect
-        )
-        y = _CONV[len(out)](x, weight.flatten(0, 1), None, stride, 0, dilation, G)
-        return y.unflatten(1, (G, O)).transpose(1, 2).contiguous()
+        return _formula(maps, weight, stride, dilation, before, out, reflect).contiguous()
+
+
+def _formula(
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+    out: list[int],
+    reflect: bool,
+) -> Tensor:
+    after = _after(maps, weight, stride, dilation, before, out)
+    x = pad(torch.cat(list(maps), 2).flatten(1, 2), before, after, reflect)
+    y = _CONV[len(out)](x, weight.flatten(0, 1), None, stride, 0, dilation, weight.shape[0])
+    return y.unflatten(1, weight.shape[:2]).transpose(1, 2)
 
 
 def _on_gpu(
@@ -213,6 +224,14 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 grouped_conv.register_autograd(_backward, setup_context=_setup)
+
+
+def _again(grad, maps, weight, stride, dilation, before, reflect):  # type: ignore[no-untyped-def]
+    out = list(grad.shape[3:])
+    return second.gradients(lambda m, w: _formula(m, w, stride, dilation, before, out, reflect))(grad, maps, weight)
+
+
+second.register(grouped_conv_backward, _again)
 
 
 @register_flop_formula(torch.ops.nearfold.grouped_conv)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nearfold.kernels import second
 from nearfold.kernels.names import require_tensors
 
 
@@ -247,6 +248,14 @@ def _backward_sum(ctx, grad):  # type: ignore[no-untyped-def]
 
 local_scores.register_autograd(_backward_scores, setup_context=_setup_scores)
 local_sum.register_autograd(_backward_sum, setup_context=_setup_sum)
+
+
+def _scores_again(grad, query, key, score, *rest):  # type: ignore[no-untyped-def]
+    return second.gradients(second.local_scores)(grad, query, key, *rest)[:2]
+
+
+second.register(local_scores_backward, _scores_again)
+second.register(local_sum_backward, lambda *operands: second.gradients(second.local_sum)(*operands)[:2])
 
 
 def _count(shape: tuple[int, ...], slots: int) -> int:

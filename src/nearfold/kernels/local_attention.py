@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import cuda, engine, local_attention_torch
+from nearfold.kernels import cuda, engine, local_attention_torch, second
 from nearfold.kernels.local_attention_torch import Window
 from nearfold.kernels.names import require_tensors
 
@@ -219,6 +219,18 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 local_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _again(grad, query, key, value, stats, size, stride, dilation, before, reflect, metric, squared, scale):  # type: ignore[no-untyped-def]
+    window = Window(size, stride, dilation, before, reflect)
+
+    def formula(q, k, v):  # type: ignore[no-untyped-def]
+        return local_attention_torch.differentiable(q, k, v, window, metric, squared, scale)
+
+    return second.gradients(formula)(grad, query, key, value)
+
+
+second.register(local_attention_backward, _again)
 
 
 def _flops(query: tuple[int, ...], value: tuple[int, ...], size: list[int]) -> int:

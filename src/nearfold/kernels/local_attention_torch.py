@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nearfold.kernels import second
 from nearfold.kernels.local import (
     local_scores,
     local_scores_backward,
@@ -84,6 +85,19 @@ def forward(
     inverse = torch.where(total == 0, 0, 1 / total)
     y = local_sum(weight.mul_(inverse), window.pad(value, out), offsets, window.stride)
     return y.unflatten(0, (B, H)), torch.cat([most, inverse], 1).unflatten(0, (B, H))
+
+
+def differentiable(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, metric: str, squared: bool, scale: float
+) -> Tensor:
+    """The outputs alone, by PyTorch's operators and to any derivative."""
+    out, (B, H) = query.shape[3:], query.shape[:2]
+    offsets = window.offsets()
+    score = scale * second.local_scores(
+        query.flatten(0, 1), window.pad(key, out), offsets, window.stride, metric, squared
+    )
+    alpha = second.masked_softmax(score, window.inside(score, key.shape[3:], out))
+    return second.local_sum(alpha, window.pad(value, out), offsets, window.stride).unflatten(0, (B, H))
 
 
 def backward(

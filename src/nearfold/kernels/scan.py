@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import cuda, engine, scan_torch
+from nearfold.kernels import cuda, engine, scan_torch, second
 from nearfold.kernels.aggregate import served, widened
 from nearfold.kernels.names import LOW, require_tensors
 
@@ -83,7 +83,7 @@ def selective_scan(
         A: (C, S), normally negative: positive ones grow without bound.
         B: (B, N, S).
         C: (B, N, S).
-        keep: whether there will be a backward, which needs the states.
+        keep: whether there will be a backward, which needs the states; without, it computes them again.
 
     Returns:
         y (B, N, C) in u's dtype, and for the backward the states (B, K, S, C) before every chunk, without gradient
@@ -177,14 +177,25 @@ def _(
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.keep = inputs[5]
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    return *selective_scan_backward(grad, *ctx.saved_tensors), None
+    *operands, states = ctx.saved_tensors
+    if not ctx.keep:
+        states = selective_scan(*operands, True)[1]
+    return *selective_scan_backward(grad, *operands, states), None
 
 
 selective_scan.register_autograd(_backward, setup_context=_setup)
+
+
+def _again(grad, u, delta, A, B, C, states):  # type: ignore[no-untyped-def]
+    return second.gradients(lambda *operands: scan_torch.forward(*operands)[0])(grad, u, delta, A, B, C)
+
+
+second.register(selective_scan_backward, _again)
 
 
 @register_flop_formula(torch.ops.nearfold.selective_scan)

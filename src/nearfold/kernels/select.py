@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import approximate, cuda, engine, select_torch
+from nearfold.kernels import approximate, cuda, engine, second, select_torch
 from nearfold.kernels.names import LOW, require_tensors
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
@@ -288,6 +288,7 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 select.register_autograd(_backward, setup_context=_setup)
+second.register(select_backward, lambda *operands: second.gradients(second.chosen_scores)(*operands)[:2])
 
 
 @register_flop_formula(torch.ops.nearfold.select)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import aggregate_torch, engine
+from nearfold.kernels import aggregate_torch, engine, second
 from nearfold.kernels.aggregate import aggregate, as_rows, served, widened
 from nearfold.kernels.names import require_tensors
 
@@ -114,6 +114,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 slot_scores.register_autograd(_backward, setup_context=_setup)
+second.register(slot_scores_backward, lambda *operands: second.gradients(second.slot_scores)(*operands)[:2])
 
 
 @register_flop_formula(torch.ops.nearfold.slot_scores)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine
+from nearfold.kernels import engine, second
 from nearfold.kernels.names import LOST, require_tensors
 
 MAX_AXES = 8  # of an index that the engine reads where it lies, expanded or not
@@ -80,6 +80,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 slot_softmax.register_autograd(_backward, setup_context=_setup)
+second.register(slot_softmax_backward, second.slot_softmax_gradient)
 
 
 @register_flop_formula(torch.ops.nearfold.slot_softmax)

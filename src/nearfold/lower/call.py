@@ -199,8 +199,18 @@ def derivative_of(*tensors: Tensor) -> str:
     return ""
 
 
+def refuse_trace(name: str) -> None:
+    """NotImplementedError under torch.jit.trace, which does not know operators of other libraries."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"{name}: torch.jit.trace (TensorBoard's add_graph) cannot record its operators; use torch.export.export, "
+            "or, for inputs of one size, trace it with backend='oracle'"
+        )
+
+
 def refuse_derivatives(call: Call) -> None:
     """NotImplementedError under a derivative that our operators answer with zero, or with an error of torch's own."""
+    refuse_trace(str(call.op))
     if how := derivative_of(call.value, *call.params.values()):
         instead = "" if "forward" in how else ", or differentiate with torch.autograd.grad"
         raise NotImplementedError(f"{call.op}: {how} runs on the oracle only; pass backend='oracle'{instead}")

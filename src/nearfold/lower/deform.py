@@ -23,6 +23,8 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def _over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x: Tensor) -> Tensor:
     """Convolutions of the input over the path's own window, as one: (B, channels of all of them, *out)."""
+    if x.dim() - 2 not in _CONV:
+        raise ValueError(f"{op}: its offsets are convolutions, over 1 to 3 axes; got {x.dim() - 2}")
     geometry = WindowGeometry.of(op, x.dim() - 2)
     padding = geometry.before
     if geometry.before != geometry.after:

@@ -16,6 +16,10 @@ from nearfold.lower.parameters import MOST_NUMBERS, parameters
 from nearfold.lower.plan import apply, lower, operation, verdicts
 from nearfold.lower.verdict import Facts, Verdict
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST = 1 << 40
+"""Numbers of an input, at most: 4 TiB in float32."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -125,8 +129,10 @@ def explain(
     conv
     """
     op, shape = operation(op), input_shape(shape)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating torch.dtype, got {shown(dtype)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {shown(dtype)}")
+    if math.prod(shape) > MOST:
+        raise ValueError(f"shape must be of at most {MOST:,} numbers, got {tuple(shape)}, {math.prod(shape):,} numbers")
     ndim, channels = len(shape) - 2, shape[1]
     out_channels = channels if out_channels is None else integer("out_channels", out_channels)
     parts = []

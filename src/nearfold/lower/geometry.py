@@ -86,6 +86,18 @@ class WindowGeometry:
         return pad(x, self.before, self.after, mode == "reflect")
 
 
+def surely(condition: bool) -> bool:
+    """A condition on sizes; where a compiler leaves them open, whether it holds for every size.
+
+    It then asks nothing, so that nothing is fixed by the sizes of the example.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
 def block_shift(path: Block, grid: tuple[int, ...]) -> tuple[int, ...]:
     """By how much blocks are shifted along each axis: not at all where one of them covers the grid.
 

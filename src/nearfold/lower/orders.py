@@ -25,8 +25,8 @@ def _snake(index: Tensor) -> Tensor:
     rows = index.new_zeros(1)
     for n in index.shape:
         # an axis turns round whenever those before it have moved on
-        line = torch.arange(n, device=index.device).expand(len(rows), n)
-        backwards = torch.arange(len(rows), device=index.device)[:, None] % 2 == 1
+        line = torch.arange(n, device=index.device).expand(rows.shape[0], n)
+        backwards = torch.arange(rows.shape[0], device=index.device)[:, None] % 2 == 1
         rows = (rows[:, None] * n + torch.where(backwards, n - 1 - line, line)).reshape(-1)
     return rows
 

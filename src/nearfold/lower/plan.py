@@ -18,6 +18,7 @@ from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
+from nearfold.lower.inductor import repaired
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
@@ -123,6 +124,8 @@ def apply(
         raise ValueError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
     if min(x.shape[1:]) == 0:
         raise ValueError(f"x must have channels and positions, got shape {tuple(x.shape)}")
+    if torch.compiler.is_dynamo_compiling():
+        repaired()
     ndim, dtype, device, grad = x.dim() - 2, x.dtype, x.device.type, torch.is_grad_enabled()
 
     def choose(basic: Basic) -> Callable[[Call], Tensor]:

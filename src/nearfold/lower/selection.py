@@ -150,7 +150,7 @@ def _all(call: Call) -> Selection:
     if isinstance(rho, Table):
         query_M = torch.arange(count_positions(call.out_grid), device=query_M.device)
     mask = allowed(call, query_M, key_N)
-    valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
+    valid_MN = torch.ones(query_M.shape[0], key_N.shape[0], dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
     valid = valid_MN if valid_MN.dim() == 4 else valid_MN[None, None]
     index = key_N.masked_fill(~valid, 0)
@@ -159,7 +159,7 @@ def _all(call: Call) -> Selection:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
         bias = score_bias(call.op, call.params, call.grid, query_M, score)
         score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
-    return Selection(index, valid, score, len(key_N))
+    return Selection(index, valid, score, key_N.shape[0])
 
 
 def _nearest(call: Call) -> Selection:
@@ -207,7 +207,9 @@ def _nearest(call: Call) -> Selection:
         valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
     index = index.masked_fill(~valid, 0)
     if isinstance(call.op.shape, Box):
-        order = index.masked_fill(~valid, len(key_R) + count_positions(call.padded)).sort(dim=-1, stable=True).indices
+        order = (
+            index.masked_fill(~valid, key_R.shape[0] + count_positions(call.padded)).sort(dim=-1, stable=True).indices
+        )
         index, valid, ranked = index.gather(-1, order), valid.gather(-1, order), ranked.gather(-1, order)
     lost_M1 = q_M.isnan().any(-1, keepdim=True)
     ranked = ranked.masked_fill(lost_M1, float("nan"))

@@ -5,6 +5,8 @@ Shape legend: M outputs, S slots, o outputs of an axis, s slots of an axis, a gr
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -73,9 +75,11 @@ def window_reads(op: Basic, grid: tuple[int, ...], device: torch.device) -> tupl
     """Positions read (M, S, a), valid (M, S), and the queries' own positions (M, a), slots in raster order."""
     at, valid, home = _axes(op, grid, device)
     ndim = len(grid)
-    at_MSa = torch.stack(torch.broadcast_tensors(*at), -1).flatten(ndim, -2).flatten(0, ndim - 1)
-    valid_MS = torch.stack(torch.broadcast_tensors(*valid), -1).flatten(ndim, -2).flatten(0, ndim - 1).all(-1)
-    home_Ma = torch.stack(torch.broadcast_tensors(*home), -1).flatten(0, ndim - 1)
+    at_oosa = torch.stack(torch.broadcast_tensors(*at), -1)
+    shape = math.prod(at_oosa.shape[:ndim]), math.prod(at_oosa.shape[ndim:-1]), ndim
+    at_MSa = at_oosa.reshape(shape)
+    valid_MS = torch.stack(torch.broadcast_tensors(*valid), -1).reshape(shape).all(-1)
+    home_Ma = torch.stack(torch.broadcast_tensors(*home), -1).reshape(shape[0], ndim)
     return at_MSa, valid_MS, home_Ma
 
 
@@ -102,7 +106,11 @@ def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing
         inside = inside & more
     flat = _raster(at, grid).masked_fill(~inside, missing)
     ndim = len(grid)
-    return flat.flatten(ndim, -1).flatten(0, ndim - 1), inside.flatten(ndim, -1).flatten(0, ndim - 1)
+    shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
+    flat, inside = flat.reshape(shape), inside.reshape(shape)
+    if torch.compiler.is_compiling():  # as views, their strides are minima of open sizes, which nothing proves equal
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (flat, inside))  # type: ignore[return-value]
+    return flat, inside
 
 
 def home_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
-from nearfold.models.network import Network
+from nearfold.models.network import MAPS, Network
 from nearfold.models.parts import LAYERS, classifier, layer_of, mixing, require_size
 from nearfold.models.registry import Entry, Published, register
 
@@ -63,7 +63,7 @@ class DenseNet(Network):
     torch.Size([1, 10])
     """
 
-    head_name = "classifier"
+    head_name, pools = "classifier", MAPS
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class DenseNet(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = x.mean((2, 3))
+        x = self.pooled(x)
         out: Tensor = x if pre_logits else self.classifier(x)
         return out
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import Features, Network
 from nearfold.models.registry import create
+from nearfold.options import line
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CARD = """\
@@ -67,7 +69,7 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
             new; ``img_size`` and ``features_only`` change; what would change other weights is refused.
 
     Raises:
-        ValueError: when there is no such folder, or its weights do not fit.
+        ValueError: when there is no such folder, a file of it cannot be read, or its weights do not fit.
         ImportError: for a repository, where huggingface_hub is not installed.
 
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -76,14 +78,26 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
     Linear(in_features=84, out_features=3, bias=True)
     """
     config_file, weights_file = _files(source, revision)
-    config = json.loads(config_file.read_text())
-    if "architecture" not in config:
-        raise ValueError(f"{config_file} names no architecture; save_pretrained writes one that does")
+    config, state = _config(config_file), _weights(weights_file)
     only = {name: overrides.pop(name) for name in ("features_only", "out_indices") if name in overrides}
     saved = config.get("model_args", {})
-    network = create(config["architecture"], **(saved | overrides))
-    assert isinstance(network, Network)
-    _load(network, load_file(weights_file), saved, overrides, str(source))
+
+    def make() -> Network:
+        network = create(config["architecture"], **(saved | overrides))
+        assert isinstance(network, Network)
+        return network
+
+    try:
+        with torch.device("meta"):  # what is too large for the weights that are there is never made
+            _fitting(make(), state, saved, overrides, str(source))
+        network = make()
+        network.load_state_dict(_fitting(network, state, saved, overrides, str(source)))
+    except Misfit:
+        raise
+    except Exception as error:  # arguments of any type and size came from the file
+        raise ValueError(
+            f"{config_file} and {WEIGHTS} beside it make no network ({line(error)}): save or fetch them again"
+        ) from error
     if only.get("features_only"):
         return Features(network, only.get("out_indices"))
     if only.get("out_indices") is not None:
@@ -170,10 +184,34 @@ def _plain(name: str, value: Any) -> Any:
         raise ValueError(f"{name}={value!r} cannot be kept in {CONFIG}; give numbers, strings or a notation") from None
 
 
-def _load(
+class Misfit(ValueError):
+    """Weights are not those of the network."""
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """What ``config.json`` holds, with types as `save_pretrained` writes them."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({line(error)}): save or fetch it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(f"{file} names no architecture; save_pretrained writes one that does")
+    if not isinstance(config.get("model_args", {}), dict):
+        raise ValueError(f"{file}: model_args must be arguments by name, got {line(str(config['model_args']))}")
+    return config
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # of safetensors, which has errors of its own, of the system, of types torch lacks
+        raise ValueError(f"{file} cannot be read as safetensors ({line(error)}): save or fetch it again") from error
+
+
+def _fitting(
     network: Network, state: dict[str, Tensor], saved: dict[str, Any], overrides: dict[str, Any], source: str
-) -> None:
-    """Load all weights, but those of a classifier for other classes."""
+) -> dict[str, Tensor]:
+    """All weights, but those of a classifier for other classes."""
     head = f"{network.head_name}."
     own = network.state_dict()
     if overrides.get("num_classes", saved.get("num_classes")) != saved.get("num_classes"):
@@ -188,8 +226,8 @@ def _load(
     if wrong:
         changed = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
         why = f"with {changed} it is another network" if changed else "the file is not this network's"
-        raise ValueError(f"{source}: weights do not fit, {why}: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
-    network.load_state_dict(state)
+        raise Misfit(f"{source}: weights do not fit, {why}: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
+    return state
 
 
 def _size(state: dict[str, Tensor], name: str) -> str:

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+POOLS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
+    "avg": lambda x, axes: x.mean(axes),
+    "max": lambda x, axes: x.amax(axes),
+    "avgmax": lambda x, axes: (x.mean(axes) + x.amax(axes)) / 2,
+}
+MAPS = (*POOLS, "")
+TOKENS = ("token", *POOLS, "")
+
 
 class Network(nn.Module):
     """An image classifier: (B, in_chans, H, W) -> (B, num_classes).
@@ -29,6 +37,9 @@ class Network(nn.Module):
     num_classes: int
     head_name: str = "head"
     feature_info: list[dict[str, Any]]
+    pools: tuple[str, ...] = ("avg",)
+    """What ``global_pool`` may be: how positions become one. "" leaves the map, or all tokens; "token" is the first."""
+    global_pool: str = "avg"
     grad_checkpointing: bool = False
     architecture: str = ""
     arguments: dict[str, Any]
@@ -42,6 +53,53 @@ class Network(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, or the last tokens: what the head reads."""
         return self.stages(x)[-1]
+
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What `stages` and `forward_features` return, by one pass."""
+        maps = self.stages(x)
+        return maps, maps[-1]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Iterable[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps behind some stages, with what the head reads before them: timm's method of this name.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: stages, counted from 0, negative ones from the end; a number: the last so many; None: all.
+            norm: has no effect: a stage is followed by no norm here.
+            stop_early: has no effect: all stages run.
+            output_fmt: "NCHW" for maps, "NLC" for rows of positions.
+            intermediates_only: the maps alone.
+
+        Raises:
+            ValueError: for a stage that is not there, or another format.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        count = len(self.feature_info)
+        if isinstance(indices, int):
+            if not 1 <= indices <= count:
+                raise ValueError(f"indices={indices} asks for the last {indices} of {count} stages; 1 to {count} go")
+            indices = range(count - indices, count)
+        wanted = _chosen("indices", indices, count)
+        maps, last = self.stages_and_last(x)
+        found = [maps[i] if output_fmt == "NCHW" else maps[i].flatten(2).transpose(1, 2) for i in wanted]
+        return found if intermediates_only else (last, found)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last map (B, C, H, W), or tokens (B, 1 + N, C) with the class token first, by ``global_pool``: (B, C)."""
+        if self.global_pool == "":
+            return x
+        if self.global_pool == "token":
+            return x[:, 0]
+        return POOLS[self.global_pool](*((x, (2, 3)) if x.dim() == 4 else (x[:, 1:], (1,))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` returned -> (B, num_classes); ``pre_logits``: (B, num_features)."""
@@ -69,13 +127,14 @@ class Network(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer, for other classes; 0 leaves the features as they are.
 
+        ``global_pool`` is one of `pools`, as timm names them; None leaves the pooling as it is.
+
         Raises:
-            ValueError: for a negative number, or a pooling other than the network's own.
+            ValueError: for a negative number, or a pooling that the network, or its classifier, cannot do.
         """
         if type(num_classes) is not int or num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, got {num_classes!r}")
-        if global_pool not in (None, "", "avg", "token"):
-            raise ValueError(f"global_pool={global_pool!r}: the pooling is part of these networks; leave it out")
+        self.pool_by(self.global_pool if global_pool is None else global_pool, num_classes)
         old = next(iter(self.parameters()))
         new = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.set_submodule(self.head_name, new.to(old.device, old.dtype))
@@ -83,6 +142,20 @@ class Network(nn.Module):
         if hasattr(self, "arguments"):
             self.arguments = self.arguments | {"num_classes": num_classes}
             self.pretrained_cfg = self.default_cfg = self.default_cfg | {"num_classes": num_classes}
+
+    def pool_by(self, global_pool: str, num_classes: int) -> None:
+        """Set ``global_pool`` for a classifier of so many classes; ValueError where it cannot be."""
+        if global_pool not in self.pools:
+            able = ", ".join(map(repr, self.pools))
+            raise ValueError(f"global_pool must be one of {able} for {type(self).__name__}, got {global_pool!r}")
+        if global_pool == "" and num_classes and "token" not in self.pools:
+            raise ValueError(
+                f"global_pool='' leaves a map, which a classifier of {num_classes} classes does not take; "
+                "give num_classes=0"
+            )
+        if hasattr(self, "arguments") and (global_pool != self.global_pool or "global_pool" in self.arguments):
+            self.arguments = self.arguments | {"global_pool": global_pool}
+        self.global_pool = global_pool
 
     def remove_head(self) -> None:
         """Take away what turns the last map into classes."""
@@ -145,6 +218,14 @@ class FeatureInfo:
         return [entry["module"] for entry in self.info]
 
 
+def _chosen(name: str, indices: Iterable[int] | None, count: int) -> list[int]:
+    """Numbers of stages from 0 on, of those asked for."""
+    wanted = list(range(count) if indices is None else indices)
+    if not wanted or any(not -count <= i < count for i in wanted):
+        raise ValueError(f"{name} must be some of 0 to {count - 1}, the network's stages; got {wanted}")
+    return [i % count for i in wanted]
+
+
 class Features(nn.Module):
     """A network without its head: (B, in_chans, H, W) -> the maps of some of its stages.
 
@@ -155,14 +236,10 @@ class Features(nn.Module):
 
     def __init__(self, network: Network, out_indices: Iterable[int] | None = None) -> None:
         super().__init__()
-        count = len(network.feature_info)
-        wanted = range(count) if out_indices is None else list(out_indices)
-        bad = [i for i in wanted if not -count <= i < count]
-        if bad or not wanted:
-            raise ValueError(f"out_indices must be some of 0 to {count - 1}, the network's stages; got {list(wanted)}")
+        wanted = _chosen("out_indices", out_indices, len(network.feature_info))
         network.remove_head()
         self.network = network
-        self.feature_info = FeatureInfo(network.feature_info, [i % count for i in wanted])
+        self.feature_info = FeatureInfo(network.feature_info, wanted)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The maps (B, C, H, W) of the chosen stages."""

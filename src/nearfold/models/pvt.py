@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfold.models.network import Network
+from nearfold.models.network import TOKENS, Network
 from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
@@ -147,6 +147,8 @@ class PyramidVisionTransformer(Network):
     torch.Size([1, 5])
     """
 
+    pools, global_pool = TOKENS, "token"
+
     def __init__(
         self,
         layer: str = "attention",
@@ -203,12 +205,17 @@ class PyramidVisionTransformer(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The maps behind the stages, without the last norm and the class token."""
+        return self.stages_and_last(x)[0]
+
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`stages` and `forward_features`."""
         require_size(x, LEAST)
-        maps = []
+        maps, tokens = [], x
         for i in range(len(self.embeds)):
-            x = as_map(*self._stage(i, x))
+            tokens, grid = self._stage(i, x)
+            x = as_map(tokens, grid)
             maps.append(x)
-        return maps
+        return maps, tokens
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's tokens, the class token first: (B, 1 + N, C)."""
@@ -220,7 +227,7 @@ class PyramidVisionTransformer(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + N, C) to (B, num_classes)."""
-        x = self.norm(x[:, 0])
+        x = self.pooled(self.norm(x))
         if pre_logits:
             return x
         out: Tensor = self.head(x)

@@ -120,6 +120,8 @@ def create(
     img_size: int | tuple[int, int] | None = None,
     features_only: bool = False,
     out_indices: Iterable[int] | None = None,
+    global_pool: str | None = None,
+    output_stride: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """A network by its name, with fresh weights.
@@ -131,6 +133,8 @@ def create(
         img_size: height and width, for networks that own something for every position; all others take any size.
         features_only: return the maps of the stages instead of logits: a `Features`.
         out_indices: which stages, with features_only.
+        global_pool: how positions become one before the classifier, one of the network's ``pools``; "": not at all.
+        output_stride: pixels per position of the last map. It is as published, and another one is refused.
         arguments: of the network's own constructor, in place of those in the table.
 
     Raises:
@@ -158,6 +162,14 @@ def create(
         if "unexpected keyword" in str(error):
             raise ValueError(f"{name}: {str(error).partition(') ')[2]}") from error
         raise
+    stride = network.feature_info[-1]["reduction"]
+    if output_stride not in (None, stride):
+        raise ValueError(
+            f"{name}: output_stride={output_stride}: the last map's stride is {stride} and stays; leave it out"
+        )
+    if global_pool is not None:
+        network.pool_by(global_pool, given["num_classes"])
+        arguments = arguments | {"global_pool": global_pool}
     network.architecture = PREFIX + name.removeprefix(PREFIX)
     network.arguments = given | arguments
     network.pretrained_cfg = network.default_cfg = config(entry, given, network.head_name)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nearfold.grammar import Branch, Operation
-from nearfold.models.network import Network
+from nearfold.models.network import MAPS, Network
 from nearfold.models.parts import LAYERS, classifier, layer_of, mixing, with_stride
 from nearfold.models.registry import Entry, Published, register
 
@@ -130,7 +130,7 @@ class ResNet(Network):
     torch.Size([1, 10])
     """
 
-    head_name = "fc"
+    head_name, pools = "fc", MAPS
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class ResNet(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = x.mean((2, 3))
+        x = self.pooled(x)
         return x if pre_logits else self.fc(x)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold.kernels.local import local_sum, pad
-from nearfold.models.network import Network
+from nearfold.models.network import MAPS, Network
 from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
@@ -117,6 +117,8 @@ class SelfAttentionNetwork(Network):
     torch.Size([1, 5])
     """
 
+    pools = MAPS
+
     def __init__(
         self,
         layer: str = "attention",
@@ -166,7 +168,7 @@ class SelfAttentionNetwork(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map (B, C, H, W) to (B, num_classes)."""
-        x = x.mean((2, 3))
+        x = self.pooled(x)
         if pre_logits:
             return x
         out: Tensor = self.head(x)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
@@ -58,7 +59,11 @@ def position_code(channels: int, height: int, width: int, like: Tensor) -> Tenso
 
 
 class Block(nn.Module):
-    """x + Mixer(norm(x)), then x + MLP(norm(x)); (B, width, H, W) to the same shape."""
+    """x + Mixer(norm(x)), then x + MLP(norm(x)).
+
+    (B, width, H, W) to the same shape, or, where the operation has a stride, to the grid that it makes: x is then
+    averaged over what falls together.
+    """
 
     def __init__(self, operation: Operation | str, width: int, hidden: int) -> None:
         super().__init__()
@@ -69,8 +74,11 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, H, W)."""
-        x = x + self.mixer(self.norm(x))
+        """(B, width, H, W) to (B, width, H', W')."""
+        mixed = self.mixer(self.norm(x))
+        if mixed.shape != x.shape:
+            x = F.adaptive_avg_pool2d(x, mixed.shape[2:])
+        x = x + mixed
         return x + self.mlp(x)
 
 

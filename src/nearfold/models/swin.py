@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
-from nearfold.models.network import Network
+from nearfold.models.network import MAPS, Network
 from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.vit import init_linear
@@ -81,6 +81,8 @@ class SwinTransformer(Network):
     torch.Size([1, 5])
     """
 
+    pools = MAPS
+
     def __init__(
         self,
         layer: str | Operation = "attention",
@@ -129,7 +131,7 @@ class SwinTransformer(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map (B, C, H, W) to (B, num_classes)."""
-        x = self.norm(x.permute(0, 2, 3, 1)).mean((1, 2))
+        x = self.pooled(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         if pre_logits:
             return x
         out: Tensor = self.head(x)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
-from nearfold.models.network import Network
+from nearfold.models.network import TOKENS, Network
 from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.nn import Mixer, TokenMixer
@@ -122,6 +122,8 @@ class VisionTransformer(Network):
     torch.Size([1, 5])
     """
 
+    pools, global_pool = TOKENS, "token"
+
     def __init__(
         self,
         layer: str | Operation = "attention",
@@ -159,6 +161,10 @@ class VisionTransformer(Network):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The patches' features behind every quarter of the blocks, as maps."""
+        return self.stages_and_last(x)[0]
+
+    def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`stages` and `forward_features`."""
         grid = tuple(n // self.patch for n in x.shape[2:])
         ends = {info["block"] for info in self.feature_info}
         x = self.tokens(x)
@@ -167,7 +173,7 @@ class VisionTransformer(Network):
             x = self.run(block, x)
             if i in ends:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
-        return maps
+        return maps, x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens behind the last block, the class token first: (B, 1 + N, D)."""
@@ -178,7 +184,7 @@ class VisionTransformer(Network):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + N, D) to (B, num_classes)."""
-        x = x[:, 0]
+        x = self.pooled(x)
         if pre_logits:
             return x
         out: Tensor = self.head(x)

@@ -17,10 +17,11 @@ from nearfold.kernels.corners import corners
 from nearfold.kernels.names import require_tensors
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
-from nearfold.lower.call import derivative_of
+from nearfold.lower.call import derivative_of, refuse_trace
 
 
 def _refuse_derivatives(name: str, *tensors: Tensor | None) -> None:
+    refuse_trace(name)
     if how := derivative_of(*(t for t in tensors if t is not None)):
         raise NotImplementedError(
             f"{name}: {how} is not there; differentiate with torch.autograd.grad, or take a layer of nearfold.nn with "

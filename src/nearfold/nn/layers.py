@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from nearfold._numbers import integer
 from nearfold.grammar import Basic, Branch, Weight
@@ -126,6 +126,8 @@ class _ConvNN(Mixer):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context, mask)
         self._require(x)
         y = self._run(self.prepare(x), context, mask)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y

@@ -9,7 +9,7 @@ import warnings
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
@@ -252,6 +252,8 @@ class Mixer(nn.Module):
         not valid. Without a batch axis, as torch's layers take it, too: (in_channels, *grid) -> (out_channels,
         *out_grid).
         """
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
         if x.dim() == self.ndim + 1:
             return Mixer.forward(self, x[None], None if context is None else context[None], mask)[0]
@@ -270,6 +272,13 @@ class Mixer(nn.Module):
         if found:
             self._said = (0,)
             warnings.warn("; ".join(found), stacklevel=3)
+
+    def _leaf(self, x: fx.Proxy, *others: Any) -> Any:
+        """One call of the whole layer, in a graph that torch.fx records: as torch's own layers are."""
+        given = (x, *others)
+        while given[-1] is None:
+            given = given[:-1]
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), given, {})  # type: ignore[attr-defined]
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
@@ -333,6 +342,8 @@ class TokenMixer(Mixer):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D), or (N, D); context (B, N', context_dim) where it is `cross`; mask as in `Mixer`."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
         if x.dim() == 2:
             return self(x[None], None if context is None else context[None], mask)[0]

@@ -125,7 +125,7 @@ def run(name: str, sigma: float, seed: int, settings: Settings, folder: Path) ->
     layer, depth, _ = NETWORKS[name]
     facts = {"network": name, "layer": layer, "depth": depth, "sigma": sigma, "seed": seed, **asdict(settings)}
     file = weights_file(folder, name, sigma, seed)
-    if file.exists() and (found := torch.load(file))["facts"] == facts:
+    if file.exists() and (found := torch.load(file, weights_only=True))["facts"] == facts:
         result: dict[str, Any] = found["result"]
         return result
     torch.manual_seed(derive(seed, "weights"))
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     panels = {"noisy": inputs(test, sigma, "test")[at]}
     for name in SHOWN:
         net = build(name, settings.width)
-        net.load_state_dict(torch.load(weights_file(given.runs, name, sigma, 0))["weights"])
+        net.load_state_dict(torch.load(weights_file(given.runs, name, sigma, 0), weights_only=True)["weights"])
         panels[name] = denoised(net, test, sigma, "test")[at]
     picture(panels | {"truth": test[at]}, DETAIL[1], given.out / "docs/pictures/denoise.png")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from nearfold import _torchvision
+from nearfold.options import line, sizes
 from nearfold.recognise.report import describe
 
 
@@ -41,9 +42,10 @@ def parse_size(text: str) -> tuple[int, ...]:
     >>> parse_size("3,224,224"), parse_size("16x100")
     ((3, 224, 224), (16, 100))
     """
-    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)+", text):
-        raise ValueError(f"wanted channels and grid, such as 3,224,224; got {text!r}")
-    return tuple(int(number) for number in re.split("[,x]", text))
+    try:
+        return sizes(text, 2, "channels and grid, such as 3,224,224")
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def load_model(spec: str) -> nn.Module:
@@ -95,7 +97,7 @@ def _built(spec: str, name: str, known: list[str], make: Callable[[], Any]) -> A
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise ValueError(f"{spec}: no model of this name{hint}")
-    return _guarded(spec, make)
+    return guarded(spec, make)
 
 
 def _from_file(path: Path, name: str) -> Any:
@@ -109,7 +111,7 @@ def _from_file(path: Path, name: str) -> Any:
     sys.modules[plan.name] = module  # dataclasses and pickle look their module up
     sys.path.insert(0, str(path.parent))  # so that it finds its neighbours, as when it is run
     try:
-        _guarded(spec, lambda: plan.loader.exec_module(module))  # type: ignore[union-attr]
+        guarded(spec, lambda: plan.loader.exec_module(module))  # type: ignore[union-attr]
         factory = getattr(module, name, None)
         if factory is None:
             found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -120,16 +122,17 @@ def _from_file(path: Path, name: str) -> Any:
             raise ValueError(
                 f"{spec}: {name} must be a callable without arguments that makes a model, got {type(factory).__name__}"
             )
-        return _guarded(spec, factory)
+        return guarded(spec, factory)
     finally:
         sys.path.remove(str(path.parent))
 
 
-def _guarded(spec: str, make: Callable[[], Any]) -> Any:
+def guarded(spec: str, make: Callable[[], Any]) -> Any:
+    """What a user's own code makes; ValueError that names the code, whatever it raises."""
     try:
         return make()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{spec}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{spec}: {type(error).__name__}: {line(error)}") from error
 
 
 def import_library(name: str, wanted: str) -> ModuleType:

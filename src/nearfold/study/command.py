@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nearfold.options import above, brief, folder, whole
 from nearfold.study.authors import Points, read
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
@@ -16,6 +18,7 @@ from nearfold.study.plan import Plan, plan
 from nearfold.study.record import Record
 from nearfold.study.results import Results
 from nearfold.study.store import write_each
+from nearfold.train.files import inside
 
 EXAMPLES = {
     "study list": """\
@@ -46,16 +49,20 @@ Without runs of your own it answers from those that come with nearfold, which we
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold study run`."""
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py")
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(STUDIES)}; or path/to/study.py (the file is run)")
     _where(parser)
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="runs of every setting (default: the preset's)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 10_000), metavar="N", help="runs of every setting (default: the preset's)"
+    )
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="who runs (default: local)")
     parser.add_argument("--address", default="auto", metavar="A", help="of the Ray cluster (default: auto)")
-    parser.add_argument("--gpus", type=float, default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side on this machine")
+    parser.add_argument(
+        "--gpus", type=above(0, allow=True), default=0.0, metavar="N", help="GPUs of a run on Ray (default: 0)"
+    )
+    parser.add_argument("--jobs", type=whole(1, 1000), metavar="N", help="runs side by side on this machine")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole(0, 1000),
         default=0,
         metavar="N",
         help="of a run, that read ahead where data are streamed (default: 0)",
@@ -75,9 +82,9 @@ def add_page(parser: argparse.ArgumentParser) -> None:
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold study budget`."""
     _where(parser)
-    parser.add_argument("--latency-ms", type=float, metavar="T", help="at most so long for one image, forward")
-    parser.add_argument("--flops", type=float, metavar="N", help="at most so many FLOPs for one image")
-    parser.add_argument("--memory-mib", type=float, metavar="M", help="at most so much memory in a training step")
+    parser.add_argument("--latency-ms", type=above(0), metavar="T", help="at most so long for one image, forward")
+    parser.add_argument("--flops", type=above(0), metavar="N", help="at most so many FLOPs for one image")
+    parser.add_argument("--memory-mib", type=above(0), metavar="M", help="at most so much memory in a training step")
     parser.set_defaults(command=recommend, name="budget", seeds=None)
 
 
@@ -87,7 +94,7 @@ def _where(parser: argparse.ArgumentParser) -> None:
         "--data", action="append", default=[], metavar="NAME=FOLDER",
         help="where a data set is, such as cifar10=path/to/cifar10; digits come along",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results (default: runs)")
+    parser.add_argument("--out", type=folder, default=Path("runs"), metavar="DIR", help="results (default: runs)")
 
 
 def show(args: argparse.Namespace) -> int:
@@ -107,13 +114,13 @@ def run(args: argparse.Namespace) -> int:
 
     planned = _plan(args)
     theirs = [] if args.authors is None else read(args.authors, planned.study.authors)
+    ours = _folder(args.out, planned.study)
     try:
         work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
-            folder = args.out / f"{planned.study.name}-{planned.study.preset}"
-            print("\n" + "\n".join(map(str, leave(_record(args, planned, results, theirs), folder))))
+            print("\n" + "\n".join(map(str, leave(_record(args, planned, results, theirs), ours))))
     for label, error in results.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
     return 1 if results.failures else 0
@@ -193,10 +200,21 @@ def _sources(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, folder = text.partition("=")
         if not equals or not name or not folder:
-            raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
+            raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {brief(text)}")
         if sources.setdefault(name, folder) != folder:
             raise ValueError(f"--data {name} is given twice, as {sources[name]} and as {folder}: say one")
     return sources
+
+
+def _folder(out: Path, study: Study) -> Path:
+    """Where a study's report goes; ValueError, before anything is run, where its name leads elsewhere."""
+    name = f"{study.name}-{study.preset}"
+    if not re.fullmatch(r"\w[\w .+=-]{0,99}", name):
+        raise ValueError(
+            f"a study's name and preset make the name of a folder in --out: letters, digits and -_.+= only, at most "
+            f"100 of them; got {brief(name)}"
+        )
+    return inside(out, out / name)
 
 
 def _engine(args: argparse.Namespace, study: Study) -> Engine:
@@ -218,9 +236,3 @@ def _said(args: argparse.Namespace) -> str:
     words += [word for text in args.data for word in ("--data", f"{text.partition('=')[0]}=FOLDER")]
     words += ["--seeds", str(args.seeds)] if args.seeds else []
     return " ".join(words)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number of at least 1, got {text!r}")
-    return int(text)

@@ -6,13 +6,11 @@ import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from nearfold.study.grid import Run, Study, Trial, costing, training
 from nearfold.study.results import Results, collect
 from nearfold.study.store import Store
 from nearfold.study.tasks import Place, Sources, build, load, source_of
-from nearfold.train import ImageData, StreamData
+from nearfold.train import ImageData, StreamData, require_trainable
 from nearfold.train.checkpoint import fingerprint
 
 
@@ -97,8 +95,7 @@ def _load(trial: Trial, sources: Sources) -> ImageData | StreamData:
 def _try(trial: Trial, data: ImageData | StreamData) -> None:
     """Build the network and run it, on the meta device: cheap at any size."""
     try:
-        with torch.device("meta"):
-            build(trial.network, data).eval()(torch.empty(2, data.channels, *data.size))
+        require_trainable(lambda: build(trial.network, data), (data.channels, *data.size))
     except ValueError as error:
         raise ValueError(f"{trial.title}: {error}") from error
 

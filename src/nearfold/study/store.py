@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfold.study.checked import checked
-from nearfold.train.checkpoint import replacing
+from nearfold.train.files import inside, replacing
 from nearfold.train.readers import first_line
 
 
@@ -82,19 +82,26 @@ class Store:
 
     def result_path(self, config: Mapping[str, Any]) -> Path:
         """Where the result of a finished run lies."""
-        return self.root / "runs" / f"{run_key(config)}.json"
+        return self._own("runs", f"{run_key(config)}.json")
 
     def failure_path(self, config: Mapping[str, Any]) -> Path:
         """Where the error of a failed run lies."""
-        return self.root / "failed" / f"{run_key(config)}.json"
+        return self._own("failed", f"{run_key(config)}.json")
 
     def weights_path(self, config: Mapping[str, Any]) -> Path:
         """Where the trained weights of a run lie, if they were kept."""
-        return self.root / "weights" / f"{run_key(config)}.safetensors"
+        return self._own("weights", f"{run_key(config)}.safetensors")
 
     def work_path(self, config: Mapping[str, Any]) -> Path:
         """Where a run that is under way keeps its checkpoints, if it does."""
-        return self.root / "work" / run_key(config)
+        return self._own("work", run_key(config))
+
+    def _own(self, folder: str, name: str) -> Path:
+        """A path in the store; ValueError where a link leads out of it, or a pipe lies there for which one waits."""
+        path = inside(self.root, self.root / folder / name)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder: delete it")
+        return path
 
     @contextmanager
     def claim(self, config: Mapping[str, Any]) -> Iterator[bool]:
@@ -104,7 +111,7 @@ class Store:
         """
         from filelock import FileLock, Timeout
 
-        path = self.root / "claims" / run_key(config)
+        path = self._own("claims", run_key(config))
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:

@@ -4,6 +4,7 @@ from nearfold.train.checkpoint import load_weights, save_weights
 from nearfold.train.data import ImageData, Split, load_data
 from nearfold.train.evaluation import evaluate, prepare
 from nearfold.train.loop import Result, fit
+from nearfold.train.memory import require_trainable
 from nearfold.train.recipe import Recipe
 from nearfold.train.stream import StreamData, open_data
 from nearfold.train.trainer import Diverged
@@ -21,5 +22,6 @@ __all__ = [
     "load_weights",
     "open_data",
     "prepare",
+    "require_trainable",
     "save_weights",
 ]

@@ -1,15 +1,16 @@
-"""Files of a run that are replaced whole or not at all, and the check that a checkpoint fits its run.
+"""The checkpoint of a run: written whole or not at all, and read only where it fits the run.
 
 A checkpoint is a folder of tensors, written by torch's distributed checkpoints, and ``checkpoint.json``, which names
 the folder, vouches for its files and holds the rest. A new one goes to the other one of two folders; replacing the
 small file, at once, is what makes it count. Whatever number of processes wrote it, any number can read it, whether
-they divide the model or each hold all of it. Like every pickle, its index must come from someone you trust.
+they divide the model or each hold all of it. Whoever wrote it: nothing of it is run, and no name in it leads out of the
+run's folder.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 import warnings
 import zlib
@@ -22,37 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nearfold.train import index
 from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team
+from nearfold.train.files import inside, is_own_file, replacing, to_disk
 
 if TYPE_CHECKING:
     from nearfold.train.feed import Streamed
 
 POINTER = "checkpoint.json"
 FOLDERS = ("checkpoint-a", "checkpoint-b")
-_FORMAT = 2  # raise it when the content of a checkpoint changes
-
-
-@contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """Give a name to write to; once it is written and on the disk, it takes the place of `path`.
-
-    Whatever happens on the way, `path` holds either its old or its new content. Where several may write at once, each
-    has a name as `writer`.
-    """
-    temporary = path.with_name(f"{path.name}{writer}.partial")
-    yield temporary
-    _to_disk(temporary)
-    os.replace(temporary, path)
-    _to_disk(path.parent)  # the new name must be on the disk too
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+_FORMAT = 3  # raise it when the content of a checkpoint changes
+_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata")
 
 
 @dataclass(frozen=True)
@@ -63,13 +45,33 @@ class Saved:
         path: Its ``checkpoint.json``, for messages.
         folder: Where its tensors are.
         facts: What is not a tensor.
-        layout: (shape, type) of every tensor by name.
+        index: Of its tensors, as torch has it.
     """
 
     path: Path
     folder: Path
     facts: dict[str, Any]
-    layout: dict[str, tuple[torch.Size, torch.dtype]]
+    index: Any
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """(shape, type) of every tensor by name."""
+        entries = self.index.state_dict_metadata.items()
+        return {name: (entry.size, entry.properties.dtype) for name, entry in entries}
+
+    def unusable(self, why: object) -> ValueError:
+        """Return the error that says that the checkpoint cannot be used, and what to do."""
+        return ValueError(f"the checkpoint {self.path} cannot be read ({why}); {restart(self.path)}")
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """What ``checkpoint.json`` says, once its types are checked and its names found to be those of a checkpoint."""
+
+    folder: str
+    files: dict[str, list[int]]
+    identity: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
 
 
 def exists(out: Path) -> bool:
@@ -91,32 +93,28 @@ def save(out: Path, identity: dict[str, Any], facts: dict[str, Any], tensors: di
         OSError: It cannot be written; the last checkpoint is as it was.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
 
     path = out / POINTER
-    current = json.loads(path.read_bytes())["folder"] if team.leads and path.exists() else None
+    current = _pointer(path).folder if team.leads and path.exists() else None
     current = team.gather(current)[0]
     folder = out / next(name for name in FOLDERS if name != current)
     problem = ""
     files: dict[str, list[int]] = {}
     try:
         if team.leads:
-            shutil.rmtree(folder, ignore_errors=True)  # what a process that died has left
+            _remove(folder)  # what a process that died has left
         team.wait()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
+        with _torchs_errors():
             dcp.save(tensors, storage_writer=_writer(folder), no_dist=team.world == 1)
-        own = [*folder.glob(f"__{team.rank}_*"), *([folder / ".metadata"] if team.leads else [])]
+        own = [*folder.glob(f"__{team.rank}_*"), *([folder / index.NAME] if team.leads else [])]
         files = {file.name: _check(file) for file in own}
-    except CheckpointException as error:
-        problem = _reason(error)
-    except OSError as error:
-        problem = str(error)
+    except Exception as error:
+        problem = _line(error)
     found = team.gather((problem, files))
     problem = next((problem for problem, _ in found if problem), "")
     if team.leads and not problem:
         try:
-            _to_disk(folder)
+            to_disk(folder)
             merged = {name: check for _, files in found for name, check in files.items()}
             content = {"format": _FORMAT, "folder": folder.name, "files": merged, "identity": identity, "facts": facts}
             with replacing(path) as temporary:
@@ -126,7 +124,7 @@ def save(out: Path, identity: dict[str, Any], facts: dict[str, Any], tensors: di
     problem = team.gather(problem)[0]
     superseded = folder if problem else out / current if current else None
     if team.leads and superseded:
-        shutil.rmtree(superseded, ignore_errors=True)
+        _remove(superseded)
     if problem:
         kept = "the last one is kept" if current else "there is none yet"
         raise OSError(
@@ -140,50 +138,107 @@ def read(out: Path, identity: dict[str, Any], team: Team) -> Saved | None:
     Raises:
         ValueError: It is broken, or of another run; the message names what differs.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     path = out / POINTER
-    if not path.exists():
+    if not path.is_symlink() and not path.exists():
         if exists(out):
             raise ValueError(f"{out / 'checkpoint.pt'} is no checkpoint of this version; {restart(out)}")
         return None
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"the checkpoint {path} cannot be read ({error}); {restart(path)}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version; {restart(path)}")
+    content = _pointer(path)
     for aspect, wanted in identity.items():
-        saved = content["identity"].get(aspect, {})
+        saved = content.identity.get(aspect, {})
         differing = [
             f"{name} is {wanted.get(name)!r}, was {saved.get(name)!r}"
             for name in {**saved, **wanted}
             if saved.get(name) != wanted.get(name)
         ]
         if differing:
-            raise ValueError(
-                f"the checkpoint {path} is of another {aspect}: {'; '.join(differing)}. "
-                f"Resume with the same {aspect}; {restart(path)}"
-            )
-    folder = out / content["folder"]
-    mine = list(content["files"].items())[team.rank :: team.world]  # every file is read by one process
-    broken = [f"{folder / name} {damage}" for name, check in mine if (damage := _damage(folder / name, check))]
+            raise ValueError(of_another(aspect, path, differing))
+    found = Saved(path, out / content.folder, content.facts, None)
+    mine = list(content.files.items())[team.rank :: team.world]  # every file is read by one process
+    folder = found.folder
+    broken = [f"{folder / name} {damage}" for name, check in mine if (damage := _damage(out, folder / name, check))]
     problems = [problem for theirs in team.gather(broken) for problem in theirs]
     if problems:
-        raise ValueError(f"the checkpoint {path} cannot be read ({problems[0]}); {restart(path)}")
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()
-    layout = {n: (e.size, e.properties.dtype) for n, e in entries if isinstance(e, TensorStorageMetadata)}
-    return Saved(path, folder, content["facts"], layout)
+        raise found.unusable(problems[0])
+    try:
+        entries = index.read(folder, {name: size for name, (size, _) in content.files.items()})
+    except ValueError as error:
+        raise found.unusable(error) from error
+    return Saved(path, folder, content.facts, entries)
 
 
 def load(saved: Saved, tensors: dict[str, Any], team: Team) -> None:
-    """Fill tensors with those of a checkpoint, whoever wrote which part of them; all processes must call this."""
+    """Fill tensors with those of a checkpoint, whoever wrote which part of them; all processes must call this.
+
+    Raises:
+        ValueError: A file does not hold what the index says.
+    """
     import torch.distributed.checkpoint as dcp
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(saved.folder), no_dist=team.world == 1)
+    for name, value in tensors.items():
+        if name not in saved.layout or saved.layout[name][0] != value.shape:
+            raise saved.unusable(f"{name} is not there, or not {tuple(value.shape)}")
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *_: Any, **__: Any) -> Any:
+            return saved.index
+
+    try:
+        with _torchs_errors():
+            dcp.load(tensors, storage_reader=Reader(saved.folder), no_dist=team.world == 1)
+    except Exception as error:  # the files are those that were written: it was wrong bytes that were vouched for
+        raise saved.unusable(_line(error)) from error
+
+
+def of_another(aspect: str, path: Path, differing: list[str]) -> str:
+    """Return the message that a checkpoint is of a run that differs in an aspect, and how."""
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return (
+        f"the checkpoint {path} is of another {aspect}: {'; '.join(differing[:5])}{more}. "
+        f"Resume with the same {aspect}; {restart(path)}"
+    )
+
+
+def _pointer(path: Path) -> _Pointer:
+    """Read a ``checkpoint.json``; ValueError where it is none."""
+    if not is_own_file(path):
+        raise ValueError(f"{path} is a link, a folder or a pipe, and no checkpoint; {restart(path)}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be read ({error}); {restart(path)}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this version; {restart(path)}")
+    folder, files, identity, facts = (content.get(name) for name in ("folder", "files", "identity", "facts"))
+    wrong = [
+        name
+        for name, holds in (
+            ("folder", folder in FOLDERS),
+            ("files", isinstance(files, dict) and index.NAME in files and all(map(_is_file, files.items()))),
+            ("identity", isinstance(identity, dict) and all(isinstance(value, dict) for value in identity.values())),
+            ("facts", isinstance(facts, dict)),
+        )
+        if not holds
+    ]
+    if wrong:
+        raise ValueError(f"the checkpoint {path} cannot be read (wrong {wrong[0]}); {restart(path)}")
+    return _Pointer(folder, files, identity, facts)  # type: ignore[arg-type]
+
+
+def _is_file(item: tuple[str, Any]) -> bool:
+    """Whether an entry of ``files`` is a name that torch gives, with a size and a checksum."""
+    name, check = item
+    numbers = isinstance(check, list) and len(check) == 2 and all(type(n) is int and n >= 0 for n in check)
+    return bool(_FILE.fullmatch(name)) and numbers
+
+
+def _remove(folder: Path) -> None:
+    """Remove one of the two folders; where somebody has put a link in its place, the link."""
+    assert folder.name in FOLDERS, folder
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(file: Path) -> list[int]:
@@ -195,34 +250,61 @@ def _check(file: Path) -> list[int]:
     return [size, check]
 
 
-def _damage(file: Path, check: list[int]) -> str:
+def _damage(out: Path, file: Path, check: list[int]) -> str:
     """What is wrong with a file; nothing: an empty text."""
-    if not file.is_file():
+    inside(out, file)
+    if not file.exists():
         return "is missing"
-    return "" if _check(file) == check else "is damaged"
+    return "" if is_own_file(file) and _check(file) == check else "is damaged"
 
 
 def _writer(folder: Path) -> Any:
-    """torch's writer to a folder, but one that tells why the system refused to write."""
+    """torch's writer to a folder, but one that tells the other processes why the system refused to write."""
     import torch.distributed.checkpoint as dcp
 
     class Writer(dcp.FileSystemWriter):
         def write_data(self, *arguments: Any) -> Any:
-            try:
+            with _torchs_errors():
                 return super().write_data(*arguments)
-            except Exception as error:  # torch's serialisation stumbles over the system's error, and raises its own
-                cause: BaseException | None = error
-                while cause is not None and not isinstance(cause, OSError):
-                    cause = cause.__cause__ or cause.__context__
-                raise cause or error from None
 
     return Writer(folder, sync_files=True)
 
 
-def _reason(error: Any) -> str:
-    """What went wrong first in a collective of torch's checkpoints, in one line."""
-    cause = next(iter(error.failures.values()))[0]
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+@contextmanager
+def _torchs_errors() -> Iterator[None]:
+    """Raise what went wrong first.
+
+    Torch's collectives wrap even an interruption, and its serialisation raises its own error over the system's.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process: as meant
+            yield
+    except (CheckpointException, Exception) as error:
+        causes = _causes(error)
+        for kind in (KeyboardInterrupt, SystemExit, OSError, Exception):
+            cause = next((cause for cause in causes if isinstance(cause, kind)), None)
+            if cause is error:
+                raise
+            if cause is not None:
+                raise cause from None
+        raise
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An exception, those that it holds of other processes, and what each came from."""
+    causes = [error]
+    for cause in causes:  # which grows
+        held = (held for held, _ in getattr(cause, "failures", {}).values())
+        causes += [c for c in (*held, cause.__cause__, cause.__context__) if c is not None and c not in causes]
+    return causes
+
+
+def _line(error: BaseException) -> str:
+    """What an exception says first."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def restart(path: Path) -> str:

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nearfold.options import brief
+
 
 @dataclass(frozen=True)
 class Team:
@@ -251,7 +253,12 @@ def _agree_on_start(store: dist.Store, rank: int, world: int) -> str:
 
 
 def _device(wanted: str, local_rank: int | None) -> torch.device:
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"Recipe.device must be 'auto' or a torch device such as 'cpu' or 'cuda', got {brief(wanted)}"
+        ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if local_rank is not None:

@@ -22,6 +22,7 @@ from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team, join
 from nearfold.train.evaluation import require_precision
 from nearfold.train.feed import Streamed
+from nearfold.train.files import replacing
 from nearfold.train.memory import PeakMemory
 from nearfold.train.recipe import Recipe
 from nearfold.train.record import Metrics, Progress, Recorder, require_tensorboard
@@ -152,6 +153,12 @@ def fit(
         resume = True  # each machine counts for itself; one that has started anew is enough
     _check_arguments(out, resume, tensorboard, checkpoint_every, log_every, parallel, workers)
     require_precision(team.device, recipe.precision)
+    odd = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if out is not None and odd:
+        raise ValueError(
+            f"{odd[0]} of the model is no tensor, and neither checkpoints nor safetensors hold anything else: make "
+            "it a buffer, or train without out="
+        )
     memory = PeakMemory(team.device)
     with _only_user(out, team), global_randomness_kept(), _deterministic(recipe.deterministic), ExitStack() as at_end:
         trainer = Trainer(model, data, recipe, team, schedule, parallel=parallel, compiled=compile, workers=workers)
@@ -261,7 +268,7 @@ def _check_arguments(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with checkpoint.replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,15 @@
-"""The peak memory of a piece of work, in MiB."""
+"""The peak memory of a piece of work, in MiB; and whether a network fits images and memory, before it is made."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from nearfold.options import line
 
 _MIB = 2**20
 
@@ -53,3 +58,38 @@ class PeakMemory:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def require_trainable(build: Callable[[], nn.Module], size: Sequence[int]) -> None:
+    """Find out, without making a weight, whether a network runs on images and can be held in memory.
+
+    Args:
+        build: Makes the network; here on torch's meta device.
+        size: Channels, height and width of an image.
+
+    Raises:
+        ValueError: It cannot be built or run, or its weights, gradients and the averages of an optimizer are more than
+            the memory of this machine.
+
+    >>> require_trainable(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(4)), (1, 4, 4))
+    Traceback (most recent call last):
+    ValueError: the network does not run on images of 1 x 4 x 4: Given input size: (4x2x2)...
+    """
+    try:
+        with torch.device("meta"):
+            model = build().eval()
+            _require_memory(model)
+            model(torch.empty(2, *size))
+    except (RuntimeError, NotImplementedError) as error:
+        image = " x ".join(map(str, size))
+        raise ValueError(f"the network does not run on images of {image}: {line(error)}") from error
+
+
+def _require_memory(model: nn.Module) -> None:
+    needed = 4 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"this network takes at least {needed / 2**30:,.0f} GiB for weights, gradients and their averages, "
+            f"and this machine has {memory / 2**30:,.0f} GiB: make it smaller"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nearfold.train.checkpoint import replacing
+from nearfold.train.files import replacing
 
 Metrics = dict[str, Any]
 

@@ -5,46 +5,30 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
 from nearfold.train.data import ImageData
-from nearfold.train.distributed import Team, averaging, local, sharded, whole
+from nearfold.train.distributed import Team, averaging, whole
 from nearfold.train.evaluation import autocast, measure, normalise
 from nearfold.train.feed import Batches, Streamed, open_feed
 from nearfold.train.mix import draw_mix, mixed
+from nearfold.train.optimizer import HELD, average, optimizer_of
 from nearfold.train.recipe import Recipe, learning_rate
 from nearfold.train.record import PHASES, Metrics, Watch, phase_metrics
+from nearfold.train.run import TENSORS, Run, configuration, restored
 from nearfold.train.seeds import seed_step
 
 
 class Diverged(FloatingPointError):
     """The loss or a weight is no longer finite; the last checkpoint is from before."""
-
-
-@dataclass
-class Run:
-    """What changes while a run goes, apart from weights and optimizer; part of every checkpoint."""
-
-    step: int = 0  # steps done, over all epochs; where this ends an epoch, the epoch is evaluated too
-    loss_sum: float = 0.0  # over the steps of the epoch under way
-    correct: float = 0.0  # likewise, images classified correctly
-    phase_sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # likewise, seconds
-    step_seconds: list[float] = field(default_factory=list)  # one for each step
-    starts: list[int] = field(default_factory=list)  # steps done whenever the run was (re)started
-    history: list[Metrics] = field(default_factory=list)  # one record for each epoch
-    best_epoch: int = 0  # from 1
-    best_weights: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    peak_memory_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +77,7 @@ class Trainer:
 
         self.run = Run()
         self._given = model
+        self._made_of = configuration(model, schedule)
         if not divided:
             model.to(team.device)
         team.share(model)
@@ -103,7 +88,7 @@ class Trainer:
             if self._averaged is not None:
                 team.shard(self._averaged.module)
                 self._averaged.to(team.device)
-        self._optimizer = _optimizer(self.model, recipe, team.device)
+        self._optimizer = optimizer_of(self.model, recipe, team.device)
         self._scaler = torch.amp.GradScaler(team.device.type, enabled=recipe.precision == "float16")
         self._wrapped = team.wrap(self.model)
         # dynamic=False: every step has the shapes of the first
@@ -154,7 +139,7 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._averaged is not None:
-            self._averaged.multi_avg_fn = _average(min(recipe.ema, (1 + step) / (10 + step)))
+            self._averaged.multi_avg_fn = average(min(recipe.ema, (1 + step) / (10 + step)))
             self._averaged.update_parameters(self.model)
         if self._schedule is not None:
             self._schedule.step()
@@ -308,17 +293,17 @@ class Trainer:
         """
         for model in self._models().values():
             self.team.share_buffers(model)  # any process may write them, and the first one's count
-        run = dict(vars(self.run))
-        seconds = torch.tensor(run.pop("step_seconds"), dtype=torch.float64)
-        tensors: dict[str, Any] = {"step_seconds": seconds}
+        run = {name: value for name, value in vars(self.run).items() if name not in TENSORS}
+        tensors: dict[str, Any] = {"step_seconds": torch.tensor(self.run.step_seconds, dtype=torch.float64)}
         for kind, model in self._models().items():
             tensors |= _prefixed(kind, model.state_dict())
-        tensors |= _prefixed("best", run.pop("best_weights"))
+        tensors |= _prefixed("best", self.run.best_weights)
         names: dict[Tensor, str] = {weight: name for name, weight in self.model.named_parameters()}
         for weight, held in self._optimizer.state.items():
             tensors |= _prefixed("optimizer", {f"{names[weight]}/{name}": value for name, value in held.items()})
         facts = {
             "run": run,
+            "model": self._made_of,
             "scaler": self._scaler.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
         }
@@ -328,7 +313,7 @@ class Trainer:
         """Go back to a :meth:`state` that was saved.
 
         Raises:
-            ValueError: It is of another model.
+            ValueError: It is of another model, or not what a checkpoint holds.
         """
         tensors: dict[str, Any] = {}
         weights = self.model.state_dict()
@@ -339,29 +324,47 @@ class Trainer:
             empty = {n: torch.empty_like(v) if isinstance(v, Tensor) else v for n, v in weights.items()}
             tensors |= _prefixed("best", empty)
         owners = dict(self.model.named_parameters())
+        held_by: dict[str, set[str]] = {}
         for name, (shape, dtype) in saved.layout.items():
             if name.startswith("optimizer/"):
-                weight = owners[name.removeprefix("optimizer/").rsplit("/", 1)[0]].detach()
+                owner, _, held = name.removeprefix("optimizer/").rpartition("/")
+                held_by.setdefault(owner, set()).add(held)
+                if owner not in owners or shape not in (owners[owner].shape, ()):
+                    raise saved.unusable(f"{name} is no state of a weight")
+                weight = owners[owner].detach()
                 alike = shape == weight.shape
                 tensors[name] = torch.zeros_like(weight, dtype=dtype) if alike else weight.new_zeros(shape, dtype=dtype)
-        shape, dtype = saved.layout["step_seconds"]
+        if any(held != HELD[self.recipe.optimizer] for held in held_by.values()):
+            raise saved.unusable(f"a weight has not the state of {self.recipe.optimizer}")
+        shape, dtype = saved.layout.get("step_seconds", (torch.Size(), torch.bool))
+        if len(shape) != 1 or dtype != torch.float64:
+            raise saved.unusable("there are no times of steps")
         tensors["step_seconds"] = torch.empty(shape, dtype=dtype)
+        scaler, moved = saved.facts.get("scaler"), saved.facts.get("schedule")
+        if scaler is None or not _alike(scaler, self._scaler.state_dict()):
+            raise saved.unusable("its scale of the loss is not that of a run")
+        if not _alike(moved, None if self._schedule is None else self._schedule.state_dict()):
+            raise saved.unusable("its schedule is not that of this run")
         checkpoint.load(saved, tensors, self.team)
+        best = _under("best", tensors)
+        try:
+            run = restored(
+                saved.facts.get("run", {}), tensors["step_seconds"].tolist(), best, self.steps_per_epoch,
+                bool(self.recipe.until),
+            )  # fmt: skip
+        except ValueError as error:
+            raise saved.unusable(error) from error
 
         for kind, model in self._models().items():
             model.load_state_dict(_under(kind, tensors))
         for name, value in _under("optimizer", tensors).items():
             owner, held = name.rsplit("/", 1)
             self._optimizer.state[owners[owner]][held] = value
-        self._scaler.load_state_dict(saved.facts["scaler"])
-        if self._schedule is not None:
-            self._schedule.load_state_dict(saved.facts["schedule"])
+        self._scaler.load_state_dict(scaler)
+        if self._schedule is not None and moved is not None:
+            self._schedule.load_state_dict(moved)
             self._follow()
-        self.run = Run(
-            **saved.facts["run"],
-            step_seconds=tensors["step_seconds"].tolist(),
-            best_weights=_under("best", tensors),
-        )
+        self.run = run
 
     def _models(self) -> dict[str, nn.Module]:
         """What is trained, and its average where there is one, by the names a checkpoint has for them."""
@@ -376,12 +379,16 @@ class Trainer:
             for name in {**there, **here}
             if here.get(name) != there.get(name)
         ]
+        made_of = saved.facts.get("model")
+        if not isinstance(made_of, dict):
+            raise saved.unusable("it does not say of which model")
+        differing = differing or [  # shapes first: they say the most
+            f"{name} is {self._made_of.get(name, 'not there')}, was {made_of.get(name, 'not there')}"
+            for name in {**made_of, **self._made_of}
+            if made_of.get(name) != self._made_of.get(name)
+        ]
         if differing:
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise ValueError(
-                f"the checkpoint {saved.path} is of another model: {'; '.join(differing[:5])}{more}. "
-                f"Resume with the same model; {checkpoint.restart(saved.path)}"
-            )
+            raise ValueError(checkpoint.of_another("model", saved.path, differing))
 
     def _measure(self, model: nn.Module, split: str) -> tuple[float, float]:
         """The mean loss and the accuracy of a model on a split."""
@@ -401,46 +408,20 @@ _REMEDY = (
 )
 
 
+def _alike(given: Any, own: dict[str, Any] | None) -> bool:
+    """Whether a state from JSON has the names of one's own, and finite numbers of the same types."""
+    if own is None or given is None:
+        return own is given
+    return (
+        isinstance(given, dict)
+        and given.keys() == own.keys()
+        and all(type(given[n]) is type(v) and math.isfinite(given[n]) and given[n] >= 0 for n, v in own.items())
+    )
+
+
 def _prefixed(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {f"{kind}/{name}": value for name, value in tensors.items()}
 
 
 def _under(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {n.removeprefix(f"{kind}/"): value for n, value in tensors.items() if n.startswith(f"{kind}/")}
-
-
-_Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """Return the update of averaged tensors, all of one type, by the current ones."""
-    average_floats = get_ema_multi_avg_fn(decay)
-
-    def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-        averaged, current = [local(old) for old in averaged], [local(new) for new in current]
-        if averaged[0].is_floating_point():
-            average_floats(averaged, current, count)
-        else:  # torch's average rounds integers down, and with them a constant table of indices
-            for old, new in zip(averaged, current, strict=True):
-                old.copy_(new)
-
-    return update
-
-
-def _optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError("the model has no trainable parameter")
-    fused = device.type in ("cpu", "cuda")  # one call for all weights: small networks live on this
-    if recipe.optimizer == "sgd" and sharded(model):
-        fused = False  # torch has no fused sgd of divided weights
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        weights,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-        fused=fused,
-    )

@@ -18,7 +18,7 @@ from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import block_shift, crop
+from nearfold.lower.geometry import block_shift, crop, surely
 from nearfold.lower.parameters import as_tuple
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -51,18 +51,29 @@ class _Blocks:
         self.size = as_tuple(path.size, self.ndim, "size")
         shift = block_shift(path, self.grid)
         self.before = tuple((n - s) % n for n, s in zip(self.size, shift, strict=True))
-        self.after = tuple(-(g + b) % n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
-        self.whole = all(b == 0 for b in self.before + self.after)
-        self.many = tuple(
-            (g + b + a) // n for g, b, a, n in zip(self.grid, self.before, self.after, self.size, strict=True)
-        )
+        self.many = tuple((g + b + n - 1) // n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
+        counts = zip(self.many, self.size, self.grid, self.before, strict=True)
+        self.after = tuple(k * n - g - b for k, n, g, b in counts)
+        self.whole = all(surely(b == 0) for b in self.before + self.after)
 
     def cut(self, x: Tensor) -> Tensor:
         """(B, H, N, e) -> (B, P, H, n, e)."""
         x = x.unflatten(2, self.grid)
-        if not self.whole:
+        if torch.compiler.is_compiling() and not self.whole:
+            # that what is padded is never less than nothing cannot be proved of open sizes; what it holds is masked
+            for axis, n in enumerate(self.grid):
+                x = x.index_select(2 + axis, self._places(axis, x.device).clamp(0, n - 1))
+        elif not self.whole:
             pads = [n for b, a in list(zip(self.before, self.after, strict=True))[::-1] for n in (b, a)]
             x = F.pad(x, [0, 0, *pads])
+        return self._pieces(x)
+
+    def _places(self, axis: int, device: torch.device) -> Tensor:
+        """Positions of the grid that the padded axis holds; some are outside."""
+        return torch.arange(self.many[axis] * self.size[axis], device=device) - self.before[axis]
+
+    def _pieces(self, x: Tensor) -> Tensor:
+        """(B, H, *padded, e) -> (B, P, H, n, e)."""
         B, H, e = x.shape[0], x.shape[1], x.shape[-1]
         x = x.reshape(B, H, *(k for pair in zip(self.many, self.size, strict=True) for k in pair), e)
         a = self.ndim
@@ -76,14 +87,21 @@ class _Blocks:
         x = x.reshape(B, *self.many, H, *self.size, e)
         order = (0, a + 1, 2 * a + 2, *(k for i in range(a) for k in (1 + i, a + 2 + i)))
         x = x.permute(order).reshape(B, H * e, *(m * n for m, n in zip(self.many, self.size, strict=True)))
-        return crop(x, self.before, self.grid)
+        if not torch.compiler.is_compiling() or self.whole:
+            return crop(x, self.before, self.grid)
+        for axis, (b, n) in enumerate(zip(self.before, self.grid, strict=True)):
+            x = x.index_select(2 + axis, torch.arange(n, device=x.device) + b)
+        return x
 
     def mask(self, like: Tensor) -> Tensor | None:
         """Positions that are inside the grid: (P, 1, 1, n), or None where all are."""
         if self.whole:
             return None
-        inside = torch.ones(1, 1, count_positions(self.grid), 1, device=like.device)
-        return self.cut(inside)[0].transpose(-1, -2) > 0
+        inside = torch.ones(1, 1, *(1,) * self.ndim, 1, dtype=torch.bool, device=like.device)
+        for axis, n in enumerate(self.grid):
+            at = self._places(axis, like.device)
+            inside = inside & ((at >= 0) & (at < n)).view(-1, *(1,) * (self.ndim - axis))
+        return self._pieces(inside)[0].transpose(-1, -2)
 
 
 class _Residues:
@@ -94,23 +112,38 @@ class _Residues:
         assert isinstance(shape, Strided)
         self.step, self.grid = shape.step, call.grid
         self.total = count_positions(call.grid)
-        self.after = -self.total % self.step
+        self.many = (self.total + self.step - 1) // self.step
+        self.after = self.many * self.step - self.total
 
     def cut(self, x: Tensor) -> Tensor:
         """(B, H, N, e) -> (B, step, H, n, e)."""
-        return F.pad(x, [0, 0, 0, self.after]).unflatten(2, (-1, self.step)).permute(0, 3, 1, 2, 4)
+        if torch.compiler.is_compiling():  # as for blocks
+            x = x.index_select(2, self._places(x.device).clamp(max=self.total - 1))
+        else:
+            x = F.pad(x, [0, 0, 0, self.after])
+        return self._pieces(x)
+
+    def _places(self, device: torch.device) -> Tensor:
+        return torch.arange(self.many * self.step, device=device)
+
+    def _pieces(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.many, self.step)).permute(0, 3, 1, 2, 4)
 
     def join(self, x: Tensor) -> Tensor:
         """(B, step, H, n, e) -> (B, H * e, *grid)."""
-        x = x.permute(0, 2, 4, 3, 1).flatten(3, 4)[..., : self.total]
+        x = x.permute(0, 2, 4, 3, 1).flatten(3, 4)
+        if torch.compiler.is_compiling():
+            x = x.index_select(3, torch.arange(self.total, device=x.device))
+        else:
+            x = x[..., : self.total]
         return x.flatten(1, 2).unflatten(2, self.grid)
 
     def mask(self, like: Tensor) -> Tensor | None:
         """Positions that exist: (step, 1, 1, n), or None where all do."""
-        if not self.after:
+        if surely(self.after == 0):
             return None
-        inside = torch.ones(1, 1, self.total, 1, device=like.device)
-        return self.cut(inside)[0].transpose(-1, -2) > 0
+        inside = (self._places(like.device) < self.total)[None, None, :, None]
+        return self._pieces(inside)[0].transpose(-1, -2)
 
 
 def _bias(call: Call, pieces: _Blocks, like: Tensor) -> Tensor | None:

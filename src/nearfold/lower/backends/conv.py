@@ -53,7 +53,11 @@ def supports(facts: Facts) -> Verdict:
 def _by_groups(call: Call) -> bool:
     """Whether this is ACmix's convolution where the compiled engine or a GPU's kernels may run it."""
     x = call.value
-    if not isinstance(call.op.weight.kernel, Shift) or is_transformed(x, *call.params.values()):
+    if (
+        not isinstance(call.op.weight.kernel, Shift)
+        or is_transformed(x, *call.params.values())
+        or torch.jit.is_tracing()
+    ):
         return False
     kernels = cuda.kernels("grouped_conv", x)
     if kernels is not None:
@@ -149,19 +153,22 @@ def run(call: Call) -> Tensor:
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     geometry.output(call.grid)
-    value = oracle.values(call).unflatten(2, call.grid)
+    kernel = op.weight.kernel
+    # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
+    more = isinstance(kernel, Shift) or getattr(kernel, "coordinates", False) is not False
+    value = oracle.values(call).unflatten(2, call.grid) if more else call.value
     if _in_two_steps(call):
         made, weight, groups = _mapped(call, value.unflatten(1, (-1, call.params["weight"].shape[1])))
         value = made.flatten(1, 2)
-    elif (kernel := oracle.kernel_weight(call)) is not None:
-        weight, groups = kernel
+    elif (found := oracle.kernel_weight(call)) is not None:
+        weight, groups = found
     else:
         groups = value.shape[1]
         weight = torch.ones(groups, 1, *geometry.size, dtype=value.dtype, device=value.device)
     padding = geometry.before
     if op.path.mode == "reflect" or geometry.before != geometry.after:
         value, padding = geometry.pad(value, op.path.mode), (0,) * call.ndim
-    later = isinstance(op.weight.kernel, Experts | Separable)  # the bias follows what `finish` does
+    later = isinstance(kernel, Experts | Separable)  # the bias follows what `finish` does
     bias = None if later else call.params.get("bias")
     if _channels_last(call, groups, geometry):
         value = value.contiguous(memory_format=torch.channels_last)

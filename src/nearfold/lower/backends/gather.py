@@ -74,7 +74,7 @@ def _whole(call: Call) -> tuple[Tensor, Tensor]:
         return index, alpha.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
     query, key = (t.expand(B, heads, -1, -1) for t in call.embedded())
     home_M = home_index(op, call.grid, query.device)
-    if len(home_M) != query.shape[2] or any(s != 1 for s in call.stride):
+    if home_M.shape[0] != query.shape[2] or any(s != 1 for s in call.stride):
         query = query[:, :, home_M]
     score = slot_scores(_rows(query), _rows(key), index).permute(0, 3, 1, 2)
     bias = score_bias(op, call.params, call.grid, home_M, score)

@@ -54,11 +54,11 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     own = path.include_self is not False
     if key_R is None:
         key_R = torch.arange(key.shape[2], device=key.device)
-    whole = query.shape[2] == len(query_M)
+    whole = query.shape[2] == query_M.shape[0]
     query_m = query if whole else query[:, :, query_M]
     k = path.k - own
-    score = query_m.new_empty(B, H, len(query_M), 0, dtype=wide_dtype(query))
-    at = torch.empty(B, H, len(query_M), 0, dtype=torch.long, device=key.device)
+    score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
+    at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if k:
         chosen = key if every else key[:, :, key_R]
         again = float("-inf") if path.again is None else path.again / factor

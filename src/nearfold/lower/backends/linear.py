@@ -13,7 +13,7 @@ from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.ssd import decayed_attention
-from nearfold.lower.call import Call, split_heads
+from nearfold.lower.call import Call, count_positions, split_heads
 from nearfold.lower.generated import require_table
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -55,7 +55,7 @@ def _sums(call: Call) -> Tensor:
     if isinstance(call.op.weight.rho, Mean):
         y_BCM = y_BCM / (torch.arange(1, count + 1, device=y_BCM.device) if causal else count)
     if not causal:
-        y_BCM = y_BCM.expand(-1, -1, len(call.query_index()))
+        y_BCM = y_BCM.expand(-1, -1, count_positions(call.out_grid))
     return y_BCM.to(value_BCN.dtype).unflatten(2, call.out_grid)
 
 

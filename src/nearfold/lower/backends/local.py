@@ -108,7 +108,7 @@ def run(call: Call) -> Tensor:
         return oracle.finish(call, y.unflatten(0, (B, heads)).flatten(1, 2))
     weight, groups = kernel
     at = index_MS.masked_fill(~valid_MS, INVALID)[None, :, :, None].expand(B, -1, -1, heads)
-    alpha_BMSH = alpha.flatten(2, -2).permute(0, 2, 3, 1)
+    alpha_BMSH = alpha.reshape(B, heads, *index_MS.shape).permute(0, 2, 3, 1)
     y = aggregate(
         value.transpose(1, 2).contiguous(),
         at.contiguous(),

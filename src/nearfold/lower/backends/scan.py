@@ -41,7 +41,7 @@ def run(call: Call) -> Tensor:
     x_BNC = value_BNC.to(wide)
     if rho.scan_heads is None:
         refuse_derivatives(call)
-        keep = torch.is_grad_enabled()
+        keep = torch.is_grad_enabled() and not torch.compiler.is_exporting()  # their number is a size of its own
         y_BNC = selective_scan(x_BNC, delta_BNh, rate, write_BNs, read_BNs, keep)[0] + x_BNC * skip
     else:
         x_BHNp = x_BNC.unflatten(2, (rho.scan_heads, -1)).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import nearfold.study.catalogue.acmix as acmix
 import nearfold.study.catalogue.budget as budget
 import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
+from nearfold.recognise.command import guarded
 from nearfold.study.catalogue.presets import PRESETS, Preset
 from nearfold.study.grid import Study
 
@@ -38,7 +40,13 @@ def find(name: str, preset: str) -> Study:
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if name.endswith(".py"):
-        return _from_file(Path(name))(PRESETS[preset])
+        maker = _from_file(Path(name))
+        made = guarded(name, lambda: maker(PRESETS[preset]))
+        if not isinstance(made, Study):
+            raise ValueError(
+                f"{name}: study(preset) must return a nearfold.study.grid.Study, got {type(made).__name__}"
+            )
+        return made
     if name not in STUDIES:
         close = difflib.get_close_matches(name, STUDIES, n=3, cutoff=0.4) or list(STUDIES)
         raise ValueError(f"no study is called {name!r}: {', '.join(close)}; or name a file, path/to/study.py")
@@ -51,7 +59,7 @@ def _from_file(path: Path) -> Maker:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    guarded(str(path), functools.partial(spec.loader.exec_module, module))
     maker: Maker | None = getattr(module, "study", None)
     if maker is None:
         raise ValueError(f"{path} has no function study(preset) that returns a nearfold.study.grid.Study")
