@@ -93,7 +93,7 @@ CASES: dict[str, Case] = {
     "clip vision": Case("CLIPVisionModel", "CLIPVisionConfig", IMAGES),
     "clip text": text("CLIPTextModel", "CLIPTextConfig", said=(CAUSAL,)),
     "siglip vision": Case(
-        "SiglipVisionModel", "SiglipVisionConfig", IMAGES, (ROW, "all(cross) | row | softmax(heads=4)"), refused=CROSS
+        "SiglipVisionModel", "SiglipVisionConfig", IMAGES, (ROW, "all(cross) | row | softmax(heads=4)")
     ),
     "siglip text": text("SiglipTextModel", "SiglipTextConfig"),
     "beit": Case("BeitModel", "BeitConfig", IMAGES),
@@ -103,8 +103,8 @@ CASES: dict[str, Case] = {
     "swin": Case(
         "SwinModel", "SwinConfig",
         {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2], "num_heads": [3], "window_size": 4},
-        ("block(4, scaled(bias=table)) | box | softmax(heads=3)",
-         "block(4, scaled(bias=table), shift=2) | box | softmax(heads=3)"),
+        ("block(4, scaled(bias=table), padded) | box | softmax(heads=3)",
+         "block(4, scaled(bias=table), shift=2, padded) | box | softmax(heads=3)"),
     ),
     "segformer": Case(
         "SegformerModel", "SegformerConfig",
@@ -312,6 +312,23 @@ def test_positions_that_are_added_to_queries_and_keys():
     reasons = {row.name: row.reason for row in convert(model, rules).rows if row.status == "refused"}
     assert "positions that its caller gives are added" in reasons[names[0]] and reasons[names[2]] == CROSS
     assert "positions that its caller gives are added" in reasons[names[1]]
+
+
+@pytest.mark.parametrize(("name", "implementation", "given", "grade", "reason"), [
+    ("llama", "sdpa", False, "exact", ""),
+    ("llama", "sdpa", True, "exact", ""),
+    ("llama", "eager", False, "approximate", "not with attention weights; give inputs"),
+    ("llama", "eager", True, "exact", "not with attention weights, on which it was not called"),
+    ("gpt2", "sdpa", True, "approximate", "the dropout of 0.1 on attention weights is not taken over"),
+    ("bert", "eager", False, "approximate", "the dropout of 0.1 on attention weights is not taken over"),
+])  # fmt: skip
+def test_grades_say_what_was_compared(name, implementation, given, grade, reason):
+    """With the model's own inputs, caches among them, and without; eager attention returns its weights."""
+    case = CASES[name]
+    report = convert(
+        case.make(implementation), Rule("{self}", kind="attention"), inputs=case.inputs("none") if given else None
+    )
+    assert [(row.grade, row.reason[: len(reason)]) for row in report.replaced] == [(grade, reason)]
 
 
 # --- calls that are refused

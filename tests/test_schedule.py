@@ -278,3 +278,23 @@ def test_room_keeps_what_is_frozen_and_where_it_is():
     assert layer.weight.shape[-1] == 6 and layer.weight.dtype == torch.float16 and not layer.weight.requires_grad
     assert layer.sampler.dtype == torch.int64
     layer.reset_parameters()
+
+
+@pytest.mark.parametrize("around", ["{}", "a*({}) + (window(1) | box | kernel)", "(window(1) | box | kernel) + a*({})"])
+@pytest.mark.parametrize("operand", [0, 1])
+def test_a_channel_keeps_its_weights_while_a_ratio_moves(around, operand):
+    """Wherever the branch stands: output channel c is made by the same numbers at every ratio."""
+    hybrid = "branch({}, window(3) | box | kernel, nearest(4, cosine) | ranked | kernel)"
+    layer = Mixer(around.format(hybrid.format(0.5)), 8)
+    layer.reserve(around.format(hybrid.format(0.0)), around.format(hybrid.format(1.0)))
+    rows = {}
+    for ratio in (0.25, 0.5, 0.75):
+        layer.become(around.format(hybrid.format(ratio)))
+        name = next(
+            n for n in layer.tensors() if n.endswith(f"{operand}.weight") and (around == "{}" or n.count(".") > 1)
+        )
+        own = layer.tensors()[name]
+        first = 0 if operand == 0 else 8 - len(own)
+        for i, row in enumerate(own):
+            assert torch.equal(rows.setdefault(first + i, row), row)
+    assert len(rows) == 6

@@ -139,7 +139,7 @@ class Block(Path):
 
     Blocks that reach beyond the grid are cut short. With ``padded`` the grid is first filled up to whole blocks by zero
     inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
-    torchvision and timm, where a size does not divide the map.
+    torchvision and transformers, where a size does not divide the map. (timm fills a map up after it has shifted it.)
     """
 
     word = "block"

@@ -320,16 +320,18 @@ def _divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:
         raise ValueError(f"{op}: {name}={parts} must divide the {whole} {what}")
 
 
-def part_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def part_of(op: Operation, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The part of a larger parameter that an operation reads: the first slots and channels of each axis.
 
     The second operand of a branch reads the last channels instead: those it makes when its share is smaller.
 
     >>> import torch
-    >>> part_of("1.bias", torch.arange(4), (2,)), part_of("0.bias", torch.arange(4), (2,))
+    >>> from nearfold import parse
+    >>> hybrid = parse("branch(0.5, window(3) | box | kernel, window(3) | box | kernel)")
+    >>> part_of(hybrid, "1.bias", torch.arange(4), (2,)), part_of(hybrid, "0.bias", torch.arange(4), (2,))
     (tensor([2, 3]), tensor([0, 1]))
     """
-    last = name.startswith("1.") or ".1." in name
+    last = _in_second(op, name)
     index = [
         slice(have - want, None) if last and axis < 2 else slice(want)
         for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True))
@@ -338,6 +340,17 @@ def part_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         middle = zip(tensor.shape[1:], shape[1:], strict=True)
         index[1:] = [slice((have - want) // 2, (have + want) // 2) for have, want in middle]
     return tensor[tuple(index)]
+
+
+def _in_second(op: Operation, name: str) -> bool:
+    """Whether a parameter belongs to the second operand of a branch; the numbers in names count a sum's terms, too."""
+    first, _, rest = name.partition(".")
+    if isinstance(op, Basic) or not first.isdigit():
+        return False
+    if isinstance(op, Branch):
+        return first == "1" or _in_second(op.first, rest)
+    assert isinstance(op, Sum)
+    return int(first) < len(op.terms) and _in_second(op.terms[int(first)][1], rest)
 
 
 def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:

@@ -158,7 +158,7 @@ class Mixer(nn.Module):
             for part in path:
                 owner = owner._modules[part]  # type: ignore[assignment]
             tensor = getattr(owner, attribute)
-            found[name] = tensor if tensor.shape == spec.shape else part_of(name, tensor, spec.shape)
+            found[name] = tensor if tensor.shape == spec.shape else part_of(self.operation, name, tensor, spec.shape)
         return found
 
     def parameters_of(self, operation: Operation) -> dict[str, Parameter]:
@@ -190,9 +190,20 @@ class Mixer(nn.Module):
                     raise ValueError(f"{op}: its {name} {spec.shape} and that of {self.operation} {have.shape} differ")
                 shape = tuple(map(max, have.shape, spec.shape))
                 if shape != have.shape:
-                    self._grow(name, Parameter(shape, spec.init, max(have.fan_in, spec.fan_in)))
+                    self._grow(op, name, Parameter(shape, spec.init, max(have.fan_in, spec.fan_in)))
             if _draws(op) and self.sampler is None:
                 self.sampler = _new_sampler().to(next(iter(self.tensors().values())).device)
+
+    @property
+    def room(self) -> dict[str, Parameter]:
+        """Every parameter that the layer has: of its operation, and of those that it has room for."""
+        return dict(self._stored)
+
+    def hold(self, room: dict[str, Parameter]) -> None:
+        """Have the parameters of another layer's `room`, with any values: state to load follows."""
+        for name, spec in room.items():
+            register_dotted(self, name, self._like(torch.empty(spec.shape)))
+        self._stored = dict(room)
 
     def become(self, operation: Operation | str) -> None:
         """Switch to an operation whose parameters are among those that the layer has; see `reserve`.
@@ -225,10 +236,10 @@ class Mixer(nn.Module):
         return tensor.to(own.device, own.dtype)
 
     @torch.no_grad()
-    def _grow(self, name: str, spec: Parameter) -> None:
+    def _grow(self, op: Operation, name: str, spec: Parameter) -> None:
         old = self.get_parameter(name)
         new = self._like(_initial(spec))
-        part_of(name, new, tuple(old.shape)).copy_(old)
+        part_of(op, name, new, tuple(old.shape)).copy_(old)
         register_dotted(self, name, new)
         self.get_parameter(name).requires_grad_(old.requires_grad)
         self._stored = self._stored | {name: spec}
@@ -238,10 +249,14 @@ class Mixer(nn.Module):
 
         ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
         (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
-        not valid.
+        not valid. Without a batch axis, as torch's layers take it, too: (in_channels, *grid) -> (out_channels,
+        *out_grid).
         """
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
+        require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
+        if x.dim() == self.ndim + 1:
+            return Mixer.forward(self, x[None], None if context is None else context[None], mask)[0]
         self._require(x)
         return self._run(x, context, mask)
 
@@ -326,10 +341,12 @@ class TokenMixer(Mixer):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
+        """x (B, N, D) -> (B, N, D), or (N, D); context (B, N', context_dim) where it is `cross`; mask as in `Mixer`."""
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
+        if x.dim() == 2:
+            return self(x[None], None if context is None else context[None], mask)[0]
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):

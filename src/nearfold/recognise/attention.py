@@ -84,6 +84,10 @@ class Attention:
             notes.append("the input is added to its output, and a norm follows")
         return Found(self.operation, generating, axis=-1, note="; ".join(notes))
 
+    def call(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
+        """What its caller gives with x (B, N, D), by name: rotary positions, and the mask of a causal layer."""
+        return _call(_arguments(module), self.operation, x.shape[-1] // self.operation.weight.rho.heads, x)
+
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Its weights by the names of `nearfold.lower.parameters`."""
         return tensors_of(module, self.layout)

@@ -29,12 +29,13 @@ from nearfold.grammar.words import (
 from nearfold.recognise.foreign import RULES, Found, Ints, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
+WIDE = "on maps with sides of a block or more"
 
 
-def shifted_block(m: Any, size: Ints, shift: Ints) -> Found:
+def shifted_block(m: Any, size: Ints, shift: Ints, padded: bool = True) -> Found:
     """Attention in blocks with Swin's relative bias."""
-    path = Block(plain(size), Scaled(bias="table"), shift=plain(shift))
-    return Found(Basic(path, Box(), Weight(Softmax(m.num_heads))), count(m), axis=-1, note=CUT)
+    path = Block(plain(size), Scaled(bias="table"), shift=plain(shift), padded=padded)
+    return Found(Basic(path, Box(), Weight(Softmax(m.num_heads))), count(m), axis=-1, note="" if padded else CUT)
 
 
 def _swin(m: Any) -> Found:
@@ -42,7 +43,7 @@ def _swin(m: Any) -> Found:
 
 
 def _window_attention(m: Any) -> Found:
-    return shifted_block(m, tuple(m.window_size), 0)
+    return shifted_block(m, tuple(m.window_size), 0, padded=False)
 
 
 def _patch_merging(m: Any) -> Found:
@@ -64,7 +65,8 @@ BLOCK_RULES: dict[str, Rule] = {
 
 
 def _timm_swin_block(m: Any) -> dict[str, Found]:
-    return {"attn": shifted_block(m.attn, tuple(m.window_size), tuple(m.shift_size))}
+    shift = tuple(m.shift_size)  # it shifts the map before it pads it: no block is then a block of the padded map
+    return {"attn": shifted_block(m.attn, tuple(m.window_size), shift, padded=not any(shift))}
 
 
 def token_table(*layers: nn.Linear) -> Found:
@@ -120,9 +122,9 @@ def is_deformable(module: nn.Module) -> bool:
 
 
 def _hugging_face_swin(m: Any) -> dict[str, Found]:
-    path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size)
+    path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size, padded=True)
     op = Basic(path, Box(), Weight(Softmax(m.attention.num_attention_heads)))
-    return {"attention": Found(op, count(m.attention), axis=-1, note=CUT)}
+    return {"attention": Found(op, count(m.attention), axis=-1, note=WIDE)}
 
 
 def _pooling_head(m: Any) -> dict[str, Found]:

@@ -11,9 +11,14 @@
 """
 
 from nearfold.surgery.carry import Carried, carry
-from nearfold.surgery.convert import Rule, convert
+from nearfold.surgery.convert import convert
 from nearfold.surgery.report import Report, Row
+from nearfold.surgery.rule import Rule
+from nearfold.surgery.save import load_converted, save_converted
 from nearfold.surgery.schedule import SpectrumSchedule
 from nearfold.surgery.sites import Site
 
-__all__ = ["Carried", "Report", "Row", "Rule", "Site", "SpectrumSchedule", "carry", "convert"]
+__all__ = [
+    "Carried", "Report", "Row", "Rule", "Site", "SpectrumSchedule", "carry", "convert", "load_converted",
+    "save_converted",
+]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfold.grammar import Basic, Operation
 from nearfold.grammar.similarity import Scaled
-from nearfold.grammar.words import Causal, Window
+from nearfold.grammar.words import All, Box, Causal, Nearest, Ranked, Row, Softmax, Window
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.attention import Attention, rotary_embeddings, visible
 from nearfold.recognise.checked import config_of
@@ -23,6 +26,23 @@ def _require_no_mask(mixer: Mixer, **masks: Any) -> None:
             f"{given[0]} was given to {mixer.operation}, whose words say what it sees: leave the mask out, write shape "
             "causal into the operation, or undo the conversion of this layer"
         )
+
+
+def dense(op: Operation, keys: int) -> bool:
+    """Whether an operation on so many keys is plain attention, to which torch's masks and dropout apply.
+
+    >>> from nearfold import parse
+    >>> dense(parse("nearest(9, scaled) | ranked | softmax(heads=2)"), 9)
+    True
+    """
+    if not isinstance(op, Basic) or op.weight.kernel is not None:
+        return False
+    rho, path = op.weight.rho, op.path
+    plain = isinstance(rho, Softmax) and rho == Softmax(rho.heads)
+    if isinstance(path, Nearest):
+        same = path in (Nearest(path.k, Scaled()), Nearest(path.k, Scaled(), cross=True))
+        return plain and same and path.k >= keys and isinstance(op.shape, Ranked | Box)
+    return plain and path in (All(), All(cross=True)) and isinstance(op.shape, Row)
 
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -139,6 +159,8 @@ class CalledAttention(nn.Module):
         if mask is None:
             asked = given["is_causal"] if given.get("is_causal") is not None else self.is_causal
             told = bool(asked) and getattr(self.config, "_attn_implementation", "sdpa") != "eager"
+            if told and not causal and M == T:
+                return torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).tril()
             if M > 1 and told != causal:
                 raise ValueError(
                     f"the layer was {'' if causal else 'not '}causal when it became {self.mixer.operation}, and is now "
@@ -164,15 +186,45 @@ class CalledAttention(nn.Module):
 
 
 class MultiheadAttention(nn.Module):
-    """Where an ``nn.MultiheadAttention`` stood: (query, key, value) -> (output, None)."""
+    """Where an ``nn.MultiheadAttention`` stood: (query, key, value) -> (output, weights).
 
-    in_proj_bias = None  # with _qkv_same_embed_dim: nn.TransformerEncoderLayer's fused path stays away
-    _qkv_same_embed_dim = False
+    An operation that is plain attention, or the k best of at most k keys, takes every call that the old layer took:
+    masks, keys of another length, weights asked for, dropout on them. Any other takes padding (it then sees each
+    sequence without it, and makes zeros there) and gives no weights; what it cannot do is a ValueError.
+    """
+
+    _qkv_same_embed_dim = False  # nn.TransformerEncoderLayer's fused path stays away
 
     def __init__(self, mixer: TokenMixer, like: nn.MultiheadAttention) -> None:
         super().__init__()
         self.mixer = mixer
         self.batch_first, self.embed_dim, self.num_heads = like.batch_first, like.embed_dim, like.num_heads
+        self.dropout, self.head_dim, self.kdim, self.vdim = like.dropout, like.head_dim, like.kdim, like.vdim
+        self.bias_k, self.bias_v, self.add_zero_attn = None, None, False
+
+    # nn.TransformerEncoder looks at these, to decide whether it packs padded sequences into nested tensors
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """Projections of query, key and value; a weight of the layer where it has none."""
+        return self._part("weight")
+
+    @property
+    def in_proj_bias(self) -> Tensor:
+        """Their biases."""
+        return self._part("bias")
+
+    @property
+    def out_proj(self) -> SimpleNamespace:
+        """Weight and bias of the last projection."""
+        own = self.mixer.tensors()
+        other = next(iter(own.values()))
+        return SimpleNamespace(**{part: own.get(f"out_{part}", other) for part in ("weight", "bias")})
+
+    def _part(self, part: str) -> Tensor:
+        own = self.mixer.tensors()
+        names = [f"{name}_{part}" for name in ("query", "key", "value")]
+        return torch.cat([own[n] for n in names]) if own.keys() >= set(names) else next(iter(own.values()))
 
     def forward(
         self,
@@ -184,19 +236,63 @@ class MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """(B, N, D), or (N, B, D) without batch_first -> (output, None): there are no weights to return."""
-        _require_no_mask(self.mixer, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D), or (N, B, D) without batch_first -> (output, weights or None)."""
+        if query.is_nested:
+            alone = [t[None] for t in query.unbind()]
+            made = [self(t, t, t, need_weights=False)[0][0] for t in alone]
+            return torch.nested.as_nested_tensor(made), None
+        batch = query.dim() == 3
+        second = batch and self.batch_first
+        keys = key.shape[1 if second else 0]
+        plain = value is key and key is query and key_padding_mask is None and attn_mask is None and not is_causal
+        rate = self.dropout if self.training else 0.0
+        if dense(self.mixer.operation, keys) and (not plain or need_weights or rate):
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            q, k, v = (t.transpose(0, 1) if second else t for t in (query, key, value))
+            y, weights = self._attend(q, k, v, rate, *options)
+            return y.transpose(0, 1) if second else y, weights
+        _require_no_mask(self.mixer, attn_mask=attn_mask, is_causal=is_causal)
         crosses = self.mixer.operation.needs_context
         if value is not key or (key is not query and not crosses):
             raise ValueError(
                 f"{self.mixer.operation} reads {'two inputs' if crosses else 'one input'}, but was called with other "
                 "keys or values than those; undo the conversion of this layer"
             )
-        if not self.batch_first:
-            query, key = query.transpose(0, 1), key.transpose(0, 1)
-        y = self.mixer(query, key) if crosses else self.mixer(query)
-        return (y if self.batch_first else y.transpose(0, 1)), None
+        x, context = (t if second else t.transpose(0, 1) if batch else t[None] for t in (query, key))
+        if key_padding_mask is not None:
+            y = self._without_padding(x, context, key_padding_mask if batch else key_padding_mask[None])
+        else:
+            y = self.mixer(x, context) if crosses else self.mixer(x)
+        return (y if second else y.transpose(0, 1) if batch else y[0]), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rate: float, *options: Any) -> tuple[Tensor, Tensor | None]:
+        """Plain attention with everything that torch's function knows; (N, B, D) or (N, D)."""
+        own = self.mixer.tensors()
+        padding, need_weights, mask, average, is_causal = options
+        heads: int = self.mixer.operation.heads  # type: ignore[attr-defined]
+        return F.multi_head_attention_forward(
+            q, k, v, self.embed_dim, heads, self.in_proj_weight,
+            self.in_proj_bias if "query_bias" in own else None, None, None, False, rate, own["out_weight"],
+            own.get("out_bias"), self.training, padding, need_weights, mask,
+            average_attn_weights=average, is_causal=is_causal,
+        )  # fmt: skip
+
+    def _without_padding(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Each sequence on its own, without its padding; zeros where that was."""
+        gone = mask if mask.dtype == torch.bool else mask == float("-inf")
+        if mask.dtype != torch.bool and bool(mask.masked_fill(gone, 0).any()):
+            raise ValueError(
+                f"key_padding_mask has values other than 0 and -inf, which {self.mixer.operation} does not know; undo "
+                "the conversion of this layer"
+            )
+        if self.mixer.operation.needs_context:
+            return torch.cat([self.mixer(x[b : b + 1], context[b : b + 1, ~gone[b]]) for b in range(len(x))])
+        y = torch.zeros_like(x)
+        for b in range(len(x)):
+            kept = ~gone[b]
+            y[b, kept] = self.mixer(x[b : b + 1, kept])[0]
+        return y
 
 
 class SwinBlock(nn.Module):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from nearfold.mixing import evaluating
 from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import GRADES
+from nearfold.surgery.proof import difference, tensors
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """A row, the layer it is about, and what stands in its place."""
+    """A row, the layer it is about, what stands in its place, and whether the two were compared."""
 
     row: Row
     old: nn.Module
     new: nn.Module | None = None
+    proven: bool = False
 
 
 class Report:
@@ -60,20 +62,17 @@ class Report:
     Attributes:
         rows: one a layer that mixes positions, in the model's order.
         exact: whether every replaced layer is.
+        difference_seen: of the model's outputs before and after, over the largest; None where no inputs were given.
         unused: the rules that matched nothing.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        changes: tuple[Change, ...],
-        flops: dict[str, int],
-        input_size: tuple[int, ...] | None,
-        unused: tuple[str, ...] = (),
+        self, model: nn.Module, changes: tuple[Change, ...], flops: dict[str, int], unused: tuple[str, ...] = ()
     ) -> None:
-        self._model, self._changes, self.input_size, self.unused = model, changes, input_size, unused
-        self._before, self._after, self._applied = flops, {}, False  # type: dict[str, int], dict[str, int], bool
-        self._parameters = count(model)
+        self._model, self._changes, self.unused = model, changes, unused
+        self._before, self._after, self.applied = flops, {}, False  # type: dict[str, int], dict[str, int], bool
+        self._parameters = self._parameters_after = count(model)
+        self.difference_seen: float | None = None
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -93,12 +92,46 @@ class Report:
         """Whether the model's output is what it was: every replaced layer is exact."""
         return all(row.grade == "exact" for row in self.replaced)
 
+    @property
+    def standing(self) -> tuple[Change, ...]:
+        """The changes that replace a layer."""
+        return tuple(change for change in self._changes if change.new is not None)
+
+    def refuse(self, reasons: dict[str, str]) -> None:
+        """Keep layers after all, by name and reason, while the new ones are not in the model."""
+        assert not self.applied
+        self._changes = tuple(
+            Change(
+                replace(c.row, status="refused", to="", grade="", reason=reasons[c.row.name], parameters_after=None),
+                c.old,
+            )
+            if c.new is not None and c.row.name in reasons
+            else c
+            for c in self._changes
+        )
+
+    def weaken(self, note: str, names: Iterable[str] | None = None) -> None:
+        """Call layers (default: every one) approximate that are not exact after all."""
+        chosen = {row.name for row in self.replaced} if names is None else set(names)
+
+        def weaker(row: Row) -> Row:
+            if row.name not in chosen or row.grade != "exact":
+                return row
+            return replace(row, grade="approximate", reason="; ".join(filter(None, (row.reason, note))))
+
+        self._changes = tuple(replace(c, row=weaker(c.row)) for c in self._changes)
+
+    def measured(self, difference: float, flops: dict[str, int]) -> None:
+        """Note what the model's run with the new layers showed."""
+        self.difference_seen, self._after = difference, flops
+
     def apply(self) -> None:
         """Put the new layers in (`convert` has done so; again after `undo`)."""
-        if self._applied:
+        if self.applied:
             raise ValueError("the new layers are in the model already")
-        self._exchange([(c.old, c.new) for c in self._changes if c.new is not None])
-        self._applied = True
+        self._exchange({c.old: c.new for c in self.standing})
+        self.applied = True
+        self._parameters_after = count(self._model)
 
     def undo(self) -> None:
         """Put the old layers back, as they were; what the new ones have learned stays with them.
@@ -106,29 +139,32 @@ class Report:
         Raises:
             ValueError: when that was done before, or somebody else has replaced a layer since.
         """
-        if not self._applied:
+        if not self.applied:
             raise ValueError("the old layers are in the model already")
-        self._exchange([(c.new, c.old) for c in self._changes if c.new is not None])
-        self._applied = False
+        self._exchange({c.new: c.old for c in self.standing})
+        self.applied = False
 
-    def _exchange(self, pairs: list[tuple[nn.Module | None, nn.Module | None]]) -> None:
-        there = set(self._model.modules())
-        gone = [type(old).__name__ for old, _ in pairs if old not in there]
+    def _exchange(self, new: dict[Any, Any]) -> None:
+        """Put other layers in the model, all or none: everywhere where the present ones are registered."""
+        there = list(self._model.modules())
+        gone = [type(old).__name__ for old in new if old not in set(there)]
         if gone:
             raise ValueError(f"{len(gone)} layers are no longer in the model ({gone[0]} ...); nothing was changed")
-        new = dict(pairs)
-        for parent in list(there):
-            for name, child in parent._modules.items():  # a layer may be registered several times
-                replacement = new.get(child)
-                if child is not None and replacement is not None:
-                    parent._modules[name] = replacement.train(child.training)
-
-    def measure(self) -> None:
-        """Count the new layers' FLOPs."""
-        from nearfold.surgery.observe import count_flops
-
-        assert self.input_size is not None
-        self._after = count_flops(self._model, self.input_size)
+        places = [(parent, n, child) for parent in there for n, child in parent._modules.items() if child in new]
+        modes = [(m, m.training) for layer in new.values() for m in layer.modules()]
+        try:
+            for parent, name, child in places:
+                parent._modules[name] = new[child]
+            for old, layer in new.items():
+                if layer.training != old.training:  # the mode was changed since: only of what is not in both
+                    for module in set(layer.modules()) - set(old.modules()):
+                        module.training = old.training
+        except BaseException:
+            for parent, name, child in places:
+                parent._modules[name] = child
+            for module, mode in modes:
+                module.training = mode
+            raise
 
     @torch.no_grad()
     def difference(self, *args: Any, **kwargs: Any) -> float:
@@ -139,14 +175,13 @@ class Report:
             kwargs: a call's named arguments.
         """
         with evaluating(self._model):
-            new = _tensors(self._model(*args, **kwargs))
+            new = tensors(self._model(*args, **kwargs))
             self.undo()
             try:
-                old = _tensors(self._model(*args, **kwargs))
+                old = tensors(self._model(*args, **kwargs))
             finally:
                 self.apply()
-        scale = max(t.abs().max().item() for t in old)
-        return max((a - b).abs().max().item() for a, b in zip(new, old, strict=True)) / max(scale, 1e-30)
+        return max((difference(a, b) for a, b in zip(new, old, strict=True)), default=0.0)
 
     def __str__(self) -> str:
         lines = [f"{type(self._model).__name__}: {self._summary()}", ""]
@@ -162,18 +197,17 @@ class Report:
             for row in self.rows:
                 if row.reason and grade in (row.grade, row.status):
                     reasons.setdefault(row.reason, []).append(row.name)
-            lines += [f"{grade}: {_few(names)}: {reason}" for reason, names in reasons.items()]
+            lines += [f"{grade}: {few(names)}: {reason}" for reason, names in reasons.items()]
         lines += [f"unused: no layer matches {rule}" for rule in self.unused]
         return "\n".join(lines)
 
     def _summary(self) -> str:
         count = {s: sum(r.status == s for r in self.rows) for s in ("replaced", "kept", "refused")}
-        now = self._parameters + sum((r.parameters_after or 0) - r.parameters for r in self.replaced)
         text = ", ".join(f"{n} {status}" for status, n in count.items() if n)
-        text += f"; parameters {self._parameters:,} -> {now:,}"
+        text += f"; parameters {self._parameters:,} -> {self._parameters_after:,}"
         if self._after:
             text += f"; FLOPs {self._before['']:,} -> {self._after['']:,}"
-        return text + ("; exact" if self.exact else "")
+        return text + ("; exact" if self.replaced and self.exact else "")
 
 
 def _counts(row: Row) -> tuple[str, str]:
@@ -181,9 +215,10 @@ def _counts(row: Row) -> tuple[str, str]:
     return f"{row.parameters:,} -> {row.parameters_after:,}", flops
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three, and how many more.
+
+    >>> few(list("abcde"))
+    'a, b, c and 2 more'
+    """
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
