@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.foreign import Found, Unsaid, names_of
-from nearfold.recognise.observe import undisturbed
+from nearfold.recognise.trial import trial
 from nearfold.recognise.walk import ALL_RULES
 from nearfold.surgery.sites import Site
 
@@ -36,18 +34,18 @@ class Seen:
 
 
 def observe(model: nn.Module, layers: Iterable[Site], input_size: tuple[int, ...]) -> Seen:
-    """Run a model once on one input of this size, on the meta device where it can.
+    """Run a copy of a model once on one input of this size, on the meta device where it can.
 
     Raises:
         ValueError: when the model does not run on such an input.
     """
-    seen = Seen()
-    handles = [site.place.register_forward_pre_hook(_noting(seen, site), with_kwargs=True) for site in layers]
-    try:
-        seen.flops = count_flops(model, input_size)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen, layers = Seen(), list(layers)
+
+    def watched(modules: dict[nn.Module, nn.Module]) -> None:
+        for site in layers:
+            modules[site.place].register_forward_pre_hook(_noting(seen, site), with_kwargs=True)
+
+    seen.flops = count_flops(model, input_size, watched)
     return seen
 
 
@@ -69,35 +67,30 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
     return note
 
 
-def count_flops(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
+def count_flops(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    watched: Callable[[dict[nn.Module, nn.Module]], None] = lambda modules: None,
+) -> dict[str, int]:
     """FLOPs of one input by module, from FlopCounterMode; "" is the whole model.
+
+    Args:
+        model: left as it is; a copy runs.
+        input_size: channels and grid.
+        watched: called before the run with a dict from the model's modules to the copy's.
 
     >>> count_flops(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), (3, 8, 8))["0"]
     13824
     """
-    if len(input_size) < 2 or any(type(n) is not int or n < 1 for n in input_size):
-        raise ValueError(
-            f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
-        )
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    errors = []
-    for device in ("meta", first.device):  # some models look at values, which nothing on meta has
-        x = torch.zeros(1, *input_size, dtype=first.dtype, device=device)
-        try:
-            with undisturbed(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-                if device == "meta":
-                    state = {n: t.to("meta") for n, t in (*model.named_parameters(), *model.named_buffers())}
-                    functional_call(model, state, (x,), tie_weights=True)
-                else:
-                    model(x)
-        except Exception as error:
-            errors.append(error)
-            continue
-        root = type(model).__name__
+
+    def run(twin: nn.Module, modules: dict[nn.Module, nn.Module], args: Any, kwargs: Any) -> dict[str, int]:
+        watched(modules)
+        with FlopCounterMode(display=False) as counter:
+            twin(*args, **kwargs)
+        root = type(twin).__name__
         return {
             "" if name in (root, "Global") else name.removeprefix(f"{root}."): sum(counts.values())
             for name, counts in counter.get_flop_counts().items()
         }
-    raise ValueError(f"{type(model).__name__} does not run on an input of size {input_size}: {errors[-1]}") from errors[
-        0
-    ]
+
+    return trial(model, input_size, None, run)
