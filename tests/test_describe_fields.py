@@ -99,10 +99,9 @@ MIXING = {
     "mean of columns": lambda x: x + x.mean(2, keepdim=True),
     "matrix": lambda x: torch.einsum("bchw,hv->bcvw", x, torch.ones(x.shape[2], 5, dtype=x.dtype, device=x.device)),
     "circular": lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
-    "cropped": lambda x: x + F.pad(x[:, :, 2:-2, 2:-2], (2, 2, 2, 2)),
     "in place": lambda x: x.clone().add_(x.flip(2)),
     "in place on a view": lambda x: (lambda y: (y[:, :1].add_(x.flip(2)[:, :1]), y)[1])(x.clone()),
-    "by its values": lambda x: x * float(x.mean()),
+    "by its values": lambda x: x * float(x.detach().mean()),
     "numpy": lambda x: x * torch.from_numpy(x.detach().numpy()[..., ::-1].copy()),
 }  # fmt: skip
 STILL = {
@@ -110,6 +109,7 @@ STILL = {
     "norm of channels": lambda x: x / (1 + x.norm(dim=1, keepdim=True)),
     "tokens": lambda x: F.layer_norm(x.flatten(2).mT, (x.shape[1],)).mT.reshape(x.shape),
     "padded": lambda x: F.pad(x, (1, 1, 1, 1)),
+    "cropped": lambda x: x + F.pad(x[:, :, 2:-2, 2:-2], (2, 2, 2, 2)),
     "crop": lambda x: x[:, :, 1:-1, 1:-1],
     "channels": lambda x: torch.cat([x[:, 1:], x[:, :1]], 1).flip(1),
     "there and back": lambda x: x.permute(0, 2, 3, 1).mul(2).permute(0, 3, 1, 2),
@@ -146,7 +146,7 @@ class Net(nn.Module):
 def support(net: Net) -> tuple[int, ...]:
     """Extent per axis of all that the output's central position depends on, over several random inputs."""
     low, high = [SIZE, SIZE], [-1, -1]
-    for seed in range(4):
+    for seed in range(3):
         torch.manual_seed(seed)
         x = torch.randn(1, C, SIZE, SIZE, dtype=torch.float64, requires_grad=True)
         y = net(x)
@@ -166,7 +166,8 @@ def stated(text: str) -> tuple[bool, tuple[int, ...]] | None:
 
 
 def check(net: Net) -> str:
-    field = describe(net, (C, SIZE, SIZE)).rows[-1].field
+    rows = describe(net, (C, SIZE, SIZE)).rows
+    field = [row.field for row in rows if row.name.startswith("convs")][-1]
     claim = stated(field)
     if claim is not None:
         bound, sizes = claim
@@ -202,7 +203,7 @@ def test_what_does_not_mix_is_neither(name):
 KNOWN = {
     "stride": "5", "difference": "7x3", "flip": "3", "focus": "6", "rearranged": "6", "pixel_unshuffle": "6",
     "index": "3", "torn": "3x4", "instance_norm": "all", "unfold": "7x3", "avg_pool": "5", "max_pool": "6",
-    "squeezed": "all", "attended": "all", "columns": "24x3", "conv2d": "5", "softmax": "3x24",
+    "squeezed": "all", "attended": "all", "columns": "24x3", "softmax": "3x24", "fft": "all",
 }  # fmt: skip
 
 
@@ -218,7 +219,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(names=st.lists(steps, min_size=2, max_size=5))
 def test_fields_behind_any_mixture_are_equal_a_bound_or_not_stated(names):
     torch.manual_seed(0)

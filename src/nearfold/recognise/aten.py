@@ -86,7 +86,7 @@ def follow(call: Call) -> list[Place]:
     try:
         rule = RULES.get(call.name)
         if rule is None:
-            if torch.Tag.pointwise not in call.func.tags:
+            if torch.Tag.pointwise not in call.func.tags and call.name not in UNTAGGED:
                 raise Unfollowed
             rule = _pointwise
         found = rule(call)
@@ -107,6 +107,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 # --- entry by entry
 
+UNTAGGED = frozenset(("hardswish", "hardsigmoid", "log_sigmoid_forward", "_prelu_kernel", "prelu", "rrelu_with_noise",
+                      "softplus", "softshrink", "hardshrink", "threshold", "mish", "polar"))  # fmt: skip
 ZEROING = frozenset(("mul", "div", "where", "masked_fill", "minimum", "maximum", "pow", "bitwise_and", "logical_and"))
 
 
@@ -191,7 +193,7 @@ def _indexed(call: Call) -> list[Place]:
     source = "self" if "self" in call.given else next(iter(call.given))
     indices = [t for name, value in call.given.items() if name != source for t in _tensors(value)]
     if any(call.place(t) is not None or t.device.type == "meta" for t in indices):
-        raise Unfollowed
+        return [_picked(call, source)]
     t, place = call.tensor(source), call.main(source)
     others = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, {n: v for n, v in call.given.items()
                                                                          if n != source})  # fmt: skip
@@ -203,6 +205,21 @@ def _indexed(call: Call) -> list[Place]:
     if call.name == "index_select":
         call.mixes = varies(place.position, (call.given["dim"],))
     return found
+
+
+def _picked(call: Call, source: str) -> Place:
+    """Picked along one axis by indices that are not known: any of what lies along it."""
+    t, place, out = call.tensor(source), call.main(source), call.made[0]
+    if call.name == "index" or out.dim() != t.dim():
+        raise Unfollowed
+    dim = call.given["dim"] % t.dim()
+    call.mixes = varies(place.position, (dim,))
+    found = over(place, (dim,))
+    cut = found.each(lambda label: label[tuple(slice(n) for n in out.shape)])
+    position = number(out.shape, [d for d in range(t.dim()) if varies(place.position, (d,))]) + stage()
+    channel = cut.channel if not varies(place.channel, (dim,)) else number(out.shape, (dim,))
+    exact = place.exact and (not call.mixes or place.everywhere)
+    return replace(cut, position=position, channel=channel, exact=exact)
 
 
 def _reach(index: Tensor, axis: int, position: Tensor) -> tuple[int, ...]:
@@ -523,7 +540,7 @@ def _padded(call: Call) -> Place:
         def laid(label: Tensor, dim: int = dim, n: int = n, at: Tensor = at, there: Tensor = there) -> Tensor:
             if label.shape[dim] == 1 and n > 1:
                 return label
-            return torch.where(there, label.index_select(dim, at.clamp(0, n - 1)), torch.zeros_like(label[:1]))
+            return torch.where(there, label.index_select(dim, at.clamp(0, n - 1)), torch.zeros((), dtype=torch.long))
 
         position = laid(found.position)
         found = replace(found, position=position, channel=laid(found.channel))

@@ -61,7 +61,7 @@ def anywhere(place: Place, dims: int) -> Place:
 
 def _windows(place: Place, op: Basic, before: Sequence[int], after: Sequence[int], axis: int) -> Place:
     if isinstance(op.path, Block) and len(before) == 3 and len(as_tuple(op.path.size, 2, "size")) == 2:
-        return replace(over(place, (0, 1, 2)), exact=False)  # blocks that were cut before, and folded into the batch
+        return replace(over(place, (1, 2)), exact=False)  # blocks that were cut before, and folded into the batch
     alone = isinstance(op.weight.kernel, Depthwise | None) and isinstance(op.weight.rho, Ones | Mean | Max)
     place = channels(place, axis, before, before[axis] if alone and not op.weight.projections else 1, after)
     dims = [d for d in range(1, len(before)) if d != axis]

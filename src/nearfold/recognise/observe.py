@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -56,7 +56,7 @@ class Observation:
     """What a run showed, by the layers' names.
 
     Attributes:
-        ran: layers and containers that were called with something that depends on the input.
+        ran: layers and containers that were called.
         flops: multiply and add as two, in the layer, for one input.
         fields: behind the layer, as they are printed.
         linears: what lies along the last axis of an nn.Linear's input: channels, positions, all (every position
@@ -161,9 +161,17 @@ class _Watch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
+        def entered(*call: Any) -> None:
+            with _apart():
+                self._enter(*call)
+
+        def left(*call: Any) -> None:
+            with _apart():
+                self._leave(*call)
+
         for module in self.names:  # of a copy: nobody takes them away
-            module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            module.register_forward_hook(self._leave)
+            module.register_forward_pre_hook(entered, with_kwargs=True)
+            module.register_forward_hook(left)
         yield
 
     def begin(self, t: Tensor, axis: int | None) -> None:
@@ -182,8 +190,7 @@ class _Watch(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         layer = None if self._inside() else self.by_module.get(module)
         places = [p for t in given if (p := self.place(t)) is not None]
-        if places:
-            self.seen.ran.add(self.names[module])
+        self.seen.ran.add(self.names[module])
         if layer is not None and given:
             if is_linear(module):
                 self._look(layer.name, given[0])
@@ -311,21 +318,28 @@ class _Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        with _apart():
+            places = {id(t): p for t in tree_leaves(given) if isinstance(t, Tensor) and (p := self.place(t)) is not None}
+        out = func(*args, **kwargs)
+        with _apart():
+            self._follow(func, given, places, out)
+        return out
+
+    def _follow(self, func: Any, given: dict[str, Any], places: dict[int, Place], out: Any) -> None:
+        """Place what an operator has made."""
         tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
         name = func.overloadpacket.__name__
         inplace = name.endswith("_") and not name.endswith("__")
-        places = {id(t): p for t in tensors if (p := self.place(t)) is not None}
         solid = {id(t) for t in tensors if t in self.solid}
-        out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         name = name.rstrip("_")
         if not made or name in EMPTY and not inplace:
-            return out
+            return
         if not places:
-            if tensors and all(id(t) in solid or t.numel() == 1 for t in tensors) and any(id(t) in solid for t in tensors):
+            if solid and all(id(t) in solid or t.numel() == 1 for t in tensors):
                 for t in made:
                     self.solid[t] = True
-            return out
+            return
         if name in EMPTY:  # filled: it depends on nothing any more, if it is all of its memory
             found = [unknown(next(iter(places.values())), t.shape) for t in made]
         else:
@@ -341,7 +355,6 @@ class _Watch(TorchDispatchMode):
                 if name == "copy" and t._is_view():
                     self._note("writes to parts of a tensor")
             self._put(t, place)
-        return out
 
     def _put(self, t: Tensor, place: Place) -> None:
         self.places[t], self.placed[t] = place, self.clock
@@ -362,6 +375,13 @@ class _Watch(TorchDispatchMode):
         module = self.stack[-1][0] if self.stack else self.root
         if not any(n in self.glued for n in names_of(module)):
             self.seen.glue.setdefault(self.names[module], set()).add(what.removeprefix("_"))
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What is done within is no part of the run."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def least_position(place: Place, axis: int) -> Tensor:

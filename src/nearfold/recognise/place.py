@@ -154,7 +154,7 @@ def settled(place: Place, always: bool = False) -> Place:
     for a, n in enumerate(place.grid):
         if always:
             low[a], high[a] = low[a].amin().view([1] * low[a].dim()), high[a].amax().view([1] * high[a].dim())
-        alike = all(low[a].shape[d] == high[a].shape[d] == 1 or n > 1 for d, n in enumerate(place.channel.shape))
+        alike = always or all(low[a].shape[d] == high[a].shape[d] == 1 or n > 1 for d, n in enumerate(place.channel.shape))
         if alike:  # but for channels
             some = low[a] <= high[a]
             whole = (low[a] <= 0) & (high[a] >= n - 1)

@@ -359,6 +359,8 @@ def _as_seen(layer: Layer, seen: Observation, glue: dict[str, set[str]]) -> Laye
     if layer.found is not None or layer.name in seen.calls or is_linear(layer.modules[0]):
         return layer
     if layer.name in glue:
+        if layer.reason and not layer.reason.startswith(("no rule", "owns", "called")):  # a rule says more
+            return layer
         return dataclasses.replace(layer, reason=_mixing(glue[layer.name]) + ("; its parts are listed" * layer.listed))
     if layer.reason and layer.name in seen.ran:
         return None if layer.listed else Layer(layer.name, layer.modules, note=SEEN)
