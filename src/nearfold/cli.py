@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     describe = _new(
         commands.add_parser, "describe", "say any network in these words, layer by layer, and its complexity"
     )
-    describe.add_argument("model", metavar="SPEC", help="timm:NAME, torchvision:NAME, transformers:NAME or path/to/file.py:factory")
+    describe.add_argument(
+        "model", metavar="SPEC", help="timm:NAME, torchvision:NAME, transformers:NAME or path/to/file.py:factory"
+    )
     describe.add_argument(
         "--input", type=_input_size, metavar="C,H,W",
         help="size of one input, for FLOPs and receptive fields (default: what timm and transformers say, else none)",

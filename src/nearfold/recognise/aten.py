@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nearfold.recognise.field import anywhere, channels
+from nearfold.recognise.field import channels
 from nearfold.recognise.place import (
     ALL,
     SHIFT,
@@ -24,7 +24,6 @@ from nearfold.recognise.place import (
     join,
     least,
     number,
-    orderly,
     over,
     renumbered,
     settled,
@@ -156,12 +155,11 @@ def _moved(place: Place, shape: Sequence[int], change: Callable[[Tensor], Any]) 
 
 
 def _view(call: Call) -> list[Place]:
-    (name, t), *more = [(n, t) for n, t in call.given.items() if isinstance(t, Tensor)]
+    (name, t), *_ = [(n, t) for n, t in call.given.items() if isinstance(t, Tensor)]
     place = call.main(name)
     others = {n: v for n, v in call.given.items() if n != name and n not in ("dtype", "device", "layout", "pin_memory")}
     if any(isinstance(v, torch.dtype) for v in call.given.values()) and call.name == "view":
         raise Unfollowed  # other numbers in the same memory
-
 
     def change(label: Tensor) -> Any:
         try:
@@ -233,7 +231,9 @@ def _joined(call: Call) -> list[Place]:
     tensors, out = call.given["tensors"], call.made[0]
     dim = call.given["dim"] % out.dim()
     stacked = call.name == "stack"
-    given = [None if p is None else p.each(lambda t: t.unsqueeze(dim)) if stacked else p for p in map(call.place, tensors)]
+    given = [
+        None if p is None else p.each(lambda t: t.unsqueeze(dim)) if stacked else p for p in map(call.place, tensors)
+    ]
     given = [p for p, t in zip(given, tensors, strict=True) if p is not None or t.dim() == out.dim() or stacked]
     lengths = [1 if stacked else t.shape[dim] for t in tensors if t.dim() == out.dim() or stacked]
     places = [p for p in given if p is not None]
@@ -301,7 +301,7 @@ def _along(call: Call) -> Place:
     found = over(place, dims)
     # what one entry reads of the others; itself it is
     exact = place.exact and not (place.masked and call.mixes) and call.name in SOFTMAXES | FOURIER
-    found = replace(found, exact=exact or not call.mixes and place.exact, masked=False)
+    found = replace(found, exact=exact or (not call.mixes and place.exact), masked=False)
     found = settled(found) if call.mixes else found
     if call.made[0].shape == t.shape and call.name not in ("sort", "topk"):
         return replace(found, channel=place.channel, position=place.position)
@@ -464,9 +464,7 @@ def _pooled(count: int) -> Callable[[Call], Place | list[Place]]:
     return rule
 
 
-def _resized(
-    call: Call, t: Tensor, place: Place, out: Tensor, reads: Sequence[Tensor], stride: Sequence[int]
-) -> Place:
+def _resized(call: Call, t: Tensor, place: Place, out: Tensor, reads: Sequence[Tensor], stride: Sequence[int]) -> Place:
     """Windows over the last axes, every channel alone; positions are numbered anew where they were mixed."""
     dims = range(t.dim() - len(reads), t.dim())
     moved = [d for a, d in enumerate(dims) if reads[a].shape[1] > 1 or out.shape[d] != t.shape[d]]
@@ -525,7 +523,8 @@ def _upsampled(taps: int, count: int) -> Callable[[Call], Place | list[Place]]:
 
 
 def _padded(call: Call) -> Place:
-    t, place, pads, out = call.tensor("self"), call.main("self"), list(call.given.get("pad") or call.given["padding"]), call.made[0]  # fmt: skip
+    t, place, out = call.tensor("self"), call.main("self"), call.made[0]
+    pads = list(call.given.get("pad") or call.given["padding"])
     found = place
     for i in range(len(pads) // 2):
         dim, before = t.dim() - 1 - i, pads[2 * i]

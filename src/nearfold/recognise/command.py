@@ -26,8 +26,8 @@ def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
 
     Args:
         spec: as `load_model` takes it.
-        input_size: channels and grid; without it a timm model is run on the size it was made for, one of transformers on pixels,
-            ids or sound as it takes them, and others are not run.
+        input_size: channels and grid; without it a timm model is run on the size it was made for, one of
+            transformers on pixels, ids or sound as it takes them, and others are not run.
 
     Raises:
         ValueError: as `load_model` and `describe` do.
@@ -68,8 +68,8 @@ def load_model(spec: str) -> nn.Module:
     """A model with fresh weights.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, ``transformers:NAME`` (a model's class, a configuration's or a type of
-            model, made small), or ``path/to/file.py:factory``, a callable without arguments.
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``transformers:NAME`` (a model's class, a configuration's or a
+            type, made small), or ``path/to/file.py:factory``, a callable without arguments.
 
     Raises:
         ValueError: when there is no such thing, or it is no model; the message says what there is instead.
@@ -77,7 +77,7 @@ def load_model(spec: str) -> nn.Module:
 
     >>> load_model("resnet50")
     Traceback (most recent call last):
-    ValueError: a model is given as timm:NAME, torchvision:NAME, transformers:NAME or path/to/file.py:factory; got 'resnet50'
+    ValueError: a model is given as timm:NAME, ... or path/to/file.py:factory; got 'resnet50'
     """
     where, colon, name = spec.rpartition(":")
     if not (colon and where and name):

@@ -153,9 +153,9 @@ class _Watch(TorchDispatchMode):
                     self.solid[t] = True
         for module, twin in twins.items():  # buffers without zeros and without what would mask in a softmax
             for name, t in module._buffers.items():
-                if t is not None and t.is_floating_point() and not t.is_meta:
-                    if bool(((t != 0) & (t.abs() < 1e4)).all()):
-                        self.solid[twin._buffers[name]] = True
+                real = t is not None and t.is_floating_point() and not t.is_meta
+                if real and bool(((t != 0) & (t.abs() < 1e4)).all()):
+                    self.solid[twin._buffers[name]] = True
 
     # --- modules
 
@@ -189,7 +189,6 @@ class _Watch(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         layer = None if self._inside() else self.by_module.get(module)
-        places = [p for t in given if (p := self.place(t)) is not None]
         self.seen.ran.add(self.names[module])
         if layer is not None and given:
             if is_linear(module):
@@ -217,7 +216,7 @@ class _Watch(TorchDispatchMode):
         axis = found.axis % x.dim()
         dims = [d for d in range(1, x.dim()) if d != axis]
         windows = any(isinstance(part.path, Window) for part in found.operation.parts)
-        if gathered(place.position, axis) or windows and not orderly(least_position(place, axis), dims):
+        if gathered(place.position, axis) or (windows and not orderly(least_position(place, axis), dims)):
             self._note("a rearrangement of positions")
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -319,7 +318,9 @@ class _Watch(TorchDispatchMode):
         given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         with _apart():
-            places = {id(t): p for t in tree_leaves(given) if isinstance(t, Tensor) and (p := self.place(t)) is not None}
+            places = {
+                id(t): p for t in tree_leaves(given) if isinstance(t, Tensor) and (p := self.place(t)) is not None
+            }
         out = func(*args, **kwargs)
         with _apart():
             self._follow(func, given, places, out)
@@ -333,7 +334,7 @@ class _Watch(TorchDispatchMode):
         solid = {id(t) for t in tensors if t in self.solid}
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         name = name.rstrip("_")
-        if not made or name in EMPTY and not inplace:
+        if not made or (name in EMPTY and not inplace):
             return
         if not places:
             if solid and all(id(t) in solid or t.numel() == 1 for t in tensors):
@@ -394,4 +395,3 @@ def _folds(module: nn.Module, found: Found, x: Tensor) -> bool:
     batch = 1 if isinstance(module, nn.MultiheadAttention) and not module.batch_first else 0
     everywhere = any(isinstance(part.path, All) for part in found.operation.parts)
     return everywhere and x.dim() > 2 and x.shape[batch] != 1
-

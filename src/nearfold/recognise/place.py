@@ -96,7 +96,7 @@ def stage() -> int:
 
 
 def begin(shape: Sequence[int], axis: int | None) -> Place:
-    """The model's own input: (B, C, \\*grid) with channels along ``axis``, or (B, \\*grid)."""
+    """The model's own input: (B, C) and the grid with channels along ``axis``, or (B) and the grid."""
     axes = [a for a in range(1, len(shape)) if a != axis]
     low = tuple(number(shape, (a,)) for a in axes)
     channel = number(shape, () if axis is None else (axis,))
@@ -108,11 +108,13 @@ def renumbered(place: Place, shape: Sequence[int], axis: int) -> Place:
     """Behind a layer: channels along one axis, positions along all others."""
     axis %= len(shape)
     others = [a for a in range(len(shape)) if a != axis]
-    return replace(place, channel=number(shape, (axis,)), position=number(shape, others) + stage(), masked=False, wild=False)
+    return replace(
+        place, channel=number(shape, (axis,)), position=number(shape, others) + stage(), masked=False, wild=False
+    )
 
 
 def unknown(place: Place, shape: Sequence[int], axis: int | None = None) -> Place:
-    """What is behind something unknown: every entry may be a position of its own, unless the channels' axis is known."""
+    """Behind something unknown: every entry may be a position of its own, unless the channels' axis is known."""
     lost = torch.zeros([1] * len(shape), dtype=torch.long, device="cpu")
     found = place.each(lambda t: lost)
     found = replace(found, kind="?", exact=False)
@@ -154,11 +156,16 @@ def settled(place: Place, always: bool = False) -> Place:
     for a, n in enumerate(place.grid):
         if always:
             low[a], high[a] = low[a].amin().view([1] * low[a].dim()), high[a].amax().view([1] * high[a].dim())
-        alike = always or all(low[a].shape[d] == high[a].shape[d] == 1 or n > 1 for d, n in enumerate(place.channel.shape))
+        alike = always or all(
+            low[a].shape[d] == high[a].shape[d] == 1 or n > 1 for d, n in enumerate(place.channel.shape)
+        )
         if alike:  # but for channels
             some = low[a] <= high[a]
             whole = (low[a] <= 0) & (high[a] >= n - 1)
-            ends = torch.where(some, low[a].clamp(0, n - 1), low[a]), torch.where(some, high[a].clamp(0, n - 1), high[a])
+            ends = (
+                torch.where(some, low[a].clamp(0, n - 1), low[a]),
+                torch.where(some, high[a].clamp(0, n - 1), high[a]),
+            )
             low[a] = torch.where(whole, torch.full_like(ends[0], -ALL), ends[0])
             high[a] = torch.where(whole, torch.full_like(ends[1], ALL), ends[1])
             jump[a] = 0
@@ -199,7 +206,7 @@ def apart(a: Tensor, b: Tensor) -> bool:
 def same(a: Place, b: Place) -> bool:
     """Whether two places say the same."""
     mine, other = ((p.channel, p.position, *p.low, *p.high) for p in (a, b))
-    equal = all(x is y or x.shape == y.shape and torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+    equal = all(x is y or (x.shape == y.shape and torch.equal(x, y)) for x, y in zip(mine, other, strict=True))
     return equal and (a.kind, a.exact, a.masked) == (b.kind, b.exact, b.masked)
 
 

@@ -221,7 +221,7 @@ def describe(
         input_size: channels and grid, such as (3, 224, 224). With it a copy of the model runs once (on the meta device
             where it can), and FLOPs and receptive fields are known.
         inputs: instead of a size, arguments of the model by name, for one that takes other things than one map: a
-            batch of one, (1, C, \\*grid), or ids (1, N). Receptive fields are those in the first.
+            batch of one, (1, C) and the grid, or ids (1, N). Receptive fields are those in the first.
 
     Raises:
         ValueError: when the model does not run on such an input, or both are given.
@@ -340,7 +340,9 @@ def _layers(
     strange = {layer.name for layer in layers if layer.reason}
     for name, calls in glue.items():
         if name not in strange:
-            layers.append(Layer(name, (model.get_submodule(name),), reason=f"{_mixing(calls)}; its parts are listed", listed=True))
+            layers.append(
+                Layer(name, (model.get_submodule(name),), reason=f"{_mixing(calls)}; its parts are listed", listed=True)
+            )
     return with_halves(layers), seen
 
 
