@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,6 +227,11 @@ def _reach(index: Tensor, axis: int, position: Tensor) -> tuple[int, ...]:
     return (axis,)
 
 
+def _bound(name: str, axis: int, place: Place) -> Tensor:
+    found: Tensor = getattr(place, name)[axis]
+    return found
+
+
 def _joined(call: Call) -> list[Place]:
     """cat and stack; what depends on no input is of no position."""
     tensors, out = call.given["tensors"], call.made[0]
@@ -257,8 +263,8 @@ def _joined(call: Call) -> list[Place]:
     return [
         replace(
             merged, channel=column(lambda p: p.channel, 0), position=column(lambda p: p.position, 0),
-            low=tuple(column(lambda p, a=a: p.low[a], ALL) for a in axes),
-            high=tuple(column(lambda p, a=a: p.high[a], -ALL) for a in axes), jump=jump,
+            low=tuple(column(partial(_bound, "low", a), ALL) for a in axes),
+            high=tuple(column(partial(_bound, "high", a), -ALL) for a in axes), jump=jump,
             kind=max((p.kind for p in places), key=("extent", "?", "any").index) if whole else "extent",
             exact=all(p.exact for p in places),
         )

@@ -37,22 +37,24 @@ def models(library: ModuleType, name: str) -> Iterator[nn.Module]:
         ValueError: when there is none, or it has no configuration of its own.
     """
     model, config = _classes(library, name)
+    failed: Exception | None = None
+    any_made = False
     for sizes in (LAYERS | WIDTHS, LAYERS, {}):
         try:
             made = model(_config(config, sizes))
         except Exception as error:
             failed = error
             continue
+        any_made = True
         yield made.eval()
-        failed = None
-    if failed is not None:
+    if failed is not None and not any_made:
         raise ValueError(f"transformers:{name}: {type(failed).__name__}: {failed}") from failed
 
 
 def _classes(library: ModuleType, name: str) -> tuple[Any, Any]:
     auto = library.models.auto
     configs = auto.configuration_auto.CONFIG_MAPPING_NAMES
-    cls = getattr(library, configs.get(name, name), None) if name.isidentifier() or name in configs else None
+    cls: Any = getattr(library, configs.get(name, name), None) if name.isidentifier() or name in configs else None
     if isinstance(cls, type) and issubclass(cls, library.PreTrainedModel) and cls.config_class is not None:
         return cls, cls.config_class
     if isinstance(cls, type) and issubclass(cls, library.PreTrainedConfig):
@@ -109,7 +111,7 @@ def _sound(config: Any) -> Tensor:
 
 
 def _spectrum(config: Any) -> Tensor:
-    bands = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    bands: int = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
     length = 2 * getattr(config, "max_source_positions", 100)
     if getattr(config, "input_feat_per_channel", None):
         return torch.zeros(1, 64, bands)

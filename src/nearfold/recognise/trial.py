@@ -103,7 +103,7 @@ def _copies(value: Any, memo: dict[int, Any]) -> bool:
 
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:
-    if isinstance(t, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(t):
         return copy.deepcopy(t)
     data = t.detach().to(device) if device.type == "meta" else t.detach().clone()
     return nn.Parameter(data, t.requires_grad) if isinstance(t, nn.Parameter) else data
