@@ -2,8 +2,9 @@
 
 Ours and every peer take turns; medians. A peer that computes the same is compared first, outputs and all gradients:
 where they differ no speed is reported and the exit code is 1. The table goes to the terminal, and with the machine
-described to cpu.json and cpu.md, as it grows; cases that are not run keep the results that are there, if those are of
-the same machine and versions. With --curves, time over the number of positions and of neighbours, drawn, instead.
+described to cpu-PROCESSOR.json and .md, as it grows; cases that are not run keep the results that are there, if those
+are of the same machine and versions. With --curves, time over the number of positions and of neighbours, drawn,
+instead.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself 
 
 from benchmarks import curves, report
 from benchmarks.cases import CASES
-from benchmarks.machine import comparable, describe
+from benchmarks.machine import comparable, describe, slug
 from benchmarks.run import measure_case
 
 
@@ -34,15 +35,16 @@ def _earlier(file: Path, machine: dict[str, str]) -> dict[str, Any]:
 def run_cases(names: list[str], out: Path, repeats: int, budget: float, small: bool) -> int:
     """Measure, print, write; 1 when a result was wrong."""
     results: dict[str, Any] = {"machine": describe()}
-    results["cases"] = _earlier(out / "cpu.json", results["machine"])
+    file = out / f"cpu-{slug(results['machine'])}.json"
+    results["cases"] = _earlier(file, results["machine"])
     print("; ".join(f"{k} {v}" for k, v in results["machine"].items()))
     wrong = False
     for name in names:
         entry = measure_case(name, repeats, budget, small)
         wrong |= any("wrong" in row for row in entry["rows"])
         results["cases"][name] = entry
-        (out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-        (out / "cpu.md").write_text(report.markdown(results))
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".md").write_text(report.markdown(results))
         print(report.terminal(entry), flush=True)
     if not small:
         print(f"\n{report.terminal_targets(results['cases'])}")

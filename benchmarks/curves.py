@@ -1,7 +1,7 @@
 """`python -m benchmarks --curves`: time of k-NN attention over the number of positions, and of neighbours.
 
-Every point is compared with the naive formulation first, in float64, outputs and gradients. Results go to curves.json,
-as they grow, and are drawn to curves.png.
+Every point is compared with the naive formulation first, in float64, outputs and gradients. Results go to
+curves-PROCESSOR.json, as they grow, and are drawn to the .png beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import build, plot
-from benchmarks.machine import comparable, describe
+from benchmarks.machine import comparable, describe, slug
 from benchmarks.run import measure
 
 HEADS, FEATURES = 4, 64
@@ -46,7 +46,7 @@ def _point(N: int, k: int, repeats: int, budget: float) -> dict[str, Any]:
 def run_curves(names: list[str], out: Path, repeats: int, budget: float, small: bool) -> int:
     """Measure, print, write, draw; 1 when a result was wrong."""
     results: dict[str, Any] = {"machine": describe(), "heads": HEADS, "features": FEATURES, "curves": {}}
-    file = out / "curves.json"
+    file = out / f"curves-{slug(results['machine'])}.json"
     if file.exists():
         earlier = json.loads(file.read_text())
         results["curves"] = earlier["curves"] if comparable(earlier["machine"], results["machine"]) else {}
@@ -60,7 +60,7 @@ def run_curves(names: list[str], out: Path, repeats: int, budget: float, small: 
             points.append(point)
             file.write_text(json.dumps(results, indent=1) + "\n")
             print(_line(point), flush=True)
-    plot.draw(results, out / "curves.png")
+    plot.draw(results, file.with_suffix(".png"))
     return int(wrong)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -49,6 +50,17 @@ def describe() -> dict[str, str]:
         "engine": engine.describe(),
         **{package: _version(package) for package in PEERS},
     }
+
+
+def slug(machine: dict[str, str]) -> str:
+    """A file name's part for the processor and the engine's instruction set: each has results of its own.
+
+    >>> slug({"processor": "Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz", "engine": "C++ (amx)"})
+    'intel-xeon-gold-6330-amx'
+    """
+    words = re.sub(r"\((R|TM)\)|@.*|\b(CPU|Processor)\b", " ", machine["processor"])
+    engine = re.search(r"\((\w+)\)", machine["engine"])
+    return "-".join(re.findall(r"[a-z0-9]+", f"{words} {engine[1] if engine else 'pytorch'}".lower()))
 
 
 def comparable(one: dict[str, str], other: dict[str, str]) -> bool:

@@ -122,5 +122,5 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path("benchmarks/results")
-    draw(json.loads((folder / "curves.json").read_text()), folder / "curves.png")
+    for measured in Path("benchmarks/results").glob("curves-*.json"):
+        draw(json.loads(measured.read_text()), measured.with_suffix(".png"))

@@ -5,7 +5,7 @@ nearfold study run recipes/gwo_table.py --data cifar10=path/to/cifar10
 
 from nearfold.study.catalogue import Preset
 from nearfold.study.catalogue.gwo import BENCHMARK, PUBLISHED
-from nearfold.study.catalogue.readings import benchmark_answer
+from nearfold.study.catalogue.readings import benchmark_answer, benchmark_verdict
 from nearfold.study.grid import Study, Trial
 
 
@@ -39,5 +39,6 @@ def study(preset: Preset) -> Study:
             "the training images is held out to choose the epoch by.",
         ),
         answer=benchmark_answer,
+        verdict=benchmark_verdict,
         figure="ranking",
     )

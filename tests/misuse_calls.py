@@ -112,6 +112,98 @@ def right_local(rng):
     return a | {"metric": rng.choice(["dot", "euclidean"]), "squared": rng.random() < 0.5, "scale": 0.5}
 
 
+def right_local_backward(rng):
+    """Of `local_attention_backward`."""
+    a = right_local(rng)
+    (B, H, _, *out), value = a["query"].shape, a["value"]
+    grad, stats = (numbers(value.dtype, B, H, n, *out) for n in (value.shape[2], 2))
+    maps = {name: a.pop(name) for name in ("query", "key", "value")}
+    return {"grad": grad, **maps, "stats": stats.abs() + 1, **a}
+
+
+def _slots(rng):
+    """Outputs, a padded map that holds what they read, the slots' first positions and the strides."""
+    axes = rng.randint(1, 3)
+    out, stride = ([rng.randint(1, n) for _ in range(axes)] for n in (4, 3))
+    slots = [[rng.randint(0, 3) for _ in range(axes)] for _ in range(rng.randint(1, 5))]
+    grid = [max(s[a] for s in slots) + (out[a] - 1) * stride[a] + rng.randint(1, 2) for a in range(axes)]
+    return out, grid, [n for s in slots for n in s], stride
+
+
+def right_local_scores(rng):
+    out, grid, offsets, stride = _slots(rng)
+    (P, e), dtype = (rng.randint(1, 3) for _ in range(2)), rng.choice([torch.float32, torch.float64])
+    a = {"query": numbers(dtype, P, e, *out), "key": numbers(dtype, P, e, *grid), "offsets": offsets, "stride": stride}
+    return a | {"metric": rng.choice(["dot", "euclidean"]), "squared": rng.random() < 0.5}
+
+
+def local_scored(a):
+    return (a["query"].shape[0], len(a["offsets"]) // len(a["stride"]), *a["query"].shape[2:])
+
+
+def right_local_scores_backward(rng):
+    a = right_local_scores(rng)
+    grad, score = (numbers(a["query"].dtype, *local_scored(a)) for _ in range(2))
+    return {"grad": grad, "query": a.pop("query"), "key": a.pop("key"), "score": -score.abs(), **a}
+
+
+def right_local_sum(rng):
+    out, grid, offsets, stride = _slots(rng)
+    (P, d), dtype = (rng.randint(1, 3) for _ in range(2)), rng.choice([torch.float32, torch.float64])
+    alpha = numbers(dtype, P, len(offsets) // len(stride), *out)
+    return {"alpha": alpha, "value": numbers(dtype, P, d, *grid), "offsets": offsets, "stride": stride}
+
+
+def local_summed(a):
+    return (*a["value"].shape[:2], *a["alpha"].shape[2:])
+
+
+def right_local_sum_backward(rng):
+    a = right_local_sum(rng)
+    return {"grad": numbers(a["value"].dtype, *local_summed(a)), **a}
+
+
+def right_corners_backward(rng):
+    a = right_corners(rng)
+    P, M, entries = cornered(a)[0]
+    return {"grad": numbers(a["offset"].dtype, P, M, entries), **a}
+
+
+def right_slot_scores_backward(rng):
+    a = right_slot_scores(rng)
+    return {"grad": numbers(a["query"].dtype, *a["index"].shape), **a}
+
+
+def right_softmax_backward(rng):
+    a = right_softmax(rng)
+    return {"grad": a["score"], "alpha": a["score"].softmax(-1), "scale": a["scale"]}
+
+
+def right_grouped_backward(rng):
+    a = right_grouped(rng)
+    out, (_, O, *_), (B, G, *_) = a.pop("out"), a["weight"].shape, a["maps"][0].shape
+    return {"grad": numbers(a["weight"].dtype, B, O, G, *out), **a}
+
+
+def right_deform_conv(rng):
+    axes, dtype = rng.randint(1, 3), rng.choice([torch.float32, torch.float64])
+    grid, size, stride, padding, dilation = (
+        tuple(rng.randint(low, high) for _ in range(axes)) for low, high in ((5, 7), (1, 3), (1, 2), (0, 2), (1, 2))
+    )
+    room = zip(grid, padding, dilation, size, stride, strict=True)
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in room]
+    B, groups, moved, slots = rng.randint(1, 2), rng.choice([1, 2]), rng.choice([1, 2]), math.prod(size)
+    a = {"input": numbers(dtype, B, 4, *grid), "offset": torch.randn(B, moved * slots * axes, *out, dtype=dtype)}
+    a |= {"weight": numbers(dtype, 2, 4 // groups, *size), "bias": numbers(dtype, 2) if rng.random() < 0.5 else None}
+    a |= {"stride": stride, "padding": padding, "dilation": dilation}
+    return a | {"mask": torch.rand(B, moved * slots, *out, dtype=dtype) if rng.random() < 0.5 else None}
+
+
+def deformed(a):
+    axes = a["input"].dim() - 2
+    return (a["input"].shape[0], a["weight"].shape[0], *a["offset"].shape[-axes:])
+
+
 def right_grouped(rng):
     grid, out, size, stride, dilation, before, reflect = _window(rng)
     (B, G, O), dtype = (rng.randint(1, 3) for _ in range(3)), rng.choice([torch.float32, torch.float64])
@@ -130,6 +222,19 @@ def right_attention(rng):
 
 def image(rng):
     return {"x": torch.randn(rng.randint(1, 2), 8, rng.randint(3, 7), rng.randint(3, 7))}
+
+
+def sequence(rng):
+    return {"x": torch.randn(rng.randint(1, 2), 8, rng.randint(3, 20))}
+
+
+def volume(rng):
+    return {"x": torch.randn(rng.randint(1, 2), 8, *(rng.randint(2, 4) for _ in range(3)))}
+
+
+def two_inputs(rng):
+    a = tokens(rng)
+    return a | {"context": torch.randn(len(a["x"]), rng.randint(1, 9), 8)}
 
 
 def tokens(rng):

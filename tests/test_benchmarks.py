@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from benchmarks import __main__, curves
 from benchmarks.case import OURS
 from benchmarks.cases import CASES, make
 from benchmarks.gate import agrees, difference
+from benchmarks.machine import describe, slug
 from benchmarks.targets import TARGETS, Target, verdict
+
+
+def written(folder: Path, what: str = "cpu", suffix: str = ".json") -> Path:
+    """The one file of a kind in a folder of results."""
+    (file,) = folder.glob(f"{what}-*{suffix}")
+    return file
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,17 +67,17 @@ def test_the_gate_sees_a_parameter_whose_gradient_is_lost():
 
 def test_a_run_writes_what_it_prints(tmp_path, capsys):
     assert __main__.main(["convnn", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "cpu.json").read_text())
+    results = json.loads(written(tmp_path).read_text())
     rows = {row["who"]: row for row in results["cases"]["convnn"]["rows"]}
     assert rows[OURS].keys() >= {"forward_ms", "both_ms", "peak_mib", "resident_mib"}
     assert rows["naive"]["difference"] < 1e-9
-    printed, page = capsys.readouterr().out, (tmp_path / "cpu.md").read_text()
+    printed, page = capsys.readouterr().out, written(tmp_path, "cpu", ".md").read_text()
     for who in rows:
         assert who in printed and who in page
     assert results["machine"]["engine"] in page
     # another case is added to what is there
     assert __main__.main(["conv_tax", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "cpu.json").read_text())["cases"].keys() == {"convnn", "conv_tax"}
+    assert json.loads(written(tmp_path).read_text())["cases"].keys() == {"convnn", "conv_tax"}
 
 
 def test_a_wrong_peer_gives_exit_code_1_and_no_speed(tmp_path, monkeypatch, capsys):
@@ -83,10 +91,10 @@ def test_a_wrong_peer_gives_exit_code_1_and_no_speed(tmp_path, monkeypatch, caps
 
     monkeypatch.setitem(CASES, "convnn", dataclasses.replace(spec, build=build))
     assert __main__.main(["convnn", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 1
-    entry = json.loads((tmp_path / "cpu.json").read_text())["cases"]["convnn"]
+    entry = json.loads(written(tmp_path).read_text())["cases"]["convnn"]
     assert entry["rounds"] == {}
     assert not any(key.endswith("_ms") for row in entry["rows"] for key in row)
-    for text in (capsys.readouterr().out, (tmp_path / "cpu.md").read_text()):
+    for text in (capsys.readouterr().out, written(tmp_path, "cpu", ".md").read_text()):
         assert "WRONG: " in text and "differs by 1.0e-03" in text and "no speed is reported" in text
 
 
@@ -99,18 +107,30 @@ def test_an_absent_peer_is_listed(tmp_path, monkeypatch, capsys):
     assert "somebody  not installed" in capsys.readouterr().out
 
 
-def test_results_of_another_machine_are_not_kept(tmp_path):
-    file = tmp_path / "cpu.json"
-    file.write_text(json.dumps({"machine": {"processor": "another"}, "cases": {"kvt": {}}}))
-    assert __main__.main(["conv_tax", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    assert json.loads(file.read_text())["cases"].keys() == {"conv_tax"}
+def test_results_of_other_versions_are_not_kept_and_those_of_another_processor_stay_beside(tmp_path):
+    command = ["conv_tax", "--small", "--repeats", "1", "--out", str(tmp_path)]
+    older = {"machine": describe() | {"torch": "1.0"}, "cases": {"kvt": {}}}
+    other = {"machine": describe() | {"processor": "another"}, "cases": {"kvt": {}}}
+    for found in (older, other):
+        (tmp_path / f"cpu-{slug(found['machine'])}.json").write_text(json.dumps(found))
+    assert __main__.main(command) == 0
+    files = {slug(f["machine"]): f for f in map(json.loads, (p.read_text() for p in tmp_path.glob("cpu-*.json")))}
+    assert files[slug(other["machine"])] == other
+    assert files[slug(describe())]["cases"].keys() == {"conv_tax"}
+
+
+def test_committed_results_say_which_processor_they_are_of():
+    files = sorted(Path(__main__.__file__).parent.glob("results/c*-*.json"))
+    assert len(files) >= 2
+    for file in files:
+        assert file.stem.partition("-")[2] == slug(json.loads(file.read_text())["machine"])
 
 
 def test_curves_are_drawn(tmp_path, capsys):
     assert __main__.main(["--curves", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    found = json.loads(written(tmp_path, "curves").read_text())["curves"]
     assert {name: len(points) for name, points in found.items()} == {n: len(c.small) for n, c in curves.CURVES.items()}
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert written(tmp_path, "curves", ".png").stat().st_size > 10_000
 
 
 def test_every_target_names_a_case_and_a_peer():

@@ -8,8 +8,10 @@ around its elements must stay as it was. A failure names the call, to be made ag
 """
 
 import ast
+import contextlib
 import ctypes
 import faulthandler
+import inspect
 import mmap
 import random
 import resource
@@ -17,54 +19,64 @@ import subprocess
 import sys
 import warnings
 
+import numpy
 import pytest
 import torch
 from misuse_calls import (
     aggregated,
     cornered,
+    deformed,
     image,
+    local_scored,
+    local_summed,
     raw,
     right_aggregate,
     right_aggregate_backward,
     right_attention,
     right_corners,
+    right_corners_backward,
+    right_deform_conv,
     right_grouped,
+    right_grouped_backward,
     right_local,
+    right_local_backward,
+    right_local_scores,
+    right_local_scores_backward,
+    right_local_sum,
+    right_local_sum_backward,
     right_scan,
     right_scan_backward,
     right_select,
     right_select_backward,
     right_slot_scores,
+    right_slot_scores_backward,
     right_softmax,
+    right_softmax_backward,
     scanned,
+    sequence,
     tokens,
+    two_inputs,
+    volume,
 )
 
+from nearfold import nn
 from nearfold.kernels import engine
 from nearfold.kernels.aggregate import aggregate, aggregate_backward
-from nearfold.kernels.corners import corners
-from nearfold.kernels.grouped_conv import grouped_conv
-from nearfold.kernels.local_attention import local_attention
+from nearfold.kernels.corners import corners, corners_backward
+from nearfold.kernels.grouped_conv import grouped_conv, grouped_conv_backward
+from nearfold.kernels.local import local_scores, local_scores_backward, local_sum, local_sum_backward
+from nearfold.kernels.local_attention import local_attention, local_attention_backward
 from nearfold.kernels.scan import selective_scan, selective_scan_backward
 from nearfold.kernels.select import select, select_backward
-from nearfold.kernels.slot_scores import slot_scores
-from nearfold.kernels.weigh import slot_softmax
-from nearfold.nn import (
-    ACmix2d,
-    BranchingConv2d,
-    ConvNN2d,
-    ConvNNAttention,
-    DeformConv2d,
-    KVTAttention,
-    NeighborhoodAttention2d,
-    SelectiveScan2d,
-)
-from nearfold.nn.functional import knn_attention
+from nearfold.kernels.slot_scores import slot_scores, slot_scores_backward
+from nearfold.kernels.weigh import slot_softmax, slot_softmax_backward
+from nearfold.nn.functional import deform_conv, knn_attention
 
 REFUSED = (ValueError, TypeError, RuntimeError, MemoryError)
+UNMADE = (*REFUSED, IndexError, AttributeError)
 st = pytest.importorskip("hypothesis.strategies")
 OUTPUT = "d_", "to_"  # what the module writes to
-CALLS = {"operators": 500, "engine": 600, "layers": 150}
+CALLS = {"operators": 500, "engine": 600, "layers": 150, "making": 250}
 
 
 # ---- what is called: the function, its right arguments, the documented shapes of its results -------------------------
@@ -80,7 +92,7 @@ def _gradients(a, *names):
 
 
 OPERATORS = {
-    "select": (select, right_select, lambda a: [(*a["query"].shape[:3], a["k"])] * 2),
+    "select": (select, right_select, lambda a: [(*a["query"].shape[:3], int(a["k"]))] * 2),
     "select_backward": (select_backward, right_select_backward, lambda a: _gradients(a, "query", "key")),
     "aggregate": (aggregate, right_aggregate, lambda a: [aggregated(a)]),
     "aggregate_backward": (
@@ -103,26 +115,85 @@ OPERATORS = {
         right_grouped,
         lambda a: [(len(a["maps"][0]), a["weight"].shape[1], len(a["weight"]), *a["out"])],
     ),
+    "corners_backward": (corners_backward, right_corners_backward, lambda a: _gradients(a, "offset", "mask")),
+    "slot_scores_backward": (
+        slot_scores_backward,
+        right_slot_scores_backward,
+        lambda a: _gradients(a, "query", "key"),
+    ),
+    "slot_softmax_backward": (slot_softmax_backward, right_softmax_backward, lambda a: _gradients(a, "alpha")),
+    "local_attention_backward": (
+        local_attention_backward,
+        right_local_backward,
+        lambda a: _gradients(a, "query", "key", "value"),
+    ),
+    "grouped_conv_backward": (
+        grouped_conv_backward,
+        right_grouped_backward,
+        lambda a: [m.shape for m in (*a["maps"], a["weight"])],
+    ),
+    "local_scores": (local_scores, right_local_scores, lambda a: [local_scored(a)]),
+    "local_scores_backward": (
+        local_scores_backward,
+        right_local_scores_backward,
+        lambda a: _gradients(a, "query", "key"),
+    ),
+    "local_sum": (local_sum, right_local_sum, lambda a: [local_summed(a)]),
+    "local_sum_backward": (local_sum_backward, right_local_sum_backward, lambda a: _gradients(a, "alpha", "value")),
+    "deform_conv": (deform_conv, right_deform_conv, lambda a: [deformed(a)]),
     "knn_attention": (knn_attention, right_attention, lambda a: [(*a["query"].shape[:3], a["value"].shape[3])]),
 }
 torch.manual_seed(0)
-LAYERS = {
-    type(layer).__name__: (layer, right, lambda a: [a["x"].shape])
-    for layer, right in (
-        (ConvNN2d(8, 8, 3), image),
-        (ACmix2d(8, 8, num_heads=2), image),
-        (BranchingConv2d(8, 8, padding=1), image),
-        (ConvNNAttention(8, 2), tokens),
-        (KVTAttention(8, 2, k=5), tokens),
-        (DeformConv2d(8, 8, offset_groups=2, modulated=True), image),
-        (NeighborhoodAttention2d(8, 2, 3, relative_bias=True), image),
-        (SelectiveScan2d(8, 3), image),
-    )
-}
+MADE = [
+    (nn.ACmix2d(8, 8, num_heads=2), image),
+    (nn.BlockAttention2d(8, 2, 3, shift=1), image),
+    (nn.BranchingAttention(8, 2), tokens),
+    (nn.BranchingConv2d(8, 8, padding=1), image),
+    (nn.ConvNN1d(8, 8, 3), sequence),
+    (nn.ConvNN2d(8, 8, 3), image),
+    (nn.ConvNN3d(8, 8, 3), volume),
+    (nn.ConvNNAttention(8, 2), tokens),
+    (nn.CrossAttention(8, 2), two_inputs),
+    (nn.DeformConv2d(8, 8, offset_groups=2, modulated=True), image),
+    (nn.DynamicConv2d(8, 8), image),
+    (nn.Involution2d(8, 3), image),
+    (nn.KVTAttention(8, 2, k=5), tokens),
+    (nn.LargeKernelConv2d(8, 7), image),
+    (nn.LinearAttention(8, 2, causal=True), tokens),
+    (nn.Mixer("window(3) | box | inverse*kernel", 8), image),
+    (nn.NeighborhoodAttention1d(8, 2, 3, step=4, relative_bias=True), sequence),
+    (nn.NeighborhoodAttention2d(8, 2, 3, relative_bias=True), image),
+    (nn.NeighborhoodAttention3d(8, 2, 3, causal_axes=(0,)), volume),
+    (nn.Pool2d(8, 3, "max", stride=1, padding=1), image),
+    (nn.SelectiveScan(8, 3), tokens),
+    (nn.SelectiveScan2d(8, 3), image),
+    (nn.SelfAttention(8, 2, positions="alibi"), tokens),
+    (nn.SlidingWindowAttention(8, 2, 5), tokens),
+    (nn.StridedAttention(8, 2, 3), tokens),
+    (nn.TokenMixer("all(elu) | row | normalized", 8), tokens),
+]
+LAYERS = {type(layer).__name__: (layer, right, lambda a: [a["x"].shape]) for layer, right in MADE}
+
+
+def _making(layer, right):
+    """A layer's own class, called with its right arguments, and then the layer with a right input."""
+    cls = type(layer)
+    takes = {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n != "self"}
+    known = {"operation": str(layer.operation) if hasattr(layer, "operation") else "", "num_heads": 2, "step": 3}
+    own = {n: known.get(n, 8) if p.default is p.empty else p.default for n, p in takes.items()}
+
+    def call(**arguments):
+        cls(**arguments)(**right(random.Random(0)))
+        return []
+
+    return call, lambda rng: dict(own), lambda a: []
+
+
+MAKING = {f"{type(layer).__name__}()": _making(layer, right) for layer, right in MADE}
 RAW = ("select", "aggregate", "softmax", "local", "grouped", "scan", "corners")
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
-CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS}
-TARGETS = OPERATORS | LAYERS | RAW
+CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}
+TARGETS = OPERATORS | LAYERS | RAW | MAKING
 
 
 # ---- what can be wrong with an argument ------------------------------------------------------------------------------
@@ -167,7 +238,7 @@ TENSORS = [
     *ENTRIES,
     lambda x: torch.full_like(x, float("nan") if x.is_floating_point() else -2),
     torch.ones_like,
-    lambda x: None,
+    *(NOT_TENSORS := (lambda x: None, torch.Tensor.tolist, lambda x: x.numpy(), lambda x: "x", lambda x: 0.5)),
 ]
 # made of a tensor in its place, for the module
 BUFFERS = [
@@ -180,8 +251,9 @@ BUFFERS = [
     lambda x: x.requires_grad_(),
     torch.Tensor.tolist,
 ]
-NUMBERS = [0, -1, 2, 300, 1024, 1025, 2**31, 2**62, 2**63 - 1, -(2**63), 2**64, True, 2.5, None, "3"]
-FLOATS = [float("nan"), float("inf"), -float("inf"), 1e300, -1e-300, 3, "1", [1.0]]
+NUMBERS = [0, -1, 2, 300, 1024, 1025, 2**31, 2**62, 2**63 - 1, -(2**63), 2**64, 10**400, True, 2.5, None, "3"]
+NUMBERS += [numpy.int64(3), numpy.bool_(True), numpy.float32(2.5), numpy.arange(3), torch.tensor(2)]
+FLOATS = [float("nan"), float("inf"), -float("inf"), 1e300, -1e-300, 3, "1", [1.0], 10**400, numpy.float32(0.5)]
 BIG = 2**62, 2**63 - 1, 2**33, 3495448806107869119, 5514645600885007272  # the last two, times 867, are 8 mod 2^64
 LISTS = [[], [0], [2, -1, 1], [0, -2, 1], [0, -1, 0], [1, 0, 1], [0, BIG[0], 1], [0, -1, BIG[1]], [1.5], None, "ab", 7]
 LISTS += [[BIG[2], BIG[2]], [-1, -1], [1, 2, 3, 4], [1] * 70, [BIG[3], BIG[4], 867]]
@@ -192,10 +264,12 @@ def _changes(name, value, is_raw):
         often = SHORTER * 5 if name.startswith(OUTPUT) else ENTRIES * 4 if value.dtype == torch.long else []
         return TENSORS + often + BUFFERS * is_raw
     if name.endswith("maps") and value:
-        among = [lambda x, c=c: [*x[:-1], c(x[-1])] for c in TENSORS[:-1]]
+        among = [lambda x, c=c: [*x[:-1], c(x[-1])] for c in TENSORS]
         return [*among, lambda x: x[:-1], lambda x: x + x[-1:], lambda x: x * 5]
     if name == "threads":  # more of them, the system may refuse to start, and OpenMP then ends the process
         return [lambda _, n=n: n for n in (0, -1, 7, 2**40, 1.5)]
+    if isinstance(value, tuple):
+        return [lambda _, n=n: tuple(n) if isinstance(n, list) else n for n in LISTS + NUMBERS]
     for kind, others in ((int, NUMBERS), (float, FLOATS), (list, LISTS), (str, ["gram", "none", "", None, 0])):
         if isinstance(value, kind):
             return [lambda _, n=n: n for n in others]
@@ -256,25 +330,15 @@ def built(fences, target, at, changes):
         name = list(a)[which % len(a)]
         ways = _changes(name, a[name], is_raw)
         change = ways[way % len(ways)]
-        if (
-            change is TENSORS[-1]
-            and not is_raw
-            and not (target.startswith("aggregate") and name in ("alpha", "weight"))
-        ):
-            continue  # None in place of a tensor is Python's own AttributeError
         if change in BUFFERS:
             later.append((name, change))
             continue
-        try:
+        with contextlib.suppress(*UNMADE):  # refused by torch: it cannot be made of this one
             a[name] = change(a[name])
-        except (*REFUSED, IndexError, AttributeError):  # by torch: it cannot be made of this one
-            pass
     a = {name: fences.place(name, x) for name, x in a.items()}
     for name, change in later:
-        try:
+        with contextlib.suppress(*UNMADE):
             a[name] = change(a[name])
-        except (*REFUSED, AttributeError):
-            pass
     return a
 
 
@@ -299,8 +363,7 @@ def attempt(target, a):
         found = [found] if isinstance(found, torch.Tensor) else found
         total = [r.sum() for r in found if r.requires_grad]
         slopes = torch.autograd.grad(total, leaves, allow_unused=True) if total and leaves else []
-    except (*REFUSED, IndexError) as error:  # what the gradients' operators refuse without the engine is torch's to say
-        assert "backward" in target or not isinstance(error, IndexError), error
+    except REFUSED as error:
         assert str(error), "refused without a word"
         return False
     assert [r.shape for r in found] == [torch.Size(s) for s in shapes(a)], [r.shape for r in found]

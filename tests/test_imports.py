@@ -14,6 +14,8 @@ import nearfold
 PACKAGE = Path(nearfold.__file__).parent
 # A part may import the parts with a smaller number; "" is the package itself, its public face.
 RANK = {
+    "_numbers": -1,
+    "_images": 0,
     "_torchvision": 0,
     "grammar": 0,
     "kernels": 0,

@@ -194,9 +194,9 @@ def from_torchvision(state: dict[str, torch.Tensor], size: int) -> dict[str, tor
     return found
 
 
-@pytest.mark.parametrize("grid", [(28, 14), (14, 14), (42, 28)], ids=str)
+@pytest.mark.parametrize("grid", [(28, 14), (14, 14), (15, 9), (3, 29), (23, 40), (6, 6)], ids=str)
 def test_swin_is_torchvisions(grid):
-    """At sizes that whole windows cover in every stage that has more than one; maps of one window do not shift."""
+    """At every size: maps that the window does not divide are padded, and maps of one window do not shift."""
     theirs = doubled(
         load("torchvision.models.swin_transformer").SwinTransformer(
             [4, 4], 8, [2, 2], [2, 4], [7, 7], num_classes=5, stochastic_depth_prob=0.0

@@ -18,6 +18,7 @@ import torch
 from nearfold.recipes.generated import write
 from nearfold.study import engine, tasks
 from nearfold.study import store as store_module
+from nearfold.study.checked import FIELDS
 from nearfold.study.engine import attempt, work_through
 from nearfold.study.grid import Data, Study, Trial
 from nearfold.study.local import Local
@@ -102,12 +103,12 @@ def test_a_run_that_somebody_else_does_is_waited_for(tmp_path, monkeypatch):
     planned = open_plan(tmp_path)
     store, first = Store(planned.place.root), planned.runs[0]
     monkeypatch.setattr(engine, "POLL_SECONDS", 0.05)
-    naps = []
+    naps, theirs = [], dict.fromkeys(FIELDS["train"], 1) | {"test_accuracy": 0.5}
 
     def nap(seconds):
         naps.append(seconds)
         if len(naps) == 3:  # meanwhile, somebody else has finished
-            store.save(first.config, {"test_accuracy": 0.5})
+            store.save(first.config, theirs)
             claim.__exit__(None, None, None)
 
     monkeypatch.setattr(time, "sleep", nap)
@@ -119,7 +120,7 @@ def test_a_run_that_somebody_else_does_is_waited_for(tmp_path, monkeypatch):
     lines = []
     work_through(planned.runs, planned.place, Local(1), say=lines.append)
     assert naps == [0.05] * 3 and len(lines) == 1 + 4
-    assert store.load(first.config) == {"test_accuracy": 0.5}
+    assert store.load(first.config) == theirs
 
 
 def test_what_is_measured_has_the_machine_to_itself(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_the_page_is_whole_and_asks_for_nothing(figure):
                 assert value.startswith("#"), value
     assert "http" not in re.sub(r'(xmlns(:\w+)?|xlink:\w+)="[^"]*"', "", re.sub(r"<!DOCTYPE[^>]*>", "", text))
     assert "A title &lt;&amp;&gt;" in text and "<1>" not in text and "RuntimeError: &lt;bad&gt;" in text
-    for words in ("Which?", "That one.", "The answer", "The protocol", "Every run", "Facts &amp; figures."):
+    for words in ("Which?", "That one.", "The answer in full", "Every run", "Facts &amp; figures."):
         assert words in text
     assert text.count("<title>") > 10  # every point says its numbers
 
@@ -196,6 +196,16 @@ def test_the_authors_runs_are_read_by_their_arguments(tmp_path):
         read(path, [replace(asked, columns=("arg_K", "arg_z"))])
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "no.csv", [asked])
+    path.write_text("final_test_top1,arg_K,arg_m\n<b>,9,vgg\n")
+    with pytest.raises(ValueError, match="must be a number in every line"):
+        read(path, [asked])
+
+
+def test_a_wrong_table_of_authors_is_found_before_any_run(tmp_path, capsys):
+    command = ["study", "run", "recipes/own_study.py", "--out", str(tmp_path), "--authors", str(tmp_path / "no.csv")]
+    assert cli.main(command) == 2
+    printed = capsys.readouterr()
+    assert "does not exist" in printed.err and "runs have finished" not in printed.out
 
 
 def test_the_command_runs_a_study_of_ones_own(tmp_path, capsys):
@@ -239,10 +249,20 @@ def _costs(root):
     [
         (["run", "ratios"], "no study is called 'ratios'"),
         (["run", "ratio", "--data", "cifar10"], "--data must be NAME=FOLDER"),
+        (
+            ["run", "ratio", "--data", "cfar10=x"],
+            "no data set of the study 'ratio' is called so, did you mean 'cifar10'",
+        ),
+        (
+            ["run", "ratio", "--data", "cifar10=x", "--data", "cifar10=y"],
+            "--data cifar10 is given twice, as x and as y",
+        ),
         (["run", "ratio", "--data", "cifar10=nowhere"], "nowhere does not exist"),
         (["run", "augmentation"], "where is the data set 'cifar10'"),
         (["budget"], "say a budget"),
-        (["budget", "--latency-ms", "5"], "no run of the study is in"),
+        (["budget", "--latency-ms", "5", "--data", "cifar10=nowhere"], "nowhere does not exist"),
+        (["budget", "--latency-ms", "5", "--preset", "paper"], "where is the data set"),
+        (["budget", "--latency-ms", "0"], "a budget must be above 0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):

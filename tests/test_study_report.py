@@ -61,7 +61,7 @@ class Strict(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "style" not in self.open and "script" not in self.open:
             self.text.append(data)
 
 
@@ -76,7 +76,7 @@ def read(page):
 def test_page_is_well_formed_and_loads_nothing(page):
     parser = read(page)
     assert parser.loads and all(address.startswith(("#", "data:")) for address in parser.loads)
-    assert "<script" not in page and "@import" not in page and "url(http" not in page
+    assert page.count("<script>") == 1 and "@import" not in page and "url(http" not in page
     assert "<metadata" not in page
 
 
@@ -84,8 +84,8 @@ def test_every_section_and_operator_is_there(page):
     text = " ".join(read(page).text)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "What was asked", "The answer", "The table", "Along the spectrum", "Accuracy against cost",
-        "Where each operator looks", "The recipe", "To reproduce",
+        "What may be concluded", "What was asked", "The answer in full", "The numbers", "Along the spectrum",
+        "Accuracy against cost", "Where each operator looks", "The recipe", "To reproduce",
     ]  # fmt: skip
     for part in ("conv <3x3>", "Some facts & figures.", "all | row | softmax(heads=4)", "89.2 ± 0.2", "0.003",
                  "class 4", "nearfold study spectrum"):  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from nearfold.recipes import generated
-from nearfold.train import Recipe, fit, load_data, open_data, sources, stream, transforms
+from nearfold.train import Recipe, fit, load_data, open_data, parquet, stream, transforms
 from nearfold.train.distributed import Team
 from nearfold.train.feed import open_feed
 from nearfold.train.seeds import generator
@@ -212,9 +212,9 @@ def test_a_row_is_as_likely_early_as_late():
 def test_a_reader_keeps_as_many_row_groups_as_it_is_told(folders, monkeypatch):
     records = open_data(folders / "parquet").splits["train"].records
     read, loads = records.reader(2), []
-    original = sources.ParquetRecords._read_group
+    original = parquet.ParquetRecords._read_group
     monkeypatch.setattr(
-        sources.ParquetRecords, "_read_group", lambda self, unit: loads.append(unit) or original(self, unit)
+        parquet.ParquetRecords, "_read_group", lambda self, unit: loads.append(unit) or original(self, unit)
     )
     contents = [read(row) for row in (0, 8, 1, 15, 2, 8, 0)]
     assert loads == [0, 1, 2, 1] and contents[0] == contents[-1] != contents[2]
@@ -461,7 +461,7 @@ def test_what_is_not_installed_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"'resized_erasing' needs torchvision.*or choose augment='resized_crop'"):
         open_feed(data, replace(RECIPE, augment="resized_erasing"), team, 0)
-    with pytest.raises(ImportError, match=r"holds parquet files: pip install 'nearfold\[data\]'"):
+    with pytest.raises(ImportError, match=r"holds parquet files: pip install pyarrow"):
         open_data(folders / "parquet")
 
 

@@ -66,3 +66,8 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"nearfold.{name}")
     raise AttributeError(f"module 'nearfold' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Everything that `__getattr__` finds, too: so that a prompt completes it."""
+    return sorted({*globals(), *_PACKAGES, *_FUNCTIONS})

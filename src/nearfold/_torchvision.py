@@ -25,7 +25,7 @@ def transforms() -> ModuleType:
         return load("torchvision.transforms.v2")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "augment='randaugment' needs torchvision: pip install 'nearfold[vision]', or choose augment='crop_flip'"
+            "augment='randaugment' needs torchvision: pip install torchvision, or choose augment='crop_flip'"
         ) from error
 
 

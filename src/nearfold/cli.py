@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nearfold import __version__, look_command
-from nearfold.grammar import CATALOGUE, parse
+from nearfold.grammar import parse
 
 INTRODUCTION = """\
 Convolution and self-attention are two ends of one operator: look somewhere (path), in some
@@ -175,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the mixing layer, in the notation or by its name in `ops` (default: conv)",
     )  # fmt: skip
     train.add_argument(
+        "--label-column", metavar="NAME",
+        help="the column of parquet files, or the field of KEY.json in tar files, with the labels (default: label, or "
+        "fine_label)",
+    )  # fmt: skip
+    train.add_argument(
         "--stream", type=_positive, metavar="PIXELS",
         help="read images from parquet, tar or image files when they are needed, and make them so large, instead of "
         "holding all in memory",
@@ -224,11 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     spectrum.set_defaults(command=_study_spectrum)
 
-    from nearfold.study import command
+    from nearfold.study import budget_command, command
 
-    EXAMPLES.update(command.EXAMPLES)
+    EXAMPLES.update(command.EXAMPLES, budget=budget_command.EXAMPLES)
+    budget_command.add(_new(commands.add_parser, "budget", budget_command.SUMMARY))
     _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
     command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))
+    command.add_page(_new(studies.add_parser, "study page", "draw a study's page again, from its results.json"))
     command.add_budget(_new(studies.add_parser, "study budget", "the best layer for a budget, by the study `budget`"))
     return parser
 
@@ -247,8 +254,8 @@ def _new(make: Any, name: str, summary: str = "", **options: Any) -> argparse.Ar
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="digits", metavar="SOURCE",
-        help="digits (8x8 handwriting, comes along; default), a folder with Hugging Face parquet files, or a "
-        "folder of images: train/CLASS/*.png",
+        help="digits (8x8 handwriting, comes along; default), or a folder of Hugging Face parquet files, of WebDataset "
+        "tar files, or of images, train/CLASS/*.png",
     )  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N", help="at most N training and N test images")
 
@@ -290,11 +297,6 @@ def attribute_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "").replace("`", "").split()) for name, text in items}
 
 
-def _notation(text: str) -> str:
-    """The notation, where `text` is a name of the catalogue."""
-    return CATALOGUE[text].notation if text in CATALOGUE else text
-
-
 def _ops(args: argparse.Namespace) -> int:
     from nearfold.periodic import card, table
 
@@ -310,7 +312,7 @@ def _explain(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype: torch has no dtype {args.dtype!r}; for instance float32, bfloat16, float64")
-    operation = parse(_notation(args.notation))
+    operation = parse(args.notation)
     print(
         explain(operation, args.shape, args.out_channels, dtype=dtype, device=args.device, grad=args.grad)
     )  # fmt: skip
@@ -341,9 +343,11 @@ def _train(args: argparse.Namespace) -> int:
     if args.stream is not None and args.limit is not None:
         raise ValueError("--limit is for data held in memory: leave it out, or --stream")
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    operation = parse(_notation(args.op))
+    operation = parse(args.op)
     data = (
-        load_data(args.data, limit=args.limit) if args.stream is None else open_data(args.data, image_size=args.stream)
+        load_data(args.data, limit=args.limit, label_column=args.label_column)
+        if args.stream is None
+        else open_data(args.data, image_size=args.stream, label_column=args.label_column)
     )
     import torch
 
@@ -368,9 +372,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _study_spectrum(args: argparse.Namespace) -> int:
     from nearfold.study.local import default_jobs
-    from nearfold.study.publish import publish
+    from nearfold.study.publish import printed, publish
     from nearfold.study.spectrum import Settings, open_study, run
-    from nearfold.study.table import COLUMNS, cells, text_table
 
     given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
     settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
@@ -380,7 +383,7 @@ def _study_spectrum(args: argparse.Namespace) -> int:
     finally:  # also when interrupted: what has finished is worth a report
         if study.finished:
             paths = publish(study)
-            print("\n" + text_table(COLUMNS, (cells(row) for row in study.rows())))
+            print("\n" + printed(study))
             print("\n" + "\n".join(str(path) for path in paths))
     for label, error in study.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)

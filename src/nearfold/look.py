@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._images import picture, read_file
 from nearfold.grammar import Operation
 from nearfold.look_layers import SHARPNESS, STEP, Reading, features, read
 
@@ -141,15 +142,9 @@ def _opened(name: str) -> Any:
         if name[7:] not in samples:
             raise ValueError(f"{name}: the sample photographs are {' and '.join('sample:' + s for s in samples)}")
         return numpy.array(load_sample_image(name[7:]))
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise ValueError(f"{name}: no such file (without one of your own: sample:china.jpg)")
-    try:
-        with Image.open(name) as opened:
-            return numpy.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name}: not an image that can be read ({error})") from error
+    return numpy.array(picture(read_file(Path(name)), name, "RGB"))
 
 
 # --- the picture: measures in inches, from the upper left corner

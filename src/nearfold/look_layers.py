@@ -6,7 +6,6 @@ Shape legend: F features, C channels, h, w the grid of patches, M outputs, N pos
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,12 +112,8 @@ def _line(layer: Mixer, grid: tuple[int, int], patch: tuple[int, int], outputs: 
 
 def _named(operation: str | Operation) -> tuple[str, Operation]:
     """Title (of an entry of the catalogue that is the same, or "") and operation."""
-    if isinstance(operation, str) and operation not in CATALOGUE and operation.isidentifier():
-        near = difflib.get_close_matches(operation, CATALOGUE, 1)
-        hint = f"did you mean {near[0]}?" if near else "`nearfold ops` lists the names"
-        raise ValueError(f"no operator is called {operation!r}; {hint}")
     if isinstance(operation, str):
-        operation = CATALOGUE[operation].operation if operation in CATALOGUE else parse(operation)
+        operation = parse(operation)
     return next((e.title for e in CATALOGUE.values() if e.operation == operation), ""), operation
 
 

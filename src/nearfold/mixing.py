@@ -58,6 +58,9 @@ def mixing_matrix(
     not part of it, nor are biases. N counts the grid without the border that ``nearest(padding=...)`` adds; where the
     layer unshuffles its input, both count the unshuffled grid. Random candidates are not drawn: all are searched.
 
+    Zeros that an operation adds around or behind its input (`nearest(padding)`, `block(padded)`) have no column, though
+    a bias on the values makes them count: the rows are then what is left of the sum.
+
     Any other layer is differentiated: the entry is sqrt(sum over o and c of (dy[o, m] / dx[c, n])^2 / P) over the
     channels o and c of one of ``groups`` equal groups, or the signed derivative itself where a group is one channel to
     one channel. For a linear layer this is the definition above; for others it is the matrix around x, with what x
@@ -178,10 +181,14 @@ def _part(call: Call, limit_gib: float) -> _Part:
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
     border = padding_of(call.op)
-    if not border:
-        return part
-    inside = (..., *(slice(border, border + n) for n in call.grid))
-    return _Part(part.matrix.unflatten(-1, call.padded)[inside].flatten(3), part.exact)
+    inner = call.inner or call.grid
+    matrix = part.matrix
+    if border or call.inner:
+        matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
+    if call.inner:
+        outputs = (slice(None), slice(None), *(slice(n) for n in inner))
+        matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
+    return _Part(matrix, part.exact)
 
 
 def _kernel(call: Call) -> Tensor | None:

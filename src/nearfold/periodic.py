@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
 from nearfold.grammar.complexity import c_d, primitives
-from nearfold.grammar.presets import FAMILIES
+from nearfold.grammar.presets import FAMILIES, entry_of
 from nearfold.lower import Explanation, explain
 
 WIDTHS = (23, 43, 12, 31, 4)  # name, path, shape, weight, C_D; the backend follows
@@ -42,11 +41,7 @@ def card(name: str) -> str:
     >>> print(card("conv").splitlines()[0])
     conv: Convolution 3x3 (nn.Conv2d)
     """
-    if name not in CATALOGUE:
-        close = difflib.get_close_matches(name, CATALOGUE, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"ops: the catalogue has no {name!r}{hint}; choose from: {', '.join(CATALOGUE)}")
-    entry = CATALOGUE[name]
+    entry = entry_of(name)
     op = entry.operation
     scores = " + ".join(f"{word} {score:g}" for word, score in primitives(op).items())
     lines = [f"{entry.name}: {entry.title} ({entry.source})", f"  {entry.notation}"]

@@ -48,6 +48,7 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "window_experts": "window(3, mode=reflect, stride=2) | box | experts(2)",
     "block_kernel": "block(2, shift=1) | box | mean*kernel",
     "block_cosine": "block((2, 3), cosine) | box | softmax(heads=2)*separable(groups=2)",
+    "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
     "deformable_groups": "deformable((3, 2), groups=2, stride=2, padding=1) | box | modulated*kernel(groups=2)",
     "deformable_bare": "deformable(3, dilation=2) | box | ones(project=v)",
     "deformable_separable": "deformable(2) | box | modulated*separable(coordinates=fourier)",
@@ -88,6 +89,8 @@ CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items
     "nearest_dilated": "nearest(4, position(dilation=2)) | box | depthwise",
     "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
     "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
+    "nearest_experts": "nearest(3, dot) | box | experts(2)",
+    "nearest_learned": "nearest(4, blend(0.4, learned), self) | ranked | softmax(heads=2)*depthwise",
     "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
     "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
     "sum_shift_bias": "a*(block(3, scaled(bias=table), shift=1) | box | softmax(heads=2))"

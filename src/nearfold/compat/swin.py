@@ -27,14 +27,14 @@ class RolledACmix(Mixer):
         super().__init__(Sum((("a", attention), ("b", convolution))), channels)
         self.shift = shift
 
-    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         params = self.tensors()
         assert isinstance(self.operation, Sum)
         (_, attention), (_, convolution) = self.operation.terms
         a, b = params["rates"].unbind()
         rolled = torch.roll(x, (-self.shift, -self.shift), (2, 3))
         conv = apply(convolution, operand(params, 1), rolled, out_channels=self.made_channels, backend=self.backend)
-        own = apply(attention, operand(params, 0), x, out_channels=self.made_channels, backend=self.backend)
+        own = apply(attention, operand(params, 0), x, out_channels=self.made_channels, backend=self.backend, mask=mask)
         return a * own + b * torch.roll(conv, (self.shift, self.shift), (2, 3))
 
 

@@ -2,7 +2,7 @@
 
     operation := term (("+") term)*
     term      := [rate "*"] ( "(" operation ")" | "branch(" number "," operation "," operation ["," "mix"] ")"
-                            | path "|" shape "|" weight )
+                            | path "|" shape "|" weight | a name of the catalogue )
     weight    := rho ["*" kernel] | kernel
     word      := name ["(" argument ("," argument)* ")"]      argument := value | name "=" value | flag
 
@@ -24,7 +24,14 @@ from nearfold.grammar.operation import Basic, Branch, Operation, Sum, Weight
 from nearfold.grammar.word import WORDS, Word
 from nearfold.grammar.words import Ones
 
+NAMES: dict[str, tuple[str, str]] = {}
+"""Names that stand for an operation: its notation, and words by which somebody may look for it."""
+
+ENDS = ("", "+", ")", ",")
+"""What may follow an operation; a name before it stands alone."""
+
 MAX_DEPTH = 50  # far from Python's recursion limit
+SHOWN = 300  # characters of a text in an error
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))")
 
@@ -34,7 +41,11 @@ class NotationError(ValueError):
 
     def __init__(self, message: str, text: str, position: int) -> None:
         self.message, self.text, self.position = message, text, position
-        super().__init__(f"{message}\n  {text}\n  {' ' * position}^")
+        near, at = text, position
+        if len(text) > SHOWN:  # its part around the place
+            start = max(position - SHOWN // 2, 0)
+            near, at = f"...{text[start : start + SHOWN]}...", position - start + 3
+        super().__init__(f"{message}\n  {near}\n  {' ' * at}^")
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses process boundaries
         return type(self), (self.message, self.text, self.position)
@@ -44,7 +55,8 @@ def parse(text: str) -> Operation:
     """Read an operation from its notation.
 
     Args:
-        text: for instance ``"nearest(9, cosine) | ranked | kernel"``.
+        text: for instance ``"nearest(9, cosine) | ranked | kernel"``, or a name of the catalogue, such as ``"convnn"``,
+            which may stand inside of others as well: ``"branch(0.5, convnn, conv)"``.
 
     Returns:
         A frozen, hashable `Operation`; ``parse(str(operation)) == operation``.
@@ -54,6 +66,8 @@ def parse(text: str) -> Operation:
 
     >>> print(parse("nearest(9,cosine)|ranked|softmax * depthwise"))
     nearest(9, cosine) | ranked | softmax*depthwise
+    >>> print(parse("branch(0.5, convnn, conv)"))
+    branch(0.5, nearest(9, cosine, self) | ranked | kernel, window(3) | box | kernel)
     >>> print(parse("a*(all | row | softmax(heads=4)) + b*(window(3) | box | kernel)"))
     a*(all | row | softmax(heads=4)) + b*(window(3) | box | kernel)
     """
@@ -63,6 +77,25 @@ def parse(text: str) -> Operation:
     if not flat:
         raise NotationError("empty notation; write path | shape | weight, such as window(3) | box | kernel", flat, 0)
     return _parse(flat)
+
+
+def did_you_mean(name: str) -> str:
+    """Names of the catalogue that somebody may have meant, in brackets; empty where none is close.
+
+    By letters, and by the words of an operator's title and source.
+
+    >>> did_you_mean("swim"), did_you_mean("involutoin"), did_you_mean("convolution")
+    (' (did you mean swin?)', ' (did you mean involution?)', ' (did you mean conv or conv_strided or conv_dilated?)')
+    """
+    low = name.lower().replace("-", "_")
+    words = {known: f" {known} {about} ".lower().replace("-", "_") for known, (_, about) in NAMES.items()}
+    plain = low.replace("_", " ")
+    close = [low] if low in NAMES else [known for known, about in words.items() if f" {low} " in about]
+    close += [known for known, about in words.items() if f" {plain} " in about.replace("_", " ")]
+    close += difflib.get_close_matches(low, NAMES, 3)
+    close += [known for known, about in words.items() if len(low) > 2 and low in about]
+    found = list(dict.fromkeys(close))[:3]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,7 +159,7 @@ class _Parser:
             op = self.operation()
             self.take(")", "to close the operation")
             return rate, op
-        return rate, self.branch() if self.peek() == "branch" else self.basic()
+        return rate, self.branch() if self.peek() == "branch" and self.peek(1) not in ENDS else self.basic()
 
     def branch(self) -> Operation:
         start = self.tokens[self.at][2]
@@ -148,7 +181,16 @@ class _Parser:
         return self.build(start, Branch, float(value), first, second, **flags)
 
     def basic(self) -> Operation:
-        start = self.tokens[self.at][2]
+        kind, name, start = self.tokens[self.at]
+        if kind == "name" and (self.peek(1) in ENDS or "|" not in self.text):  # no path, with a shape and a weight
+            if name not in NAMES or self.peek(1) not in ENDS:
+                text = name if self.peek(1) in ENDS else self.text
+                self.fail(
+                    f"{text!r} is not the name of an operator{did_you_mean(text)}; write path | shape | weight, such "
+                    "as window(3) | box | kernel, or a name that `nearfold ops` lists"
+                )
+            self.at += 1
+            return _parse(NAMES[name][0])
         path = self.word(("path",))
         self.take("|", "between path and shape")
         shape = self.word(("shape",))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from nearfold._numbers import LARGEST, plain, shown
 from nearfold.grammar.similarity import Elu, Position, Scaled
-from nearfold.grammar.word import WORDS
+from nearfold.grammar.word import WORDS, all_ones
 from nearfold.grammar.words import (
     All,
     Block,
@@ -134,6 +134,8 @@ class Basic(Operation):
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
             )
+        if isinstance(rho, Table) and not all_ones(getattr(self.path, "stride", 1)):
+            raise ValueError(f"{rho} has a row for every output already; leave stride out, got {self.path}")
         if isinstance(self.path, Scan) and not isinstance(rho, Selective):
             raise ValueError(f"scan goes with weight selective, got {self.weight}")
         if isinstance(self.path, Deformable) and not (isinstance(rho, Ones | Modulated) and rho.heads == 1):
@@ -171,6 +173,14 @@ class Basic(Operation):
                 raise ValueError(f"scaled(bias={bias}) goes with softmax over one of the paths {names}, got {self}")
             if bias == "table" and isinstance(path, Window) and path.mode == "reflect":
                 raise ValueError(f"scaled(bias=table) goes with mode=zeros or inside, got {path}")
+        if getattr(near, "learned", False):
+            if not rho.needs_score:
+                raise ValueError(
+                    f"blend(learned) gets its gradient through the scores that weigh, and rho {rho.word} reads none: "
+                    f"use softmax, inverse or identity, such as {path} | {self.shape} | softmax; got {self}"
+                )
+            if getattr(path, "again", None) is not None:
+                raise ValueError(f"again does not go with blend(learned), got {path}")
         if isinstance(rho, Normalized) and not isinstance(near, Elu):
             raise ValueError(
                 f"normalized divides by the sum of the scores, which must not be negative: use elu, such as {path.word}"
@@ -220,11 +230,14 @@ class Sum(Operation):
             raise ValueError(f"a sum needs at least two terms, got {len(self.terms)}")
         terms = []
         for rate, term in self.terms:
-            plain = isinstance(rate, int | float) and not isinstance(rate, bool) and math.isfinite(rate)
+            rate = plain(rate)
+            number = type(rate) in (int, float) and abs(rate) <= LARGEST
             name = isinstance(rate, str) and rate.isascii() and rate.isidentifier()
-            if not (rate is None or plain or name):
-                raise ValueError(f"a sum's rate must be a name, a finite number or None, got {rate!r}")
-            terms.append((float(rate) if plain else rate, term))  # type: ignore[arg-type]
+            if not (rate is None or number or name):
+                raise ValueError(
+                    f"a sum's rate must be a name, a finite number or None (at most {LARGEST:g}), got {shown(rate)}"
+                )
+            terms.append((float(rate) if number else rate, term))
         object.__setattr__(self, "terms", tuple(terms))
         names = [r for r, _ in self.terms if isinstance(r, str)]
         if len(set(names)) != len(names):
@@ -259,10 +272,15 @@ class Branch(Operation):
     split: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-            raise ValueError(f"branch: ratio must be a number, got {self.ratio!r}")
+        for name in ("ratio", "mix", "split"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        if type(self.ratio) not in (int, float):
+            raise ValueError(f"branch: ratio must be a number, got {shown(self.ratio)}")
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"branch: ratio must be between 0 (all second) and 1 (all first), got {self.ratio}")
+            raise ValueError(f"branch: ratio must be between 0 (all second) and 1 (all first), got {shown(self.ratio)}")
+        for name, flag in (("mix", self.mix), ("split", self.split)):
+            if type(flag) is not bool:
+                raise ValueError(f"branch: {name} must be true or false, got {shown(flag)}")
         for op in (self.first, self.second):
             if not isinstance(op, Operation):
                 raise ValueError(f"branch: operands are operations, got {op!r}")

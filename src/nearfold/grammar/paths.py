@@ -136,6 +136,10 @@ class Block(Path):
     ``shift`` moves the blocks' borders, so that the blocks at the grid's own border are smaller: ``shift`` half of
     ``size`` is Swin's shifted window (arXiv 2103.14030), whose mask after its cyclic shift says the same. Along an axis
     that one block covers nothing is shifted, as there.
+
+    Blocks that reach beyond the grid are cut short. With ``padded`` the grid is first filled up to whole blocks by zero
+    inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
+    torchvision and timm, where a size does not divide the map.
     """
 
     word = "block"
@@ -143,19 +147,17 @@ class Block(Path):
     size: Size
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     shift: Size = 0
+    padded: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes(self, size=self.size)
         _similar(self)
         size, shift = (v if isinstance(v, tuple) else (v,) for v in (self.size, self.shift))
         ok = all(type(n) is int and n >= 0 for n in shift) and (len(shift) == len(size) or 1 in (len(shift), len(size)))
-        check(
-            ok and all(n < m for n in shift for m in size[: len(shift)]),
-            self,
-            "shift",
-            self.shift,
-            "from 0 to size - 1",
-        )
+        axes = max(len(size), len(shift))
+        pairs = zip(shift * (axes // max(len(shift), 1)), size * (axes // len(size)), strict=False)
+        check(ok and all(n < m for n, m in pairs), self, "shift", self.shift, "from 0 to size - 1")
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,7 @@ class Strided(Shape):
 
     word = "strided"
     primitive = ("STRIDED_ROW", 1)
-    step: int
+    step: int = field(metadata={"most": 2**62})  # no further than the map in any case
 
     def __post_init__(self) -> None:
         positive(self, step=self.step)

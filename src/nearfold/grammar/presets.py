@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nearfold.grammar.notation import parse
+from nearfold.grammar.notation import NAMES, did_you_mean, parse
 from nearfold.grammar.operation import Operation
 
 
@@ -361,6 +361,7 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
 }
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(e.name for e in entries) for family, entries in _FAMILIES.items()}
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entries in _FAMILIES.values() for entry in entries}
+NAMES.update({name: (entry.notation, f"{entry.title} {entry.source}") for name, entry in CATALOGUE.items()})
 
 
 def preset(name: str) -> Operation:
@@ -369,6 +370,15 @@ def preset(name: str) -> Operation:
     >>> print(preset("convnn"))
     nearest(9, cosine, self) | ranked | kernel
     """
+    return entry_of(name).operation
+
+
+def entry_of(name: str) -> Entry:
+    """The catalogue's entry of this name.
+
+    Raises:
+        ValueError: when there is none, with those that may be meant.
+    """
     if name not in CATALOGUE:
-        raise ValueError(f"preset: no entry {name!r}; choose from: {', '.join(CATALOGUE)}")
-    return CATALOGUE[name].operation
+        raise ValueError(f"the catalogue has no {name!r}{did_you_mean(name)}; its names: {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]

@@ -34,12 +34,14 @@ class Place:
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
 
     def exact(self) -> Tensor:
-        """Centred coordinates (N, a) in about [-1, 1]: one power-of-two scale for all axes keeps ties exact."""
-        largest, scale = max(self.grid), 1
-        while scale < largest:
-            scale *= 2
+        """Centred coordinates (N, a) in steps of one position: whole and half numbers, whose ties are exact."""
         axes = [torch.arange(n, device=self.device, dtype=self.dtype) - (n - 1) / 2 for n in self.grid]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid)) * (2 / scale)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
+
+    @property
+    def step(self) -> float:
+        """How far neighbouring positions are apart where the longest axis runs from -1 to 1."""
+        return 2 / max(max(self.grid) - 1, 1)
 
     def _from_minus_one_to_one(self, n: int) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -120,17 +122,24 @@ def _append(x_BHNd: Tensor, coordinates: bool | str, place: Place, params: dict[
     return torch.cat([x_BHNd, code_Np.expand(*x_BHNd.shape[:2], *code_Np.shape)], -1)
 
 
-def rotated(x_BHNd: Tensor, place: Place) -> Tensor:
+def angles(place: Place, pairs: int, rotary: bool | float) -> Tensor:
+    """By how much each pair of features is turned at each position (N, a, pairs); see `rotated`."""
+    axes = len(place.grid)
+    base = float(rotary) if rotary is not True else 10000.0 if axes == 1 else 100.0
+    frequency_p = base ** (-torch.arange(pairs, device=place.device, dtype=place.dtype) / pairs)
+    return place.index().to(place.dtype)[..., None] * frequency_p
+
+
+def rotated(x_BHNd: Tensor, place: Place, rotary: bool | float = True) -> Tensor:
     """Pairs of features turned by angles that grow with the position, the axes taking turns (arXiv 2104.09864).
 
-    d / (2 a) pairs for each of the a axes, at frequencies 100^(-j / pairs) as in arXiv 2403.13298 for images; 10000 on
-    one axis, as in language models. Features (j, j + half) of an axis' share make a pair.
+    d / (2 a) pairs for each of the a axes, at frequencies base^(-j / pairs). The base is what ``rotary`` says; unless
+    that is a number, 100 as in arXiv 2403.13298 for images, and 10000 on one axis, as in language models. Features
+    (j, j + half) of an axis' share make a pair.
     """
     axes = len(place.grid)
     pairs = x_BHNd.shape[-1] // (2 * axes)
-    base = 10000.0 if axes == 1 else 100.0
-    frequency_p = base ** (-torch.arange(pairs, device=x_BHNd.device, dtype=place.dtype) / pairs)
-    angle_Nap = place.index().to(place.dtype)[..., None] * frequency_p
+    angle_Nap = angles(place, pairs, rotary)
     cos, sin = angle_Nap.cos().to(x_BHNd.dtype), angle_Nap.sin().to(x_BHNd.dtype)
     first, second = x_BHNd.unflatten(-1, (axes, 2, pairs)).unbind(-2)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -2).flatten(-3)
@@ -179,6 +188,15 @@ class Similarity(Word):
         """Vectors whose metric is this similarity: query (B|1, H|1, N, e) and key (B|1, H|1, N, e)."""
         raise NotImplementedError
 
+    def embed_ranked(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """As `embed`, and a positive factor (or one per head, (H, 1, 1)) of the scores, for a search.
+
+        The factor does not change who is nearest; without it a similarity may find vectors whose ties are exact.
+        """
+        return *self.embed(q_BHNd, k_BHNd, place, params), 1.0
+
     def _appended(
         self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -215,28 +233,33 @@ class Scaled(Similarity):
 
     ``coordinates`` appends the positions to query and key. ``relative`` adds ACmix's position term
     q_i . (p_i - p_j), p a learned pointwise map of the coordinates (arXiv 2111.14556, its public layer). ``rotary``
-    turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298). ``bias`` adds a number
-    per head that depends on the offset only: a learned ``table`` (Swin, arXiv 2103.14030, eq. 4), for paths of a fixed
-    extent, or ``alibi``: minus the distance times 2^(-8 h / heads), h = 1.. (arXiv 2108.12409).
+    turns query and key by their positions, on any number of axes (arXiv 2104.09864, 2403.13298); a number is the base
+    of its frequencies. ``bias`` adds a number per head that depends on the offset only: a learned ``table`` (Swin,
+    arXiv 2103.14030, eq. 4), for paths of a fixed extent, or ``alibi``: minus the distance times 2^(-8 h / heads),
+    h = 1.. (arXiv 2108.12409).
     """
 
     word = "scaled"
     coordinates: bool | str = False
     relative: bool = False
-    rotary: bool = False
+    rotary: bool | float = False
     bias: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_coordinates(self)
         check(not (self.coordinates and self.relative), self, "relative", self.relative, "given without coordinates")
+        if not isinstance(self.rotary, bool):
+            number(self, "rotary", self.rotary)
+            check(self.rotary > 1, self, "rotary", self.rotary, "a flag, or the base of its frequencies, above 1")
+            object.__setattr__(self, "rotary", float(self.rotary))
         both = self.rotary and (self.coordinates is not False or self.relative)
         check(not both, self, "rotary", self.rotary, "given without coordinates and relative")
         check(self.bias in ("none", "table", "alibi"), self, "bias", self.bias, "none, table or alibi")
 
     @property
     def placed(self) -> bool:
-        return self.coordinates is not False or self.relative or self.rotary or self.bias != "none"
+        return self.coordinates is not False or self.relative or self.rotary is not False or self.bias != "none"
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)
@@ -253,7 +276,7 @@ class Scaled(Similarity):
         scale = q_BHNd.shape[-1] ** -0.5
         q_BHNd, k_BHNd = self._appended(q_BHNd, k_BHNd, place, params)
         if self.rotary:
-            q_BHNd, k_BHNd = rotated(q_BHNd, place), rotated(k_BHNd, place)
+            q_BHNd, k_BHNd = rotated(q_BHNd, place, self.rotary), rotated(k_BHNd, place, self.rotary)
         if self.relative:
             # features and positions swapped: for keys by planes the gradient's sum over batch and heads is then fast
             p_dN = self._position(place, params, k_BHNd).neg().T
@@ -322,6 +345,8 @@ class Elu(Similarity):
 class Position(Similarity):
     """Minus the distance between the positions themselves; features play no part.
 
+    The unit is that of `Place.step`: the longest axis of the grid runs from -1 to 1, at every size, so that softmax
+    over positions is as wide, as a share of the map, on a small grid as on a large one.
     ``metric`` is euclidean or chebyshev (the metric whose balls are square windows). With ``dilation`` d
     only positions whose offset is a multiple of d on every axis are candidates, as in a dilated convolution.
     """
@@ -344,17 +369,28 @@ class Position(Similarity):
         return self.metric
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        where_11Na = place.exact()[None, None] * place.step
+        return where_11Na, where_11Na
+
+    def embed_ranked(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
         exact_11Na = place.exact()[None, None]
-        return exact_11Na, exact_11Na
+        return exact_11Na, exact_11Na, place.step
 
 
 @dataclass(frozen=True)
 class Blend(Similarity):
     """From space (lam = 0) to features (lam = 1): the metric of [lam * f / std(f), (1 - lam) * position].
 
-    ``std`` is over channels and positions of one sample and head (ConvNN's Loc_Col, arXiv 2511.14137).
-    ``unit`` scales every axis to [-1, 1] on its own, as the public code does; by default the grid keeps
-    its proportions, so that lam = 0 is `position` exactly, ties included.
+    ``std`` is over channels and positions of one sample and head (ConvNN's Loc_Col, arXiv 2511.14137). The positions'
+    longest axis runs from -1 to 1 at every size of the grid and the others keep its proportions, so that lam = 0 is
+    `position` exactly; ties between positions are exact at every lam. ``unit`` scales every axis to [-1, 1] on its own
+    and breaks ties by rounding, as the public code does.
+
+    ``learned`` makes lam a parameter, one for each head, that starts at the number given: ``blend_logit`` (heads,),
+    whose sigmoid is lam, kept between 2e-9 and 1 - 2e-9. Its gradient comes through the scores that weigh (softmax,
+    inverse ...); none goes through the choice of neighbours.
     """
 
     word = "blend"
@@ -362,11 +398,14 @@ class Blend(Similarity):
     lam: float
     metric: str = field(default="euclidean", metadata={"positional": True})
     unit: bool = False
+    learned: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "lam", self.lam)
         check(0 <= self.lam <= 1, self, "lam", self.lam, "between 0 (space) and 1 (features)")
+        inner = not self.learned or 0.001 <= self.lam <= 0.999
+        check(inner, self, "lam", self.lam, "from 0.001 to 0.999 where it is learned: at an end nothing pulls it away")
         check(self.metric in ("euclidean", "cosine"), self, "metric", self.metric, "euclidean or cosine")
         object.__setattr__(self, "lam", float(self.lam))
 
@@ -380,16 +419,43 @@ class Blend(Similarity):
         return "gram" if self.unit and self.metric == "euclidean" else self.metric
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        where_Na = ((1 - self.lam) * (place.unit() if self.unit else place.exact())).to(q_BHNd.dtype)
-        if self.lam == 0:
-            if self.metric == "cosine":  # normalised along the first axis: rounds as the public code does
-                where_Na = F.normalize(where_Na.T.contiguous(), dim=0).T.contiguous()
-            return where_Na[None, None], where_Na[None, None]
+        q_BHNe, k_BHNe, factor = self.embed_ranked(q_BHNd, k_BHNd, place, params)
+        query = q_BHNe * factor
+        return query, query if k_BHNe is q_BHNe else k_BHNe * factor
+
+    def embed_ranked(
+        self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """The positions stay whole and half numbers, and the features take their scale: ties stay exact."""
+        lam, rest = self._shares(params, q_BHNd.dtype)
+        if self.unit:
+            where_Na, factor = (rest * place.unit()).to(q_BHNd.dtype), None
+        elif self.lam == 1:
+            where_Na, factor = 0 * place.exact(), None
+        else:
+            where_Na, factor = place.exact().to(q_BHNd.dtype), rest * place.step
+            lam = lam / factor
+        if self.lam == 0 and self.metric == "cosine":  # normalised along the first axis: rounds as the public code does
+            where_Na = F.normalize(where_Na.T.contiguous(), dim=0).T.contiguous()
 
         def joined(x_BHNd: Tensor) -> Tensor:
-            features = self.lam * (x_BHNd / _deviation(x_BHNd))
-            both = torch.cat([features, where_Na.expand(*x_BHNd.shape[:2], *where_Na.shape)], -1)
+            if self.lam == 0:
+                return where_Na[None, None]
+            features = lam * (x_BHNd / _deviation(x_BHNd))
+            both = torch.cat([features, where_Na.expand(*x_BHNd.shape[:2], *where_Na.shape[-2:])], -1)
             return _unit(both) if self.metric == "cosine" else both
 
         query = joined(q_BHNd)
-        return query, query if q_BHNd is k_BHNd else joined(k_BHNd)
+        key = query if q_BHNd is k_BHNd else joined(k_BHNd)
+        return query, key, 1.0 if factor is None or self.metric == "cosine" else factor
+
+    def _shares(self, params: dict[str, Tensor], dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+        """lam and 1 - lam; learned, one for each head (H, 1, 1)."""
+        if not self.learned:
+            return self.lam, 1 - self.lam
+        logit_H11 = params["blend_logit"].to(dtype).clamp(-MOST, MOST)[:, None, None]
+        return logit_H11.sigmoid(), (-logit_H11).sigmoid()
+
+
+MOST = 20.0
+"""A learned blend's logit counts up to here: beyond, a share of space or features would be lost in rounding."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
+
+from nearfold._numbers import LARGEST, MOST, plain, shown
 
 WORDS: dict[str, dict[str, type[Word]]] = {}
 
@@ -26,12 +29,31 @@ class Word:
         super().__init_subclass__(**kwargs)
         if "word" in cls.__dict__:
             WORDS.setdefault(cls.kind, {})[cls.word] = cls
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:  # a word's own checks come after those of every word, which it need not call
+
+            @functools.wraps(own)
+            def checked(self: Word) -> None:
+                Word.__post_init__(self)
+                own(self)
+
+            cls.__post_init__ = checked  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
+        """Numbers become Python's own (NumPy's are taken), and stay in a range; flags are flags."""
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            given, name = getattr(self, f.name), f.metadata.get("notation", f.name)
+            value = plain(given)
+            if value is not given:
+                object.__setattr__(self, f.name, value)
             if f.type in ("bool", bool):
-                value = getattr(self, f.name)
-                check(type(value) is bool, self, f.metadata.get("notation", f.name), value, "true or false")
+                check(type(value) is bool, self, name, value, "true or false")
+            real = "float" in str(f.type)
+            most = f.metadata.get("most", LARGEST if real else MOST)
+            rule = f"a finite number, at most {LARGEST:g} in size" if real else f"at most {most}"
+            for n in value if isinstance(value, tuple) else (value,):
+                if type(n) in (int, float):
+                    check(abs(n) <= most, self, name, value, rule)
 
     def __str__(self) -> str:
         parts = []
@@ -62,7 +84,7 @@ def _value(value: object) -> str:
 def check(ok: bool, word: Word, name: str, value: object, rule: str) -> None:
     """ValueError naming the word, the argument and its value, unless ``ok``."""
     if not ok:
-        raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={value!r}")
+        raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={shown(value)}")
 
 
 def positive(word: Word, **values: Any) -> None:

@@ -19,13 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import aggregate_torch, cuda, engine
 from nearfold.kernels.aggregate_torch import out_channels
-from nearfold.kernels.names import LOW
+from nearfold.kernels.names import LOW, require_tensors
 
 
 def _require(
     value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int
 ) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(value=value, index=index)
     if value.dim() != 3 or index.dim() != 4 or index.dtype != torch.long or value.shape[0] != index.shape[0]:
         raise ValueError(
             "value must be (B, N, C) and index (B, M, S, H) int64, got "
@@ -147,6 +148,7 @@ def aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at value, alpha and weight (empty tensors for those that are None)."""
     _require(value, index, alpha, weight, groups, entries)
+    require_tensors(grad=grad)
     out = (value.shape[0], index.shape[1], out_channels(value, weight))
     if grad.shape != out or grad.dtype != value.dtype:
         raise ValueError(f"grad must be {out} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")

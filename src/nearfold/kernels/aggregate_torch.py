@@ -32,7 +32,10 @@ def tiles(
     table = value.reshape(B * N * H, C // H)
     rows = max(1, TILE_BYTES // (S * C * value.element_size()))
     flat = index.reshape(B * M, S, H)
-    some_missing = bool((index < 0).any())
+    least, most = (int(n) for n in index.aminmax()) if index.numel() else (0, -1)
+    if most >= N:  # it would read another sample's row
+        raise ValueError(f"index holds a position beyond the {N} of the input: {most}")
+    some_missing = least < 0
     head = torch.arange(H, device=value.device)
     sample = torch.arange(B, device=value.device).repeat_interleave(M)[:, None, None] * N
     # one buffer for all tiles: memory that is fresh every time costs more to map than to fill

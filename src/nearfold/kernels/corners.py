@@ -16,14 +16,27 @@ from torch import Tensor
 
 from nearfold.kernels import corners_torch, cuda, engine
 from nearfold.kernels.corners_torch import Frame
+from nearfold.kernels.names import require_tensors
+
+MOST_NUMBER = 2**28  # of a frame: products stay integers
 
 
 def _require(offset: Tensor, mask: Tensor | None, frame: Frame) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(offset=offset)
     axes, slots, outputs = frame.axes, math.prod(frame.size), math.prod(frame.out)
     numbers = (frame.grid, frame.out, frame.size, frame.stride, frame.dilation)
-    if not 1 <= axes <= 3 or any(len(n) != axes or min(n) < 1 for n in numbers) or len(frame.before) != axes:
-        raise ValueError(f"grid, out, size, stride, dilation and before must be positive, one per axis, got {frame}")
+    if (
+        not 1 <= axes <= 3
+        or any(len(n) != axes or min(n) < 1 for n in numbers)
+        or len(frame.before) != axes
+        or min(frame.before) < 0
+        or max(map(max, (*numbers, frame.before))) > MOST_NUMBER
+    ):
+        raise ValueError(
+            "grid, out, size, stride, dilation and before must be positive, one per axis (before: not negative), and "
+            f"at most {MOST_NUMBER}, got {frame}"
+        )
     if offset.dim() != 4 or offset.shape[1:] != (slots, axes, outputs) or not offset.is_floating_point():
         raise ValueError(
             f"offset must be (P, {slots}, {axes}, {outputs}), floating point, got {tuple(offset.shape)} {offset.dtype}"
@@ -128,6 +141,11 @@ def corners_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients at offset and mask (an empty tensor where that is None)."""
     frame = Frame(grid, out, size, stride, dilation, before)
+    _require(offset, mask, frame)
+    require_tensors(grad=grad)
+    entries = (offset.shape[0], offset.shape[3], offset.shape[1] << frame.axes)
+    if grad.shape != entries or grad.dtype != offset.dtype:
+        raise ValueError(f"grad must be {entries} {offset.dtype} as the shares, got {tuple(grad.shape)} {grad.dtype}")
     none = offset.new_empty(0)
     kernels = _on_gpu(offset, mask, frame, grad)
     if kernels is not None:

@@ -20,13 +20,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.local import pad, unpad
+from nearfold.kernels.names import require_tensors
 
 MOST_MAPS = 4
+MOST_NUMBER = 2**24 - 1  # of a window: products stay integers
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _require(maps: Sequence[Tensor], weight: Tensor, *numbers: list[int]) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(weight=weight, **{f"maps[{i}]": m for i, m in enumerate(maps)})
     axes = weight.dim() - 3
     if not 1 <= len(maps) <= MOST_MAPS or not 1 <= axes <= 3 or any(m.dim() != weight.dim() for m in maps):
         raise ValueError(
@@ -39,8 +42,12 @@ def _require(maps: Sequence[Tensor], weight: Tensor, *numbers: list[int]) -> Non
         raise ValueError(f"grouped_conv: maps {[tuple(m.shape) for m in maps]} do not fit weight {tuple(weight.shape)}")
     if any(m.dtype != weight.dtype for m in maps):
         raise ValueError(f"grouped_conv: one dtype, got {[m.dtype for m in maps]} and {weight.dtype}")
-    if any(len(n) != axes for n in numbers):
-        raise ValueError(f"grouped_conv: {axes} numbers each, one per grid axis, got {numbers}")
+    least = (1, 1, 0, 1)  # of strides, dilations, positions before and outputs
+    if any(len(n) != axes or min(n) < low or max(n) > MOST_NUMBER for n, low in zip(numbers, least, strict=True)):
+        raise ValueError(
+            f"grouped_conv: stride, dilation, before and out must be {axes} numbers each, one per grid axis, positive "
+            f"(before: not negative) and at most {MOST_NUMBER}, got {numbers}"
+        )
 
 
 def _after(
@@ -135,8 +142,14 @@ def grouped_conv_backward(
     reflect: bool,
 ) -> list[Tensor]:
     """Gradients at every map, and at weight."""
+    require_tensors(grad=grad)
     out = list(grad.shape[3:])
     _require(maps, weight, stride, dilation, before, out)
+    made_shape = (maps[0].shape[0], weight.shape[1], weight.shape[0])
+    if grad.shape[:3] != made_shape or grad.dtype != weight.dtype:
+        raise ValueError(
+            f"grouped_conv: grad must be {(*made_shape, *out)} {weight.dtype}, got {tuple(grad.shape)} {grad.dtype}"
+        )
     kernels = _on_gpu(maps, weight, stride, dilation, before, out, grad)
     if kernels is not None:
         made: list[Tensor] = kernels.grouped_conv_backward(grad, maps, weight, stride, dilation, before, reflect)

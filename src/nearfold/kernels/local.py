@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nearfold.kernels.names import require_tensors
+
 
 def reflect(index: Tensor, n: int) -> Tensor:
     """Mirror positions outside 0..n-1 back inside, as often as it takes."""
@@ -64,6 +66,54 @@ def _slots(offsets: list[int], axes: int) -> Iterator[tuple[int, tuple[int, ...]
         yield s, tuple(offsets[s * axes : (s + 1) * axes])
 
 
+def _require(names: str, over: Tensor, near: Tensor, offsets: list[int], stride: list[int]) -> None:
+    """ValueError unless windows of maps (P, c, *grid) fit outputs (P, c', *out)."""
+    require_tensors(**dict(zip(names.split(), (over, near), strict=True)))
+    axes = len(stride)
+    if axes < 1 or over.dim() != axes + 2 or near.dim() != axes + 2 or over.shape[0] != near.shape[0]:
+        raise ValueError(
+            f"maps must be (P, channels, *grid) of one P, with a stride for each grid axis, got {tuple(over.shape)}, "
+            f"{tuple(near.shape)} and stride={stride}"
+        )
+    if over.dtype != near.dtype or over.device != near.device or not near.is_floating_point():
+        raise ValueError(f"maps must have one floating dtype and device, got {over.dtype} and {near.dtype}")
+    if min(stride) < 1 or not offsets or len(offsets) % axes:
+        raise ValueError(
+            f"stride must be positive and offsets {axes} numbers for each slot, got {stride} and {offsets}"
+        )
+    for axis, (step, n, most) in enumerate(zip(stride, over.shape[2:], near.shape[2:], strict=True)):
+        starts = offsets[axis::axes]
+        if n < 1 or min(starts) < 0 or max(starts) + (n - 1) * step >= most:
+            raise ValueError(
+                f"windows must lie inside the padded map {tuple(near.shape[2:])}: on axis {axis} {n} outputs, {step} "
+                f"apart, read from {min(starts)} to {max(starts) + (n - 1) * step}"
+            )
+
+
+def _same(name: str, given: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """ValueError unless a tensor has this shape, and the dtype and device of another."""
+    require_tensors(**{name: given})
+    if tuple(given.shape) != tuple(shape) or given.dtype != like.dtype or given.device != like.device:
+        raise ValueError(f"{name} must be {tuple(shape)} {like.dtype}, got {tuple(given.shape)} {given.dtype}")
+
+
+def _require_scores(query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str) -> None:
+    _require("query key", query, key, offsets, stride)
+    if query.shape[1] != key.shape[1] or metric not in ("dot", "euclidean"):
+        raise ValueError(
+            f"query and key must have equal features and metric be dot or euclidean, got {tuple(query.shape)}, "
+            f"{tuple(key.shape)} and {metric!r}"
+        )
+
+
+def _require_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> None:
+    _require("alpha value", alpha, value, offsets, stride)
+    if alpha.shape[1] * len(stride) != len(offsets):
+        raise ValueError(
+            f"alpha {tuple(alpha.shape)} must have one row for each of {len(offsets) // len(stride)} slots"
+        )
+
+
 @torch.library.custom_op("nearfold::local_scores", mutates_args=())
 def local_scores(
     query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool
@@ -72,6 +122,7 @@ def local_scores(
 
     ``metric`` is "dot", or "euclidean" for minus the distance (its square with ``squared``).
     """
+    _require_scores(query, key, offsets, stride, metric)
     out = tuple(query.shape[2:])
     score = query.new_empty(query.shape[0], len(offsets) // len(stride), *out)
     with torch.autocast(query.device.type, enabled=False):
@@ -102,7 +153,11 @@ def local_scores_backward(
     squared: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients at query and key; at distance zero the distance's gradient is zero."""
+    _require_scores(query, key, offsets, stride, metric)
     out = tuple(query.shape[2:])
+    shape = (query.shape[0], len(offsets) // len(stride), *out)
+    _same("grad", grad, shape, query)
+    _same("score", score, shape, query)
     d_query, d_key = torch.zeros_like(query), torch.zeros_like(key)
     with torch.autocast(query.device.type, enabled=False):
         for s, offset in _slots(offsets, len(stride)):
@@ -137,6 +192,7 @@ def _(
 @torch.library.custom_op("nearfold::local_sum", mutates_args=())
 def local_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> Tensor:
     """Sum over slots of alpha (P, S, *out) times the values its window reads in (P, d, *grid): (P, d, *out)."""
+    _require_sum(alpha, value, offsets, stride)
     out = tuple(alpha.shape[2:])
     total = value.new_zeros(value.shape[0], value.shape[1], *out)
     with torch.autocast(value.device.type, enabled=False):
@@ -155,7 +211,9 @@ def local_sum_backward(
     grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients at alpha and value."""
+    _require_sum(alpha, value, offsets, stride)
     out = tuple(alpha.shape[2:])
+    _same("grad", grad, (value.shape[0], value.shape[1], *out), value)
     d_alpha, d_value = torch.empty_like(alpha), torch.zeros_like(value)
     with torch.autocast(value.device.type, enabled=False):
         for s, offset in _slots(offsets, len(stride)):

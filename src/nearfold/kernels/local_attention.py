@@ -19,12 +19,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import cuda, engine, local_attention_torch
 from nearfold.kernels.local_attention_torch import Window
+from nearfold.kernels.names import require_tensors
 
 METRICS = {"dot": 0, "euclidean": 2}
+MOST_NUMBER = 2**24 - 1  # of a window: products stay integers
 
 
 def _require(query: Tensor, key: Tensor, value: Tensor, window: Window, metric: str) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(query=query, key=key, value=value)
     axes = query.dim() - 3
     if not 1 <= axes <= 3 or key.dim() != query.dim() or value.dim() != query.dim():
         raise ValueError(
@@ -43,8 +46,10 @@ def _require(query: Tensor, key: Tensor, value: Tensor, window: Window, metric: 
         )
     for name, least in (("size", 1), ("stride", 1), ("dilation", 1), ("before", 0)):
         numbers = getattr(window, name)
-        if len(numbers) != axes or min(numbers) < least:
-            raise ValueError(f"{name} must be {axes} integers of at least {least}, one per grid axis, got {numbers}")
+        if len(numbers) != axes or min(numbers) < least or max(numbers) > MOST_NUMBER:
+            raise ValueError(
+                f"{name} must be {axes} integers from {least} to {MOST_NUMBER}, one per grid axis, got {numbers}"
+            )
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
 
@@ -159,6 +164,12 @@ def local_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at query, key and value; at distance zero the distance's gradient is zero."""
     window = Window(size, stride, dilation, before, reflect)
+    _require(query, key, value, window, metric)
+    require_tensors(grad=grad, stats=stats)
+    B, H, _, *out = query.shape
+    for name, t, channels in (("grad", grad, value.shape[2]), ("stats", stats, 2)):
+        if list(t.shape) != [B, H, channels, *out] or t.dtype != query.dtype:
+            raise ValueError(f"{name} must be {(B, H, channels, *out)} {query.dtype}, got {tuple(t.shape)} {t.dtype}")
     kernels = _on_gpu(window, metric, query, key, value, grad)
     if kernels is not None:
         made: tuple[Tensor, Tensor, Tensor] = kernels.local_attention_backward(

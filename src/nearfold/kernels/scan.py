@@ -16,12 +16,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import cuda, engine, scan_torch
 from nearfold.kernels.aggregate import served, widened
-from nearfold.kernels.names import LOW
+from nearfold.kernels.names import LOW, require_tensors
 
 
 def _require(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
     """ValueError where the operands do not fit one another."""
     operands = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
+    require_tensors(**operands)
 
     def got() -> str:
         return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in operands.items())
@@ -41,6 +42,7 @@ def _require(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
 
 
 def _require_backward(grad: Tensor, u: Tensor, A: Tensor, states: Tensor) -> None:
+    require_tensors(grad=grad, states=states)
     if grad.shape != u.shape or grad.dtype != u.dtype:
         raise ValueError(f"grad must be {tuple(u.shape)} {u.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     if states.shape != _states_shape(u, A) or states.dtype != _compute(u.dtype):

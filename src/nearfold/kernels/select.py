@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import approximate, cuda, engine, select_torch
-from nearfold.kernels.names import LOW
+from nearfold.kernels.names import LOW, require_tensors
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
 METRICS = {"dot": 0, "cosine": 1, "euclidean": 2, "chebyshev": 3}
@@ -45,6 +45,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _require_rows(query: Tensor, key: Tensor, metric: str) -> None:
+    require_tensors(query=query, key=key)
     if metric not in METRICS and metric != "gram":
         raise ValueError(f"metric must be one of {', '.join(METRICS)} and gram, got {metric!r}")
     if query.dim() != 4 or key.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
@@ -60,6 +61,7 @@ def _require(
 ) -> None:
     """ValueError where the operands do not fit one another."""
     _require_rows(query, key, metric)
+    require_tensors(query_index=query_index, key_index=key_index)
     for name, index, n in (("query_index", query_index, query.shape[2]), ("key_index", key_index, key.shape[2])):
         if index.shape != (n,) or index.dtype != torch.long:
             raise ValueError(f"{name} must be ({n},) int64, got {tuple(index.shape)} {index.dtype}")
@@ -207,6 +209,7 @@ def select_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `select`'s scores at query and key; ``grad`` is zero where the score was a constant."""
     _require_rows(query, key, metric)
+    require_tensors(grad=grad, index=index)
     if grad.shape != index.shape or grad.shape[:3] != query.shape[:3] or grad.dtype != wide_dtype(query):
         raise ValueError(
             f"grad must be {tuple(query.shape[:3])} and slots, in {wide_dtype(query)}, and index alike, got "
@@ -227,6 +230,8 @@ def select_backward(
         return d_wide[0].to(query.dtype), d_wide[1].to(key.dtype)
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if metric not in DIFFERENTIABLE or query.numel() * key.numel() == 0 or not engine.serves(grad, query, key):
+        if index.numel() and int(index.max()) >= key.shape[2]:  # it would read another head's key
+            raise ValueError(f"index holds a position beyond the {key.shape[2]} keys: {int(index.max())}")
         with torch.autocast(query.device.type, enabled=False):
             flat = select_torch.select_backward(
                 grad.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1), index.flatten(0, 1), metric, squared

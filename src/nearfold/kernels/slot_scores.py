@@ -14,10 +14,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import aggregate_torch, engine
 from nearfold.kernels.aggregate import aggregate, as_rows, served, widened
+from nearfold.kernels.names import require_tensors
 
 
 def _require(query: Tensor, key: Tensor, index: Tensor) -> None:
     """ValueError where the operands do not fit one another."""
+    require_tensors(query=query, key=key, index=index)
     B, C = query.shape[:1], query.shape[2:]
     if query.dim() != 3 or key.dim() != 3 or key.shape[:1] != B or key.shape[2:] != C or key.dtype != query.dtype:
         raise ValueError(
@@ -80,6 +82,7 @@ def _(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
 def slot_scores_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients at query and key."""
     _require(query, key, index)
+    require_tensors(grad=grad)
     if grad.shape != index.shape or grad.dtype != query.dtype:
         raise ValueError(
             f"grad must be {tuple(index.shape)} {query.dtype} as the scores, got {tuple(grad.shape)} {grad.dtype}"

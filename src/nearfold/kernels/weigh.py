@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import engine
-from nearfold.kernels.names import LOST
+from nearfold.kernels.names import LOST, require_tensors
 
 MAX_AXES = 8  # of an index that the engine reads where it lies, expanded or not
 
@@ -23,6 +23,7 @@ def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
 
     A slot with index -1 weighs zero, whatever its score; rows without any slot are zero, rows with index -2 NaN.
     """
+    require_tensors(score=score, index=index)
     if score.shape != index.shape or index.dtype != torch.long or score.dim() < 1:
         raise ValueError(f"index must be {tuple(score.shape)} int64 as score, got {tuple(index.shape)} {index.dtype}")
     if score.numel() and engine.serves(score) and index.device == score.device:
@@ -48,6 +49,11 @@ def _(score: Tensor, index: Tensor, scale: float) -> Tensor:
 @torch.library.custom_op("nearfold::slot_softmax_backward", mutates_args=())
 def slot_softmax_backward(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
     """Gradient at the scores."""
+    require_tensors(grad=grad, alpha=alpha)
+    if grad.shape != alpha.shape or grad.dtype != alpha.dtype or alpha.dim() < 1:
+        raise ValueError(
+            f"grad must be {tuple(alpha.shape)} {alpha.dtype} as alpha, got {tuple(grad.shape)} {grad.dtype}"
+        )
     if grad.numel() and engine.serves(grad, alpha):
         module = engine.get()
         assert module is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Place, Scaled
 from nearfold.grammar.words import All
-from nearfold.lower.parameters import as_tuple
+from nearfold.lower.parameters import as_tuple, bias_reach
 from nearfold.lower.windows import flatten, window_reads
 
 
@@ -45,12 +45,10 @@ def score_bias(
     if near.bias == "alibi":
         wide = torch.promote_types(like.dtype, torch.float32)
         return _alibi(op, offset_MSa.to(wide).square().sum(-1).sqrt()).to(like.dtype)
-    sizes = as_tuple(op.path.size, len(grid), "size")  # type: ignore[attr-defined]
+    reach = bias_reach(op, len(grid))
     dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
     # how far the query lies behind the key, in steps of the dilation, as Swin counts; from no tensor of the
     # host, which a CUDA graph could not hold
-    behind = [
-        offset_MSa[..., a] // step + size - 1 for a, (step, size) in enumerate(zip(dilations, sizes, strict=True))
-    ]
-    row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in sizes))
+    behind = [offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(dilations, reach, strict=True))]
+    row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in reach))
     return params["relative_bias"].to(like.dtype).flatten(1)[:, row_MS]

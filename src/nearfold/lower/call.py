@@ -27,7 +27,9 @@ from nearfold.lower.parameters import LETTERS, as_tuple
 class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
-    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`).
+    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`), ``inner`` the
+    input's own grid where `grid` was padded to whole blocks, ``mask`` which of the keys a query may read
+    (B|1, H|1, N, N'); None: every one.
     """
 
     op: Basic
@@ -39,6 +41,8 @@ class Call:
     x: Tensor
     draw: Tensor | None = None
     source: tuple[int, ...] = ()
+    inner: tuple[int, ...] = ()
+    mask: Tensor | None = None
     _rows: Tensor | None = None
 
     def rows(self) -> Tensor:
@@ -103,15 +107,22 @@ class Call:
         """Query (B|1, H|1, N, e) and key for the similarity's metric, in float32 at least."""
         return self.similarity.embed(*self._features(rows=True), self.params)
 
-    def compared(self) -> tuple[Tensor, Tensor, float]:
-        """Query and key for a search, and a factor of the scores that does not change who is nearest.
+    def ranked(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Query and key for a search, and a factor of the scores, or one per head (H, 1, 1).
 
-        As `embedded`, but bfloat16 and float16 stay what they are where the device multiplies them as they are, with
+        The factor is positive and does not change who is nearest.
+        """
+        return self.similarity.embed_ranked(*self._features(rows=True), self.params)
+
+    def compared(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """As `ranked`, for the search that is fast.
+
+        bfloat16 and float16 stay what they are where the device multiplies them as they are, with
         sums in float32.
         """
         plain = self.value.dtype in LOW and self.similarity in (Dot(), Scaled())
         if not plain or cuda.kernels("select", self.value) is None:
-            return *self.embedded(), 1.0
+            return self.ranked()
         assert self.query is not None and self.key is not None
         query = split_heads(self.query, self.heads)
         key = query if self.key is self.query else split_heads(self.key, self.heads)

@@ -11,7 +11,8 @@ from torch import Tensor
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Shift, Window
 from nearfold.lower.call import Call, pointwise, project, reads_features
-from nearfold.lower.geometry import padding_of
+from nearfold.lower.extent import fitted
+from nearfold.lower.geometry import crop, fill_of, padding_of, pads_input
 from nearfold.lower.parameters import LETTERS, kv_heads, operand
 
 Run = Callable[[Call], Tensor]
@@ -26,19 +27,20 @@ def execute(
     shared: dict[str, Tensor] | None = None,
     out_channels: int | None = None,
     context: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
     ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C), ``context`` the
-    input that `cross` paths read.
+    input that `cross` paths read, ``mask`` the keys that each query may read.
     """
     out_channels = x.shape[1] if out_channels is None else out_channels
     if isinstance(op, Basic):
-        return _basic(op, params, x, choose, draw, shared or {}, context)
+        return _basic(op, params, x, choose, draw, shared or {}, context, mask)
     if isinstance(op, Branch):
         sides = zip((op.first, op.second), op.shares(out_channels), op.inputs(x.shape[1]), strict=True)
         made = [
-            execute(part, operand(params, i), x[:, read], choose, draw, out_channels=channels, context=context)
+            execute(part, operand(params, i), x[:, read], choose, draw, None, channels, context, mask)
             for i, (part, channels, read) in enumerate(sides)
             if channels
         ]
@@ -47,7 +49,7 @@ def execute(
         return pointwise(y, params["mix_weight"], params.get("mix_bias")) if op.mix else y
     assert isinstance(op, Sum)
     # a projection hoisted into the sum is computed once, for every operand that asks for it
-    bordered = any(padding_of(part) for part in op.parts)  # those project their own padded input
+    bordered = any(pads_input(part, tuple(x.shape[2:])) for part in op.parts)  # those project their own padded input
     planes = all(isinstance(part.path, Window) for part in op.parts)
     shared = {
         c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
@@ -58,7 +60,7 @@ def execute(
     total: Tensor | None = None
     for i, (rate, term) in enumerate(op.terms):
         mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
-        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context)
+        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context, mask)
         if rate is not None:
             y = y * (next(rates).to(y.dtype) if isinstance(rate, str) else rate)
         if total is not None:
@@ -90,17 +92,18 @@ def _basic(
     draw: Tensor | None,
     shared: dict[str, Tensor],
     context: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     grid = tuple(x.shape[2:])
     if op.cross and context is None:
         raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
     read = context if op.cross and context is not None else x
-    border = padding_of(op)
-    if border:
-        x = F.pad(x, [border] * (2 * len(grid)))
-
-    if border:
-        read = x
+    border, fill = padding_of(op), fill_of(op, grid)
+    inner: tuple[int, ...] = ()
+    if pads_input(op, grid):
+        x = read = F.pad(x, [n for end in fill[::-1] for n in (border, border + end)])
+        if not border:
+            inner, grid = grid, tuple(x.shape[2:])
     groups = kv_heads(op)
 
     def projected(letter: str) -> Tensor:
@@ -115,8 +118,11 @@ def _basic(
     same = not {"q", "k"} & set(op.weight.projections) and not op.cross
     key = (query if same else projected("k")) if features else None
     source = tuple(read.shape[2:]) if op.cross else ()
-    call = Call(op, params, grid, projected("v"), query, key, x, draw, source)
+    fit, own = fitted(op, params, grid, tuple(read.shape[2:]), draw is not None)
+    call = Call(fit, own, grid, projected("v"), query, key, x, draw, source, inner, mask)
     y = choose(op)(call)
+    if inner:
+        y = crop(y, [0] * len(inner), inner)
     if "o" in op.weight.projections:
         y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))
     return y

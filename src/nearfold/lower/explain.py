@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfold.grammar import Basic, Operation, parse
+from nearfold._numbers import integer, plain, shown
+from nearfold.grammar import Basic, Operation
 from nearfold.kernels import engine
-from nearfold.lower.parameters import parameters
-from nearfold.lower.plan import apply, lower, verdicts
+from nearfold.lower.extent import unfilled
+from nearfold.lower.parameters import MOST_NUMBERS, parameters
+from nearfold.lower.plan import apply, lower, operation, verdicts
 from nearfold.lower.verdict import Facts, Verdict
 
 
@@ -30,6 +32,7 @@ class Explanation:
 
     FLOPs count a multiply and an add as two, in evaluation (random candidates are not drawn); of a part that runs
     on the oracle they count the projections only. ``bytes`` is the least traffic: input, parameters, output, once.
+    ``notes``: what was asked for that this grid cannot give.
     """
 
     operation: Operation
@@ -42,6 +45,7 @@ class Explanation:
     forward_flops: int
     backward_flops: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -63,6 +67,7 @@ class Explanation:
         )
         if any(part.backend == "oracle" for part in self.parts):
             lines.append("  (FLOPs of parts on the oracle are not counted)")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -74,13 +79,23 @@ def _si(number: float) -> str:
     return f"{number:.3g} P"
 
 
+def input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape (batch, channels, *grid) as Python's own integers; ValueError unless it is one."""
+    sizes = plain(tuple(shape)) if isinstance(shape, tuple | list) else ()
+    if len(sizes) < 3 or any(type(n) is not int or n < 1 for n in sizes):
+        raise ValueError(f"shape must be (batch, channels, *grid), positive integers, got {shown(plain(shape))}")
+    if math.prod(sizes) > MOST_NUMBERS:
+        raise ValueError(f"shape {shown(sizes)} holds more than {MOST_NUMBERS} numbers")
+    return sizes
+
+
 def backend(op: Operation | str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
     """Names of the backends that run an operation on CPU, joined by "+" where its parts differ.
 
     >>> backend("window(3) | box | kernel", (1, 8, 4, 4))
     'conv'
     """
-    op = parse(op) if isinstance(op, str) else op
+    op, shape = operation(op), input_shape(shape)
     names = [lower(Facts(part, len(shape) - 2, dtype, "cpu", True)) for part in op.parts]
     return "+".join(dict.fromkeys(names))
 
@@ -109,11 +124,11 @@ def explain(
     >>> print(explain("window(3) | box | kernel", (1, 8, 4, 4)).parts[0].backend)
     conv
     """
-    op = parse(op) if isinstance(op, str) else op
-    if len(shape) < 3 or any(type(n) is not int or n < 1 for n in shape):
-        raise ValueError(f"shape must be (batch, channels, *grid), positive integers, got {tuple(shape)}")
+    op, shape = operation(op), input_shape(shape)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating torch.dtype, got {shown(dtype)}")
     ndim, channels = len(shape) - 2, shape[1]
-    out_channels = channels if out_channels is None else out_channels
+    out_channels = channels if out_channels is None else integer("out_channels", out_channels)
     parts = []
     for part in op.parts:
         facts = Facts(part, ndim, dtype, device, grad)
@@ -132,7 +147,7 @@ def explain(
     traffic = (x.numel() + y.numel() + count) * x.element_size()
     return Explanation(
         op,
-        tuple(shape),
+        shape,
         tuple(y.shape),
         dtype,
         device,
@@ -141,4 +156,5 @@ def explain(
         forward.get_total_flops(),
         backward.get_total_flops(),
         traffic,
+        tuple(unfilled(op, shape[2:], shape[2:])),
     )

@@ -6,6 +6,7 @@ Shape legend: N input positions (of the padded grid), M output positions, S slot
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
 from nearfold.lower.parameters import as_tuple
+
+MOST_SLOTS = 2**24 - 1  # of a window: what the kernels count to
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class WindowGeometry:
         path = op.path
         assert isinstance(path, Window | Deformable)
         size = as_tuple(path.size, ndim, "size")
+        if math.prod(size) > MOST_SLOTS:
+            raise ValueError(f"{op}: its window has {math.prod(size)} slots on this map; at most {MOST_SLOTS}")
         dilation = as_tuple(path.dilation, ndim, "dilation")
         reach = tuple(d * (s - 1) for s, d in zip(size, dilation, strict=True))
         anchor = tuple(r // 2 for r in reach)
@@ -113,6 +118,24 @@ def crop(x: Tensor, first: Sequence[int], count: Sequence[int], step: Sequence[i
 def padding_of(op: Basic) -> int:
     """Zero inputs that `nearest` adds on every side of the grid."""
     return op.path.padding if isinstance(op.path, Nearest) else 0
+
+
+def fill_of(op: Basic, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Zero inputs that `block` adds behind the end of every axis where it is padded to whole blocks.
+
+    >>> from nearfold import parse
+    >>> fill_of(parse("block(7, padded) | box | softmax"), (7, 9))
+    (0, 5)
+    """
+    path = op.path
+    if not (isinstance(path, Block) and path.padded):
+        return (0,) * len(grid)
+    return tuple(-n % size for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
+
+
+def pads_input(op: Basic, grid: tuple[int, ...]) -> bool:
+    """Whether an operation adds zero inputs, which it projects with the others: it shares no projection then."""
+    return padding_of(op) > 0 or any(fill_of(op, grid))
 
 
 def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], device: torch.device) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nearfold._numbers import plain
 from nearfold.grammar import Branch, Operation, Sum
 from nearfold.grammar.words import Experts
+from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
@@ -60,7 +62,8 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
             f"{layer.operation}: reads another input, whose positions are not those of x; "
             "nearfold.mixing.mixing_matrix(layer, x, context=...) says which of them"
         )
-    x = layer.prepare(x)
+    require_tensors(x=x)
+    x, at = layer.prepare(x), plain(tuple(at))
     grid = tuple(x.shape[2:])
     if len(at) != len(grid):
         raise ValueError(f"at must have {len(grid)} entries, one per grid axis, got {at}")

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
 from nearfold.grammar.words import (
     Block,
+    Causal,
     Deformable,
     Dense,
     Depthwise,
@@ -33,6 +35,8 @@ from nearfold.grammar.words import (
     Window,
 )
 
+MOST_NUMBERS = 2**40  # of one parameter
+MOST_AXES = 8
 LETTERS = {"q": "query", "k": "key", "v": "value", "o": "out"}
 SHARED = tuple(f"{LETTERS[c]}_{part}" for c in "qkv" for part in ("weight", "bias"))
 
@@ -44,6 +48,12 @@ class Parameter:
     shape: tuple[int, ...]
     init: str
     fan_in: int = 1
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"a parameter of shape {self.shape} would hold {math.prod(self.shape)} numbers; at most {MOST_NUMBERS}"
+            )
 
 
 def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
@@ -96,8 +106,7 @@ def parameters(
         "context_channels": context_channels,
     }
     for name, channels in named.items():
-        if type(channels) is not int or channels < 1:
-            raise ValueError(f"{name} must be a positive integer, got {channels!r}")
+        integer(name, channels, most=MOST_AXES if name == "ndim" else MOST)
     if isinstance(op, Basic):
         return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
@@ -215,6 +224,9 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
     near, found = op.path.similarity, {}
     if not (op.weight.rho.needs_score or isinstance(op.path, Nearest)):
         return {}
+    if getattr(near, "learned", False):
+        lam = near.lam  # type: ignore[attr-defined]
+        found["blend_logit"] = Parameter((op.weight.heads,), f"constant:{math.log(lam / (1 - lam))}")
     if near.coordinates == "learned":
         found["encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
     if isinstance(near, Scaled):
@@ -224,9 +236,26 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
                 f"multiple of {2 * ndim}, got {head}"
             )
         if near.bias == "table":
-            sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
-            found["relative_bias"] = Parameter((op.weight.heads, *(2 * n - 1 for n in sizes)), "normal:0.02")
+            offsets = tuple(2 * n - 1 for n in bias_reach(op, ndim))
+            found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02")
     return found
+
+
+def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
+    """Per axis n, so that a query lies at most n - 1 steps from a key: a table of 2 n - 1 offsets holds all of them.
+
+    >>> from nearfold import parse
+    >>> bias_reach(parse("window(3, scaled(bias=table), mode=inside, step=(3, 8)) | box | softmax"), 2)
+    (3, 6)
+    """
+    sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
+    steps = as_tuple(getattr(op.path, "step", 1), ndim, "step")
+    ends = (op.shape.axes or (0,)) if isinstance(op.shape, Causal) else ()
+    # queries that share the window of the one in their middle may lie outside it
+    return tuple(
+        n if axis in ends else max(n, step // 2 + n - n // 2, step - step // 2 + n // 2)
+        for axis, (n, step) in enumerate(zip(sizes, steps, strict=True))
+    )
 
 
 def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) -> dict[str, Parameter]:
@@ -240,6 +269,8 @@ def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) 
             found[f"{name}_bias"] = Parameter((made,), init, read)
 
     if isinstance(path, Deformable):
+        if ndim > 3:
+            raise ValueError(f"{op}: deformable goes with one to three grid axes, got ndim={ndim}")
         slots = as_tuple(path.size, ndim, "size")
         points = path.groups * math.prod(slots)
         linear("offset", ndim * points, in_channels, slots, "constant:0")
@@ -303,6 +334,9 @@ def part_of(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         slice(have - want, None) if last and axis < 2 else slice(want)
         for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True))
     ]
+    if name.endswith("relative_bias"):  # by offset: zero stays in the middle
+        middle = zip(tensor.shape[1:], shape[1:], strict=True)
+        index[1:] = [slice((have - want) // 2, (have + want) // 2) for have, want in middle]
     return tensor[tuple(index)]
 
 

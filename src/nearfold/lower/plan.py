@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
+from nearfold.grammar.words import All, Nearest, Table
+from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
@@ -52,9 +56,39 @@ def lower(facts: Facts, backend: str = "auto") -> str:
     return _choose(facts, backend)
 
 
+def _masked(backend: str) -> str:
+    if backend not in ("auto", "sdpa", "oracle"):
+        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
+    return "oracle" if backend == "auto" else backend
+
+
+def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None) -> None:
+    for part in op.parts:
+        path = part.path
+        own = isinstance(path, Nearest) and (path.include_self is not False or path.padding > 0)
+        if not isinstance(path, All | Nearest) or isinstance(part.weight.rho, Table) or own:
+            raise ValueError(f"{part}: a mask goes with the paths all and nearest(k), without self, padding and table")
+    keys = math.prod((x if context is None else context).shape[2:])
+    wanted = (x.shape[0], mask.shape[1] if mask.dim() == 4 else 1, math.prod(x.shape[2:]), keys)
+    fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape[:2], wanted[:2], strict=True))
+    if mask.dtype != torch.bool or not fits or tuple(mask.shape[2:]) != wanted[2:]:
+        raise ValueError(
+            f"mask must be bool of shape (batch or 1, heads or 1, {wanted[2]}, {keys}), True where a query may read a "
+            f"key, got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
 def runner(name: str) -> Callable[[Call], Tensor]:
     """The function behind a backend's name."""
     return oracle.run if name == "oracle" else BACKENDS[name].run
+
+
+def operation(given: Operation | str) -> Operation:
+    """An operation itself, or the one that a notation says; ValueError for anything else."""
+    op = parse(given) if isinstance(given, str) else given
+    if not isinstance(op, Operation):
+        raise ValueError(f"operation must be an Operation or its notation, got {shown(given)}")
+    return op
 
 
 def apply(
@@ -66,6 +100,7 @@ def apply(
     backend: str = "auto",
     draw: Tensor | None = None,
     context: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Run an operation on x (B, C, *grid) with parameters as `parameters` names them: (B, O, *out).
 
@@ -77,9 +112,11 @@ def apply(
         backend: "auto", or a backend's name for every part.
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
         context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
+        mask: bool (B|1, H|1, N, N'), True where a query may read a key: a slot that it forbids is not valid. For paths
+            `all` and `nearest`; the latter then runs on the oracle.
     """
-    if isinstance(op, str):
-        op = parse(op)
+    op = operation(op)
+    require_tensors(x=x)
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, channels, *grid), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -91,9 +128,16 @@ def apply(
     def choose(basic: Basic) -> Callable[[Call], Tensor]:
         facts = Facts(basic, ndim, dtype, device, grad)
         chosen = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
-        return runner(chosen(facts, backend))
+        if mask is None:
+            return runner(chosen(facts, backend))
+        return runner("sdpa" if backend == "auto" and sdpa.supports(facts).ok else _masked(backend))
+
+    if mask is not None:
+        require_tensors(mask=mask)
+        _require_mask(op, mask, x, context)
 
     if context is not None:
+        require_tensors(context=context)
         if not op.needs_context:
             raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
         if (
@@ -106,4 +150,4 @@ def apply(
                 "context must be (B, C, *grid) with the batch and dtype of x, got "
                 f"{tuple(context.shape)} {context.dtype} next to {tuple(x.shape)} {x.dtype}"
             )
-    return execute(op, params, x, choose, draw, out_channels=out_channels, context=context)
+    return execute(op, params, x, choose, draw, out_channels=out_channels, context=context, mask=mask)

@@ -112,7 +112,18 @@ def rule_of(call: Call) -> tuple[int, int, int]:
 
 
 def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
-    """Which keys a query may read at all (M, N), by shape and similarity; None for every one."""
+    """Which keys a query may read at all (M, N), by shape and similarity; None for every one.
+
+    Under the call's own mask it is (B|1, H|1, M, N).
+    """
+    own = _allowed(call, query_M, key_N)
+    if call.mask is None:
+        return own
+    given = call.mask[:, :, query_M][..., key_N]
+    return given if own is None else given & own
+
+
+def _allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
     causal, reach, dilation = rule_of(call)
     mask = key_N[None, :] <= query_M[:, None] if causal else None
     if isinstance(call.op.path, Scan):
@@ -141,19 +152,20 @@ def _all(call: Call) -> Selection:
     mask = allowed(call, query_M, key_N)
     valid_MN = torch.ones(len(query_M), len(key_N), dtype=torch.bool, device=query_M.device)
     valid_MN = valid_MN if mask is None else mask
-    index_MN = key_N.expand(len(query_M), -1).masked_fill(~valid_MN, 0)
+    valid = valid_MN if valid_MN.dim() == 4 else valid_MN[None, None]
+    index = key_N.masked_fill(~valid, 0)
     score = None
     if q is not None and k is not None:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
         bias = score_bias(call.op, call.params, call.grid, query_M, score)
         score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
-    return Selection(index_MN[None, None], valid_MN[None, None], score, len(key_N))
+    return Selection(index, valid, score, len(key_N))
 
 
 def _nearest(call: Call) -> Selection:
     path = call.op.path
     assert isinstance(path, Nearest)
-    q, k = call.embedded()
+    q, k, factor = call.ranked()
     query_M = call.query_index()
     chosen = call.candidate_index()
     key_R = torch.arange(count_positions(call.padded), device=query_M.device) if chosen is None else chosen
@@ -168,7 +180,7 @@ def _nearest(call: Call) -> Selection:
     k_slots, again = path.k, float("-inf")
     if path.include_self is not False:
         own_MR = key_R[None, :] == query_M[:, None]
-        again = again if path.again is None else float(path.again)
+        again = again if path.again is None else path.again / factor  # type: ignore[assignment]
         score = score.masked_fill(own_MR, -again * again if rooted and again < 0 else again)
         k_slots -= 1
     # a key that is NaN is never chosen, a query that is NaN gives NaN (below)
@@ -179,12 +191,13 @@ def _nearest(call: Call) -> Selection:
     if rooted:
         own = (index == query_M[:, None]) & (path.include_self is not False)
         ranked = distance_score(ranked.masked_fill(own, -1)).masked_fill(own, again)
+    ranked = ranked * factor
     missing = k_slots - index.shape[-1]
     if missing > 0:
         ranked = torch.cat([ranked, ranked.new_full((*ranked.shape[:-1], missing), float("-inf"))], -1)
         index = torch.cat([index, index.new_zeros((*index.shape[:-1], missing))], -1)
     if path.include_self is not False:
-        own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0]
+        own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0] * factor
         if path.include_self is not True:
             own = torch.full_like(own, path.include_self)
         ranked = torch.cat([own, ranked], -1)

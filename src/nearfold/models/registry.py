@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nearfold._numbers import MOST, flag, integer, plain, shown
 from nearfold.models.network import Features, Network
 
 PREFIX = "nearfold_"
@@ -94,12 +95,21 @@ def entry_of(name: str) -> Entry:
     Traceback (most recent call last):
     ValueError: no network is called 'vgg11_hybird'; close to it: vgg11_hybrid...
     """
-    plain = name.removeprefix(PREFIX)
-    if plain not in MODELS:
-        close = difflib.get_close_matches(plain, MODELS, n=5, cutoff=0.5)
-        hint = f"close to it: {', '.join(close)}" if close else "nearfold.models.list_models() names them"
-        raise ValueError(f"no network is called {name!r}; {hint}")
-    return MODELS[plain]
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a network must be text, got {shown(name)}")
+    own = name.removeprefix(PREFIX)
+    if own not in MODELS:
+        raise ValueError(f"no network is called {name!r}; {close_to(own)}")
+    return MODELS[own]
+
+
+def close_to(name: str) -> str:
+    """Which networks may be meant by a name that there is not, in words: those that hold it, or are spelled alike."""
+    part = name.removeprefix(PREFIX).lower().replace("-", "_").strip("*")
+    close = [known for known in MODELS if part and part in known] or difflib.get_close_matches(
+        part, MODELS, n=5, cutoff=0.5
+    )
+    return f"close to it: {', '.join(close[:8])}" if close else "`nearfold models` lists all"
 
 
 def create(
@@ -133,11 +143,13 @@ def create(
     """
     entry = entry_of(name)
     channels, *size = entry.input_size
+    arguments = {name: plain(value) for name, value in arguments.items()}
     given: dict[str, Any] = {
-        "num_classes": entry.num_classes if num_classes is None else num_classes,
-        "in_chans": channels if in_chans is None else in_chans,
+        "num_classes": entry.num_classes if num_classes is None else integer("num_classes", num_classes, least=0),
+        "in_chans": channels if in_chans is None else integer("in_chans", in_chans),
         "img_size": tuple(size) if img_size is None else _pair(img_size),
     }
+    features_only = flag("features_only", features_only)
     if out_indices is not None and not features_only:
         raise ValueError("out_indices goes with features_only=True")
     try:
@@ -149,13 +161,14 @@ def create(
     network.architecture = PREFIX + name.removeprefix(PREFIX)
     network.arguments = given | arguments
     network.pretrained_cfg = network.default_cfg = config(entry, given, network.head_name)
-    return Features(network, out_indices) if features_only else network
+    return Features(network, plain(out_indices)) if features_only else network
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
-        raise ValueError(f"img_size must be one or two positive integers, got {size!r}")
+    size = plain(tuple(size) if isinstance(size, list) else size)
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2 or any(type(n) is not int or not 1 <= n <= MOST for n in pair):
+        raise ValueError(f"img_size must be one or two positive integers, got {shown(size)}")
     return pair
 
 

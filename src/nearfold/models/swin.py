@@ -19,7 +19,7 @@ from nearfold.models.registry import Entry, Published, register
 from nearfold.models.vit import init_linear
 from nearfold.nn import Mixer
 
-BLOCK = "block({window}, scaled(bias=table), shift={shift}) | box | softmax(heads={heads})"
+BLOCK = "block({window}, scaled(bias=table), shift={shift}, padded) | box | softmax(heads={heads})"
 LAYERS = {
     "attention": BLOCK,
     "acmix": f"a*({BLOCK}) + b*(window(3) | box | shift({{heads}}, bias))",
@@ -69,7 +69,8 @@ class SwinTransformer(Network):
         width: channels of the first stage; they double from stage to stage.
         depths: blocks of every stage.
         heads: heads of every stage.
-        window: side of a block of attention; every second layer shifts it by half, unless the map is no larger.
+        window: side of a block of attention; every second layer shifts it by half, unless the map is no larger. Maps
+            that it does not divide are padded with zeros, as in the public code, torchvision and timm: `block(padded)`.
         patch: pixels of a position of the first stage, along one axis.
         num_classes: 0 for none.
         in_chans: channels of the images.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nearfold.models.registry import create, entry_of, list_models
+from nearfold.models.registry import close_to, create, entry_of, list_models
 
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
 
@@ -102,7 +102,7 @@ def table(pattern: str = "*") -> str:
     """
     names = list_models(pattern)
     if not names:
-        raise ValueError(f"no network matches {pattern!r}; `nearfold models` lists all")
+        raise ValueError(f"no network matches {pattern!r}; {close_to(pattern)}")
     counts = [count(name) for name in names]
     wide = max(map(len, names))
     lines = [f"{'':{wide}}  {'parameters':>13}  {'published':>11}  {'MACs':>8}  {'published':>9}"]

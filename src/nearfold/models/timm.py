@@ -26,7 +26,7 @@ from nearfold.models.registry import MODELS, PREFIX, config, create, entry_of
 try:
     load("timm")
 except ModuleNotFoundError as missing:
-    raise ImportError("nearfold.models.timm needs timm: pip install 'nearfold[vision]'") from missing
+    raise ImportError("nearfold.models.timm needs timm: pip install timm") from missing
 
 from timm.models import build_model_with_cfg, register_model
 

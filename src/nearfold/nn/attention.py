@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from nearfold._numbers import flag, integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Elu, Scaled
 from nearfold.grammar.words import (
@@ -19,6 +20,7 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
+from nearfold.kernels.names import require_tensors
 from nearfold.nn.mixer import Mixer, TokenMixer
 
 
@@ -40,9 +42,9 @@ class _Neighborhood(Mixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = Scaled(bias="table" if relative_bias else "none")
+        near = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
         window = Window(kernel_size, near, dilation=dilation, mode="inside", step=step)
-        shape: Shape = Causal(causal_axes) if causal_axes else Box()
+        shape: Shape = Box() if isinstance(causal_axes, tuple) and not causal_axes else Causal(causal_axes)
         operation = Basic(window, shape, Weight(Softmax(heads=num_heads)))
         super().__init__(operation, channels, ndim=self._ndim, bias=bias, backend=backend)
 
@@ -102,11 +104,13 @@ class BlockAttention2d(Mixer):
         block_size: positions per axis; int or (rows, columns).
         shift: moves the blocks' borders, from 0 to block_size - 1; Swin takes half the size in every other layer.
         relative_bias: a learned number per head and offset is added to the scores.
+        padded: maps that the blocks do not divide are filled up with zeros at their end, which take part, as in Swin's
+            public code, torchvision and timm; without it the blocks at the border are cut short and attend among
+            themselves.
         bias: biases on the projections.
         backend: "auto", or a backend's name.
 
-    Blocks at the border that are cut short attend among themselves; Swin pads its input there, and lets what it padded
-    take part. Along an axis that one block covers nothing is shifted. Source: arXiv 2103.14030, 3.2.
+    Along an axis that one block covers nothing is shifted. Source: arXiv 2103.14030, 3.2.
 
     >>> import torch
     >>> BlockAttention2d(16, 4, 7, shift=3)(torch.randn(1, 16, 14, 15)).shape
@@ -121,11 +125,12 @@ class BlockAttention2d(Mixer):
         *,
         shift: int | tuple[int, int] = 0,
         relative_bias: bool = True,
+        padded: bool = False,
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = Scaled(bias="table" if relative_bias else "none")
-        operation = Basic(Block(block_size, near, shift), Box(), Weight(Softmax(heads=num_heads)))
+        near = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
+        operation = Basic(Block(block_size, near, shift, padded), Box(), Weight(Softmax(heads=num_heads)))
         super().__init__(operation, channels, bias=bias, backend=backend)
 
 
@@ -164,7 +169,7 @@ class SelfAttention(TokenMixer):
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
         weight = Weight(Softmax(heads=num_heads, kv=kv_heads))
-        operation = Basic(All(POSITIONS[positions]), Causal() if causal else Row(), weight)
+        operation = Basic(All(POSITIONS[positions]), Causal() if flag("causal", causal) else Row(), weight)
         super().__init__(operation, embed_dim, bias=bias, backend=backend)
 
 
@@ -224,7 +229,9 @@ class SlidingWindowAttention(TokenMixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        operation = Basic(Window(window), Causal() if causal else Box(), Weight(Softmax(heads=num_heads)))
+        operation = Basic(
+            Window(window), Causal() if flag("causal", causal) else Box(), Weight(Softmax(heads=num_heads))
+        )
         super().__init__(operation, embed_dim, bias=bias, backend=backend)
 
 
@@ -266,7 +273,9 @@ class LinearAttention(TokenMixer):
     def __init__(
         self, embed_dim: int, num_heads: int, *, causal: bool = False, bias: bool = True, backend: str = "auto"
     ) -> None:
-        operation = Basic(All(Elu()), Causal() if causal else Row(), Weight(Normalized(heads=num_heads)))
+        operation = Basic(
+            All(Elu()), Causal() if flag("causal", causal) else Row(), Weight(Normalized(heads=num_heads))
+        )
         super().__init__(operation, embed_dim, bias=bias, backend=backend)
 
 
@@ -285,13 +294,15 @@ class TokenMLP(nn.Module):
 
     def __init__(self, tokens: int, hidden: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
-        hidden = 4 * tokens if hidden is None else hidden
+        tokens = integer("tokens", tokens)
+        hidden = 4 * tokens if hidden is None else integer("hidden", hidden)
         # one table for all channels: the number of channels is not a number of parameters
         self.expand = Mixer(Basic(All(), Row(), Weight(Table(tokens, hidden))), 1, ndim=1, bias=bias)
         self.contract = Mixer(Basic(All(), Row(), Weight(Table(hidden, tokens))), 1, ndim=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
+        require_tensors(x=x)
         if x.dim() != 3:
             raise ValueError(f"x must be (B, N, D) for this layer, got shape {tuple(x.shape)}")
         B, _, D = x.shape

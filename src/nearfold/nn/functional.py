@@ -11,8 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from nearfold._numbers import flag, integer, real, sizes
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
+from nearfold.kernels.names import require_tensors
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower.call import derivative_of
@@ -62,6 +64,7 @@ def knn_attention(
     >>> torch.allclose(knn_attention(q, k, v, 50), dense, atol=1e-5)
     True
     """
+    require_tensors(query=query, key=key, value=value)
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if any(t.dim() != 4 for t in (query, key, value)):
         raise ValueError("query, key and value must be (B, H, N, d), got {}, {} and {}".format(*shapes))
@@ -71,14 +74,18 @@ def knn_attention(
         raise ValueError(
             f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
         )
-    if type(k) is not int or k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
-    if not 0 < recall <= 1:
-        raise ValueError(f"recall must be above 0 and at most 1 (exact), got {recall!r}")
-    _refuse_derivatives("knn_attention", query, key, value)
     B, H, M, d = query.shape
     N = key.shape[2]
-    factor = d**-0.5 if scale is None else float(scale)
+    if d == 0 or N == 0 or H == 0:
+        raise ValueError("query and key must have heads, keys and features, got {} and {}".format(*shapes))
+    # slots beyond the keys weigh nothing; a compiled graph holds for other numbers of keys, too
+    k = integer("k", k)
+    k = k if torch.compiler.is_compiling() else min(k, N)
+    recall = real("recall", recall)
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1 (exact), got {recall!r}")
+    factor = d**-0.5 if scale is None else real("scale", scale)
+    _refuse_derivatives("knn_attention", query, key, value)
     later = factor > 0  # it does not change the ranking: multiplied with k scores instead of d features
     score, index = select(
         query if later else query.to(torch.promote_types(query.dtype, torch.float32)) * factor,
@@ -89,10 +96,10 @@ def knn_attention(
         torch.arange(M, device=query.device),
         torch.arange(N, device=query.device),
         [max(M, N)],
-        [int(is_causal), -1, 1],
+        [int(flag("is_causal", is_causal)), -1, 1],
         False,
         0.0,
-        float(recall),
+        recall,
     )
     alpha = slot_softmax(score, index, factor if later else 1.0)
     y = aggregate(
@@ -134,6 +141,8 @@ def deform_conv(
     >>> torch.allclose(y, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-5)
     True
     """
+    require_tensors(input=input, offset=offset, weight=weight)
+    require_tensors(**{name: t for name, t in (("bias", bias), ("mask", mask)) if t is not None})
     axes = input.dim() - 2
     if not 1 <= axes <= 3 or weight.dim() != input.dim() or offset.dim() != input.dim():
         raise ValueError(
@@ -141,12 +150,15 @@ def deform_conv(
             f"grid axes, got {tuple(input.shape)}, {tuple(offset.shape)} and {tuple(weight.shape)}"
         )
     size, grid = list(weight.shape[2:]), list(input.shape[2:])
-    how = {}
-    for name, given, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        numbers = [given] * axes if isinstance(given, int) else list(given)
-        if len(numbers) != axes or any(type(n) is not int or n < least for n in numbers):
-            raise ValueError(f"{name} must be an integer of at least {least}, or {axes} of them, got {given!r}")
-        how[name] = numbers
+    if 0 in weight.shape or 0 in input.shape[1:]:
+        raise ValueError(
+            "input (B, C, *grid) and weight (O, C / groups, *size) must have channels, positions and slots, got "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    how = {
+        name: sizes(name, given, axes, least)
+        for name, given, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    }
     room = [n + 2 * p - d * (k - 1) - 1 for n, p, d, k in zip(grid, how["padding"], how["dilation"], size, strict=True)]
     out = [r // s + 1 for r, s in zip(room, how["stride"], strict=True)]
     B, C, slots = input.shape[0], input.shape[1], math.prod(size)
@@ -160,6 +172,8 @@ def deform_conv(
         raise ValueError(f"mask must be {(B, groups * slots, *out)}, got {tuple(mask.shape)}")
     if C % weight.shape[1] or weight.shape[0] % (C // weight.shape[1]):
         raise ValueError(f"weight {tuple(weight.shape)} does not fit {C} channels: it is (O, C / groups, *size)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     dtypes = {t.dtype for t in (input, offset, weight, bias, mask) if t is not None}
     if len(dtypes) > 1 or not input.is_floating_point():
         raise ValueError(f"all operands must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._numbers import integer
 from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.notation import parse_word
 from nearfold.grammar.similarity import Scaled, Similarity
@@ -84,20 +88,24 @@ class _ConvNN(Mixer):
     ) -> None:
         if shuffle not in SHUFFLES:
             raise ValueError(f"shuffle must be one of {', '.join(SHUFFLES)}, got {shuffle!r}")
-        if type(shuffle_scale) is not int or shuffle_scale < 1:
-            raise ValueError(f"shuffle_scale must be a positive integer, got {shuffle_scale!r}")
+        shuffle_scale = integer("shuffle_scale", shuffle_scale, most=2**10)
+        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
+        groups = integer("groups", groups)
         if groups != 1:
             if kernel not in ("kernel", "separable"):
                 raise ValueError(
                     f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
                 )
             kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
+        weigh: Any = parse_word("rho", rho)
+        if weigh.project is None and weigh.default_projections:
+            weigh = replace(weigh, project="none")
         many = shuffle_scale**self._ndim
         operation = _nearest(
             k,
             similarity,
             candidates,
-            rho,
+            weigh,
             kernel,
             include_self=include_self,
             shape=shape,
@@ -116,10 +124,10 @@ class _ConvNN(Mixer):
         self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         self._require(x)
-        y = self._run(self.prepare(x), context)
+        y = self._run(self.prepare(x), context, mask)
         return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -167,7 +175,8 @@ class ConvNN2d(_ConvNN):
         similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
             cosine(coordinates) ...
         candidates: all, random(64), grid(8), window(7).
-        rho: ones, identity, softmax, inverse; with heads and projections: softmax(heads=4).
+        rho: ones, identity, softmax, inverse; with heads: softmax(heads=4); with projections, which are left out
+            unless they are asked for: softmax(heads=4, project=qkv).
         kernel: kernel, depthwise, separable, kernel(coordinates).
         shape: ranked (slots by similarity) or box (slots in raster order).
         include_self: the position itself is slot 0.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import warnings
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nearfold.grammar import Operation, parse
+from nearfold._numbers import flag, integer, shown
+from nearfold.grammar import Operation
 from nearfold.grammar.words import Nearest, Random
+from nearfold.kernels.names import require_tensors
+from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
 from nearfold.lower.plan import apply
+from nearfold.lower.plan import operation as as_operation
 from nearfold.nn.draws import Draws
 
 
@@ -44,17 +52,26 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(attribute, nn.Parameter(tensor))
 
 
-def _operation(given: Operation | str) -> Operation:
-    op = parse(given) if isinstance(given, str) else given
-    if not isinstance(op, Operation):
-        raise ValueError(f"operation must be an Operation or its notation, got {given!r}")
-    return op
-
-
 def _draws(op: Operation) -> bool:
     """Whether an operation draws candidates in training."""
     paths = [part.path for part in op.parts]
     return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
+
+
+MEANT = {
+    "kernel_size": ("k", "block_size", "size"),
+    "k": ("kernel_size", "block_size"),
+    "window_size": ("kernel_size", "block_size", "window"),
+    "heads": ("num_heads",),
+    "n_heads": ("num_heads",),
+    "nhead": ("num_heads",),
+    "dim": ("embed_dim", "channels", "in_channels"),
+    "d_model": ("embed_dim", "channels", "in_channels"),
+    "num_neighbors": ("k",),
+    "neighbors": ("k",),
+    "op": ("operation",),
+}
+"""What other libraries call an argument, and what it may be called here."""
 
 
 def _new_sampler() -> Tensor:
@@ -85,6 +102,17 @@ class Mixer(nn.Module):
     """
 
     sampler: Tensor | None
+    _said: tuple[int, ...] = ()  # the last grid on which what cannot be filled was looked for
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in named:
+            if name not in known:
+                meant = [s for s in MEANT.get(name, ()) if s in known] or difflib.get_close_matches(name, known, 1)
+                hint = f"; here it is {meant[0]}" if meant else ""
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint}. It takes: {', '.join(known)}")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -98,13 +126,17 @@ class Mixer(nn.Module):
         context_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.operation = _operation(operation)
-        self.in_channels = in_channels
-        self.out_channels = in_channels if out_channels is None else out_channels
+        self.operation = as_operation(operation)
+        self.in_channels = integer("in_channels", in_channels)
+        self.out_channels = self.in_channels if out_channels is None else integer("out_channels", out_channels)
         self.made_channels = self.out_channels  # what the operation makes, before any shuffling
-        self.ndim, self.backend = ndim, backend
-        self.context_channels = in_channels if context_channels is None else context_channels
-        self._between = (in_channels, self.out_channels, ndim, bias, self.context_channels)
+        self.ndim, self.backend = integer("ndim", ndim), backend
+        if not isinstance(backend, str):
+            raise ValueError(f"backend must be 'auto' or a backend's name, got {shown(backend)}")
+        self.context_channels = (
+            self.in_channels if context_channels is None else integer("context_channels", context_channels)
+        )
+        self._between = (self.in_channels, self.out_channels, self.ndim, flag("bias", bias), self.context_channels)
         self._specs = self._stored = parameters(self.operation, *self._between)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
@@ -147,7 +179,7 @@ class Mixer(nn.Module):
             ValueError: for an operation whose parameters are of another kind.
         """
         for given in operations:
-            op = _operation(given)
+            op = as_operation(given)
             for name, spec in self.parameters_of(op).items():
                 have = self._stored.get(name)
                 if have is None:
@@ -173,7 +205,7 @@ class Mixer(nn.Module):
         >>> layer.weight.shape, layer.tensors()["weight"].shape
         (torch.Size([4, 4, 9]), torch.Size([4, 4, 5]))
         """
-        op = _operation(operation)
+        op = as_operation(operation)
         specs = self.parameters_of(op)
         for name, spec in specs.items():
             have = self._stored.get(name)
@@ -201,32 +233,51 @@ class Mixer(nn.Module):
         self.get_parameter(name).requires_grad_(old.requires_grad)
         self._stored = self._stored | {name: spec}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
-        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path.
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
+        (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
+        not valid.
         """
         self._require(x)
-        return self._run(x, context)
+        return self._run(x, context, mask)
+
+    def _say(self, x: Tensor, context: Tensor | None) -> None:
+        """Once for a layer: that it asks for more neighbours than there are."""
+        if torch.compiler.is_compiling():  # a look at the sizes would tie the graph to them
+            return
+        grid = tuple(x.shape[2:])
+        if self._said in (grid, (0,)):
+            return
+        self._said = grid
+        found = unfilled(self.operation, grid, None if context is None else tuple(context.shape[2:]))
+        if found:
+            self._said = (0,)
+            warnings.warn("; ".join(found), stacklevel=3)
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
         return x
 
-    def _run(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if context is not None:
+            require_tensors(context=context)
         if context is not None and context.dim() > 1 and context.shape[1] != self.context_channels:
             raise ValueError(
                 f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
             )
+        self._say(x, context)
         draw = None
         if self.sampler is not None and self.training:
             draw = self._draws.next(self.sampler)
         return apply(
             self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
-            context=context,
+            context=context, mask=mask,
         )  # fmt: skip
 
     def _require(self, x: Tensor) -> None:
+        require_tensors(x=x)
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
             raise ValueError(
@@ -265,8 +316,9 @@ class TokenMixer(Mixer):
             operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend, context_channels=context_dim
         )
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
+        require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")
         if context is not None and (context.dim() != 3 or context.shape[2] != self.context_channels):
@@ -274,7 +326,7 @@ class TokenMixer(Mixer):
                 f"context must be (B, N, {self.context_channels}) for this layer, got shape {tuple(context.shape)}"
             )
         context = None if context is None else self.prepare(context)
-        return super().forward(self.prepare(x), context).transpose(1, 2)
+        return super().forward(self.prepare(x), context, mask).transpose(1, 2)
 
     def prepare(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D, N)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nearfold._numbers import flag, integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import (
     Box,
@@ -60,7 +61,7 @@ class DeformConv2d(Mixer):
         backend: str = "auto",
     ) -> None:
         path = Deformable(kernel_size, stride=stride, dilation=dilation, padding=padding, groups=offset_groups)
-        weight = Weight(Modulated() if modulated else Ones(), Dense(groups))
+        weight = Weight(Modulated() if flag("modulated", modulated) else Ones(), Dense(groups))
         super().__init__(Basic(path, Box(), weight), in_channels, out_channels, bias=bias, backend=backend)
 
 
@@ -94,7 +95,7 @@ class Involution2d(Mixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        groups = max(1, channels // 16) if groups is None else groups
+        groups = max(1, integer("channels", channels) // 16) if groups is None else groups
         operation = Basic(Window(kernel_size, stride=stride), Box(), Weight(Generated(groups, reduction)))
         super().__init__(operation, channels, bias=bias, backend=backend)
 

@@ -1,8 +1,8 @@
 """Detection: a registered backbone under torchvision's FCOS, trained on generated images with real boxes.
 
 `python -m nearfold.recipes.detection` trains for a minute and prints the loss, and the mean IoU of the found boxes on
-images that were not trained on, before and after. The detector is FCOS (arXiv 1904.01355) on a feature pyramid. Boxes are
-decoded here, in plain PyTorch: torchvision's compiled suppression does not load beside every torch.
+images that were not trained on, before and after. The detector is FCOS (arXiv 1904.01355) on a feature pyramid. Boxes
+are decoded here, in plain PyTorch: torchvision's compiled suppression does not load beside every torch.
 """
 
 from __future__ import annotations

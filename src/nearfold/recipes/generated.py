@@ -1,8 +1,8 @@
 """A generated data set like ImageNet in form: JPEG files of different sizes, in each layout that training reads.
 
-`python -m nearfold.recipes.generated DIR --layout parquet --images 2000` writes textures in eight classes: four patterns,
-each in a warm and in a cold colour, at random angles, scales and places. `nearfold.train.open_data` reads the result. The
-same number of images and the same seed are the same images in every layout.
+`python -m nearfold.recipes.generated DIR --layout parquet --images 2000` writes textures in eight classes: four
+patterns, each in a warm and in a cold colour, at random angles, scales and places. `nearfold.train.open_data` reads the
+result. The same number of images and the same seed are the same images in every layout.
 
 Shape legend: H, W pixels.
 """

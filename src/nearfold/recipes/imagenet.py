@@ -1,8 +1,8 @@
 """The published ImageNet rows as recipes: what to train, with which settings, and what was printed for it.
 
 `python -m nearfold.recipes.imagenet` lists the rows; `python -m nearfold.recipes.imagenet resnet50_hybrid --data DIR
---out DIR` trains one. The same command runs under torchrun; docs/training.md has the commands for one machine and for several. With
-`--tiny` a small network of the same kind is trained instead: a rehearsal, for which
+--out DIR` trains one. The same command runs under torchrun; docs/training.md has the commands for one machine and for
+several. With `--tiny` a small network of the same kind is trained instead: a rehearsal, for which
 `nearfold.recipes.generated` writes data.
 
 What the sources state is told apart from what we chose, field by field: `Row.stated`. Nobody has trained these rows

@@ -1,6 +1,6 @@
 """Rules for what takes more than one layer to say: attention made of parts, layers whose meaning is with their parent.
 
-Verified against torchvision 0.28, timm 1.0.31 and transformers 5.23; by name only, transformers 4.
+Verified against torchvision 0.28, timm 1.0.31 and transformers 5.24.
 """
 
 from __future__ import annotations
@@ -26,17 +26,9 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
-from nearfold.recognise.foreign import Found, Ints, Rule, Unsaid, attention_rule, count, crossed, plain, window
+from nearfold.recognise.foreign import RULES, Found, Ints, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
-
-
-def _timm_attention(m: Any) -> Found:
-    if type(m.q_norm) is not nn.Identity or type(m.norm) is not nn.Identity or m.gate is not None:
-        raise Unsaid("no word for normalised queries and keys, a norm or a gate before the output projection")
-    if m.attn_dim != m.proj.out_features or m.attn_dim != m.qkv.in_features:
-        raise Unsaid("no word for heads of fewer or more channels than the input has")
-    return attention_rule(m.num_heads, m, note="without a mask, unless the caller gives one")
 
 
 def shifted_block(m: Any, size: Ints, shift: Ints) -> Found:
@@ -59,48 +51,12 @@ def _patch_merging(m: Any) -> Found:
     return Found(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
 
 
-def _hugging_face(m: Any) -> Found:
-    """A whole ViTAttention or BertAttention, with its output projection."""
-    if isinstance(getattr(m, "q_proj", None), nn.Linear):  # transformers 5
-        if m.is_causal or m.head_dim * m.num_attention_heads != m.q_proj.in_features:
-            raise Unsaid("a decoder, or heads of fewer or more channels than the input has")
-        note = "without a mask, unless the caller gives one"
-        return attention_rule(m.num_attention_heads, m.q_proj, m.k_proj, m.v_proj, m.o_proj, note=note)
-    inner = getattr(m, "attention", None) or getattr(m, "self", None)
-    out = getattr(getattr(m, "output", None), "dense", None)
-    if inner is None or not isinstance(out, nn.Linear):
-        raise Unsaid("its parts are not those of transformers 4: attention or self, and output.dense")
-    found = _hugging_face_inner(inner)
-    return attention_rule(inner.num_attention_heads, inner, out, note=found.note)
-
-
-def _hugging_face_inner(m: Any) -> Found:
-    if any(not isinstance(getattr(m, name, None), nn.Linear) for name in ("query", "key", "value")):
-        raise Unsaid("its parts are not those of transformers 4: query, key and value")
-    if getattr(m, "is_decoder", False) or getattr(m, "position_embedding_type", "absolute") not in ("absolute", None):
-        raise Unsaid("a decoder, or scores with relative positions")
-    note = "without a mask, unless the caller gives one"
-    return attention_rule(m.num_attention_heads, m, project="qkv", note=note)
-
-
-_TRANSFORMERS = "transformers.models"
 BLOCK_RULES: dict[str, Rule] = {
-    "timm.layers.attention.Attention": _timm_attention,
     "timm.models.swin_transformer.WindowAttention": _window_attention,
     "timm.models.swin_transformer.PatchMerging": _patch_merging,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
     "torchvision.models.swin_transformer.PatchMerging": _patch_merging,
     "torchvision.models.swin_transformer.PatchMergingV2": _patch_merging,
-    **{f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face for name in ("ViTAttention", "ViTSdpaAttention")},
-    **{
-        f"{_TRANSFORMERS}.vit.modeling_vit.{name}": _hugging_face_inner
-        for name in ("ViTSelfAttention", "ViTSdpaSelfAttention")
-    },
-    f"{_TRANSFORMERS}.bert.modeling_bert.BertAttention": _hugging_face,
-    **{
-        f"{_TRANSFORMERS}.bert.modeling_bert.{name}": _hugging_face_inner
-        for name in ("BertSelfAttention", "BertSdpaSelfAttention")
-    },
 }
 
 
@@ -163,10 +119,26 @@ def is_deformable(module: nn.Module) -> bool:
     return (own.__module__, own.__qualname__) == ("torchvision.ops.deform_conv", "DeformConv2d")
 
 
+def _hugging_face_swin(m: Any) -> dict[str, Found]:
+    path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size)
+    op = Basic(path, Box(), Weight(Softmax(m.attention.num_attention_heads)))
+    return {"attention": Found(op, count(m.attention), axis=-1, note=CUT)}
+
+
+def _pooling_head(m: Any) -> dict[str, Found]:
+    return {"attention": crossed(RULES[MULTIHEAD](m.attention))}
+
+
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 PARENTS: dict[str, Callable[[Any], dict[str, Found]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
     "timm.models.mlp_mixer.MixerBlock": _timm_mixer_block,
     "timm.models.mlp_mixer.ResBlock": _timm_res_block,
+    "transformers.models.swin.modeling_swin.SwinLayer": _hugging_face_swin,
+    **{
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}MultiheadAttentionPoolingHead": _pooling_head
+        for name in ("Siglip", "Siglip2")
+    },
 }
 
 
@@ -193,6 +165,6 @@ def _swin_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 AT_CALL: dict[str, Callable[[Any, Found, tuple[Any, ...], dict[str, Any]], Found]] = {
-    "torch.nn.modules.activation.MultiheadAttention": _multihead_call,
+    MULTIHEAD: _multihead_call,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin_call,
 }

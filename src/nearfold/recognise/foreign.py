@@ -37,6 +37,7 @@ class Found:
         axis: where channels are in its output: 1 or -1.
         nets: other layers that belong to it, such as the convolution that makes its offsets.
         note: what the words leave open.
+        beside: parts that are layers of their own, by name, with what they are where this layer knows it.
     """
 
     operation: Operation
@@ -45,6 +46,7 @@ class Found:
     axis: int = 1
     nets: tuple[nn.Module, ...] = ()
     note: str = ""
+    beside: tuple[tuple[str, Found | None], ...] = ()
 
 
 Rule = Callable[[nn.Module], Found]

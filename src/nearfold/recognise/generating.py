@@ -12,7 +12,7 @@ MILLION = 1e6
 # What these make depends on the input, or it decides how positions compare, whatever the words around them say.
 ALWAYS = (
     "offset", "mask", "reduce", "span", "router", "router_reduce", "x_proj", "dt_proj", "dt", "A_log",
-    "relative_bias", "position", "encoding", "value_encoding",
+    "relative_bias", "position", "encoding", "value_encoding", "blend_logit",
 )  # fmt: skip
 # These make something only where features are compared or generate: around a static operation they are plain maps.
 PROJECTIONS = tuple(LETTERS.values())

@@ -278,12 +278,14 @@ def _reason(layer: Layer) -> bool:
 def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, str] | None = None) -> Row:
     assert layer.found is not None
     flops, own = None, [(names or {}).get(module, "") for module in layer.modules]
-    if seen is not None:
-        flops = sum(seen.flops.get(name, 0) for name in own) if any(name in seen.flops for name in own) else None
+    if seen is not None and not layer.within and any(name in seen.flops for name in own):
+        flops = sum(seen.flops.get(name, 0) for name in own)
+    beside = [layer.modules[0].get_submodule(name) for name, _ in layer.found.beside]
     reached = [seen.fields[name] for name in own if seen and name in seen.fields]
     return Row(
         layer.name, layer.kind, layer.found.operation, layer.mixes, layer.counted,
-        layer.found.generating / MILLION, count(*layer.modules), flops, reached[0] if reached else "", layer.note,
+        layer.found.generating / MILLION, count(*layer.modules) - count(*beside), flops,
+        reached[0] if reached else "", layer.note,
     )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from nearfold.grammar import Basic
 from nearfold.grammar.complexity import c_d
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import Depthwise, Ones, Window
+from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
 from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.layouts import CROSS
 from nearfold.recognise.pointwise import (
     TRIED,
     acts_alone,
@@ -23,6 +25,7 @@ from nearfold.recognise.pointwise import (
     is_pointwise,
     strange_parameters,
 )
+from nearfold.recognise.scans import scan_of
 
 ALL_RULES = RULES | BLOCK_RULES
 EMPTY = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children they do nothing
@@ -40,6 +43,7 @@ class Layer:
         counted: its share in the model's C_D.
         note: what the words leave open, why it counts what it counts, or how it is known.
         listed: whether its parts are listed on their own as well.
+        within: whether it is a part of a layer that is listed as a whole.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Layer:
     counted: float = 0.0
     note: str = ""
     listed: bool = False
+    within: bool = False
 
     @property
     def kind(self) -> str:
@@ -90,18 +95,24 @@ def of_found(name: str, modules: tuple[nn.Module, ...], found: Found) -> Layer:
 
 
 def _visit(
-    module: nn.Module, name: str, given: Found | None, seen: set[nn.Module], parts: set[nn.Module]
+    module: nn.Module, name: str, given: Found | Unsaid | None, seen: set[nn.Module], parts: set[nn.Module]
 ) -> Iterator[Layer]:
     """The layers of one module; ``parts`` are those that belong to a layer elsewhere."""
     if module in seen or module in parts:
         return
     seen.add(module)
     try:
+        if isinstance(given, Unsaid):
+            raise given
         found = given or _found(module)
     except Unsaid as why:
         yield Layer(name, (module,), reason=str(why))
         return
     if found is not None:
+        for child_name, part in found.beside:
+            child = module.get_submodule(child_name)
+            for layer in _visit(child, f"{name}.{child_name}".lstrip("."), part, seen, parts):
+                yield dataclasses.replace(layer, within=True)
         yield of_found(name, (module, *found.nets), found)
         return
     if gathers_statistics(module):
@@ -122,7 +133,7 @@ def _visit(
     if strange:
         yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed", listed=True)
     overrides = _overrides(module)
-    parts |= {net for found in overrides.values() for net in found.nets}
+    parts |= {net for found in overrides.values() if isinstance(found, Found) for net in found.nets}
     below: list[Layer] = []
     for child_name, child in children:
         below += _visit(child, f"{name}.{child_name}".lstrip("."), overrides.get(child_name), seen, parts)
@@ -137,16 +148,24 @@ def _found(module: nn.Module) -> Found | None:
     if is_deformable(module):
         raise Unsaid("offsets are given from outside, and it has no parent in which to look for what makes them")
     rule = rule_of(module, ALL_RULES)
-    if rule is None:
-        return None
     try:
-        return rule(module)
+        if rule is not None:
+            return rule(module)
+        attention = attention_of(module)
+        return attention.found(module) if attention else scan_of(module)
     except AttributeError as error:
         raise Unsaid(f"its attributes are not those of the version that the rule was written for: {error}") from error
 
 
-def _overrides(module: nn.Module) -> dict[str, Found]:
-    found = deformable_children(module)
+def _overrides(module: nn.Module) -> dict[str, Found | Unsaid]:
+    found: dict[str, Found | Unsaid] = dict(deformable_children(module))
+    for name, child in module.named_children():
+        if name in CROSS:
+            try:
+                if attention := attention_of(child, cross=True):
+                    found[name] = attention.found(child)
+            except Unsaid as why:
+                found[name] = why
     for name in names_of(module):
         if name in PARENTS:
             found |= PARENTS[name](module)

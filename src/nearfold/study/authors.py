@@ -54,7 +54,10 @@ def read(path: Path, asked: Sequence[Authors]) -> list[Points]:
         needed = {ACCURACY, *one.columns, *one.where}
         if missing := needed - set(rows[0] if rows else ()):
             raise ValueError(f"--authors {path} has no column {', '.join(sorted(missing))}")
-        found.append(Points(one.data, one.text, _points(rows, one)))
+        try:
+            found.append(Points(one.data, one.text, _points(rows, one)))
+        except (TypeError, ValueError) as error:  # a line that is too short, or holds something else
+            raise ValueError(f"--authors {path}: {ACCURACY} must be a number in every line ({error})") from error
     return [points for points in found if points.values]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import COSTS, complexity, front, scores
 from nearfold.study.compare import accuracy, differences, points
-from nearfold.study.plots import new_figure, svg
+from nearfold.study.document import Chart
+from nearfold.study.labels import Point, log_axis, name_points
+from nearfold.study.plots import THEME, new_figure, plain, svg
 from nearfold.study.results import Results, Row
+from nearfold.study.statistics import Estimate
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
-OURS, TRAIN, THEIRS, FRONT = "#2f6db3", "#cf5a36", "#9a9a9a", "#3f8f6b"
+OURS, TRAIN, THEIRS, FRONT = (THEME[name] for name in ("blue", "orange", "gray", "green"))
 
 
 @dataclass
@@ -38,21 +42,14 @@ class Tips:
             part.set_gid(f"tip-{len(self.texts)}")
             self.texts.append(text)
 
-    def into(self, drawn: str) -> str:
-        """The SVG with a title in every group that has a text."""
+    def into(self, drawn: str) -> Markup:
+        """The SVG with a title in every group that has a text, which takes the place of its id."""
+        from markupsafe import Markup
 
         def title(match: re.Match[str]) -> str:
-            return f"{match.group(0)}<title>{escape(self.texts[int(match.group(1))])}</title>"
+            return f"<g><title>{escape(self.texts[int(match.group(1))])}</title>"
 
-        return re.sub(r'<g id="tip-(\d+)">', title, drawn)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure and what to say under it."""
-
-    picture: str
-    caption: str
+        return Markup(re.sub(r'<g id="tip-(\d+)">', title, drawn))
 
 
 def draw(results: Results, authors: Sequence[Points]) -> list[Chart]:
@@ -60,9 +57,14 @@ def draw(results: Results, authors: Sequence[Points]) -> list[Chart]:
     return CHARTS[results.study.figure](results, authors)
 
 
-def _svg(make: Callable[[Tips], Figure], label: str) -> str:
+def _chart(make: Callable[[Tips], Figure], label: str, caption: str) -> Chart:
     tips = Tips()
-    return tips.into(svg(lambda: make(tips), label))
+    return Chart(tips.into(svg(lambda: make(tips), label)), label, caption)
+
+
+def _arms(e: Estimate) -> list[list[float]] | None:
+    """The arms of an error bar, in percent or points; one seed has none."""
+    return None if math.isnan(e.low) else [[100 * arm] for arm in e.arms]
 
 
 def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
@@ -85,8 +87,7 @@ def _settings(results: Results, authors: Sequence[Points]) -> list[Chart]:
                 f" Gray circles: {text}, likewise less the mean of theirs at the reference; another network and "
                 "recipe. Triangles: beyond the axis."
             )
-        picture = _svg(partial(_two_panels, results, rows, theirs), f"{name}, by setting")
-        charts.append(Chart(picture, caption))
+        charts.append(_chart(partial(_two_panels, results, rows, theirs), f"{name}, by setting", caption))
     return charts
 
 
@@ -103,13 +104,13 @@ def _two_panels(
             _mean(above, place + shift, row, measure, colour, tips)
     reference = results.reference(rows)
     if reference is not None:
-        below.axhline(0, color="#777777", lw=1)
+        below.axhline(0, color=THEME["edge"], lw=1)
         for d in differences(rows, reference):
             e = d.estimate
             bars = below.errorbar(
                 places[d.row.trial.labels[axis]],
                 100 * e.mean,
-                yerr=100 * e.half,
+                yerr=_arms(e),
                 fmt="D",
                 ms=5.5,
                 color=OURS,
@@ -124,7 +125,7 @@ def _two_panels(
     labels = [_short(value) for value in places]
     crowded = max(map(len, labels)) * len(labels) > 90
     below.set_xticks(list(places.values()), labels, rotation=25 if crowded else 0, ha="right" if crowded else "center")
-    below.set_xlabel(axis)
+    below.set_xlabel(plain(axis))
     return figure
 
 
@@ -132,7 +133,7 @@ def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: T
     values = [100 * v for v in row.values(measure).values()]
     e = row.estimate(measure)
     axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(place, 100 * e.mean, yerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    bars = axes.errorbar(place, 100 * e.mean, yerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
     tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
 
 
@@ -149,7 +150,7 @@ def _beside(axes: Axes, place: float, title: str, values: Sequence[float], tips:
 
 
 def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return plain(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
@@ -163,14 +164,15 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
             axes = figure.subplots()
             for place, row in enumerate(ranked):
                 _across(axes, place, row, "gap_last", OURS if row.memorised else THEIRS, tips)
-            axes.set_yticks(range(len(ranked)), [row.title for row in ranked])
+            axes.set_yticks(range(len(ranked)), [plain(row.title) for row in ranked])
             axes.invert_yaxis()
             axes.set_xlabel("train minus test accuracy of the last weights, points (less is better)")
             return figure
 
         charts.append(
-            Chart(
-                _svg(bars, f"{name}: gaps"),
+            _chart(
+                bars,
+                f"{name}: gaps",
                 f"{name}. Diamonds: means over seeds with 95 % intervals; dots: single seeds. Gray: operators that "
                 "did not memorise their images with every seed, whose gaps are not comparable.",
             )
@@ -178,10 +180,12 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
         there = [row for row in rows if row.memorised]
         if len(there) > 2:
             charts.append(
-                Chart(
-                    _svg(partial(_against_complexity, there), f"{name}: gap against complexity"),
+                _chart(
+                    partial(_against_complexity, there),
+                    f"{name}: gap against complexity",
                     f"{name}. The mean gap of the operators that memorised, against descriptive complexity C_D, the "
-                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two layers.",
+                    "millions of parameters that generate behaviour C_P, and Omega = C_D + C_P, of their two "
+                    "layers; names where there is room.",
                 )
             )
     return charts
@@ -191,42 +195,29 @@ def _across(axes: Axes, place: float, row: Row, measure: str, colour: str, tips:
     values = [100 * v for v in row.values(measure).values()]
     e = row.estimate(measure)
     axes.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(100 * e.mean, place, xerr=100 * e.half, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    bars = axes.errorbar(100 * e.mean, place, xerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
     tips.add(bars, f"{row.title}: {accuracy(e)}, {e.n} seeds")
 
 
 def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
-    figure = new_figure(9.2, 3.4)
-    for axes, name in zip(figure.subplots(1, 3, sharey=True), ("C_D", "C_P", "Omega"), strict=True):
+    figure = new_figure(9.2, 9.0)
+    panels = dict(zip(("C_D", "C_P", "Omega"), figure.subplots(3, 1, sharey=True), strict=True))
+    for name, axes in panels.items():
         for row in rows:
-            e = row.estimate("gap_last")
-            spot = axes.errorbar(
-                complexity(row)[name], 100 * e.mean, yerr=100 * e.half, fmt="o", ms=5, color=OURS, lw=0.8
-            )
-            tips.add(spot, f"{row.title}: {name} {complexity(row)[name]:.3g}, gap {accuracy(e)}")
-            _name(axes, row.title, complexity(row)[name], 100 * e.mean)
-        axes.margins(x=0.15)
-        axes.locator_params(axis="x", nbins=4)
+            e, value = row.estimate("gap_last"), complexity(row)[name]
+            spot = axes.errorbar(value, 100 * e.mean, yerr=_arms(e), fmt="o", ms=5, color=OURS, lw=0.8)
+            tips.add(spot, f"{row.title}: {name} {value:.3g}, gap {accuracy(e)}")
+        axes.margins(x=0.15, y=0.15)
         axes.set_xlabel(name + (" (millions)" if name == "C_P" else ""))
-    figure.axes[0].set_ylabel("gap, points")
-    _part(figure)
+        axes.set_ylabel("gap, points")
+    for name, axes in panels.items():
+        name_points(axes, [_point(row, complexity(row)[name], row.estimate("gap_last")) for row in rows])
     return figure
 
 
-def _name(axes: Axes, text: str, x: float, y: float, colour: str = "#222222") -> None:
-    axes.annotate(text, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
-
-
-def _part(figure: Figure) -> None:
-    """Raise names that lie on others."""
-    figure.draw_without_rendering()
-    for axes in figure.axes:
-        placed: list[Bbox] = []
-        for text in sorted(axes.texts, key=lambda text: text.get_window_extent().y0):
-            while any(box.overlaps(text.get_window_extent()) for box in placed):
-                x, y = text.get_position()
-                text.set_position((x, y + 2))
-            placed.append(text.get_window_extent())
+def _point(row: Row, x: float, e: Estimate, colour: str = THEME["ink"]) -> Point:
+    low, high = (e.mean, e.mean) if math.isnan(e.low) else (e.low, e.high)
+    return Point(x, 100 * e.mean, 100 * low, 100 * high, plain(row.title), colour)
 
 
 def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
@@ -249,7 +240,7 @@ def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
                     textcoords="offset points",
                     fontsize=7.5,
                 )
-            left.set_yticks(range(len(table)), [s.row.title for s in table], fontsize=8.5)
+            left.set_yticks(range(len(table)), [plain(s.row.title) for s in table], fontsize=8.5)
             left.invert_yaxis()
             left.set_xlabel("test accuracy, %")
             right.set_xlabel("score = 100 accuracy / (1 + Omega)")
@@ -257,8 +248,9 @@ def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
             return figure
 
         charts.append(
-            Chart(
-                _svg(bars, f"{name}: scores"),
+            _chart(
+                bars,
+                f"{name}: scores",
                 f"{name}. By score, best first. Left: test accuracy, means with 95 % intervals over seeds. Right: "
                 "GWO's score and tier.",
             )
@@ -276,13 +268,12 @@ def _costs(results: Results, authors: Sequence[Points]) -> list[Chart]:
         for cost, text in COSTS.items():
             if there:
                 charts.append(
-                    Chart(
-                        _svg(
-                            partial(_one_cost, there, cost, units[cost]),
-                            f"{name}: {text}",
-                        ),
+                    _chart(
+                        partial(_one_cost, there, cost, units[cost]),
+                        f"{name}: {text}",
                         f"{name}: test accuracy against {text}, means with 95 % intervals over seeds. Green: "
-                        "settings that no other one beats in held-out accuracy at that cost or less.",
+                        "settings that no other one beats in held-out accuracy at that cost or less. "
+                        "Names where there is room; every point says its own when pointed at.",
                     )
                 )
     return charts
@@ -295,16 +286,17 @@ def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
     for row in rows:
         e, colour = row.estimate("test_accuracy"), FRONT if row in best else OURS
         spot = axes.errorbar(
-            row.cost[cost], 100 * e.mean, yerr=100 * e.half, fmt="D" if row in best else "o", ms=6, color=colour, lw=1
+            row.cost[cost], 100 * e.mean, yerr=_arms(e), fmt="D" if row in best else "o", ms=6, color=colour, lw=1
         )
         tips.add(spot, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
-        _name(axes, row.title, row.cost[cost], 100 * e.mean, colour)
-    axes.plot(
-        [row.cost[cost] for row in best], [100 * row.estimate("test_accuracy").mean for row in best], color=FRONT, lw=1
-    )
-    axes.set(xscale="log", xlabel=f"{unit} (log scale)", ylabel="test accuracy, %")
-    axes.margins(x=0.12, y=0.12)
-    _part(figure)
+    line = [(row.cost[cost], 100 * row.estimate("test_accuracy").mean) for row in best]
+    axes.plot(*zip(*line, strict=True), color=FRONT, lw=1)
+    axes.set(xlabel=f"{unit} (log scale)", ylabel="test accuracy, %")
+    log_axis(axes, [row.cost[cost] for row in rows])
+    axes.margins(y=0.12)
+    test = [(row, row.cost[cost], row.estimate("test_accuracy")) for row in rows]
+    named = [_point(row, x, e, FRONT if row in best else OURS) for row, x, e in test]
+    name_points(axes, named, line)
     return figure
 
 

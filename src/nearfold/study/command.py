@@ -1,16 +1,21 @@
-"""`nearfold study list`, `run` and `budget`."""
+"""`nearfold study list`, `run`, `page` and `budget`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nearfold.study.authors import Points, read
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
 from nearfold.study.plan import Plan, plan
+from nearfold.study.record import Record
+from nearfold.study.results import Results
+from nearfold.study.store import write_each
 
 EXAMPLES = {
     "study list": """\
@@ -25,10 +30,17 @@ examples:
 
 A finished run is never run again, whoever finished it: interrupt the command when you like, the same command goes on;
 another one may work on the same folder at the same time. Runs that failed are told and left until --retry.""",
+    "study page": """\
+examples:
+  nearfold study page docs/studies/ratio
+  nearfold study page runs/windows-cpu --study recipes/own_study.py""",
     "study budget": """\
 examples:
+  nearfold study budget --latency-ms 2
   nearfold study run budget --data cifar10=path/to/cifar10
-  nearfold study budget --latency-ms 2""",
+  nearfold study budget --latency-ms 2 --data cifar10=path/to/cifar10
+
+Without runs of your own it answers from those that come with nearfold, which were measured on another machine.""",
 }
 
 
@@ -51,6 +63,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--retry", action="store_true", help="do runs again that failed before")
     parser.add_argument("--authors", type=Path, metavar="CSV", help="the authors' runs, drawn behind where they fit")
     parser.set_defaults(command=run)
+
+
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nearfold study page`."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="that a study left, with its results.json")
+    parser.add_argument("--study", metavar="NAME", help="path/to/study.py, of a study that is not one of nearfold's")
+    parser.set_defaults(command=draw)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
@@ -87,17 +106,39 @@ def run(args: argparse.Namespace) -> int:
     from nearfold.study.files import leave
 
     planned = _plan(args)
+    theirs = [] if args.authors is None else read(args.authors, planned.study.authors)
     try:
         work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
             folder = args.out / f"{planned.study.name}-{planned.study.preset}"
-            paths = leave(planned, folder, command=_said(args), authors=args.authors)
-            print("\n" + "\n".join(map(str, paths)))
+            print("\n" + "\n".join(map(str, leave(_record(args, planned, results, theirs), folder))))
     for label, error in results.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
     return 1 if results.failures else 0
+
+
+def _record(args: argparse.Namespace, planned: Plan, results: Results, theirs: Sequence[Points]) -> Record:
+    from nearfold.study.publish import environment
+
+    device = planned.study.trials[0].recipe.device
+    return Record(results, planned.facts, _said(args), environment(device), planned.missing, theirs)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """`nearfold study page`."""
+    from nearfold.study import record
+    from nearfold.study.files import views
+
+    path = args.folder / "results.json"
+    content = record.load(path)
+    name, preset = content["study"], content["preset"]
+    if args.study is None and name not in STUDIES:  # a file that the results name is not run
+        raise ValueError(f"{path} is of {name!r}, none of nearfold's studies: say its file, --study path/to/study.py")
+    found = record.read(path, find(args.study or name, preset))
+    print("\n".join(map(str, write_each(views(found, args.folder)))))
+    return 0
 
 
 def recommend(args: argparse.Namespace) -> int:
@@ -108,18 +149,37 @@ def recommend(args: argparse.Namespace) -> int:
     budget = {name: most for name, most in asked.items() if most is not None}
     if not budget:
         raise ValueError("say a budget: --latency-ms, --flops or --memory-mib")
-    results = _plan(args).results
-    if not results.rows:
-        raise ValueError(f"no run of the study is in {args.out}: nearfold study run budget first")
-    print("\n".join(readings.recommend(results, budget)))
+    for name, most in budget.items():
+        if not most > 0:
+            raise ValueError(f"a budget must be above 0, got {most:g} for {readings.COSTS[name]}")
+    print("\n".join(readings.recommend(_measured(args), budget)))
     return 0
+
+
+def _measured(args: argparse.Namespace) -> Results:
+    """The results to answer from: the user's own runs, or else those that come along, of which it is said."""
+    from nearfold.study import record
+
+    if args.data or args.preset != "cpu" or (args.out / "store").is_dir():
+        results = _plan(args).results
+        if results.rows:
+            return results
+        if args.data or args.preset != "cpu":
+            raise ValueError(f"no run of the study is in {args.out}: nearfold study run budget first")
+    found = record.read(Path(__file__).parent / "catalogue" / "budget.json", find("budget", "cpu"))
+    machine = ", ".join(f"{name} {value}" for name, value in found.environment.items())
+    print(
+        f"From the {found.results.finished} runs that come with nearfold (docs/studies/budget), as no run of yours is "
+        f"in {args.out}. Costs were measured elsewhere: {machine}. For this machine: {found.command}\n"
+    )
+    return found.results
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     study = find(args.name, args.preset)
     if args.seeds:
         study = replace(study, seeds=args.seeds)
-    sources = dict(_source(text) for text in args.data)
+    sources = _sources(args.data)
     planned = plan(
         study, args.out / "store", sources, resumable=args.preset == "paper", workers=getattr(args, "workers", 0)
     )
@@ -128,11 +188,15 @@ def _plan(args: argparse.Namespace) -> Plan:
     return planned
 
 
-def _source(text: str) -> tuple[str, str]:
-    name, equals, folder = text.partition("=")
-    if not equals or not name or not folder:
-        raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
-    return name, folder
+def _sources(texts: Sequence[str]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder:
+            raise ValueError(f"--data must be NAME=FOLDER, such as cifar10=path/to/cifar10; got {text!r}")
+        if sources.setdefault(name, folder) != folder:
+            raise ValueError(f"--data {name} is given twice, as {sources[name]} and as {folder}: say one")
+    return sources
 
 
 def _engine(args: argparse.Namespace, study: Study) -> Engine:

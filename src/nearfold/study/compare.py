@@ -8,8 +8,9 @@ estimated from all settings of the data set (`statistics.between`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import LEVEL, Estimate, between, holm, paired
@@ -18,8 +19,19 @@ from nearfold.study.table import names, seeds
 MEASURE = "test_accuracy"
 
 
+class Titled(Protocol):
+    """What is compared: it has a title."""
+
+    @property
+    def title(self) -> str:
+        """Of the setting."""
+
+
+R = TypeVar("R", bound=Titled)
+
+
 @dataclass(frozen=True)
-class Difference:
+class Difference(Generic[R]):
     """A row against the reference of its data set.
 
     Attributes:
@@ -28,7 +40,7 @@ class Difference:
         p: Holm's adjusted p among the rows of the data set.
     """
 
-    row: Row
+    row: R
     estimate: Estimate
     p: float
 
@@ -38,7 +50,7 @@ class Difference:
         return self.p < 1 - LEVEL
 
 
-def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
+def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference[Row]]:
     """Every other row of a data set against the reference, in the order of the rows.
 
     Gaps are compared where both have memorised.
@@ -46,10 +58,20 @@ def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> 
     if measure == "gap_last":
         rows = [row for row in rows if row.memorised and reference.memorised]
     others = [row for row in rows if row is not reference and row.results.keys() & reference.results.keys()]
-    spread = between([row.values(measure) for row in (reference, *others)])
-    estimates = [paired(row.values(measure), reference.values(measure), spread) for row in others]
+    return compared([(row, row.values(measure)) for row in others], reference.values(measure))
+
+
+def compared(rows: Sequence[tuple[R, Mapping[int, float]]], reference: Mapping[int, float]) -> list[Difference[R]]:
+    """Shares by seed against those of a reference, paired by seed, corrected for their number.
+
+    Args:
+        rows: what is compared and its share by seed; each has a seed that the reference has.
+        reference: share by seed.
+    """
+    spread = between([reference, *(values for _, values in rows)])
+    estimates = [paired(values, reference, spread).cut(-1.0, 1.0) for _, values in rows]
     adjusted = holm([found.p for found in estimates])
-    return [Difference(row, found, p) for row, found, p in zip(others, estimates, adjusted, strict=True)]
+    return [Difference(row, found, p) for (row, _), found, p in zip(rows, estimates, adjusted, strict=True)]
 
 
 def against_reference(results: Results) -> list[str]:
@@ -72,7 +94,7 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     return text + verdict(differences(rows, reference), reference)
 
 
-def verdict(found: Sequence[Difference], reference: Row) -> str:
+def verdict(found: Sequence[Difference], reference: Titled) -> str:
     """What the comparisons with a reference come to, in a sentence."""
     if not found:
         return "Nothing to compare it with."
@@ -80,20 +102,31 @@ def verdict(found: Sequence[Difference], reference: Row) -> str:
         return "With one seed there is no interval: no difference can be found."
     better = [d for d in found if d.found and d.estimate.mean > 0]
     worse = [d for d in found if d.found and d.estimate.mean < 0]
-    level = [d for d in found if not d.found]
+    level = [d for d in found if not d.found and not math.isnan(d.p)]
+    single = [d for d in found if math.isnan(d.p)]
     parts = []
     for word, group in (("better", better), ("worse", worse)):
         if group:
             parts.append(
-                f"{word} than {reference.title}: " + ", ".join(f"{d.row.title} ({points(d.estimate)})" for d in group)
+                f"{word} than {reference.title}: " + "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in group)
             )
     if level:
         widest = max(d.estimate.half for d in level)
         parts.append(
-            f"no difference found between {reference.title} and {names([d.row.title for d in level])}: the intervals "
+            f"no difference found between {reference.title} and {_these([d.row.title for d in level])}: the intervals "
             f"are up to {100 * widest:.1f} points to either side"
         )
+    if single:
+        told = "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in single)
+        parts.append(f"with one seed, so without an interval: {told}")
     return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+
+
+def _these(titles: Sequence[str]) -> str:
+    """A few settings by name, many by their number: the table has them."""
+    if len(titles) <= 3 and not any("," in title for title in titles):
+        return names(titles)
+    return titles[0] if len(titles) == 1 else f"{len(titles)} others"
 
 
 def accuracy(e: Estimate) -> str:
@@ -113,5 +146,13 @@ def points(e: Estimate) -> str:
     >>> points(Estimate(0.012, -0.003, 0.027, 5, 0.1))
     '+1.2 points, −0.3 to +2.7'
     """
-    text = f"{100 * e.mean:+.1f} points" + ("" if math.isnan(e.low) else f", {100 * e.low:+.1f} to {100 * e.high:+.1f}")
-    return text.replace("-", "−")
+    return f"{signed(e.mean)} points" + ("" if math.isnan(e.low) else f", {signed(e.low)} to {signed(e.high)}")
+
+
+def signed(difference: float) -> str:
+    """A difference of shares in points, with its sign; nothing has a plus.
+
+    >>> signed(-0.0123), signed(-0.0002)
+    ('−1.2', '+0.0')
+    """
+    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")

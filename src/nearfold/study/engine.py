@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nearfold._images import first_line
 from nearfold.study.grid import Run
 from nearfold.study.store import Store
 from nearfold.study.tasks import TASKS, Place
-from nearfold.train.readers import first_line
 
 POLL_SECONDS = 2.0
 """How often to look whether a run that somebody else does has finished."""

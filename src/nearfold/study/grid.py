@@ -121,6 +121,8 @@ class Study:
         cost: measure latency, FLOPs and memory of every trial's network too.
         figure: a key of `nearfold.study.charts.CHARTS`.
         measure: what is compared: a name that `nearfold.study.results.Row.values` takes.
+        verdict: from the results to the sentence that stands first; None: `headline.verdict` says what the comparisons
+            with the reference come to.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Study:
     references: Mapping[str, Label] = field(default_factory=dict)
     figure: str = "settings"
     measure: str = "test_accuracy"
+    verdict: Callable[[Results], str] | None = None
 
     def reference_on(self, data: str) -> Label:
         """What the settings on a data set, as labelled, are compared with."""

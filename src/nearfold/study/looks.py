@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearfold.lower import looks
 from nearfold.models import SpectrumNet
-from nearfold.study.plots import new_figure
+from nearfold.study.plots import THEME, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,16 +115,16 @@ def picture(image: Tensor, found: Sequence[Look], colours: Sequence[str]) -> Fig
         panel.set_axis_off()
     _image(panels[0], image, faded=False)
     _mark(panels[0], image, found[0])
-    panels[0].set_title("the image, and\nthe position asked", fontsize=8.5, color="#333333")
+    panels[0].set_title("the image, and\nthe position asked", fontsize=8.5, color=THEME["ink"])
     for panel, look, colour in zip(panels[1:], found, colours, strict=False):
         _image(panel, image, faded=True)
         share = (look.weights / look.weights.max()).clamp(min=0).numpy()
         panel.imshow(share, cmap=ink, alpha=0.95 * share**0.6, extent=_extent(image), interpolation="nearest")
         _mark(panel, image, look)
         numbers = f"{look.positions:.1f} positions, {look.reach:.1f} away"
-        panel.set_title(f"{look.title}\n", fontsize=8.5, color=colour, fontweight="bold", linespacing=1.5)
+        panel.set_title(f"{plain(look.title)}\n", fontsize=8.5, color=colour, fontweight="bold", linespacing=1.5)
         panel.text(
-            0.5, 1.03, numbers, fontsize=7.5, color="#555555", ha="center", va="bottom",
+            0.5, 1.03, numbers, fontsize=7.5, color=THEME["soft"], ha="center", va="bottom",
             transform=panel.transAxes,
         )  # fmt: skip
     return figure

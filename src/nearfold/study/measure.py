@@ -124,11 +124,12 @@ def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
     step()  # warm up: lazy initialisation and caches belong to no operator
     seconds: list[float] = []
     while len(seconds) < STEPS and sum(seconds) < SECONDS:
-        seconds.append(_seconds(step, device))
+        seconds.append(timed(step, device))
     return statistics.median(seconds)
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds that a step takes, on CUDA until its work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,40 +1,19 @@
-"""The page of a study: one HTML file that asks for nothing outside itself, for a screen of any width and for print."""
+"""The page of a study: the verdict and the figure that shows it, then what was asked, how, and every number."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import scores
 from nearfold.study.charts import draw
-from nearfold.study.compare import MEASURE, accuracy, against_reference, differences, points
-from nearfold.study.document import again, document, failures, figure, paragraphs
+from nearfold.study.compare import MEASURE, Difference, accuracy, against_reference, differences, points, signed
+from nearfold.study.document import Cell, Line, Table, render
+from nearfold.study.forest import Forest, Mark, ends, interval
+from nearfold.study.headline import limits, verdict
 from nearfold.study.results import Results, Row
-from nearfold.study.table import count
-
-CSS = """
-th.sorts { cursor: pointer; }
-th.sorts:hover { color: #2f6db3; }
-td.found { font-weight: 600; }
-details { margin: 12px 0; }
-summary { cursor: pointer; color: #2f6db3; }
-@media print { body { background: #fff; } main { max-width: none; padding: 0; } details { display: none; }
-  figure { break-inside: avoid; } .pictures svg { min-width: 0; } }
-"""
-
-SORT = """
-document.querySelectorAll('th.sorts').forEach(th => th.addEventListener('click', () => {
-  const at = [...th.parentNode.children].indexOf(th), body = th.closest('table').tBodies[0];
-  const value = row => { const t = row.cells[at].dataset.sort ?? row.cells[at].textContent;
-    return isNaN(parseFloat(t)) ? t : parseFloat(t); };
-  const down = th.dataset.down = th.dataset.down === '1' ? '' : '1';
-  [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
-    const c = typeof x === typeof y ? (x > y) - (x < y) : typeof x === 'number' ? -1 : 1;
-    return down ? -c : c; }).forEach(row => body.append(row));
-}));
-"""
+from nearfold.study.table import count, seeds
 
 
 def answer(results: Results) -> list[str]:
@@ -62,26 +41,27 @@ def html(
         missing: data sets of the study that were not given.
     """
     study = results.study
-    sections = (
-        f"<h1>{escape(study.title)}</h1><p class='under'>study <code>{escape(study.name)}</code>, preset "
-        f"<code>{escape(study.preset)}</code>: {len(study.trials)} settings, {study.seeds} seeds each</p>",
-        "<h2>What was asked</h2>" + paragraphs([study.question, f"What was published: {study.claim}"]),
-        "<h2>The answer</h2><div class='answer'>"
-        + _unfinished(results, missing)
-        + paragraphs(answer(results))
-        + "</div>",
-        "<h2>The figures</h2>" + "".join(figure(c.picture, c.caption) for c in draw(results, authors)),
-        "<h2>The table</h2>" + "".join(_table(name, rows, results) for name, rows in results.panels.items()),
-        _protocol(results, facts),
-        failures(results.failures, "and are done again with --retry"),
-        _runs(results),
-        again(
-            command,
-            "Beside this page: runs.csv, a line for every run, and results.json, with every setting's configuration.",
-            environment,
-        ),
+    return render(
+        "study.html.jinja",
+        title=study.title,
+        study=study,
+        seeds=seeds(study.seeds),
+        verdict=verdict(results),
+        unfinished=_unfinished(results, missing),
+        forests=[_forest(name, rows, results) for name, rows in results.panels.items()],
+        limits=limits(results, facts),
+        asked=[study.question, f"What was published: {study.claim}"],
+        answer=answer(results),
+        charts=draw(results, authors),
+        tables=[_table(name, rows, results) for name, rows in results.panels.items()],
+        protocol=_protocol(results, facts),
+        failures=results.failures,
+        networks=_networks(results),
+        runs=_runs(results),
+        finished=results.finished,
+        command=command,
+        environment=environment,
     )
-    return document(study.title, sections, css=CSS, script=SORT)
 
 
 def _unfinished(results: Results, missing: Sequence[str]) -> str:
@@ -92,14 +72,68 @@ def _unfinished(results: Results, missing: Sequence[str]) -> str:
         )
     if missing:
         texts.append(f"Without {', '.join(missing)}, which nobody pointed to.")
-    return f"<p><strong>Not complete:</strong> {escape(' '.join(texts))}</p>" if texts else ""
+    return " ".join(texts)
 
 
-def _protocol(results: Results, facts: Sequence[str]) -> str:
+def _forest(name: str, rows: Sequence[Row], results: Results) -> Forest:
+    """The figure of the verdict: every setting against the reference, or by score where that is the question."""
+    study, reference = results.study, results.reference(rows)
+    if study.figure == "ranking" or reference is None:
+        ranked = [s.row for s in scores(rows)] if study.figure == "ranking" else list(rows)
+        return Forest(
+            f"{name}: test accuracy, %" + (", in the order of the score" if study.figure == "ranking" else ""),
+            "accuracy",
+            "Circles: means over seeds, with 95 % intervals; small dots: single seeds.",
+            [_alone(row, study.measure) for row in ranked],
+        )
+    found = {d.row.title: d for d in differences(rows, reference, study.measure)}
+    gap = study.measure != MEASURE
+    what = "train minus test accuracy" if gap else "test accuracy"
+    marks = []
+    for row in sorted(rows, key=lambda r: r.cost["latency_ms"]) if _timed(rows) and study.figure == "costs" else rows:
+        title = f"{row.title} ({row.cost['latency_ms']:.2g} ms)" if row.cost and study.figure == "costs" else row.title
+        if row is reference:
+            e = row.estimate(study.measure)
+            marks.append(Mark(title, 0.0, None, None, accuracy(e).partition(" (")[0], "reference", colour="gray"))
+        elif row.title in found:
+            marks.append(_against(found[row.title], title, -1 if gap else 1))
+    return Forest(
+        f"{name}: {what} less that of {reference.title}, points",
+        "points",
+        f"Circles: mean differences to {reference.title}, paired by seed, with 95 % intervals. Filled, green for the "
+        "better and orange for the worse: found, after correction for the number of comparisons."
+        + (" Only operators that memorised their images with every seed are compared." if gap else "")
+        + (" In the order of the latency of one image." if study.figure == "costs" else ""),
+        marks,
+        zero=0.0,
+    )
+
+
+def _timed(rows: Sequence[Row]) -> bool:
+    return all(row.cost for row in rows)
+
+
+def _alone(row: Row, measure: str) -> Mark:
+    e = row.estimate(measure)
+    dots = [100 * value for value in row.values(measure).values()]
+    return Mark(row.title, 100 * e.mean, *ends(e), f"{100 * e.mean:.1f}", interval(e, _percent), dots)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _against(d: Difference, title: str, wanted: int) -> Mark:
+    e = d.estimate
+    colour = "blue" if not d.found else "green" if wanted * e.mean > 0 else "orange"
+    return Mark(title, 100 * e.mean, *ends(e), signed(e.mean), interval(e, signed), found=d.found, colour=colour)
+
+
+def _protocol(results: Results, facts: Sequence[str]) -> list[str]:
     first = results.rows[0].trial.recipe
     varied = {name for row in results.rows for name in _differing(first.to_dict(), row.trial.recipe.to_dict())}
     recipe = ", ".join(f"{name} {value}" for name, value in first.to_dict().items() if name not in varied | {"seed"})
-    items = [
+    return [
         *facts,
         *results.study.protocol,
         "Epochs and settings are chosen by held-out images only; test images are evaluated once, with the chosen "
@@ -107,45 +141,43 @@ def _protocol(results: Results, facts: Sequence[str]) -> str:
         "split of the images is the same for all.",
         "Intervals are Student's at 95 % over seeds; differences are paired by seed. Both take the spread from all "
         "settings of a data set together (a two-way layout of settings and seeds), which grants that settings "
-        "scatter alike. A difference counts as found when Holm's adjusted p is below 0.05 among the comparisons on "
+        "scatter alike; a setting with one seed has no interval. An interval that would reach beyond 0 or 100 % ends "
+        "there. A difference counts as found when Holm's adjusted p is below 0.05 among the comparisons on "
         "that data set. None of this contains the choice of the test images themselves, which is the same for all.",
         f"Recipe: {recipe}." + (f" Differing by setting: {', '.join(sorted(varied))}." if varied else ""),
     ]
-    return "<h2>The protocol</h2><ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
 def _differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     return [name for name in a if a[name] != b[name] and name != "seed"]
 
 
-Cell = tuple[str, float | str]
-"""What a cell shows, and what it is sorted by."""
-
-
-def _table(name: str, rows: Sequence[Row], results: Results) -> str:
+def _table(name: str, rows: Sequence[Row], results: Results) -> Table:
     study, reference = results.study, results.reference(rows)
     found = {d.row.title: d for d in differences(rows, reference, study.measure)} if reference is not None else {}
     last = "_last" if study.measure.endswith("_last") else ""
 
     def share(measure: str) -> Callable[[Row], Cell]:
-        return lambda row: (accuracy(e := row.estimate(measure)).replace(" %", ""), e.mean)
+        return lambda row: Cell(accuracy(e := row.estimate(measure)).replace(" %", ""), e.mean)
 
     def less(row: Row) -> Cell:
         d = found.get(row.title)
-        return ("", -math.inf) if d is None else (points(d.estimate).replace(" points", ""), d.estimate.mean)
+        if d is None:
+            return Cell("", -math.inf)
+        return Cell(points(d.estimate).replace(" points", ""), d.estimate.mean, "found" if d.found else "")
 
     def adjusted(row: Row) -> Cell:
         d = found.get(row.title)
-        return ("", math.inf) if d is None or math.isnan(d.p) else (f"{d.p:.3g}", d.p)
+        return Cell("", math.inf) if d is None or math.isnan(d.p) else Cell(f"{d.p:.3g}", d.p)
 
     def cost(measure: str, show: Callable[[float], str]) -> Callable[[Row], Cell]:
-        return lambda row: (show(row.cost[measure]), row.cost[measure]) if row.cost else ("", math.inf)
+        return lambda row: Cell(show(row.cost[measure]), row.cost[measure]) if row.cost else Cell("", math.inf)
 
     def number(measure: str, digits: int) -> Callable[[Row], Cell]:
-        return lambda row: (f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
+        return lambda row: Cell(f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
 
     columns: dict[str, Callable[[Row], Cell]] = {
-        "setting": lambda row: (row.title, row.title),
+        "setting": lambda row: Cell(row.title),
         "test acc. %": share(f"test_accuracy{last}"),
         "held-out acc. %": share("val_accuracy"),
         "train acc. %": share(f"train_accuracy{last}"),
@@ -155,14 +187,14 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> str:
     columns |= {
         f"{'accuracy' if study.measure == MEASURE else 'gap'} less the reference's, points": less,
         "adjusted p": adjusted,
-        "seeds": lambda row: (str(len(row.results)), len(row.results)),
+        "seeds": lambda row: Cell(str(len(row.results)), len(row.results)),
     }
     if study.figure == "ranking":
         ranked = {s.row.title: s for s in scores(rows)}
         columns |= {
-            "Omega": lambda row: (f"{ranked[row.title].omega:.4g}", ranked[row.title].omega),
-            "score": lambda row: (f"{ranked[row.title].score:.0f}", ranked[row.title].score),
-            "tier": lambda row: (ranked[row.title].tier, ranked[row.title].tier),
+            "Omega": lambda row: Cell(f"{ranked[row.title].omega:.4g}", ranked[row.title].omega),
+            "score": lambda row: Cell(f"{ranked[row.title].score:.0f}", ranked[row.title].score),
+            "tier": lambda row: Cell(ranked[row.title].tier),
         }
     if any(row.cost for row in rows):
         columns |= {
@@ -172,51 +204,33 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> str:
             "peak MiB": cost("peak_memory_mib", "{:.1f}".format),
         }
     columns["s a run"] = number("seconds", 0)
-
-    def kind(head: str, row: Row) -> str:
-        if columns[head] is less and row.title in found and found[row.title].found:
-            return " class=found"
-        return " class=left" if head == "setting" else ""
-
-    head = "".join(f"<th class='sorts{' left' if text == 'setting' else ''}'>{escape(text)}</th>" for text in columns)
-    body = ""
-    for row in rows:
-        body += "<tr>"
-        for text, cell in columns.items():
-            shown, value = cell(row)
-            body += f"<td{kind(text, row)} data-sort='{escape(str(value), quote=True)}'>{escape(shown)}</td>"
-        body += "</tr>"
-    return (
-        f"<p><strong>{escape(name)}</strong></p><div "
-        f"class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p "
-        "class='note'>Means over seeds, with 95 % intervals. Bold: a difference was found. A click on a head "
-        "sorts.</p>"
-    )
+    lines = [Line([cell(row) for cell in columns.values()]) for row in rows]
+    return Table(name, list(columns), lines, sorts=True)
 
 
-def _runs(results: Results) -> str:
-    lines = "".join(
-        f"<tr><td class=left>{escape(name)}</td><td class=left>{escape(row.title)}</td><td>{seed}</td>"
-        f"<td>{100 * r['val_accuracy']:.2f}</td><td>{100 * r['test_accuracy']:.2f}</td>"
-        f"<td>{100 * r['train_accuracy']:.2f}</td><td>{r['best_epoch']}</td><td>{r['epochs']}</td>"
-        f"<td>{r['seconds']:.1f}</td></tr>"
+def _runs(results: Results) -> Table:
+    def share(value: float) -> Cell:
+        return Cell(f"{100 * value:.2f}", value)
+
+    lines = [
+        Line(
+            [
+                Cell(row.title), Cell(name), Cell(str(seed), seed),
+                *(share(r[f"{part}_accuracy"]) for part in ("val", "test", "train")),
+                Cell(str(r["best_epoch"])), Cell(str(r["epochs"])), Cell(f"{r['seconds']:.1f}", r["seconds"]),
+            ]
+        )
         for name, rows in results.panels.items()
         for row in rows
         for seed, r in row.results.items()
-    )
-    networks = "".join(
-        f"<tr><td class=left>{escape(row.title)}</td><td class=left><code>{escape(_network(row))}</code></td></tr>"
-        for row in results.rows
-    )
-    names = ("data", "setting", "seed", "held-out %", "test %", "train %", "best epoch", "epochs", "s")
-    heads = "".join(f"<th class=sorts>{name}</th>" for name in names)
-    return (
-        "<h2>Every run</h2><details><summary>The networks</summary><div "
-        f"class='scroll'><table><tbody>{networks}</tbody></table></div></details><details><summary>{results.finished} "
-        "runs</summary><div "
-        f"class='scroll'><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div></details>"
-    )
+    ]  # fmt: skip
+    names = ("setting", "data", "seed", "held-out %", "test %", "train %", "best epoch", "epochs", "s")
+    return Table("Every run", names, lines, left=(0, 1), sorts=True)
 
 
-def _network(row: Row) -> str:
-    return ", ".join(f"{name}={value}" for name, value in row.trial.network.items())
+def _networks(results: Results) -> Table:
+    def network(row: Row) -> str:
+        return ", ".join(f"{name}={value}" for name, value in row.trial.network.items())
+
+    lines = [Line([Cell(row.title), Cell(network(row), kind="left wide", code=True)]) for row in results.rows]
+    return Table("The networks", ("setting", "network"), lines, left=(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,10 +61,16 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
         workers: as in `Place`.
 
     Raises:
-        ValueError: no data set of the study is there, one cannot be read, or a network does not work on its images:
-            found out now, and not in one run after the other.
+        ValueError: a source is of no data set of the study, none of them is there, one cannot be read, or a network
+            does not work on its images: found out now, and not in one run after the other.
     """
     names = dict.fromkeys(trial.data.name for trial in study.trials)
+    if unknown := [name for name in sources if name not in names]:
+        close = "".join(f", did you mean {name!r}" for name in difflib.get_close_matches(unknown[0], names, n=1))
+        raise ValueError(
+            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so{close}; "
+            f"its data sets are {', '.join(names)}"
+        )
     missing = tuple(name for name in names if name != "digits" and name not in sources)
     trials = [trial for trial in study.trials if trial.data.name not in missing]
     if not trials:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 
 import nearfold
+from nearfold.study.document import markdown
 from nearfold.study.engine import duration
+from nearfold.study.findings import conclusions, verdict
 from nearfold.study.looks import Look, first_look
+from nearfold.study.measure import machine
 from nearfold.study.report import Report, html
 from nearfold.study.spectrum import DEPTH, Settings, Study
-from nearfold.study.store import write_whole
-from nearfold.study.table import Row, markdown_table, mean, spread
+from nearfold.study.store import write_each
+from nearfold.study.table import COLUMNS, Row, cells, markdown_table, mean, spread, text_table
 from nearfold.train import load_weights, prepare
 
 
@@ -41,13 +45,28 @@ def publish(study: Study) -> list[Path]:
         raise ValueError(f"no run under {study.store.root} has finished: there is nothing to report")
     folder = study.store.root
     contents = {
-        folder / "table.md": markdown_table(rows),
-        folder / "results.json": json.dumps(_results(study, rows), indent=1) + "\n",
-        folder / "report.html": html(_report(study, rows)),
+        folder / "table.md": lambda: "\n".join(
+            [markdown_table(rows), *(f"{markdown(t)}\n" for t in _said(study, rows))]
+        ),
+        folder / "results.json": lambda: json.dumps(_results(study, rows), indent=1) + "\n",
+        folder / "report.html": lambda: html(_report(study, rows)),
     }
-    for path, content in contents.items():
-        write_whole(path, content)
-    return list(contents)
+    return write_each(contents)
+
+
+def printed(study: Study) -> str:
+    """The table of a study for a terminal, and what may be concluded from it.
+
+    Args:
+        study: with at least one finished run.
+    """
+    rows = study.rows()
+    table = text_table(COLUMNS, (cells(row) for row in rows))
+    return "\n\n".join([table, *(textwrap.fill(text, 110) for text in _said(study, rows))])
+
+
+def _said(study: Study, rows: list[Row]) -> list[str]:
+    return [verdict(rows), *conclusions(rows, len(study.data.test))] if rows else []
 
 
 def command_line(settings: Settings) -> str:
@@ -68,7 +87,7 @@ def _results(study: Study, rows: list[Row]) -> dict[str, Any]:
     return {
         "study": "spectrum",
         "command": command_line(study.settings),
-        "environment": environment(),
+        "environment": environment(study.settings.device),
         "data": study.data.name,
         "recipe": study.settings.recipe.to_dict(),
         "planned": len(study.training),
@@ -123,7 +142,7 @@ def _report(study: Study, rows: list[Row]) -> Report:
             "training time of all runs": duration(sum(seconds)),
         },
         command=command_line(settings),
-        environment=environment(),
+        environment=environment(settings.device),
     )
 
 
@@ -144,13 +163,16 @@ def _all_looks(study: Study, rows: list[Row]) -> tuple[dict[str, Look], list[tup
     return found, missing
 
 
-def environment() -> dict[str, str]:
-    """Machine and versions, by name."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Machine and versions, by name.
+
+    Args:
+        device: that the networks ran on, as in `nearfold.train.Recipe`.
+    """
     return {
         "nearfold": nearfold.__version__,
         "PyTorch": torch.__version__,
         "Python": platform.python_version(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        **({"GPU": cuda} if cuda else {}),
+        "processor": f"{machine('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        **({"GPU": machine(device)} if device != "cpu" and torch.cuda.is_available() else {}),
     }

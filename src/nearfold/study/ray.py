@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from nearfold._images import first_line
 from nearfold.study.engine import Outcome, attempt, failed
 from nearfold.study.grid import Run
 from nearfold.study.tasks import Place
-from nearfold.train.readers import first_line
 
 PATIENCE_SECONDS = 300.0
 """How long a cluster may be without any node that could ever hold a run: a new one may be starting."""
@@ -95,7 +95,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray: pip install 'nearfold[ray]'") from error
+        raise ImportError("--engine ray needs Ray: pip install ray") from error
     if not ray.is_initialized():
         try:
             _knock(address)

@@ -1,19 +1,20 @@
-"""The report of a study: one HTML file that asks for nothing outside itself."""
+"""The page of the spectrum study: the verdict and the figure that shows it, then how, and every number."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from torch import Tensor
 
-from nearfold.study.document import again, document, failures, figure, paragraphs
-from nearfold.study.findings import answer
+from nearfold.study.compare import signed
+from nearfold.study.document import Cell, Chart, Line, Table, render
+from nearfold.study.findings import answer, comparisons, conclusions, verdict
+from nearfold.study.forest import Forest, Mark, ends, interval
 from nearfold.study.looks import Look, picture
-from nearfold.study.plots import FAMILIES, against_cost, along_spectrum, svg
-from nearfold.study.table import COLUMNS, Row, cells
+from nearfold.study.plots import FAMILIES, THEME, against_cost, along_spectrum, svg
+from nearfold.study.table import COLUMNS, Row, cells, mean, seeds
 
 
 @dataclass(frozen=True)
@@ -55,117 +56,114 @@ class Report:
 
 def html(report: Report) -> str:
     """The report as one HTML document."""
-    title = f"From convolution to attention on {report.data}"
-    sections = (
-        _head(title, report), _asked(report), _answer(report), _table(report), _spectrum(report),
-        _cost(report), _looks(report), _settings(report),
-        failures(report.failures, "and are tried again the next time"),
-        again(
-            report.command,
-            "Finished runs are kept and are not run again; the same command redraws this page from them, and a new "
-            "output folder repeats everything.",
-            report.environment,
-        ),
-    )  # fmt: skip
-    return document(title, sections)
-
-
-def _head(title: str, report: Report) -> str:
-    n_seeds = max(row.n for row in report.rows)
-    return (
-        f"<h1>{escape(title)}</h1><p class='under'>{len(report.rows)} operators, one network, one recipe, "
-        f"{n_seeds} seed{'s' if n_seeds > 1 else ''} each</p>"
-    )
-
-
-def _asked(report: Report) -> str:
-    return "<h2>What was asked</h2>" + paragraphs(
-        [
+    unfinished = ""
+    if report.finished < report.planned:
+        unfinished = (
+            f"{report.finished} of {report.planned} runs have finished; operators may differ in their number of "
+            "seeds, see the table."
+        )
+    return render(
+        "spectrum.html.jinja",
+        title=f"From convolution to attention on {report.data}",
+        verdict=verdict(report.rows),
+        unfinished=unfinished,
+        forests=[_forest(report.rows)],
+        operators=len(report.rows),
+        seeds=seeds(max(row.n for row in report.rows)),
+        limits=conclusions(report.rows, report.n_test),
+        asked=[
             "A convolution reads its neighbours in space. Self-attention reads whatever looks alike, "
             "wherever it is. Both are one operator: look somewhere (path), in some form (shape), and "
             "value what is found (weight). Between the two ends lies a spectrum. What does moving along "
             "it change, when nothing else changes: accuracy, the gap between training and test, and cost?",
             *report.facts,
-        ]
+        ],
+        answer=answer(report.rows),
+        numbers=_numbers(report.rows),
+        notations=_notations(report.rows),
+        figures=_figures(report),
+        settings=Table(
+            "Recipe and network", ("setting", "value"),
+            [Line([Cell(name), Cell(str(value), kind="left", code=True)]) for name, value in report.settings.items()],
+            left=(0, 1),
+        ),
+        failures=report.failures,
+        command=report.command,
+        environment=report.environment,
+    )  # fmt: skip
+
+
+def _forest(rows: Sequence[Row]) -> Forest:
+    reference, found = comparisons(rows)
+    marks = []
+    by_title = {d.row.title: d for d in found}
+    for row in rows:
+        if (d := by_title.get(row.title)) is not None:
+            e = d.estimate
+            texts = signed(e.mean), interval(e, signed)
+            marks.append(Mark(row.title, 100 * e.mean, *ends(e), *texts, (), d.found, FAMILIES[row.family][1]))
+        elif row is reference:
+            marks.append(Mark(row.title, 0.0, None, None, f"{100 * mean(row.test):.1f} %", "reference", colour="gray"))
+    return Forest(
+        f"Test accuracy less that of {reference.title}, points",
+        "points",
+        "From space (top) to features, then operators that do both. Circles: mean differences, paired by seed, with "
+        "95 % intervals, which one seed does not have; filled: found, after correction for the number of comparisons. "
+        "Blue looks in space, orange in features, purple lies between, green does both.",
+        marks,
+        zero=0.0,
     )
 
 
-def _answer(report: Report) -> str:
-    unfinished = ""
-    if report.finished < report.planned:
-        unfinished = (
-            f"<p><strong>Not complete:</strong> {report.finished} of {report.planned} runs have finished; "
-            "operators may differ in their number of seeds, see the table.</p>"
-        )
-    body = paragraphs(answer(report.rows, report.n_test))
-    return f"<h2>The answer</h2><div class='answer'>{unfinished}{body}</div>"
+def _numbers(rows: Sequence[Row]) -> Table:
+    best = max(rows, key=lambda row: sum(row.test) / row.n)
+
+    def line(row: Row) -> Line:
+        texts = cells(row)
+        dot = FAMILIES[row.family][1]
+        return Line([Cell(text, dot=dot if i == 1 else "") for i, text in enumerate(texts)], best=row is best)
+
+    return Table("Every operator", COLUMNS, [line(row) for row in rows], heads=1, left=(1,))
 
 
-def _table(report: Report) -> str:
-    best = max(report.rows, key=lambda row: sum(row.test) / row.n)
-
-    def left(i: int) -> str:
-        return " class='left'" if i == 1 else ""
-
-    header = "".join(f"<th{left(i)}>{escape(text)}</th>" for i, text in enumerate(COLUMNS))
-    lines = []
-    for row in report.rows:
-        dot = f"<span class='dot' style='background:{FAMILIES[row.family][1]}'></span>"
-        body = "".join(f"<td{left(i)}>{dot if i == 1 else ''}{escape(text)}</td>" for i, text in enumerate(cells(row)))
-        lines.append(f"<tr{' class=best' if row is best else ''}>{body}</tr>")
-    notations = "".join(
-        f"<tr><td>{row.order}</td><td class='left'>{escape(row.title)}</td>"
-        f"<td class='left'><code>{escape(row.notation)}</code></td></tr>"
-        for row in report.rows
-    )
-    return (
-        "<h2>The table</h2><div class='scroll'>"
-        f"<table><thead><tr>{header}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        "<p class='note'>Accuracies: mean over the seeds ± sample standard deviation. Test accuracy belongs "
-        "to the weights of the epoch that was best on held-out validation images; the test set chose "
-        "nothing. Train accuracy is that of the same weights on the training images, without "
-        "augmentation. The gap is train minus test accuracy. FLOPs: one image, forward, evaluation mode; "
-        "random candidates are drawn in training only, so they are not cheaper here. Images/s: forward "
-        "and backward, the median of up to twenty steps on the machine named below (CPU: one thread). "
-        "Peak MiB: the most memory allocated at one time in one training step beyond parameters and "
-        "batch. The row of the highest mean is shaded.</p><div "
-        "class='scroll'><table><thead><tr><th>#</th><th class='left'>operator</th><th class='left'>path | "
-        f"shape | weight</th></tr></thead><tbody>{notations}</tbody></table></div>"
-    )
+def _notations(rows: Sequence[Row]) -> Table:
+    lines = [Line([Cell(str(r.order)), Cell(r.title), Cell(r.notation, kind="left wide", code=True)]) for r in rows]
+    return Table("The operators in the notation", ("#", "operator", "path | shape | weight"), lines, 1, (1, 2))
 
 
-def _spectrum(report: Report) -> str:
+def _figures(report: Report) -> list[tuple[str, list[Chart], list[str]]]:
+    """Headings, the figures under them, and what is not in these."""
     bars = "bars: one sample standard deviation to each side; " if max(r.n for r in report.rows) > 1 else ""
-    caption = (
+    along = (
         f"From space (top) to features, then operators that do both. Diamonds: mean over seeds; {bars}"
         "small dots: single seeds. Left: right is better. Right: the further right, the more the network "
         "knows about its training images that it cannot use on new ones."
     )
-    drawn = svg(lambda: along_spectrum(report.rows), "Accuracy and gap along the spectrum")
-    return "<h2>Along the spectrum</h2>" + figure(drawn, caption)
-
-
-def _cost(report: Report) -> str:
-    caption = (
+    cost = (
         "The same accuracies against what they cost: above, arithmetic; below, speed as measured here. "
         "Better is up, and left in the upper plot, right in the lower. The two orders need not agree: "
         "sorting similarities and gathering neighbours take time, but count hardly any FLOPs."
     )
-    if max(row.n for row in report.rows) > 1:
-        caption += " Bars: one sample standard deviation to each side."
-    return "<h2>Accuracy against cost</h2>" + figure(
-        svg(lambda: against_cost(report.rows), "Accuracy against cost"), caption
-    )
+    if bars:
+        cost += " Bars: one sample standard deviation to each side, at most to 0 and 100 %."
+
+    figures: list[tuple[str, list[Chart], list[str]]] = [
+        ("Along the spectrum", [_chart(lambda: along_spectrum(report.rows), "Accuracy and gap", along)], []),
+        ("Accuracy against cost", [_chart(lambda: against_cost(report.rows), "Accuracy against cost", cost)], []),
+    ]
+    missing = [f"{name}: {why}" for name, why in report.missing_looks]
+    looks = [_looks(report)] if report.looks else []
+    return figures + ([("Where each operator looks", looks, missing)] if looks or missing else [])
 
 
-def _looks(report: Report) -> str:
+def _chart(draw: Any, label: str, caption: str) -> Chart:
+    return Chart(svg(draw, label), label, caption)
+
+
+def _looks(report: Report) -> Chart:
     rows = [row for row in report.rows if row.name in report.looks]
-    missing = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report.missing_looks)
-    notes = f"<p>Not in the picture:</p><ul>{missing}</ul>" if missing else ""
-    if not rows:
-        return f"<h2>Where each operator looks</h2>{notes}" if notes else ""
     found = [report.looks[row.name] for row in rows]
-    colours = [FAMILIES[row.family][1] for row in rows]
+    colours = [THEME[FAMILIES[row.family][1]] for row in rows]
     caption = (
         f"One test image ({report.image_label}), one output position (blue square), and how much the first "
         "mixing layer of each trained network (seed 0) reads every position for it: the redder the more, each "
@@ -175,19 +173,4 @@ def _looks(report: Report) -> str:
         "square in positions of the grid. The layer sees the image through the stem, so one position stands "
         "for a small neighbourhood of pixels. One image and one position illustrate; they prove nothing."
     )
-    drawn = svg(lambda: picture(report.image, found, colours), "Where each operator looks")
-    return "<h2>Where each operator looks</h2>" + figure(drawn, caption) + notes
-
-
-def _settings(report: Report) -> str:
-    lines = "".join(
-        f"<tr><td class='left'>{escape(name)}</td><td class='left'><code>{escape(str(value))}</code></td></tr>"
-        for name, value in report.settings.items()
-    )
-    return (
-        "<h2>The recipe</h2><p>Equal for every operator; nothing was tuned for one of them. The default recipe was "
-        "chosen once, among about nine (epochs, batch, learning rate, width), by the test accuracy of convolution, "
-        "ConvNN and attention on the digits: read accuracies on digits as slightly optimistic. A recipe that suits "
-        "one operator better than another is part of what is compared.</p>"
-        f"<table class='narrow'><tbody>{lines}</tbody></table>"
-    )
+    return _chart(lambda: picture(report.image, found, colours), "Where each operator looks", caption)

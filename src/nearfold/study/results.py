@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,17 @@ from nearfold.study.store import Store, run_key
 
 MEMORISED = 0.995
 """Training accuracy from which a network has memorised its images."""
+
+
+def limits(name: str) -> tuple[float, float]:
+    """What a measurement lies between: a share, a difference of shares, or a number that is not negative.
+
+    >>> limits("test_accuracy"), limits("gap_last"), limits("seconds")
+    ((0.0, 1.0), (-1.0, 1.0), (0.0, inf))
+    """
+    if "gap" in name:
+        return -1.0, 1.0
+    return 0.0, 1.0 if "accuracy" in name else math.inf
 
 
 @dataclass(frozen=True)
@@ -38,9 +50,10 @@ class Row:
         return {seed: float(result[name]) for seed, result in self.results.items()}
 
     def estimate(self, name: str) -> Estimate:
-        """Its mean and interval over the seeds, by the spread of all rows of the data set."""
+        """Its mean and interval over the seeds, by the spread of all rows of the data set, ended where values end."""
         values = self.values(name)
-        return estimate(list(values.values()), within([values, *(row.values(name) for row in self.beside)]))
+        found = estimate(list(values.values()), within([values, *(row.values(name) for row in self.beside)]))
+        return found.cut(*limits(name))
 
     @property
     def memorised(self) -> bool:

@@ -188,8 +188,9 @@ class Study:
         """One row an operator that has a cost and a result."""
         rows = []
         for order, stop in enumerate(SPECTRUM, start=1):
-            loaded = (self.store.load(run.config) for (_, name), run in self.training.items() if name == stop.name)
-            results = [result for result in loaded if result is not None]
+            runs = {seed: run for (seed, name), run in self.training.items() if name == stop.name}
+            loaded = {seed: self.store.load(run.config) for seed, run in runs.items()}
+            results = {seed: result for seed, result in loaded.items() if result is not None}
             if results and (cost := self.store.load(self.costs[stop.name].config)) is not None:
                 rows.append(make_row(results, cost, order=order, **asdict(stop)))
         return rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEVEL = 0.95
 
@@ -19,6 +19,9 @@ LEVEL = 0.95
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its interval at `LEVEL`; without an interval (nan) where there is one value only.
+
+    One value has no interval even where the spread is known from others: it would be drawn around a value that nothing
+    of its own supports.
 
     Attributes:
         mean: of the values.
@@ -38,6 +41,21 @@ class Estimate:
     def half(self) -> float:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
+
+    @property
+    def arms(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the mean, which an end that was cut makes unequal."""
+        return self.mean - self.low, self.high - self.mean
+
+    def cut(self, low: float, high: float) -> Estimate:
+        """The same with the interval ended at what values can be.
+
+        >>> Estimate(0.98, 0.94, 1.02, 3, 0.0).cut(0.0, 1.0).high
+        1.0
+        """
+        if math.isnan(self.low):
+            return self
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,9 @@ def estimate(values: Sequence[float], spread: Spread | None = None) -> Estimate:
 
     n = len(values)
     mean = statistics.fmean(values)
+    if n < 2:
+        return Estimate(mean, math.nan, math.nan, n, math.nan)
     if spread is None:
-        if n < 2:
-            return Estimate(mean, math.nan, math.nan, n, math.nan)
         spread = Spread(statistics.stdev(values), n - 1)
     error = spread.deviation / math.sqrt(n)
     half = float(stats.t.ppf((1 + LEVEL) / 2, spread.freedom)) * error
@@ -141,6 +159,29 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], spread: Spread | None
     if not seeds:
         raise ValueError(f"no seed in common: {sorted(a)} and {sorted(b)}")
     return estimate([a[seed] - b[seed] for seed in seeds], spread)
+
+
+def changed_share(better: int, worse: int, n: int) -> Estimate:
+    """The difference of two shares of the same `n` things, some of which changed, with Agresti and Min's interval.
+
+    It adds half a change of each kind, so that no change among few things is not taken for none among all.
+
+    Args:
+        better: things that are right now and were wrong.
+        worse: things that are wrong now and were right.
+        n: of all things, at least one.
+
+    >>> e = changed_share(1, 3, 200)
+    >>> round(e.mean, 3), round(e.low, 3), round(e.high, 3)
+    (-0.01, -0.032, 0.012)
+    """
+    from scipy import stats
+
+    more, less, total = better + 0.5, worse + 0.5, n + 2
+    centre = (more - less) / total
+    error = math.sqrt(more + less - (more - less) ** 2 / total) / total
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    return Estimate((better - worse) / n, centre - half, centre + half, n, math.nan)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

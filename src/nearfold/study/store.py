@@ -13,13 +13,15 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nearfold.study.checked import checked
 from nearfold.train.checkpoint import replacing
+from nearfold.train.readers import first_line
 
 
 def run_key(config: Mapping[str, Any]) -> str:
@@ -36,7 +38,30 @@ def write_whole(path: Path, content: str) -> None:
     """Write a text file, and its folder, so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, f".{socket.gethostname()}-{os.getpid()}") as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+
+
+def write_each(contents: Mapping[Path, Callable[[], str]]) -> list[Path]:
+    """Make and write files one after the other: where one cannot be made, those before it are there.
+
+    Args:
+        contents: what makes the content, by path.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ValueError: a content cannot be made; the message says which, and that no result is lost by it.
+    """
+    for path, make in contents.items():
+        try:
+            content = make()
+        except Exception as error:  # whatever a drawing, or a study's own function, dies of
+            raise ValueError(
+                f"{path} could not be made, and every result is kept: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        write_whole(path, content)
+    return list(contents)
 
 
 @dataclass(frozen=True)
@@ -96,16 +121,16 @@ class Store:
         """The result of a finished run, or None if it has not finished.
 
         Raises:
-            ValueError: the file is there but is not a result; the message says what to do.
+            ValueError: the file is there but is not a result, or a value in it is of a type or size that no run leaves;
+                the message says what to do. Nothing is run or drawn before that is settled.
         """
         path = self.result_path(config)
         if not path.exists():
             return None
         try:
-            result = json.loads(path.read_text())["result"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            return checked(json.loads(path.read_text())["result"], str(config.get("task", "")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a run's result ({error}); delete it to run it again") from error
-        return result
 
     def save(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record a finished run; an error recorded for the same run, and its checkpoints, are forgotten."""
@@ -124,6 +149,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            return str(json.loads(path.read_text())["error"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            error = str(json.loads(path.read_text())["error"])
+            return " ".join("".join(c if c.isprintable() else " " for c in error).split())
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a run's error ({error}); delete it") from error

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nearfold.study.document import markdown
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,6 +27,7 @@ class Row:
         latency_ms: one image, forward, as `nearfold.study.measure.Cost` has it.
         images_per_second: forward and backward, as `nearfold.study.measure.Cost` has it.
         peak_memory_mib: of one training step, likewise.
+        seeds: which they are; none: 0, 1, ...
     """
 
     name: str
@@ -39,6 +42,12 @@ class Row:
     latency_ms: float
     images_per_second: float
     peak_memory_mib: float
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Test accuracy by seed."""
+        return dict(zip(self.seeds or range(self.n), self.test, strict=True))
 
     @property
     def n(self) -> int:
@@ -66,7 +75,7 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def make_row(
-    results: Sequence[Mapping[str, Any]],
+    results: Mapping[int, Mapping[str, Any]],
     cost: Mapping[str, Any],
     *,
     name: str,
@@ -75,15 +84,16 @@ def make_row(
     family: str,
     order: int,
 ) -> Row:
-    """The row of one operator from its finished runs (at least one, in the order of seeds) and its cost."""
+    """The row of one operator from its finished runs by seed (at least one) and its cost."""
     return Row(
         name=name,
         title=title,
         notation=notation,
         family=family,
         order=order,
-        test=tuple(r["test_accuracy"] for r in results),
-        train=tuple(r["train_accuracy"] for r in results),
+        test=tuple(r["test_accuracy"] for r in results.values()),
+        train=tuple(r["train_accuracy"] for r in results.values()),
+        seeds=tuple(results),
         **cost,
     )
 
@@ -176,6 +186,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """The table in Markdown, with the notation of every operator as its last column."""
     header = (*COLUMNS, "notation")
     # A bar ends a cell in Markdown tables, also inside code: it is escaped.
-    body = [(*cells(row), f"`{row.notation}`".replace("|", "\\|")) for row in rows]
+    body = [(*map(markdown, cells(row)), f"`{row.notation}`".replace("|", "\\|")) for row in rows]
     align = ("---", "---", *("---:" for _ in header[2:-1]), "---")
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, align, *body)) + "\n"

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import Blend, Position, Scaled
+from nearfold.grammar.similarity import Blend, Position
 from nearfold.grammar.words import (
     All,
     AllCandidates,
     Block,
     Box,
+    Causal,
     Deformable,
     Dense,
     Depthwise,
@@ -33,7 +34,7 @@ from nearfold.grammar.words import (
     Window,
 )
 from nearfold.lower.geometry import WindowGeometry
-from nearfold.lower.parameters import SHARED, as_tuple, parameters
+from nearfold.lower.parameters import SHARED, as_tuple, bias_reach, parameters
 
 GRADES = ("exact", "approximate", "new weights")
 LETTERS = ("query", "key", "value", "out")
@@ -332,8 +333,13 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
         return Carried()
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
     found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
-    if "relative_bias" in source.tensors and _biased(target) and own.path.size == target.path.size:  # type: ignore[attr-defined]
-        found = replace(found, tensors=found.tensors | {"relative_bias": source.tensors["relative_bias"]})
+    table = source.tensors.get("relative_bias")
+    if (
+        table is not None
+        and _biased(target)
+        and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
+    ):
+        found = replace(found, tensors=found.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
         found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
     if not isinstance(rho, Softmax) or rho.scale != own.weight.rho.scale:  # type: ignore[attr-defined]
@@ -342,9 +348,11 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     if path == own.path:
         return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
     nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
-    everywhere = isinstance(own.path, All) and own.path == All(cross=own.cross) and isinstance(own.shape, Row)
-    plain = isinstance(path, Nearest) and path == Nearest(path.k, Scaled(), cross=path.cross)
-    if nearest and everywhere and plain and isinstance(target.shape, Ranked | Box):
+    near = own.path.similarity
+    everywhere = isinstance(own.path, All) and own.path == All(near, cross=own.cross)
+    alike = isinstance(path, Nearest) and path == Nearest(path.k, near, cross=path.cross)
+    shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
+    if nearest and everywhere and alike and isinstance(target.shape, shapes):
         assert isinstance(path, Nearest)
         return replace(found, limit=path.k)
     return found.weaker(f"it looks at {path}, and looked at {own.path}")

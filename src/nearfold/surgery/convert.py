@@ -219,6 +219,8 @@ def _change(site: Site, rule: Rule) -> Change:
         return Change(_row(site.name, site.module, "refused", str(why), site), site.place)
     if wanted is None:
         return Change(_row(site.name, site.module, "kept", "the rule keeps it", site), site.place)
+    if refusal := site.source.refuses(wanted):
+        return Change(_row(site.name, site.module, "refused", refusal, site), site.place)
     if not site.name:
         raise ValueError(f"the model itself is the layer {type(site.module).__name__}: convert what it is in")
     begin = changed(wanted, **rule.start) if rule.start else wanted

@@ -52,10 +52,12 @@ def observe(model: nn.Module, layers: Iterable[Site], input_size: tuple[int, ...
 def _noting(seen: Seen, site: Site) -> Callable[..., None]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        grid = x.shape[1:-1] if site.source.channels_last else x.shape[2:]
+        grid = tuple(x.shape[1:-1]) if site.source.channels_last else tuple(x.shape[2:])
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            grid = x.shape[:1]
-        seen.grids[site.name] = tuple(grid)
+            grid = tuple(x.shape[:1])
+        if site.source.ndim == 2 and x.dim() == 3:  # tokens, next to the size of their map
+            grid = next((a for a in (*args, *kwargs.values()) if isinstance(a, tuple) and len(a) == 2), grid)
+        seen.grids[site.name] = tuple(map(int, grid))
         for name in names_of(module):
             if name in AT_CALL:
                 try:

@@ -26,7 +26,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 def _blend(op: Basic, lam: float) -> Basic:
     near, path = op.path.similarity, op.path
-    if not (isinstance(near, Blend) and isinstance(path, Nearest | Window | All | Block)):
+    if not (isinstance(near, Blend) and not near.learned and isinstance(path, Nearest | Window | All | Block)):
         return op
     return dataclasses.replace(op, path=dataclasses.replace(path, similarity=dataclasses.replace(near, lam=lam)))
 
@@ -70,7 +70,7 @@ def has(op: Operation, name: str) -> bool:
     """Whether an operation has a value of this name."""
     if isinstance(op, Basic):
         return name in KNOBS and (
-            isinstance(op.path.similarity, Blend)
+            isinstance(op.path.similarity, Blend) and not op.path.similarity.learned
             if name == "lam"
             else isinstance(op.path, Nearest) and (name == "k" or op.path.candidates.word in ("all", "random"))
         )

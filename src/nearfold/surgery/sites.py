@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nearfold.grammar import Basic, Operation
+from nearfold.grammar.words import Causal
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.recognise.attention import Attention, attention_of
 from nearfold.recognise.blocks import PARENTS
-from nearfold.recognise.foreign import Found, Unsaid, names_of, uninitialized
+from nearfold.recognise.foreign import Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.layouts import CROSS, DROPOUTS, member
+from nearfold.recognise.scans import REFUSAL, is_scan
 from nearfold.recognise.walk import ALL_RULES, walk
-from nearfold.surgery.adapters import ChannelsLast, MultiheadAttention, PairAttention, SwinBlock, TokenAttention
+from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock, TokenSwinBlock
 from nearfold.surgery.carry import Weights
 
 STAGE = re.compile(r"(?:^|\.)[a-z_]*?(\d+)(?:\.|$)")
@@ -36,6 +40,7 @@ class Source:
         wrap: the module that stands in its place, around the new layer.
         note: what is not taken over.
         unlike: why the operation is not what the layer does on a grid, or on one that is not known; empty where it is.
+        refuses: why an operation cannot stand in its place; empty where it can.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +52,7 @@ class Source:
     wrap: Callable[[Any], nn.Module] = lambda mixer: mixer
     note: str = ""
     unlike: Callable[[tuple[int, ...] | None], str] = lambda grid: ""
+    refuses: Callable[[Operation], str] = lambda op: ""
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,6 @@ def _dropped(rate: float) -> str:
     return f"the dropout of {rate:g} on attention weights is not taken over" if rate else ""
 
 
-def _timm(m: Any) -> Source:
-    own = _packed(m.qkv.weight, m.qkv.bias, m.proj)
-    width = m.qkv.in_features
-    wrap = lambda mixer: TokenAttention(mixer, m.proj_drop)  # noqa: E731
-    return Source(own, width, width, wrap=wrap, note=_dropped(m.attn_drop.p))
-
-
 def _multihead(m: nn.MultiheadAttention) -> Source:
     if m.in_proj_weight is not None:
         own = _packed(m.in_proj_weight, m.in_proj_bias, m.out_proj)
@@ -159,6 +158,30 @@ def _timm_swin(block: Any) -> Source:
     return _in_blocks(m, block.window_size, lambda mixer: SwinBlock(mixer, block), (m.attn_drop.p, m.proj_drop.p))
 
 
+def _hugging_face_swin(block: Any) -> Source:
+    m, size = block.attention, block.window_size
+    table = m.relative_position_bias.relative_position_bias_table.T.reshape(-1, 2 * size - 1, 2 * size - 1)
+    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj}) | {"relative_bias": table}
+    channels = m.q_proj.in_features
+
+    def unlike(grid: tuple[int, ...] | None) -> str:
+        if grid is not None and block.shift_size and min(grid) <= size < max(grid):
+            return f"the old layer shifts nothing on the map {grid}, one side of which a block covers"
+        return _unlike(grid, size, size)
+
+    wrap = lambda mixer: TokenSwinBlock(mixer, block)  # noqa: E731
+    note = _dropped(m.attention_dropout)
+    return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
+
+
+def _unlike(grid: tuple[int, ...] | None, height: int, width: int) -> str:
+    """Why attention in blocks is not Swin's on a grid: what it pads takes part."""
+    if grid is None:
+        return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
+    fits = not (grid[0] % height or grid[1] % width)
+    return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
+
+
 def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dropout: tuple[float, float]) -> Source:
     """Attention in blocks with Swin's relative bias, on maps with the channels last."""
     height, width = size
@@ -167,19 +190,35 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     channels = m.qkv.in_features
     note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
 
-    def unlike(grid: tuple[int, ...] | None) -> str:
-        if grid is None:
-            return f"the same only on maps that {height} x {width} divides; with input_size it is seen"
-        fits = not (grid[0] % height or grid[1] % width)
-        return "" if fits else f"{height} x {width} does not divide the map {grid}: what the old layer padded took part"
-
+    unlike = lambda grid: _unlike(grid, height, width)  # noqa: E731
     return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note, unlike=unlike)
 
 
-def _hugging_face(m: Any) -> Source:
-    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj})
-    width = m.q_proj.in_features
-    return Source(own, width, width, wrap=PairAttention, note=_dropped(m.attention_dropout))
+def _attention(m: nn.Module, read: Attention) -> Source:
+    """Attention that was read from its members."""
+    if read.operation.cross:
+        raise Unsaid("cross-attention: keys and values of another input")
+    if read.added:
+        raise Unsaid("positions that its caller gives are added to what makes queries and keys, and not to the values")
+    own = read.tensors(m)
+    width = own["query_weight"].shape[1]
+    core = member(m, read.layout.core)
+    rate = next((getattr(core, name) for name in DROPOUTS if hasattr(core, name)), 0.0)
+    rate = getattr(rate, "p", rate)
+    causal = isinstance(read.operation.shape, Causal)
+
+    def refuses(op: Operation) -> str:
+        if op.needs_context:
+            return f"it is called with one input, and {op} reads two"
+        if causal and not all(isinstance(part.shape, Causal) for part in op.parts):
+            return (
+                f"it is causal, and {op} is not: write the shape causal, such as nearest(8, scaled) | causal | softmax"
+            )
+        return ""
+
+    wrap = lambda mixer: CalledAttention(mixer, m, read)  # noqa: E731
+    note = _dropped(float(rate)) if isinstance(rate, int | float) else ""
+    return Source(own, width, width, wrap=wrap, note=note, refuses=refuses)
 
 
 def _mixer(m: Mixer) -> Source:
@@ -192,13 +231,12 @@ def _mixer(m: Mixer) -> Source:
 SOURCES: dict[str, Callable[[Any], Source]] = {
     **{f"torch.nn.modules.conv.Conv{n}d": _conv for n in (1, 2, 3)},
     "torch.nn.modules.activation.MultiheadAttention": _multihead,
-    "timm.layers.attention.Attention": _timm,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
-    "transformers.models.vit.modeling_vit.ViTAttention": _hugging_face,
 }
 """How the layers that `nearfold.describe` knows are replaced, by qualified name."""
 BLOCKS: dict[str, tuple[str, Callable[[Any], Source]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": ("attn", _timm_swin),
+    "transformers.models.swin.modeling_swin.SwinLayer": ("attention", _hugging_face_swin),
 }
 """Blocks that cut the map for the attention inside them: its name there, and how both are replaced."""
 
@@ -213,10 +251,23 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
     """
     inside: set[nn.Module] = set()
     others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
+    crossed = {m for m, layer in others.items() if layer.found and layer.found.operation.needs_context}
     for name, module in model.named_modules():
         if module in inside:
             continue
-        known = _rule(module)
+        if is_scan(module):  # it reads its parts' weights itself
+            inside.update(module.modules())
+            yield name, module, REFUSAL
+            continue
+        if module in crossed and not isinstance(module, Mixer):
+            inside.update(module.modules())
+            yield name, module, "cross-attention: keys and values of another input"
+            continue
+        try:
+            known = _rule(module, name)
+        except Unsaid as why:
+            yield name, module, str(why)
+            continue
         if known is None:
             if module in others:
                 yield name, module, others[module].reason or f"no rule to replace a {type(module).__name__}"
@@ -233,7 +284,7 @@ def sites(model: nn.Module) -> Iterator[Site | tuple[str, nn.Module, str]]:
             yield name, module, f"its attributes are not those of the version the rule was written for: {error}"
 
 
-def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
+def _rule(module: nn.Module, at: str) -> tuple[str, Callable[[Any], Found], Callable[[Any], Source]] | None:
     """Name of the layer in what is exchanged (empty: it is the layer), and what reads its operation and its weights."""
     if isinstance(module, Mixer):
         return "", ALL_RULES["nearfold.nn.mixer.Mixer"], _mixer
@@ -243,6 +294,10 @@ def _rule(module: nn.Module) -> tuple[str, Callable[[Any], Found], Callable[[Any
         if name in BLOCKS:
             part, read = BLOCKS[name]
             return part, functools.partial(_inside, name, part), read
+    if rule_of(module, ALL_RULES) is None:
+        attention = attention_of(module, cross=at.rpartition(".")[2] in CROSS)
+        if attention is not None:
+            return "", attention.found, functools.partial(_attention, read=attention)
     return None
 
 

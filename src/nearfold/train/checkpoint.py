@@ -231,10 +231,10 @@ def restart(path: Path) -> str:
 
 
 def fingerprint(data: ImageData | Streamed) -> dict[str, Any]:
-    """Return what tells one data set from another: its name, its sizes, and a checksum of each split."""
+    """Return what tells one data set from another, whatever its folder is called: sizes, a checksum of each split."""
     if not isinstance(data, ImageData):
         return data.fingerprint()
-    checks: dict[str, Any] = {"name": data.name, "classes": len(data.classes)}
+    checks: dict[str, Any] = {"classes": len(data.classes)}
     for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
         labels, images = (tensor.cpu().contiguous().numpy().data for tensor in (split.labels, split.images))
         checks[name] = [*split.images.shape, zlib.crc32(images, zlib.crc32(labels))]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfold.train.readers import Listing, decode, list_image_folder, list_parquet, resize
+from nearfold.train.readers import decode, resize
 from nearfold.train.seeds import generator
+from nearfold.train.sources import open_source
 
 TEST_SHARE = 0.2  # of the images, where a data set has no test images of its own
 
@@ -127,6 +128,7 @@ def load_data(
     validation: float = 0.1,
     seed: int = 0,
     image_size: int | None = None,
+    label_column: str | None = None,
 ) -> ImageData:
     """Load an image classification data set into memory.
 
@@ -134,10 +136,9 @@ def load_data(
 
     Args:
         source: ``"digits"``: scikit-learn's 1797 handwritten digits, (1, 8, 8), nothing to download; or
-            a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet, also
-            in data/; columns ``img`` or ``image`` and ``label``); or a folder of images
-            (train/CLASS/*.png, with val/ and test/ if there are any). A folder that happens to be called
-            digits: ``"./digits"``.
+            a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet), with tar
+            files (train-*.tar) or with images (train/CLASS/*.png, with val/ and test/ if there are any), in the
+            layouts of docs/training.md. A folder that happens to be called digits: ``"./digits"``.
         limit: At most so many training images, counted before the validation images are taken from
             them, the classes as evenly as they allow; None: all.
         test_limit: At most so many test images; None: as many as `limit`.
@@ -146,6 +147,8 @@ def load_data(
         seed: Decides the subset of `limit` and the validation images. The digits' test images are always
             the same 20 %; a folder without test images gives up 20 % of each class, by this seed.
         image_size: Resize the shorter side to so many pixels and crop the centre; None: as they are.
+        label_column: The column of parquet files that holds the labels, or the field of the JSON files in tar files;
+            None: ``label``, or what else stands for it (CIFAR-100's ``fine_label``).
 
     Returns:
         The three splits, on the CPU.
@@ -165,10 +168,12 @@ def load_data(
     limits = {"train": limit, "test": limit if test_limit is None else test_limit}
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
         raise ValueError(f"image_size must be None or an integer of at least 1; got {image_size!r}")
 
     if source == "digits":
+        if label_column is not None:
+            raise ValueError(f"label_column={label_column!r} is for parquet and tar files: digits have one label each")
         splits = _digits()
         picks = _pick({name: split.labels for name, split in splits.items()}, limits, validation, seed)
         chosen = {name: splits[origin][rows] for name, (origin, rows) in picks.items()}
@@ -177,16 +182,18 @@ def load_data(
         return ImageData("digits", tuple(map(str, range(10))), **chosen)
 
     folder = Path(source)
-    listing = _listing(folder)
-    labels = {
-        name: torch.tensor([record.label for record in records], dtype=torch.int64)
-        for name, records in listing.splits.items()
-    }
+    if not folder.is_dir():
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {problem}: pass 'digits', or a folder with train-*.parquet or train/CLASS/*.png")
+    found = open_source(folder, label_column)
+    labels = {name: records.labels for name, records in found.splits.items()}
     picks = _pick(labels, limits, validation, seed)
-    records = {name: [listing.splits[origin][row] for row in rows.tolist()] for name, (origin, rows) in picks.items()}
-    images = dict(zip(records, decode(records.values(), image_size), strict=True))
-    chosen = {name: Split(images[name], labels[origin][rows]) for name, (origin, rows) in picks.items()}
-    return ImageData(folder.resolve().name, listing.classes, **chosen)
+    images = decode([(found.splits[origin], rows) for origin, rows in picks.values()], image_size)
+    chosen = {
+        name: Split(pixels, labels[origin][rows])
+        for (name, (origin, rows)), pixels in zip(picks.items(), images, strict=True)
+    }
+    return ImageData(folder.resolve().name, found.classes, **chosen)
 
 
 @functools.cache
@@ -199,14 +206,6 @@ def _digits() -> dict[str, Split]:
     everything = Split(images, torch.from_numpy(raw.target).long())
     in_test = share_of_each(everything.labels, TEST_SHARE, generator(0, "digits"))
     return {"train": everything[~in_test], "test": everything[in_test]}
-
-
-def _listing(folder: Path) -> Listing:
-    if not folder.is_dir():
-        problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {problem}: pass 'digits', or a folder with train-*.parquet or train/CLASS/*.png")
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    return list_parquet(folder, files) if files else list_image_folder(folder)
 
 
 def _pick(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nearfold._numbers import LARGEST, MOST, plain, shown
 from nearfold.train.augment import AUGMENTATIONS
 from nearfold.train.transforms import IMAGE_AUGMENTATIONS
 
@@ -18,6 +19,7 @@ PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
 
+MOST_SEED = 2**63 - 1
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "constant"),
@@ -120,17 +122,20 @@ class Recipe:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # NumPy's numbers, as a sweep draws them, are taken
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._refuse(name, f"one of {', '.join(map(repr, choices))}")
         for name, (holds, wanted) in _INTEGERS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not holds(value):
+            if type(value) is not int or not holds(value):
                 self._refuse(name, wanted)
+            if value > (most := MOST_SEED if name == "seed" else MOST):
+                self._refuse(name, f"at most {most}")
         for name, (valid, wanted) in _NUMBERS.items():
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not valid(value):
+            if type(value) not in (int, float) or not abs(value) <= LARGEST or not valid(value):
                 self._refuse(name, wanted)
         if self.warmup_epochs > self.epochs:
             self._refuse("warmup_epochs", f"at most epochs={self.epochs}")
@@ -143,7 +148,7 @@ class Recipe:
                 self._refuse("device", "'auto' or a torch device such as 'cpu', 'cuda' or 'cuda:0'")
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise ValueError(f"Recipe.{name} must be {wanted}; got {getattr(self, name)!r}")
+        raise ValueError(f"Recipe.{name} must be {wanted}; got {shown(getattr(self, name))}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name: numbers, strings and booleans only, ready for JSON."""

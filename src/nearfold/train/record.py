@@ -118,7 +118,7 @@ def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("tensorboard=True needs TensorBoard: pip install 'nearfold[tensorboard]'") from error
+        raise ImportError("tensorboard=True needs TensorBoard: pip install tensorboard") from error
     return SummaryWriter
 
 

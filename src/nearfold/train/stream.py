@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nearfold import _torchvision
+from nearfold._images import picture
 from nearfold.train.data import TEST_SHARE, share_of_each
 from nearfold.train.distributed import Team
 from nearfold.train.feed import TRAIN_IMAGES_EVALUATED, Batches, global_batch
-from nearfold.train.readers import picture
+from nearfold.train.listing import Read, Records, Source
 from nearfold.train.recipe import Recipe
 from nearfold.train.seeds import generator
-from nearfold.train.sources import UNLABELLED, Read, Records, Source, open_source
+from nearfold.train.sources import open_source
 from nearfold.train.transforms import (
     IMAGE_AUGMENTATIONS,
     IMAGENET_MEAN,
@@ -78,11 +79,16 @@ class StreamData:
     channels: int = field(init=False, default=3)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this data set from another: names, sizes, labels and splits, but no pixel."""
-        found: dict[str, Any] = {"name": self.name, "classes": len(self.classes), "size": list(self.size)}
+        """Return what tells this data set from another, wherever its folder is and whatever that is called.
+
+        Names and sizes of files, all labels and splits, and the content of a sample of the files.
+        """
+        found: dict[str, Any] = {
+            "classes": len(self.classes), "size": list(self.size), "mean": self.mean.tolist(), "std": self.std.tolist()
+        }  # fmt: skip
         for name, share in self.splits.items():
             checks = [zlib.crc32(t.contiguous().numpy().data) for t in (share.records.labels, share.rows)]
-            found[name] = [len(share), share.records.checksum, *checks]
+            found[name] = [len(share), share.records.checksum(), *checks]
         return found
 
     def open_feed(self, recipe: Recipe, team: Team, workers: int) -> StreamFeed:
@@ -100,7 +106,14 @@ class StreamData:
         return StreamFeed(self, recipe, team, workers)
 
 
-def open_data(source: str | Path, *, image_size: int = 224, validation: float = 0.1, seed: int = 0) -> StreamData:
+def open_data(
+    source: str | Path,
+    *,
+    image_size: int = 224,
+    validation: float = 0.1,
+    seed: int = 0,
+    label_column: str | None = None,
+) -> StreamData:
     """Open an image classification data set that may be larger than memory.
 
     Labels are read at once, images when they are needed. docs/training.md describes the layouts.
@@ -116,6 +129,8 @@ def open_data(source: str | Path, *, image_size: int = 224, validation: float = 
             few or a class would then be missing on one side. Where the source has neither, 20 % become test images
             first.
         seed: Decides which images are held out.
+        label_column: The column of parquet files that holds the labels, or the field of the JSON files in tar files;
+            None: ``label``, or what else stands for it (CIFAR-100's ``fine_label``).
 
     Returns:
         The three splits. Images are RGB, and are normalised by ImageNet's mean and standard deviation; for others,
@@ -142,19 +157,13 @@ def open_data(source: str | Path, *, image_size: int = 224, validation: float = 
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
     folder = Path(source)
-    found = open_source(folder)
+    found = open_source(folder, label_column)
     splits = _splits(folder, found, validation, seed)
     return StreamData(folder.resolve().name, found.classes, (image_size, image_size), splits)
 
 
 def _splits(folder: Path, source: Source, validation: float, seed: int) -> dict[str, Share]:
     shares = {name: Share(r, torch.arange(len(r.labels))) for name, r in source.splits.items()}
-    secret = source.splits["test"].labels == UNLABELLED if "test" in shares else torch.tensor([])
-    if len(secret) and secret.all():
-        del shares["test"]  # a competition's
-    elif secret.any():
-        where = shares["test"].records.where(int(secret.int().argmax()))
-        raise ValueError(f"{where}, has no label, other test images have: give all of them labels, or none")
     if "test" not in shares and "val" in shares:
         shares["test"] = shares.pop("val")
     for name, part in (("test", TEST_SHARE), ("val", validation)):
@@ -403,7 +412,7 @@ def _require_torchvision(augment: str) -> None:
         _torchvision.transforms()
     except ImportError as error:
         raise ImportError(
-            f"augment={augment!r} needs torchvision: pip install 'nearfold[vision]', or choose augment='resized_crop'"
+            f"augment={augment!r} needs torchvision: pip install torchvision, or choose augment='resized_crop'"
         ) from error
 
 

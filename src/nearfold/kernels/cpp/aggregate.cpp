@@ -656,7 +656,7 @@ inline int64_t list_near(const Reader<T> &read, const Slots<T> &slots, Near *nea
     for (int64_t s = 0; s < read.a.S; ++s)
         for (int64_t e = s * read.a.entries; e < (s + 1) * read.a.entries; ++e) {
             const int64_t at = slots.at(e);
-            near[count] = {at * read.a.value_stride[1], s * read.a.C, e};
+            near[count] = {larger<int64_t>(at, 0) * read.a.value_stride[1], s * read.a.C, e};
             count += at >= 0;
         }
     return count;

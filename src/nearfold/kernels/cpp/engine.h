@@ -133,12 +133,9 @@ struct Engine {
 };
 
 extern const Engine engine_generic;
-#if defined(NEARFOLD_X86)
+// those that are compiled, see CMakeLists.txt
 extern const Engine engine_avx2;
 extern const Engine engine_avx512;
-#endif
-#if defined(NEARFOLD_AMX)
 extern const Engine engine_amx;
-#endif
 
 }  // namespace nearfold

@@ -45,15 +45,20 @@ bool has_amx() {
 const std::vector<const Engine *> &engines() {
     static const std::vector<const Engine *> found = [] {
         std::vector<const Engine *> all;
-#if defined(NEARFOLD_X86)
+#if defined(NEARFOLD_AVX2) || defined(NEARFOLD_AVX512) || defined(NEARFOLD_AMX)
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+        [[maybe_unused]] const bool avx512 =
+            avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 #if defined(NEARFOLD_AMX)
         if (avx512 && has_amx()) all.push_back(&engine_amx);
 #endif
+#if defined(NEARFOLD_AVX512)
         if (avx512) all.push_back(&engine_avx512);
+#endif
+#if defined(NEARFOLD_AVX2)
         if (avx2) all.push_back(&engine_avx2);
+#endif
 #endif
         all.push_back(&engine_generic);
         return all;
@@ -79,6 +84,8 @@ void use(const std::string &name) {
     for (const std::string &each : names()) known += (known.empty() ? "" : ", ") + each;
     throw nb::value_error(("instruction set '" + name + "' is not one of this machine's: " + known).c_str());
 }
+
+constexpr int64_t most_positions = (int64_t(1) << 48) - 1;
 
 template <class A>
 void strides_of(const A &array, int64_t *to) {
@@ -152,7 +159,7 @@ void select(Array<const T, 4> query, Array<const T, 4> key, int metric, bool squ
     require(a.R < (int64_t(1) << 31) && a.k < (int64_t(1) << 24), "select: too many keys");
     int64_t positions = 1;
     for (int64_t n : grid) {
-        require(n >= 1, "select: grid sizes are at least 1");
+        require(n >= 1 && n <= most_positions / positions, "select: grid sizes are at least 1, and below 2^48 positions");
         positions *= n;
     }
     if (reach >= 0 || dilation > 1) {
@@ -217,7 +224,8 @@ AggregateArgs<T> aggregate_args(const Array<const T, 3> &value, const Array<cons
     require(!alpha || has_shape(*alpha, {a.B, a.M, reads, a.H}), "aggregate: alpha must have the shape of index");
     require(!weight || (has_shape(*weight, {a.O, a.C / a.G, a.S}) && contiguous(*weight)),
             "aggregate: weight must be (O, C / groups, S), contiguous");
-    require(threads >= 1 && a.N * a.S < (int64_t(1) << 31) && a.M * reads < (int64_t(1) << 31), "aggregate: too many slots");
+    const auto few = [](int64_t n, int64_t m) { return m == 0 || n <= ((int64_t(1) << 31) - 1) / m; };  // n * m < 2^31
+    require(threads >= 1 && few(a.N, a.S) && few(a.M, reads), "aggregate: too many slots");
     a.value = value.data(), a.index = index.data();
     a.alpha = alpha ? alpha->data() : nullptr;
     a.weight = weight ? weight->data() : nullptr;

@@ -146,7 +146,8 @@ inline float sum<float>(Vec<float> v) {
 }
 #endif
 
-// One bit per lane where a > b; NaN is never greater.
+// One bit per lane where a > b; NaN is never greater. Masks become numbers by _cvtmask*_u32 and not by a conversion: GCC
+// 12 may spill an 8-bit mask as one byte and let popcnt read eight.
 template <class T>
 inline uint64_t greater(Vec<T> a, Vec<T> b) {
     const IntVec<T> hit = a > b;
@@ -157,11 +158,11 @@ inline uint64_t greater(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
 template <>
 inline uint64_t greater<float>(Vec<float> a, Vec<float> b) {
-    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+    return _cvtmask16_u32(_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ));
 }
 template <>
 inline uint64_t greater<double>(Vec<double> a, Vec<double> b) {
-    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+    return _cvtmask8_u32(_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ));
 }
 #elif defined(__AVX2__)
 template <>
@@ -212,11 +213,11 @@ inline uint64_t at_least(IntVec<T> a, Int<T> level) {
 #if defined(__AVX512F__)
 template <>
 inline uint64_t at_least<float>(IntVec<float> a, int32_t level) {
-    return _mm512_cmpge_epi32_mask((__m512i)a, _mm512_set1_epi32(level));
+    return _cvtmask16_u32(_mm512_cmpge_epi32_mask((__m512i)a, _mm512_set1_epi32(level)));
 }
 template <>
 inline uint64_t at_least<double>(IntVec<double> a, int64_t level) {
-    return _mm512_cmpge_epi64_mask((__m512i)a, _mm512_set1_epi64(level));
+    return _cvtmask8_u32(_mm512_cmpge_epi64_mask((__m512i)a, _mm512_set1_epi64(level)));
 }
 #elif defined(__AVX2__)
 template <>
@@ -243,13 +244,13 @@ template <>
 inline int64_t compress<float>(int32_t *to, IntVec<float> v, uint64_t bits) {
     const __mmask16 mask = static_cast<__mmask16>(bits);
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)v));
-    return __builtin_popcountll(bits);
+    return __builtin_popcount(_cvtmask16_u32(mask));
 }
 template <>
 inline int64_t compress<double>(int64_t *to, IntVec<double> v, uint64_t bits) {
     const __mmask8 mask = static_cast<__mmask8>(bits);
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(mask, (__m512i)v));
-    return __builtin_popcountll(bits);
+    return __builtin_popcount(_cvtmask8_u32(mask));
 }
 #endif
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.operation import Basic
-from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Separable, Shift, Softmax
+from nearfold.grammar.words import AllCandidates, Box, Causal, Experts, Nearest, Ones, Rho, Separable, Shift, Softmax
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
@@ -61,7 +61,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     at = torch.empty(B, H, len(query_M), 0, dtype=torch.long, device=key.device)
     if k:
         chosen = key if every else key[:, :, key_R]
-        again = float("-inf") if path.again is None else path.again
+        again = float("-inf") if path.again is None else path.again / factor
         arguments = (
             query_m,
             chosen,
@@ -76,7 +76,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
             again,
         )
         score, at = select(*arguments, _recall(call.op))
-        if factor != 1:
+        if not (isinstance(factor, float) and factor == 1):
             score = score * factor
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
@@ -92,7 +92,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     return score, at
 
 
-def _own_score(call: Call, query: Tensor, key: Tensor, factor: float) -> Tensor:
+def _own_score(call: Call, query: Tensor, key: Tensor, factor: float | Tensor) -> Tensor:
     """The score of slot 0 (B, H, M, 1): the position's similarity with itself, or the number asked for."""
     given = call.op.path.include_self  # type: ignore[attr-defined]
     lost = query.isnan().any(-1, keepdim=True)
@@ -101,9 +101,9 @@ def _own_score(call: Call, query: Tensor, key: Tensor, factor: float) -> Tensor:
     if call.similarity.reduced in DOT_LIKE:
         return (query * key).sum(-1, keepdim=True) * factor
     if call.similarity.squared:
-        return -(query - key).square().sum(-1, keepdim=True)
+        return -(query - key).square().sum(-1, keepdim=True) * factor
     order = float("inf") if call.similarity.reduced == "chebyshev" else 2
-    return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True)
+    return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True) * factor
 
 
 def _lost_home(home: Tensor, query: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def run(call: Call) -> Tensor:
         groups,
     )
     bias = call.params.get("bias")
-    plain = not isinstance(weight_word.kernel, (Separable, Shift))
+    plain = not isinstance(weight_word.kernel, (Experts, Separable, Shift))  # those finish with theirs
     if plain and bias is not None:
         y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
     return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)

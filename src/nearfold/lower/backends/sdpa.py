@@ -48,7 +48,7 @@ def run(call: Call) -> Tensor:
     query_M = call.query_index()
     if not every:
         query = query[:, :, query_M]
-    causal = isinstance(call.op.shape, Causal) and every
+    causal = isinstance(call.op.shape, Causal) and every and call.mask is None
     mask = None
     bias = score_bias(call.op, call.params, call.grid, query_M, value)
     if not causal or bias is not None:
@@ -56,6 +56,10 @@ def run(call: Call) -> Tensor:
     if bias is not None:  # SDPA adds the mask after its scale
         bias = (bias * rho.scale).to(value.dtype)
         mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
-        mask = mask[None]  # with three axes it would not be taken by the fast kernel
+        mask = mask if mask.dim() == 4 else mask[None]  # with three axes it would not be taken by the fast kernel
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    if call.mask is not None:  # a query that may read nothing
+        read = allowed(call, query_M, torch.arange(key.shape[2], device=key.device))
+        assert read is not None
+        y = y.masked_fill(~read.any(-1, True), 0)
     return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)

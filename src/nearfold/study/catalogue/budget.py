@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nearfold.study.catalogue.presets import CONV, Preset, hybrid
-from nearfold.study.catalogue.readings import budget_answer
+from nearfold.study.catalogue.readings import budget_answer, budget_verdict
 from nearfold.study.grid import Label, Study
 
 
@@ -33,6 +33,7 @@ def budget(p: Preset) -> Study:
             "measured alone on the machine named below, one thread on a CPU.",
         ),
         answer=budget_answer,
+        verdict=budget_verdict,
         cost=True,
         figure="costs",
     )

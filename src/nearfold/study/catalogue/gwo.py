@@ -7,7 +7,7 @@ from dataclasses import replace
 from nearfold.grammar import CATALOGUE
 from nearfold.study.catalogue.matched import matched, parameters
 from nearfold.study.catalogue.presets import SUBSET, Preset
-from nearfold.study.catalogue.readings import benchmark_answer, memorise_answer
+from nearfold.study.catalogue.readings import benchmark_answer, benchmark_verdict, memorise_answer
 from nearfold.study.grid import Data, Label, Study, Trial
 from nearfold.study.results import MEMORISED
 from nearfold.train import Recipe
@@ -160,6 +160,7 @@ def benchmark(p: Preset) -> Study:
             f"Left out: {left}.",
         ),
         answer=benchmark_answer,
+        verdict=benchmark_verdict,
         figure="ranking",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from nearfold.grammar import parse
 from nearfold.grammar.complexity import c_d
 from nearfold.nn import Mixer
-from nearfold.study.compare import accuracy, differences, verdict
+from nearfold.study.compare import accuracy, differences, points, verdict
+from nearfold.study.headline import headline, panels, quoted
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
 from nearfold.study.table import names, seeds
@@ -145,6 +147,39 @@ def benchmark_answer(results: Results) -> list[str]:
             text += f" {verdict(differences(rows, reference), reference)}" if reference is not None else ""
         paragraphs.append(text)
     return paragraphs
+
+
+def benchmark_verdict(results: Results) -> str:
+    """The first by score and the first by accuracy, in a sentence."""
+    parts = []
+    for panel in panels(results):
+        table = scores(results.panels[panel.name])
+        best = max(table, key=lambda s: s.accuracy)
+        against = next((d for d in panel.found if d.row is best.row), None)
+        if best is table[0]:
+            text = f"{quoted(best.row.title)} is first by score and by accuracy"
+        else:
+            text = f"{quoted(table[0].row.title)} is first by score ({table[0].score:.0f})"
+            text += f", {quoted(best.row.title)} by accuracy"
+        if against is not None and not math.isnan(against.p):
+            found = "found" if against.found and against.estimate.mean > 0 else "not found"
+            text += f", {found} better than {quoted(panel.reference)} ({points(against.estimate)})"
+        parts.append(f"{panel.name}: {text}")
+    return "; ".join(parts) + "."
+
+
+def budget_verdict(results: Results) -> str:
+    """What the comparisons come to, and what costs least."""
+    cheapest = {
+        (cost, min((row for row in rows if row.cost), key=lambda row: row.cost[cost]).title)
+        for cost in COSTS
+        for rows in results.panels.values()
+        if any(row.cost for row in rows)
+    }
+    text = headline(panels(results))
+    if len({title for _, title in cheapest}) == 1 and len(cheapest) == len(COSTS):
+        text = f"{text[:-1]}; {quoted(next(iter(cheapest))[1])} costs least, in {names(list(COSTS.values()))}."
+    return text
 
 
 def front(rows: Sequence[Row], cost: str) -> list[Row]:

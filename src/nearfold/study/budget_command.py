@@ -1,0 +1,260 @@
+"""`nearfold budget`: how few positions the attention of a model of one's own needs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearfold.study.compare import signed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nearfold.study.sweep import Images, Measured, Sweep
+    from nearfold.train import ImageData
+
+SUMMARY = "how few positions a trained model's attention needs: its accuracy against its latency over k"
+EXAMPLES = """\
+examples:
+  nearfold budget my_model.py:trained --data path/to/images
+  nearfold budget timm:vit_tiny_patch16_224 --weights mine.safetensors --data path/to/images
+  nearfold budget path/to/saved --data digits --k 32,16,8 --batch 8
+
+Nothing is trained and nothing is written: the model's attention layers are made to read the k best keys instead of all,
+in all layers and in each half of them, and put back. One half of the held-out images chooses a setting, the other
+reports. A model is timm:NAME or torchvision:NAME with --weights, path/to/file.py:factory, a function that returns a
+trained model, or a folder that a nearfold network's save_pretrained left."""
+TOLERANCE = 1.0
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `nearfold budget`."""
+    parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME, path/to/file.py:factory, a folder")
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="images, as for `nearfold train`")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict: .safetensors, or one of torch.save")
+    parser.add_argument("--k", type=_counts, default=(), metavar="A,B", help="default: 1/2, 1/4, 1/8 and 1/16 of all")
+    parser.add_argument("--keep", type=_points, default=TOLERANCE, metavar="P", help="points that may go (default: 1)")
+    parser.add_argument("--limit", type=_count, default=2000, metavar="N", help="test images at most (default: 2000)")
+    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="images of a timed call (default: 1)")
+    parser.add_argument(
+        "--image-size", type=_count, metavar="N", help="pixels (default: a timm model's, or as they are)"
+    )
+    parser.add_argument(
+        "--mean", type=_numbers, metavar="A,B", help="to normalise by, in 0..1 (default: a timm model's,"
+    )
+    parser.add_argument("--std", type=_numbers, metavar="A,B", help="or the training images')")
+    parser.add_argument("--device", default="cpu", metavar="D", help="where it runs (default: cpu)")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`nearfold budget`."""
+    import torch
+
+    from nearfold.study.measure import machine
+    from nearfold.study.sweep import sweep
+    from nearfold.train.distributed import join
+
+    device = join(args.device).device
+    model = load(args.model, args.weights).to(device)
+    images = held_out(model, args)
+    found = sweep(
+        model, type(images)(images.x.to(device), images.labels.to(device)), ks=args.k, batch=args.batch, say=_progress
+    )
+    threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
+    print("\n".join(report(found, args.keep / 100, f"{machine(str(device))}{threads}")))
+    return 0
+
+
+def _progress(line: str) -> None:
+    import sys
+
+    print(f"measured: {line}", file=sys.stderr)
+
+
+def load(spec: str, weights: Path | None = None) -> nn.Module:
+    """A model by its name, with weights.
+
+    Args:
+        spec: as `nearfold.recognise.command.load_model` takes it, or a folder that `save_pretrained` left.
+        weights: a state dict.
+
+    Raises:
+        ValueError: there is no such model, or the weights do not fit it.
+    """
+    from nearfold.models import from_pretrained
+    from nearfold.recognise.command import load_model
+
+    if ":" not in spec and not Path(spec).is_dir():
+        raise ValueError(
+            f"MODEL {spec} is no folder, and not timm:NAME, torchvision:NAME or path/to/file.py:factory either"
+        )
+    model = from_pretrained(Path(spec)) if Path(spec).is_dir() else load_model(spec)
+    if weights is not None:
+        try:
+            model.load_state_dict(_state(weights))
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError(f"--weights {weights} do not fit {spec}: {' '.join(lines[1:3])[:300]}") from error
+    elif spec.partition(":")[0] in ("timm", "torchvision"):
+        raise ValueError(f"{spec} alone has fresh weights, of which nothing can be kept: name its own, --weights FILE")
+    return model
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"--weights {path} does not exist")
+    try:
+        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"--weights {path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # what else torch's unpickler refuses
+        raise ValueError(f"--weights {path} is no file of tensors ({type(error).__name__})") from error
+    for name in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(name), dict):
+            found = found[name]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"--weights {path} must hold tensors by name, a state dict; it holds a {type(found).__name__}")
+    return found
+
+
+def held_out(model: nn.Module, args: argparse.Namespace) -> Images:
+    """The test images as the model takes them, in an order drawn once."""
+    import torch
+
+    from nearfold.models import Network
+    from nearfold.study.sweep import Images
+    from nearfold.train import load_data
+    from nearfold.train.evaluation import normalise
+
+    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    data = load_data(
+        args.data, test_limit=args.limit, image_size=args.image_size or (own.get("input_size") or [None])[-1]
+    )
+    if isinstance(model, Network):  # our own are trained on images normalised by their data set
+        own = {}
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    mean, std = (_channels(args, name, own, data) for name in ("mean", "std"))
+    return Images(normalise(data.test.images[order], mean, std), data.test.labels[order])
+
+
+def _channels(args: argparse.Namespace, name: str, own: dict[str, Any], data: ImageData) -> Tensor:
+    import torch
+
+    given = getattr(args, name) or own.get(name)
+    found = torch.tensor(given, dtype=torch.float32) if given else getattr(data, name)
+    if len(found) != data.channels:
+        raise ValueError(f"--{name} must have a number for each of {data.channels} channels, got {found.tolist()}")
+    return found
+
+
+def report(found: Sweep, keep: float, machine: str) -> list[str]:
+    """The table and the recommendation, as lines.
+
+    Args:
+        found: the sweep.
+        keep: the share of accuracy that may go.
+        machine: what it was measured on.
+    """
+    from nearfold.study.table import text_table
+
+    layers = ", ".join(f"{name} ({n} positions)" for name, n in found.layers[:3])
+    layers += f" and {len(found.layers) - 3} more" if len(found.layers) > 3 else ""
+    header = ("k", "layers", "accuracy %", "change, points", "ms", "times as fast", "quartiles")
+    lines = [
+        (
+            str(m.setting.k), m.setting.where, f"{100 * m.accuracy:.1f}", _change(m), f"{m.latency_ms:.2f}",
+            f"{m.faster[1]:.2f}", f"{m.faster[0]:.2f} to {m.faster[2]:.2f}",
+        )
+        for m in found.found
+    ]  # fmt: skip
+    befores = [m.before_ms for m in found.found]
+    before = f"{min(befores):.2f} to {max(befores):.2f}" if befores else "not timed"
+    return [
+        f"attention: {layers}",
+        f"as it was: {100 * found.accuracy:.1f} % of {found.images} images, {before} ms a call of {found.batch}",
+        "",
+        text_table(header, lines),
+        "",
+        f"Accuracy and its change with 95 % intervals are on {found.images} held-out images that chose nothing. "
+        f"Latency: median of calls in turn with the model as it was, on {machine}; it holds for "
+        "this machine and this batch.",
+        "",
+        _recommendation(found, keep),
+    ]
+
+
+def _change(m: Measured) -> str:
+    e = m.reported
+    return f"{signed(e.mean)} ({signed(e.low)} to {signed(e.high)})"
+
+
+def _recommendation(found: Sweep, keep: float) -> str:
+    if not found.knows:
+        return (
+            f"Nothing is recommended: the model as it was is hardly better than naming the most frequent class "
+            f"({100 * found.most:.1f} %). Are these its weights, its classes in this order, and its --mean and --std?"
+        )
+    best = found.recommended(keep)
+    allowed = f"{100 * keep:g} points"
+    if best is not None:
+        return (
+            f"Keep the accuracy, spend less: k = {best.setting.k} in {best.setting.where} attention layers "
+            f"is the fastest that loses at most {allowed} on the images that choose. On the others it has "
+            f"{100 * best.accuracy:.1f} %, {_change(best)} points, and is {best.faster[1]:.2f} times as fast "
+            f"({best.before_ms:.2f} to {best.latency_ms:.2f} ms)."
+        )
+    faster = [m for m in found.found if m.faster[0] > 1]
+    if not faster:
+        return "Keep the model as it is: no setting is faster here. Larger images, or a larger --batch, may differ."
+    closest = max(m.chosen.low for m in faster)
+    text = f"Keep the model as it is: no faster setting can be said to lose at most {allowed}."
+    if all(m.chosen.mean < -keep for m in faster):
+        return text
+    return (
+        f"{text} With {faster[0].chosen.n} images to choose by, the best can be said to lose at most "
+        f"{max(0.0, -100 * closest):.1f}: more images, or --keep {math.ceil(-1000 * closest) / 10:g}."
+    )
+
+
+def _list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], Sequence[Any]]:
+    def parse(text: str) -> Sequence[Any]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentTypeError(f"wanted {what}; got {text!r}") from error
+
+    return parse
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= len(text) <= 9 and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1 to 999999999, got {text!r}")
+    return int(text)
+
+
+def _points(text: str) -> float:
+    value = _share(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"wanted points of accuracy, from 0 to 100, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+_counts = _list_of(_count, "numbers of positions, such as 32,16,8")
+_numbers = _list_of(_share, "a number for each channel, such as 0.485,0.456,0.406")
