@@ -55,9 +55,9 @@ def _classes(library: ModuleType, name: str) -> tuple[Any, Any]:
     auto = library.models.auto
     configs = auto.configuration_auto.CONFIG_MAPPING_NAMES
     cls: Any = getattr(library, configs.get(name, name), None) if name.isidentifier() or name in configs else None
-    if isinstance(cls, type) and issubclass(cls, library.PreTrainedModel) and cls.config_class is not None:
+    if _is(cls, library.PreTrainedModel) and cls.config_class is not None:
         return cls, cls.config_class
-    if isinstance(cls, type) and issubclass(cls, library.PreTrainedConfig):
+    if _is(cls, library.PreTrainedConfig):
         made = library.AutoModel._model_mapping.get(cls, None)
         made = made[0] if isinstance(made, tuple) else made
         if made is not None:
@@ -65,6 +65,10 @@ def _classes(library: ModuleType, name: str) -> tuple[Any, Any]:
     close = difflib.get_close_matches(name, [*configs, *(n for n in dir(library) if n.endswith("Model"))], 5, 0.5)
     hint = f"; close to it: {', '.join(close)}" if close else ""
     raise ValueError(f"transformers:{name}: no model or configuration of this name{hint}")
+
+
+def _is(cls: Any, base: type) -> bool:
+    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def _config(config: Any, sizes: dict[str, int]) -> Any:
@@ -111,7 +115,7 @@ def _sound(config: Any) -> Tensor:
 
 
 def _spectrum(config: Any) -> Tensor:
-    bands: int = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
+    bands = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80))
     length = 2 * getattr(config, "max_source_positions", 100)
     if getattr(config, "input_feat_per_channel", None):
         return torch.zeros(1, 64, bands)

@@ -152,9 +152,10 @@ class _Watch(TorchDispatchMode):
                 if t is not None:
                     self.solid[t] = True
         for module, twin in twins.items():  # buffers without zeros and without what would mask in a softmax
-            for name, t in module._buffers.items():
-                real = t is not None and t.is_floating_point() and not t.is_meta
-                if real and bool(((t != 0) & (t.abs() < 1e4)).all()):
+            for name, buffer in module._buffers.items():
+                if buffer is None or buffer.is_meta or not buffer.is_floating_point():
+                    continue
+                if bool(((buffer != 0) & (buffer.abs() < 1e4)).all()):
                     self.solid[twin._buffers[name]] = True
 
     # --- modules
