@@ -115,7 +115,7 @@ def _sound(config: Any) -> Tensor:
 
 
 def _spectrum(config: Any) -> Tensor:
-    bands = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80))
+    bands = int(getattr(config, "num_mel_bins", 0) or getattr(config, "input_feat_per_channel", 80))
     length = 2 * getattr(config, "max_source_positions", 100)
     if getattr(config, "input_feat_per_channel", None):
         return torch.zeros(1, 64, bands)
