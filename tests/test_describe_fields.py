@@ -229,3 +229,42 @@ def test_fields_behind_any_mixture_are_equal_a_bound_or_not_stated(names):
     except (RuntimeError, ValueError, IndexError):
         return  # they do not fit each other
     check(net)
+
+
+class TalkingHeads(nn.Module):
+    """Attention that no rule knows; its parts are nn.Linear, which alone are pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.mix, self.proj = 2, nn.Linear(C, 3 * C), nn.Linear(2, 2), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        scores = self.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = nn.Conv2d(C, C, 1), TalkingHeads(), nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.attention(x.flatten(2).mT).mT.reshape(x.shape))
+
+
+@pytest.mark.parametrize("ruled", [False, True])
+def test_what_is_in_a_layer_that_is_unknown_as_a_whole_is_seen(ruled, monkeypatch):
+    from nearfold.recognise import walk
+    from nearfold.recognise.foreign import Unsaid
+
+    def refused(module: nn.Module) -> None:
+        raise Unsaid("no word for it")
+
+    if ruled:  # a rule that gives up does not list the parts
+        monkeypatch.setitem(walk.ALL_RULES, f"{TalkingHeads.__module__}.TalkingHeads", refused)
+    found = describe(Whole(), (C, SIZE, SIZE))
+    assert [s.name for s in found.unknown] == ["attention"]
+    assert [row.field for row in found.rows] == ["all"]

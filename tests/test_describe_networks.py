@@ -11,7 +11,7 @@ from named_networks import TIMM, TORCHVISION, TRANSFORMERS
 from torch import nn
 
 from nearfold.recognise import configured, describe
-from nearfold.recognise.command import import_library
+from nearfold.recognise.command import described, import_library
 
 SHARE = 0.05  # of all entries of a network of timm or torchvision, over all of them
 SAMPLE = ("resnet18", "convnext_atto")
@@ -46,15 +46,9 @@ def test_little_is_unknown_in_networks_of(source):
     assert unknown <= SHARE * entries, f"{unknown} of {entries}"
 
 
-def described(name: str):
-    import_library("torchvision", "transformers")
-    library = pytest.importorskip("transformers")
-    model = next(configured.models(library, name))
-    return describe(model, inputs=next(configured.inputs(model)))
-
-
 @pytest.mark.slow
 def test_little_is_unknown_in_networks_of_transformers():
+    pytest.importorskip("transformers")
     unknown, entries = map(sum, zip(*(share(described(name)) for name in TRANSFORMERS), strict=True))
     assert unknown <= 0.15 * entries, f"{unknown} of {entries}"
 

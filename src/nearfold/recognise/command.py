@@ -34,14 +34,14 @@ def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
     """
     where, _, name = spec.rpartition(":")
     if where == "transformers" and input_size is None:
-        return str(_described(name))
+        return str(described(name))
     model = load_model(spec)
     if input_size is None:
         input_size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     return str(describe(model, None if input_size is None else tuple(input_size)))
 
 
-def _described(name: str) -> Description:
+def described(name: str) -> Description:
     """The first of the sizes and inputs of a model of transformers on which it runs."""
     errors = []
     for model in configured.models(_transformers(), name):

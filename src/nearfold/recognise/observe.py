@@ -185,7 +185,10 @@ class _Watch(TorchDispatchMode):
 
     def _inside(self) -> bool:
         """Whether what runs now belongs to a layer whose operation is known."""
-        return any(module in self.known or is_linear(module) for module, *_ in self.stack)
+        return any(self._whole(module) for module, *_ in self.stack)
+
+    def _whole(self, module: nn.Module) -> bool:
+        return module in self.known or (module in self.by_module and is_linear(module))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -227,13 +230,17 @@ class _Watch(TorchDispatchMode):
         name, layer = self.names[module], self.by_module.get(module)
         self.seen.flops[name] = self.seen.flops.get(name, 0) + self.counter.get_total_flops() - before
         made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        places = [p for t in given if (p := self.place(t)) is not None]
+        if layer is not None and made and places and is_linear(module):
+            self._behind_linear(name, given[0], made[0])
+        elif layer is not None and made and places and module in self.known:
+            self._behind(layer, given, places, made)
+        if self._whole(module) and places:  # nothing that depends on the input leaves unseen
+            for t in made:
+                if self.places.get(t) is None:
+                    self._put(t, unknown(places[0], t.shape))
         if layer is None or not made or not given:
             return
-        places = [p for t in given if (p := self.place(t)) is not None]
-        if is_linear(module) and places:
-            self._behind_linear(name, given[0], made[0])
-        elif module in self.known and places:
-            self._behind(layer, given, places, made)
         place = self.place(made[0])
         if place is not None and made[0].dim():
             found = self.seen.calls.get(name, layer.found)

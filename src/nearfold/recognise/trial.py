@@ -89,6 +89,7 @@ def copied(model: nn.Module, device: torch.device) -> tuple[nn.Module, dict[nn.M
                 memo[id(value)] = value
     twin = copy.deepcopy(model, memo)
     twin.eval()
+    twin.requires_grad_(False)  # the FLOP counter would follow gradients that no run here makes
     return twin, dict(zip(model.modules(), twin.modules(), strict=True))
 
 
