@@ -43,8 +43,9 @@ NOTATIONS = [
     "windw(3) | box | kernel", "window(0) | box | kernel", "window(-3) | box | kernel", "window(nan) | box | kernel",
     "window(3, 3) | box | kernel", "all | row | softmax(heads=0)", "a*", "a* +", "()",
     "window(3) | box | kernel + ", "branch(2, all | row | table, all | row | table)", "nearest(0) | ranked | kernel",
-    "(" * 500, "window(3) | box | kernel\0", "ввв", "window(1000000001) | box | kernel", "all | row | softmax(scale=nan)",
-    f"all | row | softmax(scale=1{'0' * 400})", f"window({HUGE}) | box | kernel", "all | row | table(99999999999)",
+    "(" * 500, "window(3) | box | kernel\0", "ввв", "window(1000000001) | box | kernel",
+    "all | row | softmax(scale=nan)", f"all | row | softmax(scale=1{'0' * 400})", f"window({HUGE}) | box | kernel",
+    "all | row | table(99999999999)",
 ]  # fmt: skip
 
 

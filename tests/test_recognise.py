@@ -302,7 +302,10 @@ def test_positions_that_a_container_gathers_are_unknown():
         return torch.cat([x[:, :, 0::2], x[:, :, 1::2]], 1).permute(0, 2, 3, 1)
 
     found = describe(Wired(gather, nn.Linear(16, 4)), (8, 4, 6))
-    assert [(s.name, s.reason) for s in found.unknown] == [("layer", "reads positions that its container gathered")]
+    assert [(s.name, s.reason) for s in found.unknown] == [
+        ("layer", "reads positions that its container gathered"),
+        ("", "its own forward calls slice; its parts are listed"),
+    ]
 
 
 def test_without_an_input_it_is_an_assumption_and_says_so():
@@ -319,6 +322,17 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return x * self.scale
+
+
+class Scaled(nn.Module):
+    """A container with a parameter of its own, of which only a run shows what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.act = nn.Parameter(torch.ones(())), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x) * self.scale
 
 
 class Handmade(nn.Module):
@@ -347,8 +361,10 @@ class Odd(nn.Conv2d):
 UNKNOWN = {
     "LSTM": nn.LSTM(4, 4),
     "GRU": nn.GRU(4, 4),
-    "own parameter": Scale(),
-    "own parameter within": nn.Sequential(nn.ReLU(), Scale()),
+    "own parameter of a container": Scaled(),
+    "statistics over positions": nn.InstanceNorm2d(4),
+    "statistics of groups": nn.Sequential(nn.ReLU(), nn.GroupNorm(2, 4)),
+    "positions become channels": nn.PixelUnshuffle(2),
     "transposed": nn.ConvTranspose2d(4, 4, 3),
     "circular": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
     "replicate": nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
@@ -636,9 +652,11 @@ def test_receptive_fields_of_operations(notations, field):
     assert describe(model, (4, 8, 8)).rows[-1].field == field
 
 
-def test_behind_something_unknown_nothing_is_claimed():
+def test_behind_something_unknown_only_what_is_known_is_claimed():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
-    assert [row.field for row in describe(model, (4, 8, 8)).rows] == ["3", "?", "all"]
+    assert [row.field for row in describe(model, (4, 8, 8)).rows] == ["3", "4", "all"]
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1))
+    assert [row.field for row in describe(model, (4, 8, 8)).rows] == ["3", "?", "?"]
 
 
 def test_without_an_input_nothing_is_measured():

@@ -55,6 +55,7 @@ examples:
 examples:
   nearfold describe torchvision:resnet50 --input 3,224,224
   nearfold describe timm:swin_tiny_patch4_window7_224
+  nearfold describe transformers:ViTModel
   nearfold describe my_network.py:make_model --input 3,32,32""",
     "models": """\
 examples:
@@ -183,11 +184,13 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser, "describe", "say any network in these words, layer by layer, and its complexity"
     )
     describe.add_argument(
-        "model", metavar="SPEC", help="timm:NAME, torchvision:NAME or path/to/file.py:factory (the file is run)"
+        "model",
+        metavar="SPEC",
+        help="timm:NAME, torchvision:NAME, transformers:NAME or path/to/file.py:factory (the file is run)",
     )
     describe.add_argument(
         "--input", type=_input_size, metavar="C,H,W",
-        help="size of one input, for FLOPs and receptive fields (default: a timm model's own, else none)",
+        help="size of one input, for FLOPs and receptive fields (default: what timm and transformers say, else none)",
     )  # fmt: skip
     describe.set_defaults(command=_describe)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -17,7 +18,8 @@ from torch import nn
 
 from nearfold import _torchvision
 from nearfold.options import line, sizes
-from nearfold.recognise.report import describe
+from nearfold.recognise import configured
+from nearfold.recognise.report import Description, describe
 
 
 def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
@@ -25,15 +27,31 @@ def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
 
     Args:
         spec: as `load_model` takes it.
-        input_size: channels and grid; without it a timm model is run on the size it was made for, others are not run.
+        input_size: channels and grid; without it a timm model is run on the size it was made for, one of
+            transformers on pixels, ids or sound as it takes them, and others are not run.
 
     Raises:
         ValueError: as `load_model` and `describe` do.
     """
+    where, _, name = spec.rpartition(":")
+    if where == "transformers" and input_size is None:
+        return str(described(name))
     model = load_model(spec)
     if input_size is None:
         input_size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     return str(describe(model, None if input_size is None else tuple(input_size)))
+
+
+def described(name: str) -> Description:
+    """The first of the sizes and inputs of a model of transformers on which it runs."""
+    errors = []
+    for model in configured.models(_transformers(), name):
+        for inputs in configured.inputs(model):
+            try:
+                return describe(model, inputs=inputs)
+            except ValueError as error:
+                errors.append(error)
+    raise ValueError(f"transformers:{name}: {errors[0]}; describe it without a run from a file") from errors[0]
 
 
 def parse_size(text: str) -> tuple[int, ...]:
@@ -52,19 +70,21 @@ def load_model(spec: str) -> nn.Module:
     """A model with fresh weights.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, or ``path/to/file.py:factory``, a callable without arguments.
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``transformers:NAME`` (a model's class, a configuration's or a
+            type, made small), or ``path/to/file.py:factory``, a callable without arguments.
 
     Raises:
         ValueError: when there is no such thing, or it is no model; the message says what there is instead.
-        ImportError: when timm or torchvision is not installed.
+        ImportError: when that library is not installed.
 
     >>> load_model("resnet50")
     Traceback (most recent call last):
-    ValueError: a model is given as timm:NAME, torchvision:NAME or path/to/file.py:factory; got 'resnet50'
+    ValueError: a model is given as timm:NAME, ... or path/to/file.py:factory; got 'resnet50'
     """
     where, colon, name = spec.rpartition(":")
     if not (colon and where and name):
-        raise ValueError(f"a model is given as timm:NAME, torchvision:NAME or path/to/file.py:factory; got {spec!r}")
+        known = ", ".join(f"{source}:NAME" for source in SOURCES)
+        raise ValueError(f"a model is given as {known} or path/to/file.py:factory; got {spec!r}")
     made = SOURCES[where](name) if where in SOURCES else _from_file(Path(where), name)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{spec} must return an nn.Module, got {type(made).__name__}")
@@ -89,7 +109,19 @@ def _from_torchvision(name: str) -> nn.Module:
     return _built(f"torchvision:{name}", name, models.list_models(), make)
 
 
-SOURCES: dict[str, Callable[[str], nn.Module]] = {"timm": _from_timm, "torchvision": _from_torchvision}
+def _transformers() -> ModuleType:
+    with contextlib.suppress(ImportError):  # which some of its models import
+        import_library("torchvision", "transformers")
+    return import_library("transformers", "transformers")
+
+
+def _from_transformers(name: str) -> nn.Module:
+    return next(configured.models(_transformers(), name))
+
+
+SOURCES: dict[str, Callable[[str], nn.Module]] = {
+    "timm": _from_timm, "torchvision": _from_torchvision, "transformers": _from_transformers,
+}  # fmt: skip
 
 
 def _built(spec: str, name: str, known: list[str], make: Callable[[], Any]) -> Any:

@@ -1,112 +1,97 @@
-"""Receptive fields: how much of the model's input one position of a layer can depend on, per axis."""
+"""Receptive fields: what an operation of the grammar makes of the places of its input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.complexity import features_share
-from nearfold.grammar.words import Block, Deformable, Nearest, Size, Window
-
-# what a field can be, the later the wider: known extents; not known; wherever the data says; everywhere
-KINDS = ("extent", "?", "any", "all")
-
-
-@dataclass(frozen=True)
-class Field:
-    """What one position depends on.
-
-    Attributes:
-        kind: one of `KINDS`.
-        extent: positions of the model's input, per axis (kind extent).
-        reach: how far from the position they may lie, both sides together. A block does not lie around its position,
-            so that its reach is larger than its extent.
-        jump: distance of two neighbouring positions in the model's input.
-        exact: False where the extents are a bound.
-    """
-
-    kind: str
-    extent: tuple[int, ...]
-    reach: tuple[int, ...]
-    jump: tuple[int, ...]
-    exact: bool = True
-
-    def __str__(self) -> str:
-        if self.kind != "extent":
-            return self.kind
-        text = str(self.extent[0]) if len(set(self.extent)) == 1 else "x".join(map(str, self.extent))
-        return text if self.exact else f"<={text}"
+from nearfold.grammar.words import All, Block, Deformable, Depthwise, Max, Mean, Nearest, Ones, Scan, Window
+from nearfold.lower.parameters import as_tuple
+from nearfold.lower.windows import axis_reads
+from nearfold.recognise.place import Place, compress, join, least, most, over, settled, unknown, window
 
 
-def start(ndim: int) -> Field:
-    """A position of the input itself.
+def through(place: Place, op: Operation, before: Sequence[int], after: Sequence[int], axis: int) -> Place:
+    """The places behind an operation; channels and positions are still to be numbered.
 
-    >>> str(start(2))
-    '1'
-    """
-    return Field("extent", (1,) * ndim, (0,) * ndim, (1,) * ndim)
-
-
-def join(*fields: Field) -> Field:
-    """Of a value made of several, such as the two sides of a residual connection: the widest."""
-    kind = max((f.kind for f in fields), key=KINDS.index)
-    if len({len(f.extent) for f in fields}) > 1:
-        return replace(fields[0], kind=max(kind, "?", key=KINDS.index))
-    extent, reach, jump = (
-        tuple(map(max, zip(*axes, strict=True)))
-        for axes in zip(*((f.extent, f.reach, f.jump) for f in fields), strict=True)
-    )
-    return Field(kind, extent, reach, jump, all(f.exact for f in fields))
-
-
-def bounded(field: Field, grid: tuple[int, ...]) -> Field:
-    """A bound that is no larger than the model's input; what is exact stays, as is usual."""
-    if field.exact or len(grid) != len(field.extent):
-        return field
-    return replace(field, extent=tuple(map(min, zip(field.extent, grid, strict=True))))
-
-
-def through(field: Field, op: Operation) -> Field:
-    """The field behind an operation.
+    Args:
+        place: of its input.
+        op: the operation.
+        before: shape of its input.
+        after: shape of its output.
+        axis: of the channels.
 
     >>> from nearfold import parse
-    >>> strided = through(start(2), parse("window(3, stride=2) | box | kernel"))
-    >>> print(through(strided, parse("window(3) | box | kernel")), through(strided, parse("all | row | softmax")))
-    7 all
+    >>> from nearfold.recognise.place import begin, text
+    >>> place = through(begin((1, 1, 9), 1), parse("window(3, stride=2) | box | kernel"), (1, 1, 9), (1, 1, 5), 1)
+    >>> text(place, 1), text(through(place, parse("window(3) | box | kernel"), (1, 1, 5), (1, 1, 5), 1), 1)
+    ('3', '7')
     """
     if isinstance(op, Sum):
-        return join(*(through(field, term) for _, term in op.terms))
+        return join([through(place, term, before, after, axis) for _, term in op.terms], len(after))
     if isinstance(op, Branch):
-        return join(*(through(field, o) for o, share in ((op.first, op.ratio), (op.second, 1 - op.ratio)) if share))
+        parts = [o for o, share in ((op.first, op.ratio), (op.second, 1 - op.ratio)) if share]
+        mixed = channels(place, axis % len(before), before, 1, after)  # which channels go where is not followed
+        return join([through(mixed, o, before, after, axis) for o in parts], len(after))
     assert isinstance(op, Basic)
-    path = op.path
-    if isinstance(path, Nearest | Deformable):
-        moved = isinstance(path, Deformable) or features_share(path.similarity) > 0
-        return replace(field, kind=max(field.kind, "any" if moved else "?", key=KINDS.index))
-    if not isinstance(path, Window | Block):
-        return replace(field, kind="all")
-    axes = len(field.extent)
-    if any(isinstance(n, tuple) and len(n) != axes for n in vars(path).values()):
-        return replace(field, kind=max(field.kind, "?", key=KINDS.index))  # other axes than the model's input
-    size = _per_axis(path.size, axes)
-    each = range(axes)
-    if isinstance(path, Block):
-        grown = [(size[a] - 1) * field.jump[a] for a in each]
-        extent = tuple(grown[a] + field.reach[a] + 1 for a in each)
-        reach = tuple(field.reach[a] + 2 * grown[a] for a in each)
-        exact = field.exact and extent == tuple(g + e for g, e in zip(grown, field.extent, strict=True))
-        return replace(field, extent=extent, reach=reach, exact=exact)
-    dilation, stride = _per_axis(path.dilation, axes), _per_axis(path.stride, axes)
-    step = _per_axis(path.step, axes)  # queries that share a window: it does not lie around each of them
-    grown = [(size[a] - 1) * dilation[a] * field.jump[a] for a in each]
-    shared = [(step[a] - 1) * field.jump[a] for a in each]
-    return replace(
-        field,
-        extent=tuple(field.extent[a] + grown[a] for a in each),
-        reach=tuple(field.reach[a] + grown[a] + shared[a] for a in each),
-        jump=tuple(field.jump[a] * stride[a] for a in each),
-    )
+    if isinstance(op.path, All | Scan):
+        return anywhere(place, len(after))
+    if place.everywhere:
+        return anywhere(place, len(after))
+    if isinstance(op.path, Nearest | Deformable):
+        moved = isinstance(op.path, Deformable) or features_share(op.path.similarity) > 0
+        kind = "any" if moved and place.kind != "?" else "?" if not moved else place.kind
+        return replace(anywhere(place, len(after)), kind="any" if moved else kind)
+    if not isinstance(op.path, Window | Block) or len(before) != len(after):
+        return unknown(place, after)
+    return _windows(place, op, before, after, axis % len(before))
 
 
-def _per_axis(value: Size, axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else value
+def anywhere(place: Place, dims: int) -> Place:
+    """Behind something that looks at every position: what any of them depends on."""
+    found = place.bounds(lambda t: t.amin().view([1] * dims), lambda t: t.amax().view([1] * dims))
+    kind = "extent" if place.kind == "any" else place.kind
+    return settled(replace(found, kind=kind), always=True)
+
+
+def _windows(place: Place, op: Basic, before: Sequence[int], after: Sequence[int], axis: int) -> Place:
+    if isinstance(op.path, Block) and len(before) == 3 and len(as_tuple(op.path.size, 2, "size")) == 2:
+        return replace(over(place, (1, 2)), exact=False)  # blocks that were cut before, and folded into the batch
+    alone = isinstance(op.weight.kernel, Depthwise | None) and isinstance(op.weight.rho, Ones | Mean | Max)
+    place = channels(place, axis, before, before[axis] if alone and not op.weight.projections else 1, after)
+    dims = [d for d in range(1, len(before)) if d != axis]
+    if isinstance(op.path, Window) and op.path.mode == "reflect":
+        op = replace(op, path=replace(op.path, mode="zeros"))
+    grid = tuple(before[d] for d in dims)
+    try:
+        stride = as_tuple(op.path.stride, len(dims), "stride") if isinstance(op.path, Window) else (1,) * len(dims)
+        reads = [axis_reads(op, grid, a, torch.device("cpu"))[0] for a in range(len(dims))]
+    except (ValueError, IndexError):  # other axes than the map has
+        return unknown(place, after)
+    for a, dim in enumerate(dims):
+        if len(reads[a]) != after[dim]:
+            return unknown(place, after)
+        place = window(place, before[dim], dim, reads[a], a if len(dims) == len(place.grid) else None, stride[a])
+    return place
+
+
+def channels(place: Place, axis: int, before: Sequence[int], groups: int, after: Sequence[int]) -> Place:
+    """What a map of channels makes of places: every output sees the inputs of its group."""
+    count, out = before[axis], after[axis]
+    if groups == 1 or out % groups or count % groups:
+        return over(place, (axis,))
+
+    def grouped(t: Tensor, pick: object) -> Tensor:
+        if t.shape[axis] == 1:
+            return t
+        within = t.unflatten(axis, (groups, count // groups))
+        one = pick(within, (axis + 1,)).squeeze(axis + 1)  # type: ignore[operator]
+        return compress(one.repeat_interleave(out // groups, axis))
+
+    found = place.bounds(lambda t: grouped(t, least), lambda t: grouped(t, most))
+    return replace(found, position=least(place.position, (axis,)), channel=least(place.channel, (axis,)))

@@ -156,7 +156,8 @@ def _adaptive_mean(m: nn.Module) -> Found:
 
 
 def _fast_mean(m: nn.Module) -> Found:
-    return Found(GLOBAL_MEAN, scaffold=True, note="one output for the map")
+    axis = -1 if tuple(getattr(m, "dim", (2, 3))) == (1, 2) else 1  # channels last
+    return Found(GLOBAL_MEAN, scaffold=True, axis=axis, note="one output for the map")
 
 
 def attention_rule(heads: int, *modules: nn.Module, project: str | None = None, note: str = "") -> Found:

@@ -1,8 +1,8 @@
-"""One run of a model, without arithmetic where that is possible: FLOPs, receptive fields, and which axis a layer mixes.
+"""One run of a model, without arithmetic where that is possible: FLOPs, receptive fields, and what mixes positions.
 
-Every tensor carries two labels. Its field says what a position depends on. Its layout is a tensor of the same shape
-that tells for every entry which channel and which position it is; views rearrange it as they rearrange the tensor.
-Where an nn.Linear sees the position change along its last axis, it mixes positions: this is a token MLP.
+Every tensor carries a `Place`: what each entry of it depends on, and which channel and position it is. A layer that is
+known carries it on by its operation, everything else operator by operator. Where an nn.Linear sees the position change
+along its last axis, it mixes positions: this is a token MLP.
 """
 
 from __future__ import annotations
@@ -10,64 +10,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nearfold.grammar.words import All
+from nearfold.grammar.words import All, Window
+from nearfold.recognise.aten import EMPTY, Call, follow
 from nearfold.recognise.blocks import AT_CALL
-from nearfold.recognise.field import Field, bounded, join, start, through
+from nearfold.recognise.field import through
 from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.place import (
+    SHIFT,
+    Place,
+    begin,
+    gathered,
+    join,
+    number,
+    orderly,
+    over,
+    renumbered,
+    same,
+    settled,
+    stage,
+    text,
+    unknown,
+    varies,
+)
 from nearfold.recognise.pointwise import is_linear
+from nearfold.recognise.trial import trial
 from nearfold.recognise.walk import Layer
 
-# aten operations that rearrange entries: what they do to a tensor they do to its layout
-VIEWS = frozenset(
-    (
-        "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "expand", "slice", "select",
-        "unsqueeze", "squeeze", "clone", "alias", "detach", "split", "split_with_sizes", "chunk", "unbind", "roll",
-        "cat", "stack", "contiguous", "_to_copy", "lift_fresh",
-    )
-)  # fmt: skip
-# aten operations that mix positions, or may: outside of a layer that is known they make its container unknown
-MIXING = frozenset(
-    (
-        "bmm", "baddbmm", "mm", "addmm", "convolution", "roll", "cumsum", "sort", "topk", "grid_sampler_2d",
-        "grid_sampler_3d", "deform_conv2d", "im2col", "col2im", "upsample_nearest2d", "upsample_bilinear2d",
-        "upsample_bicubic2d", "max_pool2d_with_indices", "avg_pool2d", "avg_pool1d", "_adaptive_avg_pool2d", "_fft_c2c",
-        "_fft_r2c", "_fft_c2r", "lstm", "gru",
-        *(f"_scaled_dot_product_{name}" for name in (
-            "flash_attention_for_cpu", "flash_attention", "efficient_attention", "attention_math", "cudnn_attention",
-            "fused_attention_overrideable",
-        )),
-    )
-)  # fmt: skip
-# these do where positions lie along the axes they are told; a mean is a pooling that has a word
-REDUCTIONS = frozenset(
-    (
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "var",
-        "std",
-        "var_mean",
-        "linalg_vector_norm",
-        "logsumexp",
-        "_softmax",
-    )
-)
-SHIFT = 1 << 32  # a layout's entry is channel * SHIFT + position
+GATHERED = "reads positions that its container gathered"
 
 
 @dataclass
@@ -75,31 +56,40 @@ class Observation:
     """What a run showed, by the layers' names.
 
     Attributes:
+        ran: layers and containers that were called.
         flops: multiply and add as two, in the layer, for one input.
-        fields: behind the layer.
+        fields: behind the layer, as they are printed.
         linears: what lies along the last axis of an nn.Linear's input: channels, positions, all (every position
             and channel, flattened) or both (positions that were gathered).
         calls: what a call replaces: another `Found`, or the reason why there is none.
-        glue: operations that mix positions in the forward of a container itself, by its name.
+        glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name.
         means: containers whose own forward takes the mean over positions.
     """
 
+    ran: set[str] = field(default_factory=set)
     flops: dict[str, int] = field(default_factory=dict)
-    fields: dict[str, Field] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     linears: dict[str, str] = field(default_factory=dict)
     calls: dict[str, Found | str] = field(default_factory=dict)
     glue: dict[str, set[str]] = field(default_factory=dict)
-    means: list[str] = field(default_factory=list)
+    means: dict[str, str] = field(default_factory=dict)
 
 
-def observe(model: nn.Module, layers: list[Layer], input_size: tuple[int, ...], glued: frozenset[str]) -> Observation:
-    """Run a model once on one input of this size (without the batch), and watch.
+def observe(
+    model: nn.Module,
+    layers: list[Layer],
+    input_size: tuple[int, ...] | None,
+    glued: frozenset[str],
+    inputs: dict[str, Any] | None = None,
+) -> Observation:
+    """Run a copy of a model once on one input of this size (without the batch), and watch.
 
     Args:
-        model: left as it is: weights, buffers and modes.
+        model: left as it is.
         layers: of `walk`.
         input_size: channels and grid.
         glued: qualified names of containers whose own forward is known.
+        inputs: instead of a size, the model's arguments by name; fields are in the first that is a tensor.
 
     Raises:
         ValueError: when the model does not run on that input.
@@ -107,104 +97,103 @@ def observe(model: nn.Module, layers: list[Layer], input_size: tuple[int, ...], 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
     >>> from nearfold.recognise.walk import walk
     >>> seen = observe(model, walk(model), (3, 8, 8), frozenset())
-    >>> seen.flops["0"], str(seen.fields["0"])
+    >>> seen.flops["0"], seen.fields["0"]
     (13824, '3')
     """
-    if len(input_size) < 2 or any(type(n) is not int or n < 1 for n in input_size):
-        raise ValueError(
-            f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
-        )
-    errors = []
-    for device in ("meta", "own"):  # some models look at values, which nothing on meta has
-        watch = _Watch(model, layers, input_size, glued)
-        try:
-            with (
-                undisturbed(model),
-                watch.hooks(),
-                torch.no_grad(),
-                FlopCounterMode(display=False) as watch.counter,
-                watch,
-            ):
-                _call(model, input_size, device, watch)
-            return watch.seen
-        except Exception as error:
-            errors.append(error)
-    raise ValueError(f"{type(model).__name__} does not run on an input of size {input_size}: {errors[-1]}") from errors[
-        -1
-    ]
+
+    def run(twin: nn.Module, modules: dict[nn.Module, nn.Module], args: Any, kwargs: Any) -> Observation:
+        watch = _Watch(model, modules, layers, glued)
+        with watch.hooks(), FlopCounterMode(display=False) as watch.counter, _Escapes(watch), watch:
+            for t in tree_leaves((args, kwargs)):
+                if isinstance(t, Tensor):
+                    watch.begin(t, None if t.dim() < 3 else 1)
+            twin(*args, **kwargs)
+        return watch.seen
+
+    return trial(model, input_size, inputs, run)
 
 
-def _call(model: nn.Module, input_size: tuple[int, ...], device: str, watch: _Watch) -> None:
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if device == "own":
-        x = torch.zeros(1, *input_size, dtype=first.dtype, device=first.device)
-        watch.begin(x)
-        model(x)
-        return
-    x = torch.zeros(1, *input_size, dtype=first.dtype, device="meta")
-    watch.begin(x)
-    state = {name: t.to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    functional_call(model, state, (x,), tie_weights=True)
+class _Escapes(TorchFunctionMode):
+    """Values that leave the tensors: what is made of them cannot be followed."""
 
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
 
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no fused path around a layer's parts; afterwards everything is as it was."""
-    training = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "tolist", "item", "__array__", "__bool__", "__int__", "__float__", "__index__"):
+            self.watch.escaped(name, args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):
     counter: FlopCounterMode
 
     def __init__(
-        self, model: nn.Module, layers: list[Layer], input_size: tuple[int, ...], glued: frozenset[str]
+        self, model: nn.Module, twins: dict[nn.Module, nn.Module], layers: list[Layer], glued: frozenset[str]
     ) -> None:
         super().__init__()
         self.seen = Observation()
-        self.model, self.grid, self.glued = model, input_size[1:], glued
-        self.by_module = {layer.modules[0]: layer for layer in layers}
-        self.leaves = {module for layer in layers for module in layer.modules if layer.found or not _listed(layer)}
-        self.names = {module: name for name, module in model.named_modules()}
+        self.glued = glued
+        self.root = twins[model]
+        self.by_module = {twins[layer.modules[0]]: layer for layer in layers}
+        self.known = {twins[module] for layer in layers if layer.found for module in layer.modules}
+        self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.found and not layer.listed}
+        self.names = {twins[module]: name for name, module in model.named_modules()}
         self.folded: set[str] = set()
-        self.layouts, self.fields = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self.stack: list[tuple[nn.Module, int, Tensor | None, Field | None]] = []
+        self.places, self.solid = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.written: dict[int, tuple[int, Tensor]] = {}  # when memory was last written to, and through which tensor
+        self.placed, self.clock = WeakIdKeyDictionary(), 0
+        self.lost = False
+        self.stack: list[tuple[nn.Module, int, list[Tensor]]] = []
+        for module in self.root.modules():
+            for t in module._parameters.values():
+                if t is not None:
+                    self.solid[t] = True
+        for module, twin in twins.items():  # buffers without zeros and without what would mask in a softmax
+            for name, buffer in module._buffers.items():
+                if buffer is None or buffer.is_meta or not buffer.is_floating_point():
+                    continue
+                if bool(((buffer != 0) & (buffer.abs() < 1e4)).all()):
+                    self.solid[twin._buffers[name]] = True
 
     # --- modules
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = []
-        for module in self.names:
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        def entered(*call: Any) -> None:
+            with _apart():
+                self._enter(*call)
 
-    def begin(self, x: Tensor) -> None:
-        """Label the model's input."""
-        self._layout(x, 1)
-        self.fields[x] = start(len(self.grid))
+        def left(*call: Any) -> None:
+            with _apart():
+                self._leave(*call)
+
+        for module in self.names:  # of a copy: nobody takes them away
+            module.register_forward_pre_hook(entered, with_kwargs=True)
+            module.register_forward_hook(left)
+        yield
+
+    def begin(self, t: Tensor, axis: int | None) -> None:
+        """Label an input of the model; fields are those in the first."""
+        place, first = begin(t.shape, axis), next(iter(self.places.values()), None)
+        if first is not None:
+            lost = unknown(first, t.shape)
+            place = dataclasses.replace(lost, channel=place.channel, position=place.position, wild=False)
+        self._put(t, place)
 
     def _inside(self) -> bool:
-        """Whether what runs now belongs to a layer that is listed as a whole."""
-        return any(module in self.leaves for module, *_ in self.stack)
+        """Whether what runs now belongs to a layer whose operation is known."""
+        return any(self._whole(module) for module, *_ in self.stack)
+
+    def _whole(self, module: nn.Module) -> bool:
+        return module in self.known or (module in self.by_module and is_linear(module))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        fields = [self.fields[t] for t in given if t in self.fields]
         layer = None if self._inside() else self.by_module.get(module)
+        self.seen.ran.add(self.names[module])
         if layer is not None and given:
             if is_linear(module):
                 self._look(layer.name, given[0])
@@ -219,136 +208,194 @@ class _Watch(TorchDispatchMode):
                 note = "parts of the map are folded into the batch; it looks within each of them"
                 self.seen.calls[layer.name] = dataclasses.replace(found, note=note)
                 self.folded.add(layer.name)
-        came = join(*fields) if fields else None
-        self.stack.append((module, self.counter.get_total_flops(), given[0] if given else None, came))
+            if isinstance(found, Found):
+                self._ordered(given[0], found)
+        self.stack.append((module, self.counter.get_total_flops(), given))
+
+    def _ordered(self, x: Tensor, found: Found) -> None:
+        """Note where a container rearranged the positions that a layer is about to read."""
+        place = self.place(x)
+        if place is None or place.wild or x.dim() < 3:
+            return
+        axis = found.axis % x.dim()
+        dims = [d for d in range(1, x.dim()) if d != axis]
+        windows = any(isinstance(part.path, Window) for part in found.operation.parts)
+        if gathered(place.position, axis) or (windows and not orderly(least_position(place, axis), dims)):
+            self._note("a rearrangement of positions")
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _, before, x, came = self.stack.pop()
+        _, before, given = self.stack.pop()
         if self._inside():
             return
-        name = self.names[module]
+        name, layer = self.names[module], self.by_module.get(module)
         self.seen.flops[name] = self.seen.flops.get(name, 0) + self.counter.get_total_flops() - before
-        y = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
-        layer = self.by_module.get(module)
-        if x is None or y is None or layer is None:
+        made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        places = [p for t in given if (p := self.place(t)) is not None]
+        if layer is not None and made and places and is_linear(module):
+            self._behind_linear(name, given[0], made[0])
+        elif layer is not None and made and places and module in self.known:
+            self._behind(layer, given, places, made)
+        if self._whole(module) and places:  # nothing that depends on the input leaves unseen
+            for t in made:
+                if self.places.get(t) is None:
+                    self._put(t, unknown(places[0], t.shape))
+        if layer is None or not made or not given:
             return
-        found = self.seen.calls.get(name, layer.found)
-        if is_linear(module):
-            self._behind_linear(name, x, y, came)
-        elif isinstance(found, Found):
-            self._layout(y, found.axis)
-            if came is not None and name in self.folded:
-                self.fields[y] = join(came, dataclasses.replace(came, kind="?"))
-            elif came is not None:
-                self.fields[y] = through(came, found.operation)
-        elif came is not None and (layer.reason or found):  # unknown
-            self.fields[y] = join(came, dataclasses.replace(came, kind="?"))
-        if y in self.fields:
-            self.seen.fields[name] = bounded(self.fields[y], self.grid)
+        place = self.place(made[0])
+        if place is not None and made[0].dim():
+            found = self.seen.calls.get(name, layer.found)
+            self.seen.fields[name] = text(place, found.axis if isinstance(found, Found) else -1)
+
+    def _behind(self, layer: Layer, given: list[Tensor], places: list[Place], made: list[Tensor]) -> None:
+        """Places of what a layer that is known has made."""
+        y, x = made[0], given[0]
+        found = self.seen.calls.get(layer.name, layer.found)
+        main = self.place(x)
+        if not isinstance(found, Found) or layer.name in self.folded:
+            place = unknown(places[0], y.shape, found.axis if isinstance(found, Found) else None)
+        else:
+            like = [p for p in places if p.position.dim() == len(x.shape)]
+            looks = all(isinstance(part.path, All) for part in found.operation.parts)
+            if main is None or looks:
+                main = join([over(p, range(p.position.dim())) for p in like], x.dim()) if like else unknown(
+                    places[0], x.shape)  # fmt: skip
+            if getattr(layer.modules[0], "shuffle", "none") != "none" and not looks:
+                main = dataclasses.replace(main, kind="?")
+            place = renumbered(through(main, found.operation, x.shape, y.shape, found.axis), y.shape, found.axis)
+        self._put(y, place)
+        for t in made[1:]:
+            if t is not y:
+                self._put(t, unknown(place, t.shape))
 
     # --- nn.Linear
 
     def _look(self, name: str, x: Tensor) -> None:
-        layout = self.layouts.get(x)
-        if layout is None or layout.shape[-1] < 2:
+        place = self.place(x)
+        if place is None or place.wild or x.dim() < 1 or x.shape[-1] < 2:
             return
-        channel, position = layout // SHIFT, layout % SHIFT
-        channels = bool((channel != channel[..., :1]).any())
-        positions = bool((position != position[..., :1]).any())
-        rows = math.prod(layout.shape[1:-1])
+        channels = varies(place.channel, (-1,))
+        positions = varies(place.position, (-1,)) and bool(
+            (place.position % SHIFT != place.position[..., :1] % SHIFT).any()
+        )
+        rows = math.prod(x.shape[1:-1])
         kind = "both" if channels and positions else "positions" if positions else "channels"
         self.seen.linears[name] = "all" if kind == "both" and rows == 1 else kind
 
-    def _behind_linear(self, name: str, x: Tensor, y: Tensor, came: Field | None) -> None:
+    def _behind_linear(self, name: str, x: Tensor, y: Tensor) -> None:
+        place = self.place(x)
+        if place is None:
+            return
         kind = self.seen.linears.get(name, "channels")
+        found = over(place, (x.dim() - 1,))
+        if kind != "channels":
+            found = settled(found)
         if kind == "positions":  # hidden tokens are along the last axis, the channels stay where they were
-            channel = (self.layouts[x] // SHIFT)[..., :1]
-            self.layouts[y] = channel * SHIFT + torch.arange(y.shape[-1], device="cpu")
+            rows = [d for d in range(x.dim()) if varies(place.position, (d,))]
+            self._put(y, dataclasses.replace(found, position=number(y.shape, rows) + stage()))
         else:
-            self._layout(y, -1)
-        if came is not None and kind != "channels":
-            wide = {"positions": "all", "all": "all", "both": "?"}[kind]
-            self.fields[y] = join(came, dataclasses.replace(came, kind=wide))
+            if place.wild:
+                found = renumbered(found, y.shape, -1)
+            self._put(y, dataclasses.replace(found, channel=number(y.shape, (-1,)), masked=False))
 
     # --- tensors
 
-    def _layout(self, t: Tensor, axis: int) -> None:
-        """Channels along one axis, and positions numbered along all others."""
-        if t.dim() < 2:
-            return
-        axis %= t.dim()
-        shape = [1 if a == axis else n for a, n in enumerate(t.shape)]
-        position = torch.arange(math.prod(shape), device="cpu").view(shape)
-        channel = torch.arange(t.shape[axis], device="cpu").view([-1 if a == axis else 1 for a in range(t.dim())])
-        self.layouts[t] = channel * SHIFT + position
+    def place(self, t: Tensor) -> Place | None:
+        """Where a tensor comes from; unknown where something else has written to its memory since."""
+        found = self.places.get(t)
+        if self.written:
+            when, writer = self.written.get(t.untyped_storage()._cdata, (0, t))
+            if writer is not t and self.placed.get(t, 0) < when:
+                source = found or self.places[writer]
+                return unknown(source, t.shape)
+        if self.lost and found is not None and found.kind != "?":
+            return dataclasses.replace(found, kind="?")
+        return found
+
+    def escaped(self, name: str, args: tuple[Any, ...]) -> None:
+        """Note that values that depend on the input are looked at."""
+        if any(isinstance(t, Tensor) and self.place(t) is not None for t in args) and not self._inside():
+            self._note(name.strip("_"))
+            self.lost = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        fields = [self.fields[t] for t in given if t in self.fields]
-        reduces = name in REDUCTIONS and self._over_positions(name, args, kwargs or {})
-        mixes = (name in MIXING or reduces) and bool(fields) and not self._inside() and self._in_glue(name)
-        for t in made:
-            if fields:
-                self.fields[t] = join(*fields)
-                if mixes:
-                    kind = "all" if name == "mean" else "?"
-                    self.fields[t] = join(self.fields[t], dataclasses.replace(fields[0], kind=kind))
-        if any(t in self.layouts for t in given):
-            self._follow(name, func, args, kwargs or {}, given, made)
+        kwargs = kwargs or {}
+        if self._inside():
+            return func(*args, **kwargs)
+        given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+        given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        with _apart():
+            places = {
+                id(t): p for t in tree_leaves(given) if isinstance(t, Tensor) and (p := self.place(t)) is not None
+            }
+        out = func(*args, **kwargs)
+        with _apart():
+            self._follow(func, given, places, out)
         return out
 
-    def _in_glue(self, name: str) -> bool:
-        """Note an operation of a container's own forward; False where that forward is known."""
-        module = self.stack[-1][0] if self.stack else self.model
-        if any(n in self.glued for n in names_of(module)):
-            return False
-        if name == "mean":
-            self.seen.means.append(self.names[module])
-        else:
-            self.seen.glue.setdefault(self.names[module], set()).add(name)
-        return True
-
-    def _over_positions(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether positions lie along the axes of a reduction; without any it is over all."""
-        layout = self.layouts.get(args[0])
-        place = 2 if name == "linalg_vector_norm" else 1  # behind the order of the norm
-        given = args[place] if len(args) > place else kwargs.get("dim")
-        if layout is None or isinstance(given, Tensor):  # the larger of two tensors is no reduction
-            return False
-        axes = [given] if isinstance(given, int) else given or range(layout.dim())
-        position = layout % SHIFT
-        return any(bool((position != position.select(axis, 0).unsqueeze(axis)).any()) for axis in axes)
-
-    def _follow(
-        self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]
-    ) -> None:
-        if name in VIEWS:
-            with contextlib.suppress(Exception):  # a view that the layout cannot follow leaves the result unlabelled
-                args, kwargs = self._swapped((args, {k: v for k, v in kwargs.items() if k != "device"}))
-                for t, layout in zip(made, tree_leaves(func(*args, **kwargs)), strict=True):
-                    self.layouts[t] = layout
+    def _follow(self, func: Any, given: dict[str, Any], places: dict[int, Place], out: Any) -> None:
+        """Place what an operator has made."""
+        tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+        name = func.overloadpacket.__name__
+        inplace = name.endswith("_") and not name.endswith("__")
+        solid = {id(t) for t in tensors if t in self.solid}
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        name = name.rstrip("_")
+        if not made or (name in EMPTY and not inplace):
             return
-        for t in made:
-            for source in given:
-                if t is not source and source in self.layouts and source.shape == t.shape:
-                    self.layouts[t] = self.layouts[source]
-                    break
+        if not places:
+            if solid and all(id(t) in solid or t.numel() == 1 for t in tensors):
+                for t in made:
+                    self.solid[t] = True
+            return
+        if name in EMPTY:  # filled: it depends on nothing any more, if it is all of its memory
+            found = [unknown(next(iter(places.values())), t.shape) for t in made]
+        else:
+            call = Call(name, func, given, lambda t: places.get(id(t)), lambda t: id(t) in solid, made)
+            found = follow(call)
+            if call.mixes:
+                self._mixed(name, found[0])
+        for t, place in zip(made, found, strict=True):
+            was = places.get(id(t))
+            if inplace and (was is None or not same(was, place)):
+                self.clock += 1
+                self.written[t.untyped_storage()._cdata] = self.clock, t
+                if name == "copy" and t._is_view():
+                    self._note("writes to parts of a tensor")
+            self._put(t, place)
 
-    def _swapped(self, tree: Any) -> Any:
-        """The same arguments with layouts for tensors; what has none, such as a class token, is one channel."""
+    def _put(self, t: Tensor, place: Place) -> None:
+        self.places[t], self.placed[t] = place, self.clock
 
-        def swap(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
-            layout = self.layouts.get(t)
-            return torch.zeros(t.shape, dtype=torch.long, device="cpu") if layout is None else layout.contiguous()
+    def _mixed(self, name: str, behind: Place) -> None:
+        """Note an operator that mixes positions: the mean over all of them is a pooling that has a word."""
+        module = self.stack[-1][0] if self.stack else self.root
+        left = [d for d, n in enumerate(behind.position.shape) if n > 1 and behind.channel.shape[d] == 1]
+        pooled = name == "mean" and not left and not behind.wild
+        if pooled and module not in self.leaves:
+            if not any(n in self.glued for n in names_of(module)):
+                self.seen.means[self.names[module]] = text(over(behind, range(behind.position.dim())), -1)
+        else:
+            self._note(name)
 
-        return torch.utils._pytree.tree_map(swap, tree)
+    def _note(self, what: str) -> None:
+        """Note an operation of a forward itself, unless that forward is known."""
+        module = self.stack[-1][0] if self.stack else self.root
+        if not any(n in self.glued for n in names_of(module)):
+            self.seen.glue.setdefault(self.names[module], set()).add(what.removeprefix("_"))
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What is done within is no part of the run."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+def least_position(place: Place, axis: int) -> Tensor:
+    """Positions, of the first channel."""
+    return place.position.narrow(axis, 0, 1)
 
 
 def _folds(module: nn.Module, found: Found, x: Tensor) -> bool:
@@ -356,8 +403,3 @@ def _folds(module: nn.Module, found: Found, x: Tensor) -> bool:
     batch = 1 if isinstance(module, nn.MultiheadAttention) and not module.batch_first else 0
     everywhere = any(isinstance(part.path, All) for part in found.operation.parts)
     return everywhere and x.dim() > 2 and x.shape[batch] != 1
-
-
-def _listed(layer: Layer) -> bool:
-    """Whether a layer's parts are listed on their own as well."""
-    return bool(layer.reason) and any(True for _ in layer.modules[0].children())

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import PARENTS, token_table
 from nearfold.recognise.foreign import GLOBAL_MEAN, Found, count
 from nearfold.recognise.generating import MILLION
 from nearfold.recognise.observe import Observation, observe
-from nearfold.recognise.pointwise import is_elementwise, is_linear
+from nearfold.recognise.pointwise import TRIED, is_elementwise, is_linear
 from nearfold.recognise.walk import Layer, of_found, walk, with_halves
 
 TIERS = {"S": 1800.0, "A": 1250.0, "B": 900.0, "C": 500.0}
+SEEN = "seen in the run"
+# Under what is printed; docs/complexity.md says more.
+LEGEND = (
+    "C_D: the primitives that say what it does, added; C_P: its parameters that generate behaviour from the input, in "
+    "millions; Omega = C_D + alpha C_P",
+    "field: how many positions of the input one output depends on, along each axis, in an input without a border; "
+    "all: every position (of a causal shape: every one before it); <=n: at most n; any: where the data says; "
+    "?: not known",
+)
 GLUED = frozenset(PARENTS)  # containers whose own forward a rule explains
 
 
@@ -34,8 +44,9 @@ class Row:
         c_p: its parameters that generate behaviour, in millions.
         parameters: all of them.
         flops: multiply and add as two, for one input; None without an input size.
-        field: receptive field in the model's input, per axis: a number, "all", "any" (data-dependent), "?" (behind
-            something unknown), or empty without an input size.
+        field: receptive field in the model's input, per axis: a number, "<=" and a bound, "all", "any" (where the data
+            says), "?" (not known), or empty without an input. It follows from every operator that ran, for weights
+            that are not zero.
         note: what the words leave open.
     """
 
@@ -166,7 +177,8 @@ class Description:
         if self.pointwise:
             lines += ["", "pointwise: " + ", ".join(f"{n} {kind}" for kind, n in self.pointwise.items())]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, "", str(self.complexity)])
+        legend = LEGEND if self.rows and any(row.field for row in self.rows) else LEGEND[:1]
+        return "\n".join([*lines, "", str(self.complexity), *legend])
 
 
 def _table(cells: Sequence[tuple[str, ...]], left: int) -> list[str]:
@@ -199,16 +211,20 @@ def complexity(model: nn.Module, alpha: float = 1.0, input_size: tuple[int, ...]
     return _totals(tuple(map(_row, filter(_said, layers))), tuple(map(_strange, filter(_reason, layers))), alpha)
 
 
-def describe(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Description:
+def describe(
+    model: nn.Module, input_size: tuple[int, ...] | None = None, inputs: dict[str, Any] | None = None
+) -> Description:
     """Every layer of a model in path, shape and weight.
 
     Args:
         model: any module; it is left as it is.
-        input_size: channels and grid, such as (3, 224, 224). With it the model runs once (on the meta device where it
-            can), and FLOPs and receptive fields are known.
+        input_size: channels and grid, such as (3, 224, 224). With it a copy of the model runs once (on the meta device
+            where it can), and FLOPs and receptive fields are known.
+        inputs: instead of a size, arguments of the model by name, for one that takes other things than one map: a
+            batch of one, (1, C) and the grid, or ids (1, N). Receptive fields are those in the first.
 
     Raises:
-        ValueError: when the model does not run on an input of that size.
+        ValueError: when the model does not run on such an input, or both are given.
 
     >>> print(describe(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), (3, 9, 9)))
     Sequential on 3x9x9: 224 parameters
@@ -219,15 +235,19 @@ def describe(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Des
     pointwise: 1 ReLU
     <BLANKLINE>
     C_D 3   C_P 0.000 M   Omega 3.000 (alpha 1)
+    C_D: the primitives that ... C_P: ...
+    field: ...
     """
-    layers, seen = _layers(model, input_size)
+    if input_size is not None and inputs is not None:
+        raise ValueError(f"give input_size or inputs, not both; got {input_size=} and inputs={list(inputs)}")
+    layers, seen = _layers(model, input_size, inputs)
     names = {module: name for name, module in model.named_modules()}
     rows = tuple(_row(layer, seen, names) for layer in layers if layer.found)
-    rows += tuple(_mean_row(model, name) for name in (dict.fromkeys(seen.means) if seen else ()))
+    rows += tuple(_mean_row(model, name, field) for name, field in (seen.means if seen else {}).items())
     unknown = tuple(map(_strange, filter(_reason, layers)))
     plain = Counter(_label(layer) for layer in layers if layer.pointwise)
     return Description(
-        type(model).__name__,
+        " on ".join([type(model).__name__, *_shown(inputs)]),
         input_size,
         tuple(row for row in rows if row.mixes),
         dict(plain),
@@ -236,6 +256,11 @@ def describe(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Des
         count(model),
         _totals(rows, unknown, 1.0),
     )
+
+
+def _shown(inputs: dict[str, Any] | None) -> list[str]:
+    given = {n: "x".join(map(str, t.shape[1:])) for n, t in (inputs or {}).items() if isinstance(t, Tensor)}
+    return [", ".join(f"{name} {shape}" for name, shape in given.items())] if given else []
 
 
 def _totals(rows: tuple[Row, ...], unknown: tuple[Strange, ...], alpha: float) -> Complexity:
@@ -253,10 +278,10 @@ def _reason(layer: Layer) -> bool:
 def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, str] | None = None) -> Row:
     assert layer.found is not None
     flops, own = None, [(names or {}).get(module, "") for module in layer.modules]
-    if seen is not None and not layer.within:
+    if seen is not None and not layer.within and any(name in seen.flops for name in own):
         flops = sum(seen.flops.get(name, 0) for name in own)
     beside = [layer.modules[0].get_submodule(name) for name, _ in layer.found.beside]
-    reached = [str(seen.fields[name]) for name in own if seen and name in seen.fields]
+    reached = [seen.fields[name] for name in own if seen and name in seen.fields]
     return Row(
         layer.name, layer.kind, layer.found.operation, layer.mixes, layer.counted,
         layer.found.generating / MILLION, count(*layer.modules) - count(*beside), flops,
@@ -264,11 +289,11 @@ def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, s
     )  # fmt: skip
 
 
-def _mean_row(model: nn.Module, name: str) -> Row:
+def _mean_row(model: nn.Module, name: str, field: str) -> Row:
     """A container whose own forward takes the mean over positions: the pooling before a classifier, or of a gate."""
     kind = type(model.get_submodule(name)).__name__
     note = "a mean over positions in its own forward; pooling that shrinks the map counts 0"
-    return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, "all", note)
+    return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, field, note)
 
 
 def _strange(layer: Layer) -> Strange:
@@ -276,7 +301,9 @@ def _strange(layer: Layer) -> Strange:
 
 
 def _label(layer: Layer) -> str:
-    return f"{layer.kind} 1x1 (C_D {layer.counted:g} each)" if layer.found else layer.kind
+    if layer.found:
+        return f"{layer.kind} 1x1 (C_D {layer.counted:g} each)"
+    return f"{layer.kind} ({layer.note})" if layer.note in (SEEN, TRIED) else layer.kind
 
 
 def _notes(layers: list[Layer], seen: Observation | None) -> Iterable[str]:
@@ -299,18 +326,49 @@ def _notes(layers: list[Layer], seen: Observation | None) -> Iterable[str]:
 # --- what a run adds to the layers
 
 
-def _layers(model: nn.Module, input_size: tuple[int, ...] | None) -> tuple[list[Layer], Observation | None]:
+def _layers(
+    model: nn.Module, input_size: tuple[int, ...] | None, inputs: dict[str, Any] | None = None
+) -> tuple[list[Layer], Observation | None]:
     layers = walk(model)
-    if input_size is None:
+    if input_size is None and inputs is None:
         return layers, None
-    seen = observe(model, layers, input_size, GLUED)
-    layers = [_as_called(layer, seen) for layer in _with_tables(layers, seen)]
+    seen = observe(model, layers, input_size, GLUED, inputs)
+    whole = {layer.name for layer in layers if not layer.listed}
+    glue: dict[str, set[str]] = {}
+    for name, calls in seen.glue.items():  # what a part that is not listed does, its owner does
+        owner = next((up for up in _upwards(name) if up in whole), name)
+        glue.setdefault(owner, set()).update(calls)
+    layers = [new for layer in _with_tables(layers, seen) if (new := _as_seen(_as_called(layer, seen), seen, glue))]
     strange = {layer.name for layer in layers if layer.reason}
-    for name, calls in seen.glue.items():
+    for name, calls in glue.items():
         if name not in strange:
-            reason = f"its own forward calls {', '.join(sorted(calls))}; its parts are listed"
-            layers.append(Layer(name, (model.get_submodule(name),), reason=reason))
+            layers.append(
+                Layer(name, (model.get_submodule(name),), reason=f"{_mixing(calls)}; its parts are listed", listed=True)
+            )
     return with_halves(layers), seen
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """A dotted name, and those of what it is in, from the outermost."""
+    parts = name.split(".")
+    yield from ("", *(".".join(parts[: i + 1]) for i in range(len(parts)))) if name else ("",)
+
+
+def _mixing(calls: set[str]) -> str:
+    return f"its own forward calls {', '.join(sorted(calls))}"
+
+
+def _as_seen(layer: Layer, seen: Observation, glue: dict[str, set[str]]) -> Layer | None:
+    """What a run adds to a layer without an operation: whether it mixed positions. None: only its parts are left."""
+    if layer.found is not None or layer.name in seen.calls or is_linear(layer.modules[0]):
+        return layer
+    if layer.name in glue:
+        if layer.reason and not layer.reason.startswith(("no rule", "owns", "called")):  # a rule says more
+            return layer
+        return dataclasses.replace(layer, reason=_mixing(glue[layer.name]) + ("; its parts are listed" * layer.listed))
+    if layer.reason and layer.name in seen.ran:
+        return None if layer.listed else Layer(layer.name, layer.modules, note=SEEN)
+    return layer
 
 
 def _as_called(layer: Layer, seen: Observation) -> Layer:

@@ -16,7 +16,15 @@ from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
 from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.layouts import CROSS
-from nearfold.recognise.pointwise import is_elementwise, is_linear, is_pointwise, strange_parameters
+from nearfold.recognise.pointwise import (
+    TRIED,
+    acts_alone,
+    gathers_statistics,
+    is_elementwise,
+    is_linear,
+    is_pointwise,
+    strange_parameters,
+)
 from nearfold.recognise.scans import scan_of
 
 ALL_RULES = RULES | BLOCK_RULES
@@ -33,7 +41,8 @@ class Layer:
         found: what it is in the words; None: pointwise without a word, or unknown.
         reason: why it is unknown; empty otherwise.
         counted: its share in the model's C_D.
-        note: what the words leave open, or why it counts what it counts.
+        note: what the words leave open, why it counts what it counts, or how it is known.
+        listed: whether its parts are listed on their own as well.
         within: whether it is a part of a layer that is listed as a whole.
     """
 
@@ -43,6 +52,7 @@ class Layer:
     reason: str = ""
     counted: float = 0.0
     note: str = ""
+    listed: bool = False
     within: bool = False
 
     @property
@@ -105,6 +115,9 @@ def _visit(
                 yield dataclasses.replace(layer, within=True)
         yield of_found(name, (module, *found.nets), found)
         return
+    if gathers_statistics(module):
+        yield Layer(name, (module,), reason="no word for statistics over positions")
+        return
     if is_pointwise(module):
         yield Layer(name, (module,))
         return
@@ -112,18 +125,20 @@ def _visit(
     strange = strange_parameters(module)
     if not children:
         owned = f"owns {', '.join(strange)}" if strange else "no rule for this class, which may mix positions"
-        if not isinstance(module, EMPTY) or strange:
+        if (strange or not isinstance(module, EMPTY)) and acts_alone(module):
+            yield Layer(name, (module,), note=TRIED)
+        elif not isinstance(module, EMPTY) or strange:
             yield Layer(name, (module,), reason=owned)
         return
     if strange:
-        yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed")
+        yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed", listed=True)
     overrides = _overrides(module)
     parts |= {net for found in overrides.values() if isinstance(found, Found) for net in found.nets}
     below: list[Layer] = []
     for child_name, child in children:
         below += _visit(child, f"{name}.{child_name}".lstrip("."), overrides.get(child_name), seen, parts)
     if not strange and "att" in type(module).__name__.lower() and not any(b.mixes or b.reason for b in below):
-        yield Layer(name, (module,), reason="called attention, and no rule for this class")
+        yield Layer(name, (module,), reason="called attention, and no rule for this class", listed=True)
     yield from below
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.foreign import Found, Unsaid, names_of
-from nearfold.recognise.observe import undisturbed
+from nearfold.recognise.trial import quiet
 from nearfold.recognise.walk import ALL_RULES
 from nearfold.surgery.proof import SEED, budget, difference, tensors, undrawn
 from nearfold.surgery.report import Report
@@ -123,8 +123,9 @@ def observe(model: nn.Module, layers: Iterable[Site], call: Call) -> Seen:
         for site in layers:
             hook = site.place.register_forward_pre_hook(_noting(seen, site), with_kwargs=True)
             stack.callback(hook.remove)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         try:
-            with undisturbed(model):
+            with quiet(device):
                 _, seen.flops = run(model, call)
         except Exception as error:
             raise ValueError(f"{type(model).__name__} does not run on {call.about}: {error}") from error
