@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.foreign import Found, Unsaid, names_of
-from nearfold.recognise.trial import quiet
+from nearfold.recognise.trial import copied, quiet
 from nearfold.recognise.walk import ALL_RULES
 from nearfold.surgery.proof import SEED, budget, difference, tensors, undrawn
 from nearfold.surgery.report import Report
@@ -159,11 +160,18 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
 def run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, int]]:
     """The tensors of a model's output in evaluation, and FLOPs by module; "" is the whole model.
 
+    What runs is a copy: whatever modules keep of a call, the model's own do not.
+
     >>> run(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), Call((torch.zeros(1, 3, 8, 8),), {}, ""))[1]["0"]
     13824
     """
-    with unchanged(model), FlopCounterMode(display=False) as counter:
-        made = tensors(call(model))
+    twin, _ = copied(model, next((p.device for p in model.parameters()), torch.device("cpu")))
+    python = random.getstate()
+    try:
+        with unchanged(twin), FlopCounterMode(display=False) as counter:
+            made = tensors(call(twin))
+    finally:
+        random.setstate(python)
     root = type(model).__name__
     flops = {
         "" if name in (root, "Global") else name.removeprefix(f"{root}."): sum(counts.values())
