@@ -103,6 +103,7 @@ class Mixer(nn.Module):
 
     sampler: Tensor | None
     _said: tuple[int, ...] = ()  # the last grid on which what cannot be filled was looked for
+    takes_one = False  # whether inputs without a batch axis are taken: where it stands for a layer that takes them
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
@@ -249,13 +250,11 @@ class Mixer(nn.Module):
 
         ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
         (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
-        not valid. Without a batch axis, as torch's layers take it, too: (in_channels, *grid) -> (out_channels,
-        *out_grid).
+        not valid.
         """
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
-        require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
-        if x.dim() == self.ndim + 1:
+        if self.takes_one and x.dim() == self.ndim + 1:
             return Mixer.forward(self, x[None], None if context is None else context[None], mask)[0]
         self._require(x)
         return self._run(x, context, mask)
@@ -341,11 +340,11 @@ class TokenMixer(Mixer):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D), or (N, D); context (B, N', context_dim) where it is `cross`; mask as in `Mixer`."""
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
-        if x.dim() == 2:
+        if self.takes_one and x.dim() == 2:
             return self(x[None], None if context is None else context[None], mask)[0]
         if x.dim() != 3 or x.shape[2] != self.in_channels:
             raise ValueError(f"x must be (B, N, {self.in_channels}) for this layer, got shape {tuple(x.shape)}")

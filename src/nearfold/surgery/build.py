@@ -126,7 +126,13 @@ def _short_of(op: Operation, site: Site) -> list[str]:
 
 
 def new_mixer(site: Site, op: Operation) -> Mixer:
-    """A new layer between the same channels."""
+    """A new layer between the same channels, which takes inputs without a batch axis as the old one may."""
+    mixer = _new_mixer(site, op)
+    mixer.takes_one = True
+    return mixer
+
+
+def _new_mixer(site: Site, op: Operation) -> Mixer:
     source = site.source
     bias = any(re.search(r"(^|\.)bias$|_bias$", name) for name in source.tensors)
     if source.tokens:
