@@ -26,7 +26,7 @@ from nearfold.grammar import (
     parse,
     preset,
 )
-from nearfold.grammar.notation import parse_word
+from nearfold.grammar.notation import SHOWN, parse_word
 from nearfold.grammar.operation import SHAPES
 from nearfold.grammar.similarity import Blend, Cosine, Position, Scaled
 from nearfold.grammar.word import Word
@@ -364,7 +364,11 @@ WRONG = [
         0,
         "nearest: again must be given together with self, got again=1",
     ),
-    ("nearest(9, self=1e999) | ranked | kernel", 0, "self must be a finite number, got self=inf"),
+    (
+        "nearest(9, self=1e999) | ranked | kernel",
+        0,
+        "self must be a finite number, at most 1e+18 in size, got self=inf",
+    ),
     ("nearest(9, scaled(relative)) | ranked | kernel", 0, "use scaled(coordinates)"),
     ("all | row | softmax(heads=two)", 26, "expected an integer, found 'two'"),
     (
@@ -419,8 +423,12 @@ def test_wrong_notation_is_pointed_at(text, position, fragment):
     assert fragment in message
     assert error.text == text
     assert error.position == position
-    assert shown == f"  {text}"
-    assert caret == "  " + " " * position + "^"
+    assert caret.strip() == "^"
+    if len(text) <= SHOWN:
+        assert shown == f"  {text}" and len(caret) == position + 3
+    else:  # the part around the place
+        assert shown.startswith("  ...") and shown[5:-3] in text
+        assert (shown + " ")[len(caret) - 1] == (text + ".")[position]
 
 
 def test_positions_count_in_the_text_that_is_shown():
@@ -498,7 +506,7 @@ BAD_VALUES = [
     (lambda: Nearby(4), "window: size must be odd, got size=4"),
     (lambda: Strided(0), "strided: step must be a positive integer, got step=0"),
     (lambda: Softmax(heads=0), "softmax: heads must be a positive integer, got heads=0"),
-    (lambda: Softmax(scale=float("nan")), "scale must be a finite number, got scale=nan"),
+    (lambda: Softmax(scale=float("nan")), "scale must be a finite number, at most 1e+18 in size, got scale=nan"),
     (lambda: Softmax(scale="1"), "scale='1'"),
     (lambda: Ones(project="vk"), "project must be none or letters of qkvo in this order, got project='vk'"),
     (lambda: Ones(project=""), "project=''"),
@@ -528,7 +536,7 @@ BAD_VALUES = [
     (lambda: Sum(((None, "a"), (None, "b"))), "a sum's terms are operations, got 'a'"),
     (
         lambda: Sum((("a b", CONVOLUTION), (None, CONVOLUTION))),
-        "rate must be a name, a finite number or None, got 'a b'",
+        "rate must be a name, a finite number or None (at most 1e+18), got 'a b'",
     ),
     (lambda: Sum(((float("nan"), CONVOLUTION), (None, CONVOLUTION))), "got nan"),
     (lambda: Sum(((True, CONVOLUTION), (None, CONVOLUTION))), "got True"),

@@ -262,7 +262,7 @@ def _costs(root):
         (["budget"], "say a budget"),
         (["budget", "--latency-ms", "5", "--data", "cifar10=nowhere"], "nowhere does not exist"),
         (["budget", "--latency-ms", "5", "--preset", "paper"], "where is the data set"),
-        (["budget", "--latency-ms", "0"], "a budget must be above 0"),
+        (["budget", "--latency-ms", "0"], "wanted a number above 0, got '0'"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_missing_operators_are_declared_only_on_that_very_error(monkeypatch):
 
 def test_without_torchvision_the_extra_is_named(monkeypatch):
     fail_with(monkeypatch, ModuleNotFoundError("No module named 'torchvision'"))
-    with pytest.raises(ImportError, match=r"nearfold\[vision\].*crop_flip"):
+    with pytest.raises(ImportError, match=r"pip install torchvision.*crop_flip"):
         _torchvision.transforms()
 
 

@@ -40,6 +40,7 @@ def plain(value: Any) -> Any:
 def shown(value: Any) -> str:
     """The value for a message: of a long number its digits are counted, of an array its shape is named.
 
+    >>> import torch
     >>> shown(10**400), shown((3, 10**30)), shown("3"), shown(torch.zeros(2, 3))
     ('an integer of 401 digits', '(3, an integer of 31 digits)', "'3'", 'a Tensor of shape (2, 3)')
     """

@@ -30,7 +30,7 @@ def _fillable(path: Nearest, grid: tuple[int, ...], source: tuple[int, ...], dra
     if isinstance(candidates, Nearby):
         keys = math.prod(min(candidates.size, n) for n in source)
     # among all positions the own one, which has a slot, is taken out of the search
-    return keys + own - (own and path.again is None and isinstance(candidates, AllCandidates))
+    return keys + int(own) - int(own and path.again is None and isinstance(candidates, AllCandidates))
 
 
 def _axis(op: Basic, grid: tuple[int, ...], axis: int) -> int:

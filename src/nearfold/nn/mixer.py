@@ -261,7 +261,7 @@ class Mixer(nn.Module):
 
     def _say(self, x: Tensor, context: Tensor | None) -> None:
         """Once for a layer: that it asks for more neighbours than there are."""
-        if torch.compiler.is_compiling():  # a look at the sizes would tie the graph to them
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a look at the sizes would tie the graph to them
             return
         grid = tuple(x.shape[2:])
         if self._said in (grid, (0,)):

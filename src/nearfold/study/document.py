@@ -90,9 +90,9 @@ def _templates() -> Environment:
 def render(template: str, **view: Any) -> str:
     """A page from a template of the folder `templates`.
 
-    >>> page = render("study.html.jinja", title="<script>", verdict="a & b")
+    >>> page = render("study.html.jinja", title="what a template needs and is not given is an error")
     Traceback (most recent call last):
-    jinja2.exceptions.UndefinedError: 'unfinished' is undefined
+    jinja2.exceptions.UndefinedError: 'study' is undefined
     """
     page = _templates().get_template(template).render(view)
     return page.encode("utf-8", "backslashreplace").decode()  # names of files may hold what is not Unicode

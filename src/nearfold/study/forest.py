@@ -79,7 +79,7 @@ def round_ticks(low: float, high: float) -> list[float]:
     """Two to five round numbers, the first and last of which enclose everything.
 
     >>> round_ticks(-1.3, 3.8), round_ticks(90.2, 98.7), round_ticks(5.0, 5.0)
-    ([-2.0, 0.0, 2.0, 4.0], [90.0, 95.0, 100.0], [4.0, 5.0, 6.0])
+    ([-2.0, 0.0, 2.0, 4.0], [90.0, 92.5, 95.0, 97.5, 100.0], [4.0, 4.5, 5.0, 5.5, 6.0])
     """
     span = high - low or 2.0
     low, high = (low, high) if high > low else (low - 1, high + 1)
