@@ -125,7 +125,13 @@ def test_gradcheck(name):
     check_gradients(CASES[name], (4, 4) if "padding=0" in CASES[name] else (3, 4))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n in CATALOGUE])
+QUICKLY = ("conv", "attention", "convnn", "kvt", "acmix", "branch", "deformable")
+"""Operators that the quick tests compile; `make slow` compiles all the others."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in CASES if n in CATALOGUE]
+)
 def test_compiles_in_one_graph(name):
     layer, x = make(CASES[name], (6, 5), torch.float32)
     other = make(CASES[name], (7, 9), torch.float32)[1]
