@@ -33,9 +33,9 @@ def convert(
     zero. The report says for each layer whether the output stays the same (``exact``), stays similar
     (``approximate``) or starts anew (``new weights``). Exact was compared: the new layer ran on every kind of call that
     the old one takes, on several sizes, in evaluation and training, and differed by less than 1e-12 in float64 (1e-5
-    where the old one computes in float32 there, too); with ``input_size`` or ``inputs`` the whole model did, by less than
-    1e-5 (1e-12 in float64). What cannot be done, or
-    would lose something (hooks, tied weights, a forward of its own), is refused, with the reason, and the layer kept.
+    where the old one computes in float32 there, too); with ``input_size`` or ``inputs`` the whole model did, by less
+    than 1e-5 (1e-12 in float64). What cannot be done, or would lose something (hooks, tied weights, a forward of its
+    own), is refused, with the reason, and the layer kept.
     Dtype, device, mode and frozen parameters stay as they are. Do this before an optimizer, DDP or torch.compile sees
     the model.
 
