@@ -223,7 +223,7 @@ def test_gradients_are_those_of_the_scores(many):
 
 def test_the_operator_is_well_formed(many):
     query, key = (features("map", 1024, 4, 1, 1).requires_grad_() for _ in range(2))
-    torch.library.opcheck(select, (*arguments(query, key, 3, "euclidean"), 0.9))
+    torch.library.opcheck(select.registered, (*arguments(query, key, 3, "euclidean"), 0.9))
 
 
 @pytest.mark.parametrize("asked", [0, -0.5, 1.5, float("nan")])

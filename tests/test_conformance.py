@@ -232,13 +232,13 @@ def test_ops_pass_opcheck():
 
     q, k = torch.randn(2, 2, 5, 3, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True)
     at = torch.arange(7)
-    torch.library.opcheck(select, (q, k, 3, "dot", False, at[:5], at, [7], [1, 2, 1], True, float("-inf")))
-    torch.library.opcheck(select, (q, k, 3, "euclidean", False, at[:5], at, [7], [0, -1, 1], False, 0.0))
+    torch.library.opcheck(select.registered, (q, k, 3, "dot", False, at[:5], at, [7], [1, 2, 1], True, float("-inf")))
+    torch.library.opcheck(select.registered, (q, k, 3, "euclidean", False, at[:5], at, [7], [0, -1, 1], False, 0.0))
     index = torch.randint(-1, 6, (2, 5, 3, 2))
     value = torch.randn(2, 6, 4, requires_grad=True)
     alpha, weight = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(6, 2, 3, requires_grad=True)
-    torch.library.opcheck(aggregate, (value, index, alpha, weight, 2))
-    torch.library.opcheck(aggregate, (value, index, None, None, 1))
+    torch.library.opcheck(aggregate.registered, (value, index, alpha, weight, 2))
+    torch.library.opcheck(aggregate.registered, (value, index, None, None, 1))
 
 
 def test_the_suite_sees_a_wrong_kernel(monkeypatch):

@@ -608,9 +608,9 @@ def test_gradcheck(isa):
 def test_slot_softmax_passes_opcheck(off):
     score, index = torch.randn(3, 4, 5, requires_grad=True), torch.randint(-1, 4, (3, 4, 5))
     with engine.forced(engine.OFF if off else engine.names()[0]):
-        torch.library.opcheck(slot_softmax, (score, index, 0.5))
+        torch.library.opcheck(slot_softmax.registered, (score, index, 0.5))
         turned = torch.randn(4, 3, 5).transpose(0, 1).requires_grad_()
-        torch.library.opcheck(slot_softmax, (turned, index, -1.0))
+        torch.library.opcheck(slot_softmax.registered, (turned, index, -1.0))
 
 
 @pytest.mark.parametrize("off", [False, True])

@@ -381,13 +381,13 @@ def test_opcheck(off):
             for with_alpha in (True, False):
                 args = operands((2, 6, 12, 5, 2, 2), 3, kind, with_alpha, dtype=torch.float32)
                 leaves = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-                torch.library.opcheck(aggregate, leaves)
+                torch.library.opcheck(aggregate.registered, leaves)
         for dtype in (torch.float32, torch.bfloat16):
             query, key = torch.randn(2, 5, 12).to(dtype), torch.randn(2, 6, 12).to(dtype)
             for index in (args[1], args[1][:1, ..., :1].expand_as(args[1])):
-                torch.library.opcheck(slot_scores, (query.requires_grad_(), key.requires_grad_(), index))
+                torch.library.opcheck(slot_scores.registered, (query.requires_grad_(), key.requires_grad_(), index))
                 grad = torch.randn(index.shape).to(dtype)
-                torch.library.opcheck(slot_scores_backward, (grad, query.detach(), key.detach(), index))
+                torch.library.opcheck(slot_scores_backward.registered, (grad, query.detach(), key.detach(), index))
 
 
 def test_flops():

@@ -150,10 +150,10 @@ def test_operators_pass_opcheck(name):
     q, k, v = (torch.randn(2, 2, c, 5, 6, requires_grad=True) for c in (3, 3, 4))
     with engine.forced(name):
         torch.library.opcheck(
-            local_attention, (q, k, v, [3, 3], [1, 1], [1, 1], [1, 1], False, "euclidean", False, 1.0)
+            local_attention.registered, (q, k, v, [3, 3], [1, 1], [1, 1], [1, 1], False, "euclidean", False, 1.0)
         )
         w = torch.randn(2, 3, 7, 3, 3, requires_grad=True)
-        torch.library.opcheck(grouped_conv, ([k, v], w, [2, 1], [1, 1], [1, 1], [3, 6], True))
+        torch.library.opcheck(grouped_conv.registered, ([k, v], w, [2, 1], [1, 1], [1, 1], [3, 6], True))
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5, 9, 20), (1, 1, 4, 40), (1, 2, 3, 3, 5, 18)], ids=str)

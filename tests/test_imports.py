@@ -14,6 +14,7 @@ import nearfold
 PACKAGE = Path(nearfold.__file__).parent
 # A part may import the parts with a smaller number; "" is the package itself, its public face.
 RANK = {
+    "_kept": -1,
     "_numbers": -1,
     "_images": 0,
     "_torchvision": 0,

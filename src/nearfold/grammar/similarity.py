@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._kept import kept
 from nearfold.grammar.word import Word, check, number, positive
 
 
@@ -28,11 +29,13 @@ class Place:
     device: torch.device
     dtype: torch.dtype
 
+    @kept
     def index(self) -> Tensor:
         """Integer coordinates (N, a), raster order."""
         axes = [torch.arange(n, device=self.device) for n in self.grid]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
 
+    @kept
     def exact(self) -> Tensor:
         """Centred coordinates (N, a) in steps of one position: whole and half numbers, whose ties are exact."""
         axes = [torch.arange(n, device=self.device, dtype=self.dtype) - (n - 1) / 2 for n in self.grid]
@@ -49,6 +52,7 @@ class Place:
         # traced, torch.linspace would make every size of the grid a graph of its own
         return torch.arange(n, device=self.device, dtype=self.dtype) * (2 / max(n - 1, 1)) - 1
 
+    @kept
     def unit(self) -> Tensor:
         """Coordinates (N, a), each axis from -1 to 1, last axis first (x before y), as ConvNN and ACmix do."""
         axes = [self._from_minus_one_to_one(n) for n in self.grid]

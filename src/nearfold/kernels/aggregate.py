@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import aggregate_torch, cuda, engine, second
 from nearfold.kernels.aggregate_torch import out_channels
 from nearfold.kernels.names import LOW, require_tensors
+from nearfold.kernels.operator import operator
 
 
 def _require(
@@ -84,7 +85,7 @@ def widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.float() if t is not None and t.dtype in LOW else t for t in tensors]
 
 
-@torch.library.custom_op("nearfold::aggregate", mutates_args=())
+@operator("nearfold::aggregate")
 def aggregate(
     value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int = 1
 ) -> Tensor:
@@ -109,15 +110,13 @@ def aggregate(
     if not served(value, alpha, weight):
         with torch.autocast(value.device.type, enabled=False):
             return aggregate_torch.aggregate(value, index, alpha, weight, groups, entries)
-    module = engine.get()
-    assert module is not None
     wide_value, wide_alpha, wide_weight = widened(value, alpha, weight)
     assert wide_value is not None
     wide = as_rows(wide_value)
     out = wide.new_empty(value.shape[0], index.shape[1], out_channels(value, weight))
     if wide_weight is not None:
         wide_weight = wide_weight.contiguous()
-    module.aggregate(wide, index, wide_alpha, wide_weight, groups, out, engine.threads(), entries)
+    engine.run("aggregate", wide, index, wide_alpha, wide_weight, groups, out, engine.threads(), entries)
     return out.to(value.dtype)
 
 
@@ -136,7 +135,7 @@ def _(
     return value.new_empty(value.shape[0], index.shape[1], out_channels(value, weight))
 
 
-@torch.library.custom_op("nearfold::aggregate_backward", mutates_args=())
+@operator("nearfold::aggregate_backward")
 def aggregate_backward(
     grad: Tensor,
     value: Tensor,
@@ -166,8 +165,6 @@ def aggregate_backward(
         with torch.autocast(value.device.type, enabled=False):
             d_value, found, d_weight = aggregate_torch.backward(grad, value, index, alpha, weight, groups, entries)
         return d_value.contiguous(), d_alpha if alpha is None else d_alpha.copy_(found), d_weight.contiguous()
-    module = engine.get()
-    assert module is not None
     wide_grad, wide_value, wide_alpha, wide_weight = widened(grad, value, alpha, weight)
     assert wide_grad is not None and wide_value is not None
     wide = as_rows(wide_value)
@@ -176,7 +173,8 @@ def aggregate_backward(
     d_value = wide.new_empty(wide.shape)
     d_kernel = None if wide_weight is None else torch.empty_like(wide_weight)
     into = None if wide_alpha is None else torch.empty_like(wide_alpha)
-    module.aggregate_backward(
+    engine.run(
+        "aggregate_backward",
         wide_grad.contiguous(),
         wide,
         index,

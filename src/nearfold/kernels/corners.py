@@ -17,6 +17,7 @@ from torch import Tensor
 from nearfold.kernels import corners_torch, cuda, engine, second
 from nearfold.kernels.corners_torch import Frame
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.operator import operator
 
 MOST_NUMBER = 2**28  # of a frame: products stay integers
 
@@ -63,7 +64,7 @@ def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:
     return share.transpose(1, 2), torch.empty_like(share, dtype=torch.long).transpose(1, 2)
 
 
-@torch.library.custom_op("nearfold::corners", mutates_args=())
+@operator("nearfold::corners")
 def corners(
     offset: Tensor,
     mask: Tensor | None,
@@ -102,11 +103,10 @@ def corners(
             share, index = corners_torch.corners(offset, mask, frame)
         into = _outputs(offset)
         return into[0].copy_(share), into[1].copy_(index)
-    module = engine.get()
-    assert module is not None
     share, index = _outputs(offset)
     still = None if mask is None else mask.contiguous()
-    module.corners(
+    engine.run(
+        "corners",
         *(offset.contiguous(), still, grid, out, size, stride, dilation, before),
         *(index.transpose(1, 2), share.transpose(1, 2), engine.threads()),
     )
@@ -127,7 +127,7 @@ def _(
     return _outputs(offset)
 
 
-@torch.library.custom_op("nearfold::corners_backward", mutates_args=())
+@operator("nearfold::corners_backward")
 def corners_backward(
     grad: Tensor,
     offset: Tensor,
@@ -155,12 +155,11 @@ def corners_backward(
         with torch.autocast(offset.device.type, enabled=False):
             d_offset, found = corners_torch.backward(grad, offset, mask, frame)
         return d_offset.contiguous(), none if found is None else found.contiguous()
-    module = engine.get()
-    assert module is not None
     still = None if mask is None else mask.contiguous()
     d_offset = torch.empty_like(offset, memory_format=torch.contiguous_format)
     d_mask = None if still is None else torch.empty_like(still)
-    module.corners_backward(
+    engine.run(
+        "corners_backward",
         *(
             grad.transpose(1, 2).contiguous(),
             offset.contiguous(),

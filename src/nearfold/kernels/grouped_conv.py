@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import cuda, engine, second
 from nearfold.kernels.local import pad, unpad
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.operator import operator
 
 MOST_MAPS = 4
 MOST_NUMBER = 2**24 - 1  # of a window: products stay integers
@@ -58,7 +59,7 @@ def _after(
     return [(o - 1) * t + (s - 1) * d + 1 - b - n for n, s, t, d, b, o in sizes]
 
 
-@torch.library.custom_op("nearfold::grouped_conv", mutates_args=())
+@operator("nearfold::grouped_conv")
 def grouped_conv(
     maps: Sequence[Tensor],
     weight: Tensor,
@@ -86,10 +87,8 @@ def grouped_conv(
         made: Tensor = kernels.grouped_conv(maps, weight, stride, dilation, before, out, reflect)
         return made
     if _served(weight, *maps):
-        module = engine.get()
-        assert module is not None
         y = weight.new_empty(B, O, G, *out)
-        module.grouped(list(maps), weight.contiguous(), stride, dilation, before, reflect, y, engine.threads())
+        engine.run("grouped", list(maps), weight.contiguous(), stride, dilation, before, reflect, y, engine.threads())
         return y
     with torch.autocast(weight.device.type, enabled=False):
         return _formula(maps, weight, stride, dilation, before, out, reflect).contiguous()
@@ -142,7 +141,7 @@ def _(
     return weight.new_empty(maps[0].shape[0], weight.shape[1], weight.shape[0], *out)
 
 
-@torch.library.custom_op("nearfold::grouped_conv_backward", mutates_args=())
+@operator("nearfold::grouped_conv_backward")
 def grouped_conv_backward(
     grad: Tensor,
     maps: Sequence[Tensor],
@@ -170,9 +169,8 @@ def grouped_conv_backward(
         torch.empty_like(weight, memory_format=torch.contiguous_format),
     )
     if _served(grad, weight, *maps):
-        module = engine.get()
-        assert module is not None
-        module.grouped_backward(
+        engine.run(
+            "grouped_backward",
             *(grad, list(maps), weight.contiguous(), stride, dilation, before, reflect),
             *(d_maps, d_weight, engine.threads()),
         )

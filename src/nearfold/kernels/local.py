@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import second
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.operator import operator
 
 
 def reflect(index: Tensor, n: int) -> Tensor:
@@ -115,7 +116,7 @@ def _require_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[
         )
 
 
-@torch.library.custom_op("nearfold::local_scores", mutates_args=())
+@operator("nearfold::local_scores")
 def local_scores(
     query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric: str, squared: bool
 ) -> Tensor:
@@ -142,7 +143,7 @@ def _(query: Tensor, key: Tensor, offsets: list[int], stride: list[int], metric:
     return query.new_empty(query.shape[0], len(offsets) // len(stride), *query.shape[2:])
 
 
-@torch.library.custom_op("nearfold::local_scores_backward", mutates_args=())
+@operator("nearfold::local_scores_backward")
 def local_scores_backward(
     grad: Tensor,
     query: Tensor,
@@ -190,7 +191,7 @@ def _(
     return torch.empty_like(query), torch.empty_like(key)
 
 
-@torch.library.custom_op("nearfold::local_sum", mutates_args=())
+@operator("nearfold::local_sum")
 def local_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> Tensor:
     """Sum over slots of alpha (P, S, *out) times the values its window reads in (P, d, *grid): (P, d, *out)."""
     _require_sum(alpha, value, offsets, stride)
@@ -207,7 +208,7 @@ def _(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]) -> Te
     return value.new_empty(value.shape[0], value.shape[1], *alpha.shape[2:])
 
 
-@torch.library.custom_op("nearfold::local_sum_backward", mutates_args=())
+@operator("nearfold::local_sum_backward")
 def local_sum_backward(
     grad: Tensor, alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int]
 ) -> tuple[Tensor, Tensor]:

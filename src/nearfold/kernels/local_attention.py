@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import cuda, engine, local_attention_torch, second
 from nearfold.kernels.local_attention_torch import Window
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.operator import operator
 
 METRICS = {"dot": 0, "euclidean": 2}
 MOST_NUMBER = 2**24 - 1  # of a window: products stay integers
@@ -58,7 +59,7 @@ def _served(*tensors: Tensor) -> bool:
     return all(t.numel() > 0 for t in tensors) and engine.serves(*tensors)
 
 
-@torch.library.custom_op("nearfold::local_attention", mutates_args=())
+@operator("nearfold::local_attention")
 def local_attention(
     query: Tensor,
     key: Tensor,
@@ -101,10 +102,9 @@ def local_attention(
     if not _served(query, key, value):
         with torch.autocast(query.device.type, enabled=False):
             return local_attention_torch.forward(query, key, value, window, metric, squared, scale)
-    module = engine.get()
-    assert module is not None
     y, stats = _outputs(query, value)
-    module.local(
+    engine.run(
+        "local",
         *(query, key, value, size, stride, dilation, before, reflect, METRICS[metric], squared, scale),
         *(y, stats, engine.threads()),
     )
@@ -146,7 +146,7 @@ def _(
     return _outputs(query, value)
 
 
-@torch.library.custom_op("nearfold::local_attention_backward", mutates_args=())
+@operator("nearfold::local_attention_backward")
 def local_attention_backward(
     grad: Tensor,
     query: Tensor,
@@ -179,10 +179,9 @@ def local_attention_backward(
     if not _served(query, key, value, grad, stats):
         with torch.autocast(query.device.type, enabled=False):
             return local_attention_torch.backward(grad, query, key, value, stats, window, metric, squared, scale)
-    module = engine.get()
-    assert module is not None
     found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    module.local_backward(
+    engine.run(
+        "local_backward",
         *(grad, query, key, value, stats, size, stride, dilation, before, reflect, METRICS[metric], squared, scale),
         *(*found, engine.threads()),
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfold.kernels.operator import operator
+
 _MASK = 0xFFFFFFFF
 
 
@@ -33,7 +35,7 @@ def draw_positions(state: Tensor, total: int, count: int) -> Tensor:
     return chosen.sort().values
 
 
-@torch.library.custom_op("nearfold::drawn", mutates_args=())
+@operator("nearfold::drawn")
 def drawn(state: Tensor) -> Tensor:
     """A copy of ``state`` for one forward pass; RuntimeError in a backward pass, which would find it moved on.
 

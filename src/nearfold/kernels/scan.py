@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import cuda, engine, scan_torch, second
 from nearfold.kernels.aggregate import served, widened
 from nearfold.kernels.names import LOW, require_tensors
+from nearfold.kernels.operator import operator
 
 
 def _require(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
@@ -69,7 +70,7 @@ def _wide(*operands: Tensor) -> list[Tensor]:
     return [x for x in widened(*operands) if x is not None]
 
 
-@torch.library.custom_op("nearfold::selective_scan", mutates_args=())
+@operator("nearfold::selective_scan")
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -106,10 +107,9 @@ def selective_scan(
         with torch.autocast(u.device.type, enabled=False):
             y, states = scan_torch.forward(wide_u, wide_delta, wide_A, wide_B, wide_C)
         return y.to(u.dtype).contiguous(), states.contiguous() if keep else states.new_empty(_states_shape(u, A, False))
-    module = engine.get()
-    assert module is not None
     y, states = wide_u.new_empty(u.shape), wide_u.new_empty(_states_shape(u, A, keep))
-    module.scan(
+    engine.run(
+        "scan",
         *(_rows(wide_u), _rows(wide_delta), wide_A.contiguous(), _rows(wide_B), _rows(wide_C)),
         *(scan_torch.CHUNK, y, states if keep else None, engine.threads()),
     )
@@ -122,7 +122,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool = Tr
     return u.new_empty(u.shape), u.new_empty(_states_shape(u, A, keep), dtype=_compute(u.dtype))
 
 
-@torch.library.custom_op("nearfold::selective_scan_backward", mutates_args=())
+@operator("nearfold::selective_scan_backward")
 def selective_scan_backward(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -145,10 +145,9 @@ def selective_scan_backward(
                 wide_grad, wide_u, wide_delta, wide_A, wide_B, wide_C, states
             )
     else:
-        module = engine.get()
-        assert module is not None
         of_u, of_delta, of_A, of_B, of_C = (x.new_empty(x.shape) for x in wide)
-        module.scan_backward(
+        engine.run(
+            "scan_backward",
             *(wide_grad.contiguous(), _rows(wide_u), _rows(wide_delta), wide_A.contiguous()),
             *(_rows(wide_B), _rows(wide_C), states.contiguous(), scan_torch.CHUNK),
             *(of_u, of_delta, of_A, of_B, of_C, engine.threads()),
@@ -182,10 +181,10 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    *operands, states = ctx.saved_tensors
+    u, delta, A, B, C, states = ctx.saved_tensors
     if not ctx.keep:
-        states = selective_scan(*operands, True)[1]
-    return *selective_scan_backward(grad, *operands, states), None
+        states = selective_scan(u, delta, A, B, C, True)[1]
+    return *selective_scan_backward(grad, u, delta, A, B, C, states), None
 
 
 selective_scan.register_autograd(_backward, setup_context=_setup)

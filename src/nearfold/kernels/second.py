@@ -15,24 +15,10 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.operator import Operator, lengths, nested, opened
 
 Formula = Callable[..., Tensor]
 Tensors = Sequence[Tensor | None]
-
-
-def _tensors(x: Any) -> bool:
-    return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], Tensor)
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    """Lists of tensors among the values, opened."""
-    return [one for v in values for one in (v if _tensors(v) else (v,))]
-
-
-def _like(counts: Sequence[int | None], flat: list[Any]) -> tuple[Any, ...]:
-    """Back into lists of so many."""
-    rest = iter(flat)
-    return tuple(next(rest) if n is None else [next(rest) for _ in range(n)] for n in counts)
 
 
 def _vary(x: Any) -> bool:
@@ -43,7 +29,7 @@ def gradients(formula: Formula) -> Callable[..., list[Tensor | None]]:
     """(grad, *operands) -> the gradients of a formula at its floating operands, differentiable; None at the others."""
 
     def found(grad: Tensor, *operands: Any) -> list[Tensor | None]:
-        flat = _flat(operands)
+        flat = opened(operands)
         y = formula(*operands)
         made = iter(torch.autograd.grad(y, [x for x in flat if _vary(x)], grad, create_graph=True, allow_unused=True))
         return [next(made) if _vary(x) else None for x in flat]
@@ -51,32 +37,32 @@ def gradients(formula: Formula) -> Callable[..., list[Tensor | None]]:
     return found
 
 
-def register(backward: Any, again: Callable[..., Tensors]) -> None:
+def register(backward: Operator[..., Any], again: Callable[..., Tensors]) -> None:
     """Give a backward operator a backward of its own.
 
     ``again`` takes its arguments and returns its results by differentiable operators; None where a result is empty.
     """
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        flat = _flat(inputs)
+        flat = opened(inputs)
         ctx.save_for_backward(*(x for x in flat if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in flat]
-        ctx.counts = [len(x) if _tensors(x) else None for x in inputs]
+        ctx.counts = lengths(inputs)
 
     def run(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         saved, further = iter(ctx.saved_tensors), torch.is_grad_enabled()
         flat = [next(saved) if other is None else other[0] for other in ctx.others]
         with torch.enable_grad():  # one operand may be given twice: each is a tensor of its own here
             flat = [_alias(x, further) if _vary(x) else x for x in flat]
-            results = again(*_like(ctx.counts, flat))
-            pairs = zip(results, _flat(upstream), strict=True)
+            results = again(*nested(ctx.counts, flat))
+            pairs = zip(results, opened(upstream), strict=True)
             known = [(y, g) for y, g in pairs if y is not None and g is not None and y.requires_grad]
             ends, starts = [x for x in flat if _vary(x)], [y for y, _ in known]
             made: Sequence[Tensor | None] = [None] * len(ends)
             if known:
                 made = torch.autograd.grad(starts, ends, [g for _, g in known], create_graph=further, allow_unused=True)
         given = iter(made)
-        return _like(ctx.counts, [next(given) if _vary(x) else None for x in flat])
+        return nested(ctx.counts, [next(given) if _vary(x) else None for x in flat])
 
     backward.register_autograd(run, setup_context=setup)
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import approximate, cuda, engine, second, select_torch
 from nearfold.kernels.names import LOW, require_tensors
+from nearfold.kernels.operator import operator
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
 METRICS = {"dot": 0, "cosine": 1, "euclidean": 2, "chebyshev": 3}
@@ -71,7 +72,7 @@ def _require(
         raise ValueError(f"rule must be [causal 0 or 1, reach >= -1, dilation >= 1], got {rule}")
 
 
-@torch.library.custom_op("nearfold::select", mutates_args=())
+@operator("nearfold::select")
 def select(
     query: Tensor,
     key: Tensor,
@@ -160,11 +161,10 @@ def _exact(
                 again,
             )
         return flat[0].view(B, H, M, k), flat[1].view(B, H, M, k)
-    module = engine.get()
-    assert module is not None
     score = query.new_empty(B, H, M, k)
     index = torch.empty(B, H, M, k, dtype=torch.long)
-    module.select(
+    engine.run(
+        "select",
         query,
         key,
         METRICS[metric],
@@ -203,7 +203,7 @@ def _(
     return query.new_empty(shape, dtype=wide_dtype(query)), query.new_empty(shape, dtype=torch.long)
 
 
-@torch.library.custom_op("nearfold::select_backward", mutates_args=())
+@operator("nearfold::select_backward")
 def select_backward(
     grad: Tensor, query: Tensor, key: Tensor, index: Tensor, metric: str, squared: bool
 ) -> tuple[Tensor, Tensor]:
@@ -237,11 +237,10 @@ def select_backward(
                 grad.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1), index.flatten(0, 1), metric, squared
             )
         return d_query.copy_(flat[0].view_as(query)), d_key.copy_(flat[1].view_as(key))
-    module = engine.get()
-    assert module is not None
     query, key = _rows(query), _rows(key)
     into_query, into_key = _rows(d_query), _rows(d_key)
-    module.select_backward(
+    engine.run(
+        "select_backward",
         grad.contiguous(),
         query,
         key,

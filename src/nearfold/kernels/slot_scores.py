@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import aggregate_torch, engine, second
 from nearfold.kernels.aggregate import aggregate, as_rows, served, widened
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.operator import operator
 
 
 def _require(query: Tensor, key: Tensor, index: Tensor) -> None:
@@ -41,7 +42,7 @@ def _empty(query: Tensor, index: Tensor) -> Tensor:
     return query.new_empty(B, H, M, S).permute(0, 2, 3, 1)
 
 
-@torch.library.custom_op("nearfold::slot_scores", mutates_args=())
+@operator("nearfold::slot_scores")
 def slot_scores(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     """score (B, M, S, H) = dot product of query m with key index[m, s] over the head's channels; 0 where index < 0.
 
@@ -56,12 +57,12 @@ def slot_scores(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     _require(query, key, index)
     score = _empty(query, index)
     if served(key, query):
-        module = engine.get()
-        assert module is not None
         q, k = widened(query, key)
         assert q is not None and k is not None
         into = score if score.dtype == q.dtype else _empty(q, index)
-        module.aggregate_backward(q.contiguous(), as_rows(k), index, None, None, 1, None, into, None, engine.threads())
+        engine.run(
+            "aggregate_backward", q.contiguous(), as_rows(k), index, None, None, 1, None, into, None, engine.threads()
+        )
         return score if into is score else score.copy_(into)
     B, M, S, H = index.shape
     rows, out = query.reshape(B * M * H, query.shape[2] // H, 1), score.permute(0, 1, 3, 2)
@@ -78,7 +79,7 @@ def _(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     return _empty(query, index)
 
 
-@torch.library.custom_op("nearfold::slot_scores_backward", mutates_args=())
+@operator("nearfold::slot_scores_backward")
 def slot_scores_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients at query and key."""
     _require(query, key, index)
@@ -91,12 +92,10 @@ def slot_scores_backward(grad: Tensor, query: Tensor, key: Tensor, index: Tensor
     if not served(key, query, grad):
         with torch.autocast(query.device.type, enabled=False):
             return d_query, aggregate_torch.backward(query, key, index, grad, None, 1)[0].contiguous()
-    module = engine.get()
-    assert module is not None
     g, q, k = widened(grad, query, key)
     assert g is not None and q is not None and k is not None
     d_key = k.new_empty(k.shape)
-    module.aggregate_backward(q.contiguous(), as_rows(k), index, g, None, 1, d_key, None, None, engine.threads())
+    engine.run("aggregate_backward", q.contiguous(), as_rows(k), index, g, None, 1, d_key, None, None, engine.threads())
     return d_query, d_key.to(key.dtype)
 
 

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nearfold.kernels import engine, second
 from nearfold.kernels.names import LOST, require_tensors
+from nearfold.kernels.operator import operator
 
 MAX_AXES = 8  # of an index that the engine reads where it lies, expanded or not
 
 
-@torch.library.custom_op("nearfold::slot_softmax", mutates_args=())
+@operator("nearfold::slot_softmax")
 def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
     """Softmax of scale * score (.., k) over the slots with index >= 0: (.., k), contiguous. An index may be expanded.
 
@@ -27,12 +28,10 @@ def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
     if score.shape != index.shape or index.dtype != torch.long or score.dim() < 1:
         raise ValueError(f"index must be {tuple(score.shape)} int64 as score, got {tuple(index.shape)} {index.dtype}")
     if score.numel() and engine.serves(score) and index.device == score.device:
-        module = engine.get()
-        assert module is not None
         alpha = torch.empty_like(score, memory_format=torch.contiguous_format)
         k = score.shape[-1]
         at = index if index.dim() <= MAX_AXES else index.reshape(-1, k)
-        module.softmax(score.contiguous().view(-1, k), at, scale, alpha.view(-1, k), engine.threads())
+        engine.run("softmax", score.contiguous().view(-1, k), at, scale, alpha.view(-1, k), engine.threads())
         return alpha
     valid = index >= 0
     # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
@@ -46,7 +45,7 @@ def _(score: Tensor, index: Tensor, scale: float) -> Tensor:
     return torch.empty_like(score, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("nearfold::slot_softmax_backward", mutates_args=())
+@operator("nearfold::slot_softmax_backward")
 def slot_softmax_backward(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
     """Gradient at the scores."""
     require_tensors(grad=grad, alpha=alpha)
@@ -55,11 +54,9 @@ def slot_softmax_backward(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
             f"grad must be {tuple(alpha.shape)} {alpha.dtype} as alpha, got {tuple(grad.shape)} {grad.dtype}"
         )
     if grad.numel() and engine.serves(grad, alpha):
-        module = engine.get()
-        assert module is not None
         d_score, k = torch.empty_like(alpha), alpha.shape[-1]
         rows = grad.contiguous().view(-1, k), alpha.view(-1, k)
-        module.softmax_backward(*rows, scale, d_score.view(-1, k), engine.threads())
+        engine.run("softmax_backward", *rows, scale, d_score.view(-1, k), engine.threads())
         return d_score
     return scale * alpha * (grad - (grad * alpha).sum(-1, keepdim=True))
 

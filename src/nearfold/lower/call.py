@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from nearfold._kept import kept
 from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Dot, Place, Scaled, Similarity
 from nearfold.grammar.words import Deformable, Grid, Nearest, Random, Table, Window
@@ -99,7 +100,7 @@ class Call:
         candidates, total = self.op.path.candidates, count_positions(self.padded)
         if isinstance(candidates, Random) and self.draw is not None and candidates.r < total:
             return draw_positions(self.draw, total, candidates.r)
-        if isinstance(candidates, Grid):
+        if isinstance(candidates, Grid) and not _covers(candidates, self.grid):
             return _grid_positions(candidates, self.grid, padding_of(self.op), self.value.device)
         return None
 
@@ -156,10 +157,14 @@ def count_positions(grid: tuple[int, ...]) -> int:
     return total
 
 
-def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device) -> Tensor | None:
-    """None when the grid is as fine as the map on every axis: then all positions are candidates."""
-    if all(candidates.r >= n - 2 * candidates.inset for n in grid) and candidates.inset == 0:
-        return None
+def _covers(candidates: Grid, grid: tuple[int, ...]) -> bool:
+    """Whether the candidates are as fine as the map on every axis: then all positions are."""
+    return candidates.inset == 0 and all(candidates.r >= n for n in grid)
+
+
+@kept
+def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device) -> Tensor:
+    """Ascending positions of the padded grid among which `nearest` searches."""
     flat = torch.zeros(1, dtype=torch.long, device=device)
     for n in grid:
         inset = min(candidates.inset, (n - 1) // 2)
@@ -199,7 +204,7 @@ def derivative_of(*tensors: Tensor) -> str:
     return ""
 
 
-def refuse_trace(name: str) -> None:
+def refuse_trace(name: object) -> None:
     """NotImplementedError under torch.jit.trace, which does not know operators of other libraries."""
     if torch.jit.is_tracing():
         raise NotImplementedError(
@@ -210,7 +215,7 @@ def refuse_trace(name: str) -> None:
 
 def refuse_derivatives(call: Call) -> None:
     """NotImplementedError under a derivative that our operators answer with zero, or with an error of torch's own."""
-    refuse_trace(str(call.op))
+    refuse_trace(call.op)
     if how := derivative_of(call.value, *call.params.values()):
         instead = "" if "forward" in how else ", or differentiate with torch.autograd.grad"
         raise NotImplementedError(f"{call.op}: {how} runs on the oracle only; pass backend='oracle'{instead}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfold._kept import kept
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
@@ -150,6 +151,7 @@ def pads_input(op: Basic, grid: tuple[int, ...]) -> bool:
     return padding_of(op) > 0 or any(fill_of(op, grid))
 
 
+@kept
 def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions (M,) of the padded grid that are queries: the strided positions of the unpadded one."""
     flat = torch.zeros(1, dtype=torch.long, device=device)
@@ -157,6 +159,12 @@ def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], de
         axis = torch.arange(padding, padding + n, s, device=device)
         flat = (flat[:, None] * (n + 2 * padding) + axis).reshape(-1)
     return flat
+
+
+@kept
+def all_positions(count: int, device: torch.device) -> Tensor:
+    """Positions (count,), all of them."""
+    return torch.arange(count, device=device)
 
 
 def out_grid(grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

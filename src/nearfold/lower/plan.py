@@ -18,7 +18,6 @@ from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
-from nearfold.lower.inductor import repaired
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
@@ -125,6 +124,8 @@ def apply(
     if min(x.shape[1:]) == 0:
         raise ValueError(f"x must have channels and positions, got shape {tuple(x.shape)}")
     if torch.compiler.is_dynamo_compiling():
+        from nearfold.lower.inductor import repaired  # it brings torch's compiler in, which takes a second
+
         repaired()
     ndim, dtype, device, grad = x.dim() - 2, x.dtype, x.device.type, torch.is_grad_enabled()
 

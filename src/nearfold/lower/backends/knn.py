@@ -17,6 +17,7 @@ from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
+from nearfold.lower.geometry import all_positions
 from nearfold.lower.selection import rule_of
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
@@ -53,7 +54,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     every = key_R is None
     own = path.include_self is not False
     if key_R is None:
-        key_R = torch.arange(key.shape[2], device=key.device)
+        key_R = all_positions(key.shape[2], key.device)
     whole = query.shape[2] == query_M.shape[0]
     query_m = query if whole else query[:, :, query_M]
     k = path.k - own
@@ -61,8 +62,11 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if k:
         chosen = key if every else key[:, :, key_R]
-        again = float("-inf") if path.again is None else path.again / factor
-        arguments = (
+        again = float("-inf")
+        if path.again is not None:
+            assert isinstance(factor, float)  # the grammar knows no `again` beside a learned factor
+            again = path.again / factor
+        score, at = select(
             query_m,
             chosen,
             k,
@@ -74,8 +78,8 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
             list(rule_of(call)),
             own,
             again,
+            _recall(call.op),
         )
-        score, at = select(*arguments, _recall(call.op))
         if not (isinstance(factor, float) and factor == 1):
             score = score * factor
         if not every:
