@@ -1,18 +1,18 @@
-"""`kept`: tables of integers that depend on sizes alone are made once, not at every call."""
+"""What depends on sizes alone is made once, not at every call: `once` for values, `kept` for tables of integers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
+T = TypeVar("T")
+MANY = 4096  # values of each function that are remembered
 MOST = 2**16  # numbers of a table that is kept: making a larger one takes little beside what it is made for
 TABLES = 128  # of each function: 64 MiB at most
-
 
 _INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 _PLAIN = _INFERENCE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -30,24 +30,39 @@ def is_idle() -> bool:
     return torch._C._dispatch_tls_local_include_set() in (_PLAIN, _INFERENCE)
 
 
-def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """A function that makes a table on the CPU from hashable arguments; whoever gets it must not write into it.
+def once(make: Callable[..., T]) -> Callable[..., T]:
+    """A function of hashable arguments that remembers its values; compiled, it is traced like any other.
+
+    >>> @once
+    ... def twice(n):
+    ...     return [2 * n]
+    >>> twice(3) is twice(3)
+    True
+    """
+    remembered = functools.lru_cache(MANY)(make)
+
+    @functools.wraps(make)
+    def value(*args: Any) -> T:
+        return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return value
+
+
+def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of hashable arguments that makes a table; one on the CPU is kept. Nobody may write into it.
 
     Under a compiler, a tracer, a mode or a transform it is made anew, for there a tensor may stand for another one.
     """
 
     @functools.lru_cache(TABLES)
-    def remembered(*args: P.args, **named: P.kwargs) -> Tensor | None:
+    def remembered(*args: Any) -> Tensor | None:
         with torch.inference_mode(False):  # autograd may save it later
-            table = make(*args, **named)
+            table = make(*args)
         return table if table.is_cpu and table.numel() <= MOST else None
 
     @functools.wraps(make)
-    def table(*args: P.args, **named: P.kwargs) -> Tensor:
-        if is_idle():
-            found = remembered(*args, **named)  # type: ignore[arg-type]
-            if found is not None:
-                return found
-        return make(*args, **named)
+    def table(*args: Any) -> Tensor:
+        found = remembered(*args) if is_idle() else None
+        return make(*args) if found is None else found
 
     return table

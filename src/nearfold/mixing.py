@@ -22,7 +22,6 @@ from nearfold.lower import oracle
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.execute import execute
 from nearfold.lower.generated import wide_dtype
-from nearfold.lower.geometry import padding_of
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import Selection, select
 from nearfold.nn.mixer import Mixer, TokenMixer
@@ -180,12 +179,12 @@ def _part(call: Call, limit_gib: float) -> _Part:
         part = _Part(_scattered(alpha, chosen), True)
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
-    border = padding_of(call.op)
-    inner = call.inner or call.grid
+    border = call.at.padding
+    inner = call.at.inner or call.grid
     matrix = part.matrix
-    if border or call.inner:
+    if border or call.at.inner:
         matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
-    if call.inner:
+    if call.at.inner:
         outputs = (slice(None), slice(None), *(slice(n) for n in inner))
         matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
     return _Part(matrix, part.exact)

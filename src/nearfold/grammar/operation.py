@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from nearfold._numbers import LARGEST, plain, shown
 from nearfold.grammar.similarity import Elu, Position, Scaled
@@ -85,6 +86,31 @@ class Weight:
         return "" if project == "none" else project
 
 
+O = TypeVar("O", bound="Operation")
+
+
+def hashed_once(cls: type[O]) -> type[O]:
+    """Keep an operation's hash, by which everything that is made once for it is found again.
+
+    It holds in one process: strings hash differently in another, so it is neither pickled nor copied.
+    """
+    found_anew = cls.__hash__
+
+    def kept_hash(self: O) -> int:
+        found: int | None = self.__dict__.get("_hash")
+        if found is None:
+            found = found_anew(self)
+            object.__setattr__(self, "_hash", found)
+        return found
+
+    def state(self: O) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    cls.__hash__ = kept_hash  # type: ignore[assignment]
+    cls.__getstate__ = state  # type: ignore[method-assign,assignment]
+    return cls
+
+
 class Operation:
     """Base of everything the notation can say; `Basic`, `Sum` and `Branch` are the three forms."""
 
@@ -104,6 +130,7 @@ class Operation:
         return any(part.cross for part in self.parts)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Basic(Operation):
     """Path | Shape | Weight.
@@ -216,6 +243,7 @@ class Basic(Operation):
         return (self,)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Sum(Operation):
     """rate * A + rate * B: a rate is a name (learnable), a number (fixed), or None (one).
@@ -257,6 +285,7 @@ class Sum(Operation):
         return tuple(p for _, op in self.terms for p in op.parts)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Branch(Operation):
     """Output channels split: A makes the first int(ratio * channels), B the others.

@@ -16,33 +16,30 @@ from torch.autograd import forward_ad
 from nearfold._kept import kept
 from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Dot, Place, Scaled, Similarity
-from nearfold.grammar.words import Deformable, Grid, Nearest, Random, Table, Window
+from nearfold.grammar.words import Grid, Nearest, Random, Window
 from nearfold.kernels import cuda
 from nearfold.kernels.names import LOW
 from nearfold.kernels.sample import draw_positions
-from nearfold.lower.geometry import WindowGeometry, out_grid, padding_of, query_index
-from nearfold.lower.parameters import LETTERS, as_tuple
+from nearfold.lower.frame import Frame
+from nearfold.lower.geometry import query_index
+from nearfold.lower.parameters import LETTERS
 
 
 @dataclass
 class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
-    ``x`` is the input itself, ``source`` the grid of keys and values where that is another one (`cross`), ``inner`` the
-    input's own grid where `grid` was padded to whole blocks, ``mask`` which of the keys a query may read
+    ``at`` is what follows from sizes, ``x`` the input itself, ``mask`` which of the keys a query may read
     (B|1, H|1, N, N'); None: every one.
     """
 
-    op: Basic
+    at: Frame
     params: dict[str, Tensor]
-    grid: tuple[int, ...]
     value: Tensor
     query: Tensor | None
     key: Tensor | None
     x: Tensor
     draw: Tensor | None = None
-    source: tuple[int, ...] = ()
-    inner: tuple[int, ...] = ()
     mask: Tensor | None = None
     _rows: Tensor | None = None
 
@@ -53,46 +50,48 @@ class Call:
         return self._rows
 
     @property
+    def op(self) -> Basic:
+        """The operation, as far as the map can fill it."""
+        return self.at.op
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The grid of queries, filled to whole blocks where `block` asks for it."""
+        return self.at.grid
+
+    @property
     def ndim(self) -> int:
         """Grid axes."""
-        return len(self.grid)
+        return len(self.at.grid)
 
     @property
     def heads(self) -> int:
         """Groups of channels that look on their own."""
-        return self.op.heads
+        return self.at.heads
 
     @property
     def similarity(self) -> Similarity:
         """The similarity of the path."""
-        return self.op.path.similarity
+        return self.at.op.path.similarity
 
     @property
     def padded(self) -> tuple[int, ...]:
         """The grid that values and keys live on (and queries, but for `cross`)."""
-        if self.source:
-            return self.source
-        p = padding_of(self.op)
-        return tuple(n + 2 * p for n in self.grid)
+        return self.at.padded
 
     @property
     def stride(self) -> tuple[int, ...]:
         """Output stride per axis."""
-        return as_tuple(getattr(self.op.path, "stride", 1), self.ndim, "stride")
+        return self.at.stride
 
     @property
     def out_grid(self) -> tuple[int, ...]:
         """Output grid."""
-        if isinstance(self.op.path, Window | Deformable):
-            return WindowGeometry.of(self.op, self.ndim).output(self.grid)
-        rho = self.op.weight.rho
-        if isinstance(rho, Table) and rho.outputs is not None:
-            return (rho.outputs,) if self.ndim == 1 else self.grid
-        return out_grid(self.grid, self.stride)
+        return self.at.out_grid
 
     def query_index(self) -> Tensor:
         """Positions (M,) of the padded grid that `all` and `nearest` answer for."""
-        return query_index(self.grid, padding_of(self.op), self.stride, self.value.device)
+        return query_index(self.grid, self.at.padding, self.stride, self.value.device)
 
     def candidate_index(self) -> Tensor | None:
         """Ascending positions (R,) among which `nearest` searches; None for every position."""
@@ -101,7 +100,7 @@ class Call:
         if isinstance(candidates, Random) and self.draw is not None and candidates.r < total:
             return draw_positions(self.draw, total, candidates.r)
         if isinstance(candidates, Grid) and not _covers(candidates, self.grid):
-            return _grid_positions(candidates, self.grid, padding_of(self.op), self.value.device)
+            return _grid_positions(candidates, self.grid, self.at.padding, self.value.device)
         return None
 
     def embedded(self) -> tuple[Tensor, Tensor]:
@@ -253,11 +252,3 @@ def project(op: Basic, letter: str, params: dict[str, Tensor], x: Tensor) -> Ten
         return x
     name = LETTERS[letter]
     return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"), isinstance(op.path, Window))
-
-
-def reads_features(op: Basic) -> bool:
-    """Whether query and key matter: some scores are computed from features."""
-    if isinstance(op.path, Nearest) and op.path.similarity.uses_features:
-        return True
-    similarity = op.path.similarity
-    return op.weight.rho.needs_score and similarity.uses_features

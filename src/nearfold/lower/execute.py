@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.words import Shift, Window
-from nearfold.lower.call import Call, pointwise, project, reads_features
-from nearfold.lower.extent import fitted
-from nearfold.lower.geometry import crop, fill_of, padding_of, pads_input
-from nearfold.lower.parameters import LETTERS, kv_heads, operand
+from nearfold.grammar.words import Window
+from nearfold.lower.call import Call, pointwise, project
+from nearfold.lower.extent import narrowed
+from nearfold.lower.frame import frame
+from nearfold.lower.geometry import crop, pads_input
+from nearfold.lower.parameters import LETTERS, operand
 
 Run = Callable[[Call], Tensor]
 
@@ -94,35 +95,27 @@ def _basic(
     context: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    grid = tuple(x.shape[2:])
     if op.cross and context is None:
         raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
     read = context if op.cross and context is not None else x
-    border, fill = padding_of(op), fill_of(op, grid)
-    inner: tuple[int, ...] = ()
-    if pads_input(op, grid):
-        x = read = F.pad(x, [n for end in fill[::-1] for n in (border, border + end)])
-        if not border:
-            inner, grid = grid, tuple(x.shape[2:])
-    groups = kv_heads(op)
+    at = frame(op, tuple(x.shape[2:]), tuple(read.shape[2:]) if op.cross else (), draw is not None)
+    if at.added:
+        x = read = F.pad(x, at.added)
+    projections = op.weight.projections
 
     def projected(letter: str) -> Tensor:
-        if letter in op.weight.projections and letter in shared:
+        if letter in projections and letter in shared:
             y = shared[letter]
         else:
             y = project(op, letter, params, x if letter == "q" else read)
-        return y if letter == "q" or groups is None else _shared_heads(y, groups, op.weight.heads)
+        return y if letter == "q" or at.kv is None else _shared_heads(y, at.kv, op.weight.heads)
 
-    features = reads_features(op) or isinstance(op.weight.kernel, Shift)
-    query = projected("q") if features else None
-    same = not {"q", "k"} & set(op.weight.projections) and not op.cross
-    key = (query if same else projected("k")) if features else None
-    source = tuple(read.shape[2:]) if op.cross else ()
-    fit, own = fitted(op, params, grid, tuple(read.shape[2:]), draw is not None)
-    call = Call(fit, own, grid, projected("v"), query, key, x, draw, source, inner, mask)
-    y = choose(op)(call)
-    if inner:
-        y = crop(y, [0] * len(inner), inner)
-    if "o" in op.weight.projections:
+    query = projected("q") if at.features else None
+    key = (query if at.same else projected("k")) if at.features else None
+    own = narrowed(op, at.op, params, len(at.grid))
+    y = choose(op)(Call(at, own, projected("v"), query, key, x, draw, mask))
+    if at.inner:
+        y = crop(y, [0] * len(at.inner), at.inner)
+    if "o" in projections:
         y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))
     return y

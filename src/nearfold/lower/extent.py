@@ -7,10 +7,8 @@ numbers of a kernel or of a table of offsets that nobody would read. Nothing els
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
-import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic, Operation
@@ -46,9 +44,11 @@ def _axis(op: Basic, grid: tuple[int, ...], axis: int) -> int:
     return min(size, 2 * steps + 1 if size % 2 else 2 * steps + 4)
 
 
-@functools.lru_cache(maxsize=4096)
-def _fitted(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bool) -> Basic:
-    """The operation with no more slots than the map can fill; itself where it has no more."""
+def fit(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bool) -> Basic:
+    """The operation with no more slots than the map can fill; itself where it has no more.
+
+    ``source`` is the grid of keys and values, a border included; ``drawing``: random candidates are drawn.
+    """
     path, ndim = op.path, len(grid)
     if isinstance(path, Nearest):
         k = min(path.k, _fillable(path, grid, source, drawing))
@@ -70,26 +70,18 @@ def _fitted(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: 
     return op
 
 
-def fitted(
-    op: Basic, params: dict[str, Tensor], grid: tuple[int, ...], source: tuple[int, ...], drawing: bool
-) -> tuple[Basic, dict[str, Tensor]]:
-    """The operation on this grid, and its parameters, without what no position of the map can fill.
-
-    ``source`` is the grid of keys and values, a border included; ``drawing``: random candidates are drawn.
-    """
-    if torch.compiler.is_compiling():  # the graph holds for other sizes, too
-        return op, params
-    fit = _fitted(op, grid, source, drawing)
-    if fit is op:
-        return op, params
-    if isinstance(fit.path, Nearest) and "weight" in params:
-        params = params | {"weight": params["weight"][..., : fit.path.k]}  # slots are filled from the first on
+def narrowed(op: Basic, fitted: Basic, params: dict[str, Tensor], ndim: int) -> dict[str, Tensor]:
+    """The parameters of an operation without what `fit` left out of it."""
+    if fitted is op:
+        return params
+    if isinstance(fitted.path, Nearest) and "weight" in params:
+        params = params | {"weight": params["weight"][..., : fitted.path.k]}  # slots are filled from the first on
     if "relative_bias" in params:
         table = params["relative_bias"]
-        for axis, (had, has) in enumerate(zip(bias_reach(op, len(grid)), bias_reach(fit, len(grid)), strict=True)):
+        for axis, (had, has) in enumerate(zip(bias_reach(op, ndim), bias_reach(fitted, ndim), strict=True)):
             table = table.narrow(1 + axis, had - has, 2 * has - 1)
         params = params | {"relative_bias": table}
-    return fit, params
+    return params
 
 
 def unfilled(op: Operation, grid: tuple[int, ...], context: tuple[int, ...] | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfold._kept import kept
+from nearfold._kept import kept, once
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
 from nearfold.kernels.local import pad
@@ -35,6 +35,7 @@ class WindowGeometry:
     anchor: tuple[int, ...]  # where in the window the query sits: its centre, or its end when causal
 
     @staticmethod
+    @once
     def of(op: Basic, ndim: int) -> WindowGeometry:
         """The geometry of a window operation on ndim axes."""
         path = op.path

@@ -17,7 +17,6 @@ from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
-from nearfold.lower.geometry import padding_of
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
 
@@ -83,7 +82,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
         share = _share(call, oracle.weights(call, chosen)[..., m, :].abs())
         index = chosen.index[..., m, :].expand(x.shape[0], share.shape[1], -1)
         row = x.new_zeros(*share.shape[:2], chosen.positions).scatter_add_(2, index, share.to(x.dtype))
-        border = padding_of(call.op)
+        border = call.at.padding
         inside = (slice(None), *(slice(border, border + n) for n in grid))
         row = row.sum(1).unflatten(1, call.padded)[inside]
         row = row / row.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))

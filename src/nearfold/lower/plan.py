@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nearfold._kept import once
 from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.words import All, Nearest, Table
@@ -31,19 +31,7 @@ def verdicts(facts: Facts) -> dict[str, Verdict]:
     return {name: module.supports(facts) for name, module in BACKENDS.items()} | {"oracle": ORACLE}
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(facts: Facts, wanted: str) -> str:
-    found = verdicts(facts)
-    if wanted == "auto":
-        return next(name for name, verdict in found.items() if verdict.ok)
-    if wanted not in found:
-        raise ValueError(f"backend={wanted!r} is not one of: auto, {', '.join(found)}")
-    if not found[wanted].ok:
-        others = ", ".join(name for name, verdict in found.items() if verdict.ok)
-        raise ValueError(f"backend={wanted!r} cannot run {facts.op}: {found[wanted].reason}. Those that can: {others}")
-    return wanted
-
-
+@once
 def lower(facts: Facts, backend: str = "auto") -> str:
     """Name of the backend that runs these facts.
 
@@ -53,7 +41,17 @@ def lower(facts: Facts, backend: str = "auto") -> str:
     >>> lower(Facts(parse("window(3) | box | kernel"), 2, torch.float32, "cpu", True))
     'conv'
     """
-    return _choose(facts, backend)
+    found = verdicts(facts)
+    if backend == "auto":
+        return next(name for name, verdict in found.items() if verdict.ok)
+    if backend not in found:
+        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(found)}")
+    if not found[backend].ok:
+        others = ", ".join(name for name, verdict in found.items() if verdict.ok)
+        raise ValueError(
+            f"backend={backend!r} cannot run {facts.op}: {found[backend].reason}. Those that can: {others}"
+        )
+    return backend
 
 
 def _masked(backend: str) -> str:
@@ -81,6 +79,13 @@ def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None
 def runner(name: str) -> Callable[[Call], Tensor]:
     """The function behind a backend's name."""
     return oracle.run if name == "oracle" else BACKENDS[name].run
+
+
+@once
+def _chosen(
+    op: Basic, ndim: int, dtype: torch.dtype, device: str, grad: bool, backend: str
+) -> Callable[[Call], Tensor]:
+    return runner(lower(Facts(op, ndim, dtype, device, grad), backend))
 
 
 def operation(given: Operation | str) -> Operation:
@@ -130,10 +135,9 @@ def apply(
     ndim, dtype, device, grad = x.dim() - 2, x.dtype, x.device.type, torch.is_grad_enabled()
 
     def choose(basic: Basic) -> Callable[[Call], Tensor]:
-        facts = Facts(basic, ndim, dtype, device, grad)
-        chosen = _choose.__wrapped__ if torch.compiler.is_compiling() else _choose
         if mask is None:
-            return runner(chosen(facts, backend))
+            return _chosen(basic, ndim, dtype, device, grad, backend)
+        facts = Facts(basic, ndim, dtype, device, grad)
         return runner("sdpa" if backend == "auto" and sdpa.supports(facts).ok else _masked(backend))
 
     if mask is not None:

@@ -1,0 +1,98 @@
+"""An operation on a grid: all that follows from sizes, made at the first call on them and kept.
+
+Shape legend: M outputs, N positions.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from nearfold._kept import once
+from nearfold.grammar import Basic
+from nearfold.grammar.words import Deformable, Nearest, Shift, Table, Window
+from nearfold.lower.extent import fit
+from nearfold.lower.geometry import WindowGeometry, fill_of, out_grid, padding_of
+from nearfold.lower.parameters import as_tuple, kv_heads
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One `Basic` operation on one grid.
+
+    Attributes:
+        op: the operation, without slots that no position of the map can fill.
+        grid: the grid of queries, filled to whole blocks.
+        source: the grid of keys and values where that is another one (`cross`), or ().
+        inner: the input's own grid where `grid` was filled, or ().
+        added: zero inputs before and after every axis, last axis first, as F.pad takes them; () for none.
+        features: whether query and key are read.
+        same: whether key and query are the same tensor.
+        kv: heads of key and value where they are fewer than the queries'.
+    """
+
+    op: Basic
+    grid: tuple[int, ...]
+    source: tuple[int, ...]
+    inner: tuple[int, ...]
+    added: tuple[int, ...]
+    features: bool
+    same: bool
+    kv: int | None
+
+    @functools.cached_property
+    def heads(self) -> int:
+        """Groups of channels that look on their own."""
+        return self.op.heads
+
+    @functools.cached_property
+    def padding(self) -> int:
+        """Zero inputs that `nearest` adds on every side."""
+        return padding_of(self.op)
+
+    @functools.cached_property
+    def padded(self) -> tuple[int, ...]:
+        """The grid that values and keys live on (and queries, but for `cross`)."""
+        return self.source or tuple(n + 2 * self.padding for n in self.grid)
+
+    @functools.cached_property
+    def stride(self) -> tuple[int, ...]:
+        """Output stride per axis."""
+        return as_tuple(getattr(self.op.path, "stride", 1), len(self.grid), "stride")
+
+    @functools.cached_property
+    def out_grid(self) -> tuple[int, ...]:
+        """Output grid."""
+        if isinstance(self.op.path, Window | Deformable):
+            return WindowGeometry.of(self.op, len(self.grid)).output(self.grid)
+        rho = self.op.weight.rho
+        if isinstance(rho, Table) and rho.outputs is not None:
+            return (rho.outputs,) if len(self.grid) == 1 else self.grid
+        return out_grid(self.grid, self.stride)
+
+
+def _reads_features(op: Basic) -> bool:
+    """Whether query and key matter: some scores are computed from features, or maps of them are shifted."""
+    if isinstance(op.weight.kernel, Shift):
+        return True
+    scored = isinstance(op.path, Nearest) or op.weight.rho.needs_score
+    return scored and op.path.similarity.uses_features
+
+
+@once
+def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bool) -> Frame:
+    """The frame of an operation; ``source`` is the grid of the second input, (); ``drawing``: candidates are drawn."""
+    border, fill = padding_of(op), fill_of(op, grid)
+    inner: tuple[int, ...] = ()
+    added: tuple[int, ...] = ()
+    keys = source or tuple(n + 2 * border for n in grid)
+    if border or any(fill):
+        added = tuple(n for end in fill[::-1] for n in (border, border + end))
+    if added and not border:
+        inner, grid = grid, tuple(n + end for n, end in zip(grid, fill, strict=True))
+        keys = grid
+    same = not {"q", "k"} & set(op.weight.projections) and not op.cross
+    own = op if torch.compiler.is_compiling() else fit(op, grid, keys, drawing)  # a graph holds for other sizes, too
+    return Frame(own, grid, source, inner, added, _reads_features(op), same, kv_heads(op))
