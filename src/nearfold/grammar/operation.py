@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from nearfold._numbers import LARGEST, plain, shown
@@ -92,7 +92,7 @@ O = TypeVar("O", bound="Operation")
 def hashed_once(cls: type[O]) -> type[O]:
     """Keep an operation's hash, by which everything that is made once for it is found again.
 
-    It holds in one process: strings hash differently in another, so it is neither pickled nor copied.
+    It holds in one process, for strings hash differently in another: only the fields are pickled and copied.
     """
     found_anew = cls.__hash__
 
@@ -104,7 +104,7 @@ def hashed_once(cls: type[O]) -> type[O]:
         return found
 
     def state(self: O) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     cls.__hash__ = kept_hash  # type: ignore[assignment]
     cls.__getstate__ = state  # type: ignore[method-assign,assignment]

@@ -178,7 +178,9 @@ def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, devic
 
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp ...) is at work on one of the tensors."""
-    return not torch.compiler.is_compiling() and any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    if torch.compiler.is_compiling() or not _functorch.maybe_current_level():
+        return False
+    return any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def _in_reverse_mode(x: Tensor) -> bool:
@@ -195,6 +197,8 @@ def derivative_of(*tensors: Tensor) -> str:
     What they give is reverse mode as torch.autograd records it. torch.func.vmap alone works: it calls them in a loop.
     """
     if torch.compiler.is_compiling():
+        return ""
+    if forward_ad._current_level < 0 and not _functorch.maybe_current_level():
         return ""
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return "forward-mode differentiation (torch.func.jvp)"
@@ -238,10 +242,10 @@ def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None, planes: bool 
     if planes and x.is_contiguous():
         x_BCN, weight_BOC = x.flatten(2), weight_oc.expand(x.shape[0], -1, -1)
         if bias_o is None:
-            return torch.bmm(weight_BOC, x_BCN).unflatten(2, x.shape[2:])
+            return torch.bmm(weight_BOC, x_BCN).view(x.shape[0], weight_oc.shape[0], *x.shape[2:])
         # expanded over the batch first: the gradient then sums along rows, and only then over the batch
         y = torch.baddbmm(bias_o[:, None].expand(x.shape[0], -1, 1), weight_BOC, x_BCN)
-        return y.unflatten(2, x.shape[2:])
+        return y.view(x.shape[0], weight_oc.shape[0], *x.shape[2:])
     y = F.linear(x.flatten(2).transpose(1, 2), weight_oc, bias_o)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._kept import once
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.words import Window
 from nearfold.lower.call import Call, pointwise, project
@@ -50,12 +51,11 @@ def execute(
         return pointwise(y, params["mix_weight"], params.get("mix_bias")) if op.mix else y
     assert isinstance(op, Sum)
     # a projection hoisted into the sum is computed once, for every operand that asks for it
-    bordered = any(pads_input(part, tuple(x.shape[2:])) for part in op.parts)  # those project their own padded input
-    planes = all(isinstance(part.path, Window) for part in op.parts)
+    bordered, planes, contextual = _shared_by(op, tuple(x.shape[2:]))
     shared = {
         c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
         for c in "qkv"
-        if f"{LETTERS[c]}_weight" in params and not bordered and not (op.needs_context and c != "q")
+        if f"{LETTERS[c]}_weight" in params and not bordered and not (contextual and c != "q")
     }
     rates = iter(params["rates"].unbind()) if "rates" in params else iter(())
     total: Tensor | None = None
@@ -69,6 +69,13 @@ def execute(
         total = y if total is None else total + y
     assert total is not None
     return total
+
+
+@once
+def _shared_by(op: Sum, grid: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """Of a sum: whether some operand projects its own padded input, all are windows, and some reads a context."""
+    bordered = any(pads_input(part, grid) for part in op.parts)
+    return bordered, all(isinstance(part.path, Window) for part in op.parts), op.needs_context
 
 
 def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:

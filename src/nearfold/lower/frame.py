@@ -5,7 +5,6 @@ Shape legend: M outputs, N positions.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +27,11 @@ class Frame:
         source: the grid of keys and values where that is another one (`cross`), or ().
         inner: the input's own grid where `grid` was filled, or ().
         added: zero inputs before and after every axis, last axis first, as F.pad takes them; () for none.
+        heads: groups of channels that look on their own.
+        padding: zero inputs that `nearest` adds on every side.
+        padded: the grid that values and keys live on (and queries, but for `cross`).
+        stride: output stride per axis.
+        out_grid: the output grid.
         features: whether query and key are read.
         same: whether key and query are the same tensor.
         kv: heads of key and value where they are fewer than the queries'.
@@ -38,39 +42,24 @@ class Frame:
     source: tuple[int, ...]
     inner: tuple[int, ...]
     added: tuple[int, ...]
+    heads: int
+    padding: int
+    padded: tuple[int, ...]
+    stride: tuple[int, ...]
+    out_grid: tuple[int, ...]
     features: bool
     same: bool
     kv: int | None
 
-    @functools.cached_property
-    def heads(self) -> int:
-        """Groups of channels that look on their own."""
-        return self.op.heads
 
-    @functools.cached_property
-    def padding(self) -> int:
-        """Zero inputs that `nearest` adds on every side."""
-        return padding_of(self.op)
-
-    @functools.cached_property
-    def padded(self) -> tuple[int, ...]:
-        """The grid that values and keys live on (and queries, but for `cross`)."""
-        return self.source or tuple(n + 2 * self.padding for n in self.grid)
-
-    @functools.cached_property
-    def stride(self) -> tuple[int, ...]:
-        """Output stride per axis."""
-        return as_tuple(getattr(self.op.path, "stride", 1), len(self.grid), "stride")
-
-    @functools.cached_property
-    def out_grid(self) -> tuple[int, ...]:
-        """Output grid."""
-        if isinstance(self.op.path, Window | Deformable):
-            return WindowGeometry.of(self.op, len(self.grid)).output(self.grid)
-        rho = self.op.weight.rho
-        if isinstance(rho, Table) and rho.outputs is not None:
-            return (rho.outputs,) if len(self.grid) == 1 else self.grid
-        return out_grid(self.grid, self.stride)
+def _outputs(op: Basic, grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The output grid; ValueError where a window does not fit."""
+    if isinstance(op.path, Window | Deformable):
+        return WindowGeometry.of(op, len(grid)).output(grid)
+    rho = op.weight.rho
+    if isinstance(rho, Table) and rho.outputs is not None:
+        return (rho.outputs,) if len(grid) == 1 else grid
+    return out_grid(grid, stride)
 
 
 def _reads_features(op: Basic) -> bool:
@@ -87,12 +76,25 @@ def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bo
     border, fill = padding_of(op), fill_of(op, grid)
     inner: tuple[int, ...] = ()
     added: tuple[int, ...] = ()
-    keys = source or tuple(n + 2 * border for n in grid)
     if border or any(fill):
         added = tuple(n for end in fill[::-1] for n in (border, border + end))
     if added and not border:
         inner, grid = grid, tuple(n + end for n, end in zip(grid, fill, strict=True))
-        keys = grid
-    same = not {"q", "k"} & set(op.weight.projections) and not op.cross
-    own = op if torch.compiler.is_compiling() else fit(op, grid, keys, drawing)  # a graph holds for other sizes, too
-    return Frame(own, grid, source, inner, added, _reads_features(op), same, kv_heads(op))
+    padded = source or tuple(n + 2 * border for n in grid)
+    stride = as_tuple(getattr(op.path, "stride", 1), len(grid), "stride")
+    own = op if torch.compiler.is_compiling() else fit(op, grid, padded, drawing)  # a graph holds for other sizes, too
+    return Frame(
+        op=own,
+        grid=grid,
+        source=source,
+        inner=inner,
+        added=added,
+        heads=op.heads,
+        padding=border,
+        padded=padded,
+        stride=stride,
+        out_grid=_outputs(own, grid, stride),
+        features=_reads_features(op),
+        same=not {"q", "k"} & set(op.weight.projections) and not op.cross,
+        kv=kv_heads(op),
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nearfold._kept import once
 from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
@@ -355,6 +356,12 @@ def _in_second(op: Operation, name: str) -> bool:
 
 def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     """The parameters the i-th operand sees: its own, and the parent's shared projections."""
+    return {mine: params[name] for mine, name in _operand_names(tuple(params), i)}
+
+
+@once
+def _operand_names(names: tuple[str, ...], i: int) -> tuple[tuple[str, str], ...]:
+    """(What the i-th operand calls a parameter, what its parent calls it)."""
     prefix = f"{i}."
-    own = {name[len(prefix) :]: p for name, p in params.items() if name.startswith(prefix)}
-    return {name: params[name] for name in SHARED if name in params} | own
+    shared = {name: name for name in SHARED if name in names}
+    return tuple((shared | {n[len(prefix) :]: n for n in names if n.startswith(prefix)}).items())

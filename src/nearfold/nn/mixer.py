@@ -154,13 +154,17 @@ class Mixer(nn.Module):
         """Parameters by the names that `nearfold.lower` knows; parts of them, where there is room for more."""
         found = {}
         for name, spec in self._specs.items():
-            owner: nn.Module = self
-            *path, attribute = name.split(".")
-            for part in path:
-                owner = owner._modules[part]  # type: ignore[assignment]
-            tensor = getattr(owner, attribute)
+            tensor = self._tensor(name)
             found[name] = tensor if tensor.shape == spec.shape else part_of(self.operation, name, tensor, spec.shape)
         return found
+
+    def _tensor(self, name: str) -> Tensor:
+        owner: nn.Module = self
+        *path, attribute = name.split(".")
+        for part in path:
+            owner = owner._modules[part]  # type: ignore[assignment]
+        tensor: Tensor = getattr(owner, attribute)
+        return tensor
 
     def parameters_of(self, operation: Operation) -> dict[str, Parameter]:
         """What another operation between the same channels would own.
@@ -310,7 +314,7 @@ class Mixer(nn.Module):
         self._require_dtype(x)
 
     def _require_dtype(self, x: Tensor) -> None:
-        own = next((t.dtype for t in self.tensors().values()), x.dtype)
+        own = next((self._tensor(name).dtype for name in self._specs), x.dtype)
         kind = x.device.type
         if own != x.dtype and x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
             raise ValueError(

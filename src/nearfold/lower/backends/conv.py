@@ -98,7 +98,7 @@ def _shift(call: Call) -> Tensor:
         list(geometry.stride),
         list(geometry.dilation),
         list(geometry.before),
-        list(geometry.output(call.grid)),
+        list(call.out_grid),
         call.op.path.mode == "reflect",
     )
     return oracle.shifted_bias(call, kernel, (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2))
@@ -108,7 +108,6 @@ def _experts(call: Call) -> Tensor:
     """Every input's own kernel, mixed from the experts: inputs become groups of one convolution."""
     kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(kernel, Experts) and isinstance(call.op.path, Window)
-    geometry.output(call.grid)
     weight, share_BE = call.params["weight"], oracle.expert_shares(call)
     mixed_BOCS = (share_BE.to(weight.dtype) @ weight.unflatten(0, (kernel.count, -1)).flatten(1)).unflatten(
         1, (-1, *weight.shape[1:])
@@ -124,7 +123,7 @@ def _experts(call: Call) -> Tensor:
 def _largest(call: Call) -> Tensor:
     geometry, path = WindowGeometry.of(call.op, call.ndim), call.op.path
     assert isinstance(path, Window)
-    out = geometry.output(call.grid)
+    out = call.out_grid
     if path.mode == "reflect":
         value = geometry.pad(call.value, "reflect")
     else:
@@ -152,7 +151,6 @@ def run(call: Call) -> Tensor:
         return _shift(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
-    geometry.output(call.grid)
     kernel = op.weight.kernel
     # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
     more = isinstance(kernel, Shift) or getattr(kernel, "coordinates", False) is not False

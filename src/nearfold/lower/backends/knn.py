@@ -58,8 +58,6 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     whole = query.shape[2] == query_M.shape[0]
     query_m = query if whole else query[:, :, query_M]
     k = path.k - own
-    score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
-    at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if k:
         chosen = key if every else key[:, :, key_R]
         again = float("-inf")
@@ -84,6 +82,9 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
             score = score * factor
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
+    else:
+        score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
+        at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if own:
         home = query_M[:, None].expand(B, H, -1, 1)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)

@@ -57,7 +57,7 @@ def _attention(call: Call) -> Tensor:
     """Softmax without a kernel: (B, C, *out)."""
     rho, path, geometry = call.op.weight.rho, call.op.path, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(path, Window) and isinstance(rho, Softmax)
-    out, B, heads = geometry.output(call.grid), call.value.shape[0], call.heads
+    out, B, heads = call.out_grid, call.value.shape[0], call.heads
     query, key, scale = call.embedded_differences()
     query, key = (
         t.transpose(2, 3).unflatten(3, call.grid).expand(B, heads, *(-1,) * (1 + call.ndim)) for t in (query, key)
@@ -87,7 +87,7 @@ def run(call: Call) -> Tensor:
         return _attention(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
-    out, mode, stride = geometry.output(call.grid), op.path.mode, list(geometry.stride)
+    out, mode, stride = call.out_grid, op.path.mode, list(geometry.stride)
     offsets = [n for offset in geometry.offsets() for n in offset]
     query, key = call.embedded()
     q = shifted(_grid_last(query, call.grid), geometry.home(), stride, out).contiguous()
