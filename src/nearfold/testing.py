@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
-from nearfold.grammar.operation import SHAPES
 from nearfold.grammar.similarity import Blend, Similarity
 from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import ORDERS, Candidates, Nearest, Table
@@ -362,7 +361,7 @@ def operations() -> Any:
 
     def assemble(parts: tuple[Any, ...]) -> Operation | None:
         path, shape, rho, kernel = parts
-        if not isinstance(shape, SHAPES[type(path)]):
+        if shape.word not in path.shapes:
             return None
         op = _attempt(Basic, path, shape, _attempt(Weight, rho, kernel))
         return op if op is not None and _attempt(Mixer, op, 8) is not None else None

@@ -6,52 +6,18 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from nearfold._numbers import LARGEST, plain, shown
-from nearfold.grammar.similarity import Elu, Position, Scaled
-from nearfold.grammar.word import WORDS, all_ones
+from nearfold.grammar.similarity import Scaled
+from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import (
-    All,
-    Block,
-    Box,
     Causal,
-    Deformable,
-    Experts,
-    Generated,
     Kernel,
-    Max,
-    Modulated,
-    Nearest,
-    Normalized,
     Ones,
     Path,
-    Ranked,
     Rho,
-    Row,
-    Scan,
-    Selective,
     Shape,
     Shift,
-    Softmax,
-    Strided,
-    Table,
     Window,
 )
-
-SHAPES: dict[type[Path], tuple[type[Shape], ...]] = {
-    Window: (Box, Causal),
-    All: (Row, Causal, Strided),
-    Nearest: (Ranked, Box, Causal),
-    Block: (Box,),
-    Deformable: (Box,),
-    Scan: (Causal,),
-}
-# rhos that say something about some paths only, with or without a kernel
-GOES_WITH: dict[type[Rho], tuple[tuple[type[Path], ...], bool]] = {
-    Max: ((Window,), False),
-    Generated: ((Window,), True),
-    Modulated: ((Deformable,), True),
-    Table: ((All,), False),
-    Selective: ((Scan,), False),
-}
 
 
 @dataclass(frozen=True)
@@ -148,87 +114,41 @@ class Basic(Operation):
         for name, kind in (("path", Path), ("shape", Shape), ("weight", Weight)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        allowed = SHAPES[type(self.path)]
-        if not isinstance(self.shape, allowed):
-            names = ", ".join(s.word for s in allowed)
-            raise ValueError(f"shape {self.shape} does not go with path {self.path.word}; it takes one of: {names}")
-        rho, kernel = self.weight.rho, self.weight.kernel
-        paths, kernels = GOES_WITH.get(type(rho), ((), True))
-        if paths and not isinstance(self.path, paths):
-            raise ValueError(f"{rho.word} goes with path {paths[0].word}, got {self.path}")
-        if kernel is not None and (isinstance(self.path, All | Scan) or not kernels):
+        rho, similarity = self.weight.rho, self.path.similarity
+        self.path.require(self)
+        rho.require(self)
+        if self.weight.kernel is not None and not (self.path.takes_kernel and rho.takes_kernel):
             raise ValueError(
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
             )
-        if isinstance(rho, Table) and not all_ones(getattr(self.path, "stride", 1)):
-            raise ValueError(f"{rho} has a row for every output already; leave stride out, got {self.path}")
-        if isinstance(self.path, Scan) and not isinstance(rho, Selective):
-            raise ValueError(f"scan goes with weight selective, got {self.weight}")
-        if isinstance(self.path, Deformable) and not (isinstance(rho, Ones | Modulated) and rho.heads == 1):
-            raise ValueError(
-                f"deformable goes with rho ones or modulated (groups of channels: deformable(3, groups=4)), got {rho}"
-            )
-        if isinstance(kernel, Experts) and not isinstance(rho, Ones):
-            raise ValueError(f"experts goes with rho ones, got {self.weight}")
-        if isinstance(self.shape, Causal):
-            if isinstance(self.path, Window) and self.path.padding != "same":
-                raise ValueError(f"window | causal pads on the left only; leave padding out, got {self.path}")
-            if self.shape.axes and not isinstance(self.path, Window):
-                raise ValueError(f"causal axes go with path window, got {self.path} | {self.shape}")
-        similarity = self.path.similarity
-        self._check_similarity()
-        if not isinstance(self.path, Nearest) and not rho.needs_score and similarity != Scaled():
+        for word in (self.shape, similarity, self.weight.kernel):
+            if word is not None:
+                word.require(self)
+        searched = self.path.word == "nearest"  # it compares, whatever its weight does
+        if not searched and not rho.needs_score and similarity != Scaled():
             raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
-        if isinstance(similarity, Position) and similarity.dilation > 1 and not isinstance(self.path, Nearest):
-            raise ValueError(f"position(dilation={similarity.dilation}) goes with nearest, got path {self.path}")
-        if isinstance(kernel, Shift):
-            plain = isinstance(self.path, Window) and isinstance(self.shape, Box)
-            if not (plain and isinstance(rho, Ones) and set("qkv") <= set(self.weight.projections)):
-                raise ValueError(
-                    "shift goes with window | box, rho ones and projections q, k, v: window(3) | box | shift(4)"
-                )
+        if self.cross:
+            self._require_cross()
 
-    def _check_similarity(self) -> None:
-        """ValueError where path, rho and similarity do not go together."""
-        path, rho, near = self.path, self.weight.rho, self.path.similarity
-        bias = getattr(near, "bias", "none")
-        if bias != "none":
-            able = (Window, Block) if bias == "table" else (Window, Block, All)
-            if not (isinstance(path, able) and isinstance(rho, Softmax)):
-                names = ", ".join(p.word for p in able)
-                raise ValueError(f"scaled(bias={bias}) goes with softmax over one of the paths {names}, got {self}")
-            if bias == "table" and isinstance(path, Window) and path.mode == "reflect":
-                raise ValueError(f"scaled(bias=table) goes with mode=zeros or inside, got {path}")
-        if getattr(near, "learned", False):
-            if not rho.needs_score:
-                raise ValueError(
-                    f"blend(learned) gets its gradient through the scores that weigh, and rho {rho.word} reads none: "
-                    f"use softmax, inverse or identity, such as {path} | {self.shape} | softmax; got {self}"
-                )
-            if getattr(path, "again", None) is not None:
-                raise ValueError(f"again does not go with blend(learned), got {path}")
-        if isinstance(rho, Normalized) and not isinstance(near, Elu):
+    def _require_cross(self) -> None:
+        """ValueError where something compares the positions of two inputs."""
+        path, rho = self.path, self.weight.rho
+        border = getattr(path, "padding", 0)
+        own = getattr(path, "include_self", False) is not False
+        grid = getattr(getattr(path, "candidates", None), "word", "all") in ("window", "grid")
+        if path.similarity.placed or border or own or grid or self.shape.word not in ("row", "ranked"):
             raise ValueError(
-                f"normalized divides by the sum of the scores, which must not be negative: use elu, such as {path.word}"
-                f"(..., elu), got {path}"
+                "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
+                f"bias, self, causal, window or grid candidates, padding); got {self}"
             )
-        if getattr(path, "cross", False):
-            border = path.padding if isinstance(path, Nearest) else 0
-            own = isinstance(path, Nearest) and path.include_self is not False
-            grid = isinstance(path, Nearest) and path.candidates.word in ("window", "grid")
-            if near.placed or border or own or grid or not isinstance(self.shape, Row | Ranked):
-                raise ValueError(
-                    "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
-                    f"bias, self, causal, window or grid candidates, padding); got {self}"
-                )
-            if not rho.needs_score:
-                raise ValueError(f"cross goes with a rho that compares query and key, got {rho}")
+        if not rho.needs_score:
+            raise ValueError(f"cross goes with a rho that compares query and key, got {rho}")
 
     @property
     def heads(self) -> int:
         """Groups of channels that look on their own: the weight's heads, or a deformable path's groups."""
-        return self.path.groups if isinstance(self.path, Deformable) else self.weight.heads
+        return self.path.groups_of_channels or self.weight.heads
 
     @property
     def cross(self) -> bool:

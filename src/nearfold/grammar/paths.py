@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar
 
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
-from nearfold.grammar.word import Word, all_ones, check, number, positive, sizes
+from nearfold.grammar.word import Word, all_ones, check, number, one_of, positive, sizes
+
+if TYPE_CHECKING:
+    from nearfold.grammar.operation import Basic
 
 Size = int | tuple[int, ...]
 
@@ -69,7 +73,22 @@ class Path(Word):
     """Where to look."""
 
     kind = "path"
+    shapes: ClassVar[tuple[str, ...]] = ()  # words it goes with; empty: any
+    rhos: ClassVar[tuple[str, ...]] = ()
+    takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
     similarity: Similarity
+
+    @property
+    def groups_of_channels(self) -> int | None:
+        """Groups of channels that look on their own, where the path says so and not the weight."""
+        return None
+
+    def require(self, op: Basic) -> None:
+        if not one_of(op.shape, self.shapes):
+            allowed = ", ".join(self.shapes)
+            raise ValueError(f"shape {op.shape} does not go with path {self.word}; it takes one of: {allowed}")
+        if not one_of(op.weight.rho, self.rhos):
+            raise ValueError(f"{self.word} goes with weight {' or '.join(self.rhos)}, got {op.weight}")
 
 
 def _similar(word: Path) -> None:
@@ -89,6 +108,7 @@ class Window(Path):
 
     word = "window"
     primitive = ("STATIC_SLIDING", 1)
+    shapes = ("box", "causal")
     size: Size
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     stride: Size = 1
@@ -119,6 +139,8 @@ class All(Path):
 
     word = "all"
     primitive = ("GLOBAL_INDEXED", 1)
+    shapes = ("row", "causal", "strided")
+    takes_kernel = False
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     stride: Size = 1
     cross: bool = False
@@ -144,6 +166,7 @@ class Block(Path):
 
     word = "block"
     primitive = ("STATIC_BLOCK", 1)
+    shapes = ("box",)
     size: Size
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     shift: Size = 0
@@ -170,6 +193,7 @@ class Deformable(Path):
 
     word = "deformable"
     primitive = ("CONTENT_AWARE", 2)
+    shapes = ("box",)
     size: Size
     stride: Size = 1
     dilation: Size = 1
@@ -186,6 +210,19 @@ class Deformable(Path):
         """Nothing is compared here."""
         return Scaled()
 
+    @property
+    def groups_of_channels(self) -> int:
+        """As many as there are fields of offsets."""
+        return self.groups
+
+    def require(self, op: Basic) -> None:
+        super().require(op)
+        if not (one_of(op.weight.rho, ("ones", "modulated")) and op.weight.rho.heads == 1):
+            raise ValueError(
+                "deformable goes with rho ones or modulated (groups of channels: deformable(3, groups=4)), got "
+                f"{op.weight.rho}"
+            )
+
 
 ORDERS = ("raster", "columns", "snake")
 
@@ -200,6 +237,9 @@ class Scan(Path):
 
     word = "scan"
     primitive = ("RECURRENT", 1)
+    shapes = ("causal",)
+    rhos = ("selective",)
+    takes_kernel = False
     state: int = field(default=16, metadata={"always": True, "named": True})
     order: str = "raster"
     reverse: bool = False
@@ -228,6 +268,7 @@ class Nearest(Path):
 
     word = "nearest"
     primitive = ("CONTENT_AWARE", 2)
+    shapes = ("ranked", "box", "causal")
     k: int
     similarity: Similarity = field(default=Cosine(), metadata={"positional": True, "always": True})
     candidates: Candidates = field(default=AllCandidates(), metadata={"positional": True})
@@ -271,8 +312,16 @@ class Nearest(Path):
         return {"STATIC_SLIDING": 1.0 - share, "CONTENT_AWARE": 2.0 * share}
 
     def __eq__(self, other: object) -> bool:
-        # by the notation: self=1.0 fixes a score and self does not, but Python says 1.0 == True
-        return isinstance(other, Nearest) and str(self) == str(other)
+        # by type, too: self=1.0 fixes a score and self does not, but Python says 1.0 == True
+        if not isinstance(other, Nearest):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(type(a) is type(b) and a == b for a, b in pairs)
+
+    def require(self, op: Basic) -> None:
+        super().require(op)
+        if self.again is not None and getattr(self.similarity, "learned", False):
+            raise ValueError(f"again does not go with blend(learned), got {self}")
 
 
 # --- Shape: which slots exist, in which order
@@ -323,6 +372,12 @@ class Causal(Shape):
         ok = isinstance(self.axes, tuple) and all(type(a) is int and a >= 0 for a in self.axes)
         check(ok and len(set(self.axes)) == len(self.axes), self, "axes", self.axes, "a tuple of axes, such as (0,)")
         object.__setattr__(self, "axes", tuple(sorted(self.axes)))
+
+    def require(self, op: Basic) -> None:
+        if self.axes and not isinstance(op.path, Window):
+            raise ValueError(f"causal axes go with path window, got {op.path} | {self}")
+        if isinstance(op.path, Window) and op.path.padding != "same":
+            raise ValueError(f"window | causal pads on the left only; leave padding out, got {op.path}")
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold._kept import kept
-from nearfold.grammar.word import Word, check, number, positive
+from nearfold.grammar.word import Word, check, number, one_of, positive
+
+if TYPE_CHECKING:
+    from nearfold.grammar.operation import Basic
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ class Similarity(Word):
     """How alike a query and a key are: larger is nearer."""
 
     kind = "similarity"
+    never_negative: ClassVar[bool] = False
     squared: bool = False
     coordinates: bool | str = False
 
@@ -244,6 +248,11 @@ class Scaled(Similarity):
     """
 
     word = "scaled"
+    biased: ClassVar[dict[str, tuple[str, ...]]] = {
+        "none": (),
+        "table": ("window", "block"),
+        "alibi": ("window", "block", "all"),
+    }  # the paths that each bias goes with; empty: any
     coordinates: bool | str = False
     relative: bool = False
     rotary: bool | float = False
@@ -259,7 +268,17 @@ class Scaled(Similarity):
             object.__setattr__(self, "rotary", float(self.rotary))
         both = self.rotary and (self.coordinates is not False or self.relative)
         check(not both, self, "rotary", self.rotary, "given without coordinates and relative")
-        check(self.bias in ("none", "table", "alibi"), self, "bias", self.bias, "none, table or alibi")
+        check(self.bias in self.biased, self, "bias", self.bias, "none, table or alibi")
+
+    def require(self, op: Basic) -> None:
+        if self.bias == "none":
+            return
+        paths = self.biased[self.bias]
+        if not (one_of(op.path, paths) and op.weight.rho.word == "softmax"):
+            names = ", ".join(paths)
+            raise ValueError(f"scaled(bias={self.bias}) goes with softmax over one of the paths {names}, got {op}")
+        if self.bias == "table" and getattr(op.path, "mode", "") == "reflect":
+            raise ValueError(f"scaled(bias=table) goes with mode=zeros or inside, got {op.path}")
 
     @property
     def placed(self) -> bool:
@@ -340,6 +359,7 @@ class Elu(Similarity):
     """(elu(q) + 1) . (elu(k) + 1), which is never negative: linear attention's (arXiv 2006.16236, eq. 7)."""
 
     word = "elu"
+    never_negative = True
 
     def embed(self, q_BHNd: Tensor, k_BHNd: Tensor, place: Place, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return _positive(q_BHNd), _positive(k_BHNd)
@@ -363,6 +383,10 @@ class Position(Similarity):
     def __post_init__(self) -> None:
         check(self.metric in ("euclidean", "chebyshev"), self, "metric", self.metric, "euclidean or chebyshev")
         positive(self, dilation=self.dilation)
+
+    def require(self, op: Basic) -> None:
+        if self.dilation > 1 and op.path.word != "nearest":
+            raise ValueError(f"position(dilation={self.dilation}) goes with nearest, got path {op.path}")
 
     @property
     def uses_features(self) -> bool:
@@ -452,6 +476,14 @@ class Blend(Similarity):
         query = joined(q_BHNd)
         key = query if q_BHNd is k_BHNd else joined(k_BHNd)
         return query, key, 1.0 if factor is None or self.metric == "cosine" else factor
+
+    def require(self, op: Basic) -> None:
+        rho = op.weight.rho
+        if self.learned and not rho.needs_score:
+            raise ValueError(
+                f"blend(learned) gets its gradient through the scores that weigh, and rho {rho.word} reads none: "
+                f"use softmax, inverse or identity, such as {op.path} | {op.shape} | softmax; got {op}"
+            )
 
     def _shares(self, params: dict[str, Tensor], dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
         """lam and 1 - lam; learned, one for each head (H, 1, 1)."""

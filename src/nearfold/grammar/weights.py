@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nearfold.grammar.similarity import check_coordinates
-from nearfold.grammar.word import Word, check, number, positive
+from nearfold.grammar.word import Word, all_ones, check, number, one_of, positive
+
+if TYPE_CHECKING:
+    from nearfold.grammar.operation import Basic
 
 
 class Rho(Word):
@@ -15,8 +18,14 @@ class Rho(Word):
     kind = "rho"
     needs_score: ClassVar[bool] = True
     default_projections: ClassVar[str] = "qkvo"
+    paths: ClassVar[tuple[str, ...]] = ()  # paths it goes with; empty: any
+    takes_kernel: ClassVar[bool] = True
     heads: int
     project: str | None
+
+    def require(self, op: Basic) -> None:
+        if not one_of(op.path, self.paths):
+            raise ValueError(f"{self.word} goes with path {' or '.join(self.paths)}, got {op.path}")
 
 
 class _Static(Rho):
@@ -110,6 +119,14 @@ class Normalized(_Plain):
     word = "normalized"
     primitive = ("DYNAMIC_ATTENTION", 2)
 
+    def require(self, op: Basic) -> None:
+        super().require(op)
+        if not op.path.similarity.never_negative:
+            raise ValueError(
+                "normalized divides by the sum of the scores, which must not be negative: use elu, such as "
+                f"{op.path.word}(..., elu), got {op.path}"
+            )
+
 
 @dataclass(frozen=True)
 class Mean(_Plain):
@@ -127,6 +144,8 @@ class Max(_Static):
 
     word = "max"
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
+    paths = ("window",)
+    takes_kernel = False
     heads = 1
     project = None
 
@@ -143,6 +162,7 @@ class Generated(Rho):
 
     word = "generated"
     primitive = ("DYNAMIC_KERNEL", 2)
+    paths = ("window",)
     needs_score = False
     default_projections = ""
     heads: int = field(default=1, metadata={"notation": "groups", "always": True, "named": True})
@@ -165,6 +185,7 @@ class Modulated(_Static):
 
     word = "modulated"
     primitive = ("DYNAMIC_KERNEL", 2)
+    paths = ("deformable",)
     heads = 1
     project = None
 
@@ -178,6 +199,8 @@ class Table(_Static):
 
     word = "table"
     primitive = ("SHARED_KERNEL", 1)
+    paths = ("all",)
+    takes_kernel = False
     inputs: int
     outputs: int | None = field(default=None, metadata={"positional": True})
     heads = 1
@@ -187,6 +210,11 @@ class Table(_Static):
         positive(self, inputs=self.inputs)
         if self.outputs is not None:
             positive(self, outputs=self.outputs)
+
+    def require(self, op: Basic) -> None:
+        super().require(op)
+        if not all_ones(getattr(op.path, "stride", 1)):
+            raise ValueError(f"{self} has a row for every output already; leave stride out, got {op.path}")
 
 
 @dataclass(frozen=True)
@@ -201,6 +229,8 @@ class Selective(Rho):
 
     word = "selective"
     primitive = ("SELECTIVE", 2)
+    paths = ("scan",)
+    takes_kernel = False
     needs_score = False
     default_projections = ""
     scan_heads: int | None = field(default=None, metadata={"notation": "heads"})
@@ -286,6 +316,10 @@ class Experts(Kernel):
         check(self.temperature > 0, self, "temperature", self.temperature, "above 0")
         object.__setattr__(self, "temperature", float(self.temperature))
 
+    def require(self, op: Basic) -> None:
+        if op.weight.rho.word != "ones":
+            raise ValueError(f"experts goes with rho ones, got {op.weight}")
+
 
 @dataclass(frozen=True)
 class Shift(Kernel):
@@ -305,3 +339,10 @@ class Shift(Kernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, heads=self.heads)
+
+    def require(self, op: Basic) -> None:
+        plain = op.path.word == "window" and op.shape.word == "box" and op.weight.rho.word == "ones"
+        if not (plain and set("qkv") <= set(op.weight.projections)):
+            raise ValueError(
+                "shift goes with window | box, rho ones and projections q, k, v: window(3) | box | shift(4)"
+            )

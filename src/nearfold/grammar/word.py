@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nearfold._numbers import LARGEST, MOST, plain, shown
+
+if TYPE_CHECKING:
+    from nearfold.grammar.operation import Basic
 
 WORDS: dict[str, dict[str, type[Word]]] = {}
 
@@ -18,6 +21,9 @@ class Word:
     kind: ClassVar[str]
     word: ClassVar[str]
     primitive: ClassVar[tuple[str, float]] = ("", 0)  # what it adds to the descriptive complexity, see `complexity`
+
+    def require(self, op: Basic) -> None:
+        """ValueError where the word does not go with the others of an operation."""
 
     @property
     def primitives(self) -> dict[str, float]:
@@ -85,6 +91,11 @@ def check(ok: bool, word: Word, name: str, value: object, rule: str) -> None:
     """ValueError naming the word, the argument and its value, unless ``ok``."""
     if not ok:
         raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={shown(value)}")
+
+
+def one_of(given: Word | None, words: tuple[str, ...]) -> bool:
+    """Whether a word is one of these; no names allow any."""
+    return not words or (given is not None and given.word in words)
 
 
 def positive(word: Word, **values: Any) -> None:
