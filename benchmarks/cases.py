@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language
+from benchmarks import build, language, small
 from benchmarks.case import Case
 
 
@@ -30,6 +30,19 @@ PYRAMID = (8, 64, 56, 56)
 TOKENS, TINY_TOKENS = (16, 197, 192), (2, 21, 12)
 LONG = (2, 3137, 192)
 CORE, TINY_CORE = (1, 4, 4096, 64), (1, 2, 60, 8)
+
+ONE_IMAGE, ONE_SEQUENCE = (1, 64, 8, 8), (1, 64, 192)
+
+
+def _image_call(layer: str) -> Spec:
+    full = {"shape": ONE_IMAGE, "layer": layer}
+    return Spec(f"one call of {layer}", small.image, full, {"shape": (1, 8, 4, 4), "layer": layer})
+
+
+def _token_call(layer: str) -> Spec:
+    full = {"shape": ONE_SEQUENCE, "heads": 3, "layer": layer}
+    return Spec(f"one call of {layer}", small.tokens, full, {"shape": (1, 9, 12), "heads": 3, "layer": layer})
+
 
 CASES: dict[str, Spec] = {
     "knn": Spec("k-NN attention", build.knn_attention, {"shape": CORE, "k": 9}, {"shape": TINY_CORE, "k": 9}),
@@ -125,6 +138,8 @@ CASES: dict[str, Spec] = {
         {"shape": TOKENS, "heads": 3},
         {"shape": TINY_TOKENS, "heads": 3},
     ),
+    **{f"small_{name.lower()}": _image_call(name) for name in small.IMAGE_LAYERS},
+    **{f"small_{name.lower()}": _token_call(name) for name in small.TOKEN_LAYERS},
 }
 
 SHOWN = ("shape", "heads", "k", "r", "window", "state")  # arguments that a title tells

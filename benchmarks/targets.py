@@ -29,6 +29,11 @@ class Target:
     most: bool = False
 
 
+def _no_slower(case: str, peer: str, forward: float, both: float | None = None) -> list[Target]:
+    found = [Target(case, peer, "forward", forward, most=True)]
+    return found if both is None else [*found, Target(case, peer, "both", both, most=True)]
+
+
 def _faster(case: str, peer: str, forward: float, both: float) -> list[Target]:
     return [Target(case, peer, "forward", forward), Target(case, peer, "both", both)]
 
@@ -68,6 +73,13 @@ TARGETS: list[Target] = [
     Target("scan", "associative scan", "forward", 3),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
+    *_no_slower("small_mixer", "nn.Conv2d 3x3", 1.15, 1.1),
+    *_no_slower("small_convnn2d", "nn.Conv2d 3x3", 2, 1.7),
+    *_no_slower("small_branchingconv2d", "nn.Conv2d 3x3", 3, 2.5),
+    *_no_slower("small_acmix2d", "nn.Conv2d 3x3", 3, 3),
+    *_no_slower("small_deformconv2d", "nn.Conv2d 3x3", 2, 2.5),
+    *_no_slower("small_selfattention", "nn.MultiheadAttention", 1.1),
+    *_no_slower("small_convnnattention", "nn.MultiheadAttention", 1.3),
     *(Target(case, peer, "memory", 0.1, most=True) for case, peer in NAIVE.items()),
 ]
 

@@ -32,34 +32,43 @@ class Place:
     device: torch.device
     dtype: torch.dtype
 
-    @kept
     def index(self) -> Tensor:
         """Integer coordinates (N, a), raster order."""
-        axes = [torch.arange(n, device=self.device) for n in self.grid]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
+        return _index(self.grid, self.device)
 
-    @kept
     def exact(self) -> Tensor:
         """Centred coordinates (N, a) in steps of one position: whole and half numbers, whose ties are exact."""
-        axes = [torch.arange(n, device=self.device, dtype=self.dtype) - (n - 1) / 2 for n in self.grid]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(self.grid))
+        return _exact(self.grid, self.device, self.dtype)
 
     @property
     def step(self) -> float:
         """How far neighbouring positions are apart where the longest axis runs from -1 to 1."""
         return 2 / max(max(self.grid) - 1, 1)
 
-    def _from_minus_one_to_one(self, n: int) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return torch.linspace(-1, 1, n, device=self.device, dtype=self.dtype)
-        # traced, torch.linspace would make every size of the grid a graph of its own
-        return torch.arange(n, device=self.device, dtype=self.dtype) * (2 / max(n - 1, 1)) - 1
-
-    @kept
     def unit(self) -> Tensor:
         """Coordinates (N, a), each axis from -1 to 1, last axis first (x before y), as ConvNN and ACmix do."""
-        axes = [self._from_minus_one_to_one(n) for n in self.grid]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(self.grid))
+        return _from_minus_one_to_one(self.grid, self.device, self.dtype)
+
+
+@kept
+def _index(grid: tuple[int, ...], device: torch.device) -> Tensor:
+    axes = [torch.arange(n, device=device) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
+
+
+@kept
+def _exact(grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    axes = [torch.arange(n, device=device, dtype=dtype) - (n - 1) / 2 for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(grid))
+
+
+@kept
+def _from_minus_one_to_one(grid: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():  # torch.linspace would make every size of the grid a graph of its own
+        axes = [torch.arange(n, device=device, dtype=dtype) * (2 / max(n - 1, 1)) - 1 for n in grid]
+    else:
+        axes = [torch.linspace(-1, 1, n, device=device, dtype=dtype) for n in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1).reshape(-1, len(grid))
 
 
 BANDS = 4  # frequencies of the positional encodings, per axis
