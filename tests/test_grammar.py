@@ -27,7 +27,6 @@ from nearfold.grammar import (
     preset,
 )
 from nearfold.grammar.notation import SHOWN, parse_word
-from nearfold.grammar.operation import SHAPES
 from nearfold.grammar.similarity import Blend, Cosine, Position, Scaled
 from nearfold.grammar.word import Word
 from nearfold.grammar.words import (
@@ -154,7 +153,7 @@ def words(kind: str) -> st.SearchStrategy[Word]:
 @st.composite
 def basics(draw: st.DrawFn) -> Basic:
     path = draw(words("path"))
-    shape = draw(st.one_of([word_of(cls) for cls in SHAPES[type(path)]]))
+    shape = draw(st.one_of([word_of(WORDS["shape"][name]) for name in path.shapes]))
     weight = Weight(draw(words("rho")), draw(st.none() | words("kernel")))
     try:
         return Basic(path, shape, weight)
