@@ -22,6 +22,7 @@ RANK = {
     "kernels": 0,
     "options": 0,
     "lower": 1,
+    "extend": 2,
     "nn": 2,
     "": 3,
     "testing": 3,

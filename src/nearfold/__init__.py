@@ -36,6 +36,7 @@ __all__ = [
 
 _PACKAGES = [
     "compat",
+    "extend",
     "grammar",
     "kernels",
     "look",

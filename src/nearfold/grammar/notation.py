@@ -76,7 +76,7 @@ def parse(text: str) -> Operation:
     flat = " ".join(text.split())
     if not flat:
         raise NotationError("empty notation; write path | shape | weight, such as window(3) | box | kernel", flat, 0)
-    return _parse(flat)
+    return _parse(flat, Word.registered)
 
 
 def did_you_mean(name: str) -> str:
@@ -99,7 +99,7 @@ def did_you_mean(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parse(flat: str) -> Operation:
+def _parse(flat: str, registered: int) -> Operation:
     return _Parser(flat).whole()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
-from nearfold.grammar.word import Word, all_ones, check, number, one_of, positive, sizes
+from nearfold.grammar.word import Word, all_ones, as_tuple, check, number, one_of, positive, sizes
 
 if TYPE_CHECKING:
     from nearfold.grammar.operation import Basic
@@ -82,6 +82,11 @@ class Path(Word):
     def groups_of_channels(self) -> int | None:
         """Groups of channels that look on their own, where the path says so and not the weight."""
         return None
+
+    def slot_shape(self, ndim: int) -> tuple[int, ...]:
+        """The slot axes of a kernel on so many grid axes; of paths that take one."""
+        size: Size = getattr(self, "size")  # noqa: B009, of a path with a kernel
+        return as_tuple(size, ndim, "size")
 
     def require(self, op: Basic) -> None:
         if not one_of(op.shape, self.shapes):
@@ -304,6 +309,9 @@ class Nearest(Path):
         object.__setattr__(self, "recall", float(self.recall))
         if getattr(self.similarity, "relative", False):
             raise ValueError("nearest: scaled(relative) is a window's position term; use scaled(coordinates)")
+
+    def slot_shape(self, ndim: int) -> tuple[int, ...]:
+        return (self.k,)
 
     @property
     def primitives(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ class Word:
 
     kind: ClassVar[str]
     word: ClassVar[str]
+    registered: ClassVar[int] = 0  # words so far: what was read before one came, or came anew, is read again
     primitive: ClassVar[tuple[str, float]] = ("", 0)  # what it adds to the descriptive complexity, see `complexity`
 
     def require(self, op: Basic) -> None:
@@ -34,7 +35,14 @@ class Word:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "word" in cls.__dict__:
-            WORDS.setdefault(cls.kind, {})[cls.word] = cls
+            known = WORDS.setdefault(cls.kind, {})
+            there = known.get(cls.word)
+            if there is not None and there.__module__.startswith("nearfold.") and cls.__module__ != there.__module__:
+                raise ValueError(
+                    f"word={cls.word!r} is a {cls.kind} of the library already; give {cls.__name__} another"
+                )
+            known[cls.word] = cls
+            Word.registered += 1
         own = cls.__dict__.get("__post_init__")
         if own is not None:  # a word's own checks come after those of every word, which it need not call
 
@@ -110,6 +118,15 @@ def sizes(word: Word, **values: Any) -> None:
         entries = value if isinstance(value, tuple) else (value,)
         ok = len(entries) > 0 and all(type(v) is int and v >= 1 for v in entries)
         check(ok, word, name, value, "a positive integer or a tuple of them, one per axis")
+
+
+def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
+    """One entry per axis; ValueError when a tuple has another length."""
+    if isinstance(value, int):
+        return (value,) * ndim
+    if len(value) != ndim:
+        raise ValueError(f"{name}={value} has {len(value)} entries, but the input has {ndim} grid axes")
+    return value
 
 
 def all_ones(value: int | tuple[int, ...]) -> bool:

@@ -18,8 +18,8 @@ from nearfold._kept import once
 from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
+from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import (
-    Block,
     Causal,
     Deformable,
     Dense,
@@ -33,7 +33,6 @@ from nearfold.grammar.words import (
     Shift,
     Softmax,
     Table,
-    Window,
 )
 
 MOST_NUMBERS = 2**40  # of one parameter
@@ -57,27 +56,10 @@ class Parameter:
             )
 
 
-def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, ...]:
-    """One entry per axis; ValueError when a tuple has another length."""
-    if isinstance(value, int):
-        return (value,) * ndim
-    if len(value) != ndim:
-        raise ValueError(f"{name}={value} has {len(value)} entries, but the input has {ndim} grid axes")
-    return value
-
-
 def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
     """Channels of query, key and value after their projections."""
     own = isinstance(op.weight.kernel, Dense | Separable | Experts)
     return out_channels if "v" in op.weight.projections and not own else in_channels
-
-
-def slot_shape(op: Basic, ndim: int) -> tuple[int, ...]:
-    """The kernel's slot axes: one per grid axis for a window or a block, one for `nearest`."""
-    if isinstance(op.path, Window | Block | Deformable):
-        return as_tuple(op.path.size, ndim, "size")
-    assert isinstance(op.path, Nearest)
-    return (op.path.k,)
 
 
 def parameters(
@@ -167,7 +149,7 @@ def _basic(
 
     values, made = inner, inner  # channels the kernel reads, and makes
     if kernel is not None:
-        slots = slot_shape(op, ndim)
+        slots = op.path.slot_shape(ndim)
         count = math.prod(slots)
         if isinstance(kernel, Dense | Separable):
             made = out_channels
@@ -278,7 +260,7 @@ def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) 
         if isinstance(rho, Modulated):
             linear("mask", points, in_channels, slots, "constant:0")
     if isinstance(rho, Generated):
-        numbers = math.prod(slot_shape(op, ndim)) * rho.heads
+        numbers = math.prod(op.path.slot_shape(ndim)) * rho.heads
         hidden = max(1, in_channels // rho.reduction) if rho.reduction else in_channels
         if rho.reduction:
             linear("reduce", hidden, in_channels)

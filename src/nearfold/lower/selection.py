@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.similarity import Place, Position
-from nearfold.grammar.words import All, Block, Box, Causal, Deformable, Nearby, Nearest, Scan, Strided, Table, Window
+from nearfold.grammar.words import All, Box, Causal, Deformable, Nearby, Nearest, Scan, Strided, Table
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, count_positions, is_transformed
 from nearfold.lower.deform import sampled
 from nearfold.lower.orders import scan_order
-from nearfold.lower.windows import flatten, window_reads
+from nearfold.lower.windows import home_index, is_table, window_index
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def distance_score(rank: Tensor) -> Tensor:
 def select(call: Call) -> Selection:
     """The selection of one call, from dense scores."""
     path = call.op.path
-    if isinstance(path, Window | Block):
-        return _window(call)
+    if is_table(path):
+        return _table(call)
     if isinstance(path, Deformable):
         return _deformable(call)
     if isinstance(path, All | Scan):
@@ -83,13 +83,12 @@ def select(call: Call) -> Selection:
     return _nearest(call)
 
 
-def _window(call: Call) -> Selection:
-    at_MSa, valid_MS, home_Ma = window_reads(call.op, call.grid, call.value.device)
-    flat_MS = flatten(at_MSa, call.grid).masked_fill(~valid_MS, 0)
+def _table(call: Call) -> Selection:
+    flat_MS, valid_MS = window_index(call.op, call.grid, call.value.device)
     score = None
     if call.op.weight.rho.needs_score:
         q, k = call.embedded()
-        q_M = q[:, :, flatten(home_Ma, call.grid)]
+        q_M = q[:, :, home_index(call.op, call.grid, call.value.device)]
         k_MS = k[:, :, flat_MS]
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS).squeeze(-2)
         bias = score_bias(call.op, call.params, call.grid, flat_MS, score)

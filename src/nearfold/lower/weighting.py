@@ -6,6 +6,7 @@ Shape legend: B batch, H heads, M outputs, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def _normalized(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
     return score / total.masked_fill(total == 0, 1)
 
 
-_RULES: dict[type[Rho], Callable[[Rho, Tensor, Tensor], Tensor]] = {
+Rule = Callable[[Any, Tensor, Tensor], Tensor]
+RULES: dict[type[Rho], Rule] = {
     Ones: _ones,
     Identity: _identity,
     Softmax: _softmax,
@@ -59,6 +61,6 @@ def mean_of(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 def alpha_of(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
     """Alpha (B, H, M, S): zero in slots that are not valid, NaN where the score is."""
-    alpha = _RULES[type(rho)](rho, score, valid)
+    alpha = RULES[type(rho)](rho, score, valid)
     # a query that was NaN has no valid slot, and its output is NaN all the same
     return alpha.masked_fill(score.isnan(), float("nan"))

@@ -6,15 +6,42 @@ Shape legend: M outputs, S slots, o outputs of an axis, s slots of an axis, a gr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Block, Deformable, Window
+from nearfold.grammar.words import Block, Deformable, Path, Window
 from nearfold.kernels.local import reflect
 from nearfold.lower.geometry import WindowGeometry, block_shift, causal_axes
 from nearfold.lower.parameters import as_tuple
+
+Reads = Callable[[Any, tuple[int, ...], torch.device], tuple[Tensor, Tensor]]
+READS: dict[type[Path], Reads] = {}
+"""Paths from outside whose slots follow from the grid alone: (path, grid, device) -> positions (N, S), valid (N, S)."""
+
+
+def is_table(path: Path) -> bool:
+    """Whether the positions of a path's slots are whole and known from the grid alone."""
+    return isinstance(path, Window | Block) or type(path) in READS
+
+
+def _own_reads(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int) -> tuple[Tensor, Tensor]:
+    """What a path from outside reads, checked."""
+    index, valid = READS[type(op.path)](op.path, grid, device)
+    N, given = math.prod(grid), (tuple(index.shape), index.dtype, tuple(valid.shape), valid.dtype)
+    if index.dim() != 2 or given != ((N, index.shape[1]), torch.long, (N, index.shape[1]), torch.bool):
+        raise ValueError(
+            f"{op.path}: must read int64 positions ({N}, slots) and say in bool ({N}, slots) which are valid, got "
+            f"{given[1]} {given[0]} and {given[3]} {given[2]}"
+        )
+    if not torch.compiler.is_compiling() and not index.is_meta:
+        outside = index[valid & ((index < 0) | (index >= N))]
+        if outside.numel():
+            raise ValueError(f"{op.path}: reads position {int(outside[0])} of {N}; say that such a slot is not valid")
+    return index.masked_fill(~valid, missing), valid
 
 
 def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +127,8 @@ def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing
 
     As `window_reads` says, by a few operations on as many numbers as there are slots.
     """
+    if type(op.path) in READS:
+        return _own_reads(op, grid, device, missing)
     at, valid, _ = _axes(op, grid, device)
     inside = valid[0]
     for more in valid[1:]:
@@ -115,4 +144,6 @@ def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing
 
 def home_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> Tensor:
     """Raster positions (M,) of the queries."""
+    if type(op.path) in READS:
+        return torch.arange(math.prod(grid), device=device)
     return _raster(_axes(op, grid, device)[2], grid).flatten()

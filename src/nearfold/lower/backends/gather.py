@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Block, Deformable, Experts, Max, Separable, Shift, Softmax, Window
+from nearfold.grammar.words import Deformable, Experts, Max, Separable, Shift, Softmax
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.names import DOT_LIKE, INVALID
@@ -24,7 +24,7 @@ from nearfold.lower.deform import moved
 from nearfold.lower.generated import constant_alpha
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
-from nearfold.lower.windows import home_index, window_index
+from nearfold.lower.windows import home_index, is_table, window_index
 
 NAME = "gather"
 
@@ -32,7 +32,7 @@ NAME = "gather"
 def supports(facts: Facts) -> Verdict:
     """Windows, blocks and deformable windows; scores of a dot product only."""
     op = facts.op
-    if not isinstance(op.path, Window | Block | Deformable):
+    if not (isinstance(op.path, Deformable) or is_table(op.path)):
         return Verdict.no(f"path is {op.path.word}: its slots are not known beforehand")
     if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, Experts | Shift):
         return Verdict.no(f"weight {op.weight} is another one for every channel or input")
