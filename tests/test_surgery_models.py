@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.cells import slow_but
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -122,9 +123,7 @@ def off(mine: Tensor, truth: Tensor) -> float:
     return ((mine - truth).abs().max() / truth.abs().max()).item()
 
 
-@pytest.mark.parametrize(
-    "spec", [spec if spec in QUICK else pytest.param(spec, marks=pytest.mark.slow) for spec in ARCHITECTURES]
-)
+@pytest.mark.parametrize("spec", slow_but(QUICK, ARCHITECTURES))
 def test_exact_means_exact(spec):
     """In evaluation and training, on another batch than the one that `convert` has seen; and undo is undo."""
     model = build(spec)
