@@ -43,6 +43,7 @@ def test_help_runs_as_a_module():
     assert done.stderr.count("\n") == 1 and "--nonsense" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error():
     script = f"{sys.executable} -m nearfold ops | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)

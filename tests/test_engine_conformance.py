@@ -31,10 +31,13 @@ def _conform(name, isa, grid, dtype):
 
 def cells(first, *others):
     """An instruction set and a value each: all values for the best set, the first for every set; the others slow."""
-    for isa in SETS:
-        yield pytest.param(isa, first, id=f"{isa}-{first}")
-        marks = [] if isa == SETS[0] else [pytest.mark.slow]
-        yield from (pytest.param(isa, other, id=f"{isa}-{other}", marks=marks) for other in others)
+    return [
+        pytest.param(
+            isa, value, id=f"{value}-{isa}", marks=[] if value == first or isa == SETS[0] else [pytest.mark.slow]
+        )
+        for isa in SETS
+        for value in (first, *others)
+    ]
 
 
 @pytest.mark.parametrize(("isa", "grid"), cells((7, 6), (1, 1), (13,)))

@@ -145,7 +145,7 @@ def test_gradients_are_derivatives(metric, reflect, name):
         assert torch.autograd.gradcheck(lambda k, v, w: grouped_conv([k, v], w, *conv), (k, v, w), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", [*SETS, engine.OFF])
+@pytest.mark.parametrize("name", [*SETS[:1], engine.OFF])
 def test_operators_pass_opcheck(name):
     q, k, v = (torch.randn(2, 2, c, 5, 6, requires_grad=True) for c in (3, 3, 4))
     with engine.forced(name):

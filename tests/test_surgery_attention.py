@@ -64,8 +64,17 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize(("to", "grade"), ATTENTION)
+def pairs():
+    """Every layer and what it becomes; quick: one layer to everything, and every layer to an end of each grade."""
+    ends = {grade: to for to, grade in ATTENTION}
+    return [
+        pytest.param(to, grade, layer, marks=[] if layer == "torch" or ends[grade] == to else [pytest.mark.slow])
+        for to, grade in ATTENTION
+        for layer in LAYERS
+    ]
+
+
+@pytest.mark.parametrize(("to", "grade", "layer"), pairs())
 def test_attention(layer, to, grade):
     model = shaken(LAYERS[layer]()).eval()
     x = torch.randn(2, 10, 12)

@@ -51,10 +51,7 @@ NAMES = {
         "segformer", "swiftformer", "swin", "vit", "vit_mae", "yolos",
     ),
 }  # fmt: skip
-QUICK = {
-    "torchvision:mobilenet_v3_small", "torchvision:resnet18", "torchvision:squeezenet1_1", "timm:vit_tiny_patch16_224",
-    "timm:lcnet_050", "transformers:vit", "transformers:convnext", "transformers:segformer",
-}  # fmt: skip
+QUICK = {"torchvision:resnet18", "timm:vit_tiny_patch16_224", "timm:lcnet_050", "transformers:segformer"}
 ARCHITECTURES = [f"{library}:{name}" for library, names in NAMES.items() for name in names]
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}

@@ -37,6 +37,7 @@ def read(out):
     return metrics, json.loads((out / "result.json").read_text()), load_file(out / "weights.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_two_processes_take_the_steps_of_one(tmp_path):
     script = tmp_path / "script.py"

@@ -161,6 +161,7 @@ SLOW = "import time\nfrom nearfold.train.trainer import Trainer\ntake = Trainer.
 )
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing(digits, tmp_path):
     out = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

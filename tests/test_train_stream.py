@@ -95,15 +95,16 @@ def test_every_image_once_an_epoch_and_in_another_order(data):
 
 def test_evaluation_shares_make_the_split(data):
     alone = data.open_feed(RECIPE, Team(0, 1, CPU), 0)
-    for split in ("train", "val", "test"):
+    teams = {"train": ((1, 2), (3, 0), (3, 2)), "val": ((3, 0),), "test": ((3, 2),)}  # processes, workers of each
+    for split, sizes in teams.items():
         whole = identities(alone.evaluation(split))
         assert sum(whole.values()) == alone.count(split) == len(data.splits[split])
-        for world, workers in ((1, 2), (3, 0), (3, 2)):
+        for world, workers in sizes:
             feeds = [data.open_feed(RECIPE, Team(rank, world, CPU), workers) for rank in range(world)]
             shares = [list(feed.evaluation(split)) for feed in feeds]
             assert identities(batch for batches in shares for batch in batches) == whole
-            sizes = [sum(len(labels) for _, labels in batches) for batches in shares]
-            assert max(sizes) - min(sizes) <= 1
+            counts = [sum(len(labels) for _, labels in batches) for batches in shares]
+            assert max(counts) - min(counts) <= 1
             assert max(len(labels) for batches in shares for _, labels in batches) <= RECIPE.batch_size // world
 
 
