@@ -15,15 +15,8 @@ from nearfold.grammar.words import Box, Depthwise, Grid, Identity, Nearby, Neare
 
 
 @given(OPERATIONS)
-@settings(max_examples=30, deadline=None)
-def test_generated_operations_round_trip(op):
-    check_round_trip(op)
-
-
-@pytest.mark.slow
-@given(OPERATIONS)
 @settings(max_examples=120, deadline=None)
-def test_many_generated_operations_round_trip(op):
+def test_generated_operations_round_trip(op):
     check_round_trip(op)
 
 
