@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 
 SOURCE = Path(__file__).parent / "src"
 TRITON = SOURCE / "nearfold" / "kernels" / "triton"
+
+# Before torch is loaded, and for the processes that tests start: several tests at once have more threads than there are
+# cores, and those that wait for one another would otherwise spin, and take the time of those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if importlib.util.find_spec("nearfold") is None:
     sys.path.insert(0, str(SOURCE))

@@ -43,6 +43,7 @@ def test_help_runs_as_a_module():
     assert done.stderr.count("\n") == 1 and "--nonsense" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error():
     script = f"{sys.executable} -m nearfold ops | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
@@ -138,7 +139,7 @@ def test_train_trains_saves_and_resumes(tmp_path, capsys):
 
 def test_study_ends_with_a_table_and_a_report(tmp_path, capsys):
     argv = ["study", "spectrum", "--limit", "60", "--epochs", "1", "--seeds", "1", "--width", "8",
-            "--only", "conv, kvt", "--out", str(tmp_path), "--device", "cpu"]  # fmt: skip
+            "--only", "conv, kvt", "--out", str(tmp_path), "--device", "cpu", "--jobs", "1"]  # fmt: skip
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "convolution 3x3" in out and str(tmp_path / "report.html") in out

@@ -19,13 +19,7 @@ from nearfold.models import Network
 BOUND = 1e-11
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def close(mine: Tensor, truth: Tensor) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.cells import slow_but
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -84,9 +85,11 @@ def test_many_ties_go_to_the_lowest_index(candidates):
     assert max(errors.values()) <= BUDGET[torch.float32], errors
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(op=operations(), grid=st.tuples(st.integers(1, 7), st.integers(1, 6)), seed=st.integers(0, 99))
-def test_generated(op, grid, seed):
+QUIETLY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+OPERATIONS = given(op=operations(), grid=st.tuples(st.integers(1, 7), st.integers(1, 6)), seed=st.integers(0, 99))
+
+
+def check_generated(op, grid, seed):
     try:
         forward(*make(op, grid))
     except ValueError as e:  # a combination that cannot be: refused in words, and by the oracle alike
@@ -98,6 +101,20 @@ def test_generated(op, grid, seed):
         return
     assume(not tie_prone(op))
     conform(op, grid, seed=seed)
+
+
+@settings(QUIETLY, max_examples=40)
+@OPERATIONS
+def test_generated(op, grid, seed):
+    check_generated(op, grid, seed)
+
+
+@pytest.mark.slow
+@settings(QUIETLY, max_examples=110)
+@OPERATIONS
+def test_generated_in_number(op, grid, seed):
+    """Others than above: what is drawn follows from the name of the test."""
+    check_generated(op, grid, seed)
 
 
 def _words(value):
@@ -125,13 +142,8 @@ def test_gradcheck(name):
     check_gradients(CASES[name], (4, 4) if "padding=0" in CASES[name] else (3, 4))
 
 
-QUICKLY = ("conv", "attention", "convnn", "kvt", "acmix", "branch", "deformable")
-"""Operators that the quick tests compile; `make slow` compiles all the others."""
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow) for n in CASES if n in CATALOGUE]
-)
+# the quick tests compile the named layers, too: convnn, kvt, branch and acmix among them
+@pytest.mark.parametrize("name", slow_but(("conv", "deformable"), [name for name in CASES if name in CATALOGUE]))
 def test_compiles_in_one_graph(name):
     layer, x = make(CASES[name], (6, 5), torch.float32)
     other = make(CASES[name], (7, 9), torch.float32)[1]
@@ -157,6 +169,7 @@ def test_named_layers_compile(name):
     check_compiled(build(), [torch.randn(shape)])
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     torch.manual_seed(0)
     check_compiled(ConvNN2d(8, 8), [torch.randn(2, 8, 6, 5)], backend="inductor")

@@ -139,13 +139,13 @@ def test_gradients_are_derivatives(metric, reflect, name):
     v = torch.randn(1, 2, 2, 4, 7, dtype=torch.float64, requires_grad=True)
     args = ([3, 3], [2, 2], [1, 1], [1, 1], reflect, *metric, 0.7)
     with engine.forced(name):
-        assert torch.autograd.gradcheck(lambda *t: local_attention(*t, *args)[0], (q, k, v))
+        assert torch.autograd.gradcheck(lambda *t: local_attention(*t, *args)[0], (q, k, v), fast_mode=True)
         w = torch.randn(2, 3, 5, 3, 3, dtype=torch.float64, requires_grad=True)
         conv = ([2, 2], [1, 1], [1, 1], [2, 4], reflect)
-        assert torch.autograd.gradcheck(lambda k, v, w: grouped_conv([k, v], w, *conv), (k, v, w))
+        assert torch.autograd.gradcheck(lambda k, v, w: grouped_conv([k, v], w, *conv), (k, v, w), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", [*SETS, engine.OFF])
+@pytest.mark.parametrize("name", [*SETS[:1], engine.OFF])
 def test_operators_pass_opcheck(name):
     q, k, v = (torch.randn(2, 2, c, 5, 6, requires_grad=True) for c in (3, 3, 4))
     with engine.forced(name):

@@ -22,7 +22,7 @@ import warnings
 import numpy
 import pytest
 import torch
-from misuse_calls import (
+from helpers.misuse_calls import (
     aggregated,
     cornered,
     deformed,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers.cells import slow_but
 
 from nearfold.kernels import engine
 from nearfold.kernels.aggregate import aggregate
@@ -97,6 +98,7 @@ def test_without_the_engine_one_notice():
     assert said.count("installed without its compiled CPU engine") == 1 and said.count("RuntimeWarning") == 1, said
 
 
+@pytest.mark.slow
 def test_switched_off_silently():
     said = run_python(LAYERS_TWICE, NEARFOLD_ENGINE="off")
     assert "serves: PyTorch" in said and "RuntimeWarning" not in said
@@ -120,12 +122,14 @@ for _ in range(2):
 
 
 @compiled
+@pytest.mark.slow
 def test_nonsense_in_the_environment_is_refused():
     said = run_python(NONSENSE, NEARFOLD_ENGINE="nonsense")
     assert said.count("ValueError instruction set 'nonsense' is not one of this machine's") == 2, said
     assert "generic" in said
 
 
+@pytest.mark.slow
 def test_asking_for_an_engine_that_is_not_there():
     said = run_python(BLOCKED + NONSENSE, NEARFOLD_ENGINE="avx2")
     assert said.count("ImportError NEARFOLD_ENGINE='avx2' asks for the compiled engine, but it is not there") == 2, said
@@ -154,7 +158,7 @@ print("libgomp:", any("/torch/lib/libgomp" in line for line in open("/proc/self/
 
 @compiled
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-@pytest.mark.parametrize("first", ["torch", "sklearn"])
+@pytest.mark.parametrize("first", slow_but(["torch"], ["torch", "sklearn"]))
 def test_threads_are_those_of_torch(first):
     if first == "sklearn":
         pytest.importorskip("sklearn")
@@ -218,7 +222,7 @@ print("equal")
 
 @compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("used", ["engine", "torch"])
+@pytest.mark.parametrize("used", slow_but(["engine"], ["engine", "torch"]))
 def test_a_forked_child_finishes(used):
     """Whether the parent had called the engine or torch alone: a pool of threads does not survive a fork."""
     said = run_python(FORK, used, timeout=60)
@@ -248,6 +252,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_workers_of_a_loader():
     assert "equal" in run_python(LOADER, timeout=120)

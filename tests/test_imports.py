@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -151,27 +152,39 @@ def test_there_are_backends():
     assert len(BACKENDS) >= 4
 
 
-def loaded_by(module: str) -> set[str]:
-    """Top-level modules that importing this one loads, beyond those of torch alone.
+LIGHT = {"nearfold": (), "nearfold.train": ("safetensors",), "nearfold.look_command": (), "nearfold.cli": ()}
+"""What is imported often and should be there at once, and what else it must not load."""
 
-    torch's own FLOP counter, for which our operators register their formulas, imports Triton where it is installed.
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """By every module in turn, in one process: the top-level modules that it and those before it load.
+
+    Beyond those of torch alone, whose own FLOP counter, for which our operators register their formulas, imports
+    Triton where it is installed. The last one, rich, is heavy: the tests would see it.
     """
     code = (
-        "import sys, torch, torch.utils.flop_counter\n"
-        "before = set(sys.modules)\n"
-        f"import {module}\n"
-        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+        "import importlib, json, sys, torch, torch.utils.flop_counter\n"
+        "before, found = set(sys.modules), {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    found[name] = sorted({name.partition('.')[0] for name in set(sys.modules) - before})\n"
+        "print(json.dumps(found))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    command = [sys.executable, "-c", code, *LIGHT, "rich"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return {name: set(modules) for name, modules in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("module", ["nearfold", "nearfold.cli"])
-def test_import_loads_nothing_heavy(module):
-    loaded = loaded_by(module)
-    assert "nearfold" in loaded
-    assert loaded.isdisjoint(HEAVY)
+@pytest.mark.parametrize("module", LIGHT)
+def test_import_loads_nothing_heavy(module, loaded):
+    assert "nearfold" in loaded[module]
+    assert loaded[module].isdisjoint((*HEAVY, *LIGHT[module]))
+
+
+def test_a_heavy_import_would_be_seen(loaded):
+    assert "rich" in loaded["rich"]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("nearfold.kernels.triton")])
@@ -183,7 +196,3 @@ def test_triton_is_imported_by_its_kernels_only(module):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module or "")
     assert not any(name.partition(".")[0] == "triton" for name in names)
-
-
-def test_a_heavy_import_would_be_seen():
-    assert "rich" in loaded_by("rich")

@@ -180,12 +180,3 @@ def test_the_command(tmp_path, capsys, image):
     with pytest.raises(SystemExit):
         parser.parse_args(["photo.jpg", "--at", "5"])
     assert "wanted row and column" in capsys.readouterr().err
-
-
-def test_nothing_heavy_is_loaded():
-    import subprocess
-    import sys
-
-    code = "import sys, nearfold.look_command; print([m for m in ('matplotlib', 'PIL', 'sklearn') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cells import slow_but
+from helpers.networks import CLASSES, NAMES, every, every_kind, images, one_of_each_kind, sizes, tiny
 from torch.testing import assert_close
 
 import nearfold
@@ -24,24 +26,6 @@ from nearfold.models.table import agrees, count, number
 from nearfold.models.vgg import VGG
 
 RUNS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "convnn_runs.csv"
-NAMES = sorted(MODELS)
-every = pytest.mark.parametrize("name", NAMES)
-CLASSES = 5
-
-
-def sizes(name: str) -> list[tuple[int, int]]:
-    """Two sizes of images, the first odd and not square; smaller where the network was published for small ones."""
-    return [(33, 47), (40, 32)] if MODELS[name].input_size[1] < 64 else [(65, 97), (64, 80)]
-
-
-def tiny(name: str, **arguments):
-    torch.manual_seed(0)
-    given = {"num_classes": CLASSES, "img_size": sizes(name)[0]} | MODELS[name].tiny | arguments
-    return create(name, **given)
-
-
-def images(name: str, which: int = 0) -> torch.Tensor:
-    return torch.randn(2, 3, *sizes(name)[which], generator=torch.Generator().manual_seed(1))
 
 
 def gradients(network, x) -> dict[str, torch.Tensor | None]:
@@ -50,17 +34,6 @@ def gradients(network, x) -> dict[str, torch.Tensor | None]:
     features = network.forward_features(x)  # of all tokens: the head of some networks reads one
     (network.forward_head(features).square().sum() + features.square().mean()).backward()
     return {n: None if p.grad is None else p.grad.clone() for n, p in network.named_parameters()}
-
-
-def one_of_each_kind() -> list[str]:
-    """Networks among which every class and every layer is found."""
-    chosen, seen = [], set()
-    for name in NAMES:
-        kinds = {MODELS[name].network, MODELS[name].arguments.get("layer"), MODELS[name].arguments.get("block")}
-        if kinds - seen:
-            chosen.append(name)
-            seen |= kinds
-    return chosen
 
 
 def one_of_each_family() -> list[str]:
@@ -96,7 +69,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name, monkeypa
         assert_close(again[n], gradient, msg=lambda text, n=n: f"{n}: {text}")
 
 
-@every
+@every_kind
 def test_features_are_what_feature_info_says(name):
     maps = tiny(name, features_only=True).eval()
     x = images(name, 1)
@@ -116,7 +89,7 @@ def test_features_are_what_feature_info_says(name):
     assert all("norm" in n or "class_token" in n for n in unused), unused  # of the head, a norm at most is left
 
 
-@every
+@every_kind
 def test_the_head_can_be_exchanged(name):
     network, x = tiny(name).eval(), images(name, 1)
     before = network.forward_head(network.forward_features(x), pre_logits=True)
@@ -136,7 +109,7 @@ def test_an_image_that_is_too_small_is_said(name):
         tiny(name, img_size=(64, 64))(torch.zeros(1, 3, 3, 64))
 
 
-@every
+@every_kind
 def test_every_network_takes_any_number_of_channels(name):
     assert tiny(name, in_chans=1).eval()(images(name, 1)[:, :1]).shape == (2, CLASSES)
 
@@ -153,13 +126,16 @@ def test_parameters_are_the_published_ones(name):
         assert built == pytest.approx(number(published.parameters), rel=0.05)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if MODELS[name].published.macs])
+COUNTED = [name for name in NAMES if MODELS[name].published.macs]
+
+
+@pytest.mark.parametrize("name", slow_but({MODELS[name].network: name for name in COUNTED}.values(), COUNTED))
 def test_multiply_adds_are_the_published_ones_within_3_percent(name):
     row = count(name)
     assert row.macs == pytest.approx(number(row.printed_macs), rel=0.03)
 
 
-@pytest.mark.parametrize("name", one_of_each_kind())
+@pytest.mark.parametrize("name", slow_but(("gwo_deformable", "vgg11_conv", "vit_base_kvt"), one_of_each_kind()))
 def test_compiled_gives_the_same(name):
     torch._dynamo.reset()
     network, x = tiny(name).eval(), images(name, 1)
@@ -167,7 +143,7 @@ def test_compiled_gives_the_same(name):
         assert_close(torch.compile(network, backend="eager", fullgraph=True)(x), network(x))
 
 
-@pytest.mark.parametrize("name", one_of_each_family())
+@pytest.mark.parametrize("name", slow_but(("vgg11_conv", "vit_base_attention"), one_of_each_family()))
 def test_exported_gives_the_same(name):
     network, x = tiny(name).eval(), images(name, 1)
     with torch.no_grad():

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.networks import CLASSES, NAMES, every_kind, images, sizes, tiny
 from safetensors.torch import load_file, save_file
-from test_models import CLASSES, NAMES, every, images, sizes, tiny
 
 from nearfold import parse
 from nearfold._torchvision import load
@@ -29,7 +29,7 @@ def same_weights(a, b) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
-@every
+@every_kind
 def test_a_folder_gives_the_network_back(name, tmp_path):
     network = tiny(name).eval()
     network.save_pretrained(tmp_path)
@@ -40,7 +40,7 @@ def test_a_folder_gives_the_network_back(name, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
 
 
-@every
+@every_kind
 def test_other_classes_and_sizes_keep_the_other_weights(name, tmp_path):
     network = tiny(name).eval()
     network.save_pretrained(tmp_path)
@@ -223,7 +223,7 @@ def test_timm_lists_every_network(timm):
     assert set(timm.list_models("nearfold_*")) == {f"nearfold_{name}" for name in NAMES}
 
 
-@every
+@every_kind
 def test_timm_makes_every_network(timm, name):
     arguments = MODELS[name].tiny | {"in_chans": 1, "img_size": sizes(name)[0]}
     x = images(name, 1)[:, :1]

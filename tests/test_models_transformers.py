@@ -50,9 +50,7 @@ def doubled(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ViT

@@ -6,8 +6,8 @@ import typing
 import numpy as np
 import pytest
 import torch
-from test_grammar import builds, members
-from test_grammar import plain as required
+from helpers.drawn_operations import builds, members
+from helpers.drawn_operations import plain as required
 
 from nearfold import NotationError, mixing_matrix, models, parse
 from nearfold._numbers import MOST

@@ -16,13 +16,7 @@ BOUND = 1e-12
 CONVNN = "nearest(9, cosine, self) | ranked | kernel"
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def net() -> nn.Sequential:

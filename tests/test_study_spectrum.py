@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study import tasks
+from nearfold.study import measure, tasks
 from nearfold.study.plots import FAMILIES
 from nearfold.study.publish import publish
 from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
@@ -21,7 +21,11 @@ def settings(tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Replaces training by a list of what would have been trained: (seed, epochs, first mixing layer)."""
+    """Replaces training by a list of what would have been trained: (seed, epochs, first mixing layer).
+
+    Costs are measured, once instead of many times.
+    """
+    monkeypatch.setattr(measure, "STEPS", 1)
     calls = []
 
     def fit(model, data, recipe, **_):

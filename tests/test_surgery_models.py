@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.cells import slow_but
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -50,10 +51,7 @@ NAMES = {
         "segformer", "swiftformer", "swin", "vit", "vit_mae", "yolos",
     ),
 }  # fmt: skip
-QUICK = {
-    "torchvision:mobilenet_v3_small", "torchvision:resnet18", "torchvision:squeezenet1_1", "timm:vit_tiny_patch16_224",
-    "timm:lcnet_050", "transformers:vit", "transformers:convnext", "transformers:segformer",
-}  # fmt: skip
+QUICK = {"torchvision:resnet18", "timm:vit_tiny_patch16_224", "timm:lcnet_050", "transformers:segformer"}
 ARCHITECTURES = [f"{library}:{name}" for library, names in NAMES.items() for name in names]
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
@@ -122,9 +120,7 @@ def off(mine: Tensor, truth: Tensor) -> float:
     return ((mine - truth).abs().max() / truth.abs().max()).item()
 
 
-@pytest.mark.parametrize(
-    "spec", [spec if spec in QUICK else pytest.param(spec, marks=pytest.mark.slow) for spec in ARCHITECTURES]
-)
+@pytest.mark.parametrize("spec", slow_but(QUICK, ARCHITECTURES))
 def test_exact_means_exact(spec):
     """In evaluation and training, on another batch than the one that `convert` has seen; and undo is undo."""
     model = build(spec)

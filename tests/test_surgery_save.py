@@ -56,6 +56,7 @@ def saved(tmp_path_factory):
     return folder, model.eval(), x
 
 
+@pytest.mark.slow
 def test_the_same_in_a_new_process(saved, tmp_path):
     folder, model, x = saved
     torch.save(x, tmp_path / "x.pt")

@@ -1,39 +1,24 @@
-"""Surgery's two properties over generated modules: all or nothing, and exact means exact.
+"""Surgery says exact where it is: over generated modules, and attention however it is called.
 
-The oracle is here: a copy of the original and the converted model run on the same inputs.
+The oracle is a copy of the original, run on the same inputs as the converted model.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 
 import pytest
 import torch
+from helpers.same_models import BOUND, CALLS, KEPT, decoder, encoder, note, outcome, require_same, size, state
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.nn.utils.parametrizations import orthogonal
 
 from nearfold import Rule, convert
-from nearfold.nn import Mixer
 
-BOUND = 1e-11
-CALLS: list[str] = []
-KEPT: list[object] = []  # nodes live as long as somebody holds them
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
-
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore")]
 
 # --- what is generated
 
@@ -55,10 +40,6 @@ class Named(nn.Conv2d):
 
     def extra_repr(self):
         return "named"
-
-
-def note(name):
-    return lambda *args, **kwargs: CALLS.append(name)
 
 
 def patched(layer):
@@ -166,51 +147,6 @@ RULES = [
 ]
 
 # --- the oracle
-
-
-def state(model: nn.Module):
-    """Everything of a model that a conversion could touch."""
-    found = []
-    for name, module in model.named_modules():
-        hooks = {k: [id(h) for h in v.values()] for k, v in vars(module).items() if "hooks" in k and v is not None}
-        owned = {n: id(t) for own in (module._parameters, module._buffers) for n, t in own.items()}
-        found.append((name, id(module), module.training, owned, hooks, sorted(vars(module))))
-    weights = [(n, p.requires_grad, p._version, p.sum().item()) for n, p in model.named_parameters()]
-    return found, weights, [(n, b.double().sum().item()) for n, b in model.named_buffers()], torch.get_rng_state().sum()
-
-
-def outcome(model: nn.Module, *inputs: Tensor, train: bool):
-    """Output, gradients of the inputs, and which hooks ran; None where the model does not run."""
-    CALLS.clear()
-    model.train(train)
-    given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    torch.manual_seed(1)
-    try:
-        y = model(*given)
-        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    except (RuntimeError, ValueError):
-        return None
-    return y.detach(), [x.grad for x in given], sorted(CALLS)
-
-
-def require_same(old: nn.Module, new: nn.Module, *inputs: Tensor) -> bool:
-    for train in (False, True):
-        wanted = outcome(old, *inputs, train=train)
-        if wanted is None:
-            return False
-        found = outcome(new, *inputs, train=train)
-        assert found is not None, "the converted model does not run where the original does"
-        assert found[0].shape == wanted[0].shape
-        scale = wanted[0].abs().max().clamp(min=1e-30)
-        assert (found[0] - wanted[0]).abs().max() <= BOUND * scale
-        for mine, theirs in zip(found[1], wanted[1], strict=True):
-            assert (mine is None) == (theirs is None)
-            assert mine is None or (mine - theirs).abs().max() <= BOUND * theirs.abs().max().clamp(min=1e-30)
-    return True
-
-
-def size(model: nn.Module, trainable: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -327,15 +263,6 @@ class _Bound(nn.Module):
         return self.model(x, x if memory is None else memory, *self.rest)
 
 
-def encoder(**arguments):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **arguments)
-    return nn.TransformerEncoder(layer, 2)
-
-
-def decoder():
-    return nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1)
-
-
 class Encoded(nn.Module):
     def __init__(self, model, **masks):
         super().__init__()
@@ -388,165 +315,3 @@ def test_padding_is_left_out_by_operations_of_any_kind(train):
             y = model(x, src_key_padding_mask=PADDING)
             alone = model(x[1:, :4])
         assert (y[1:, :4] - alone).abs().max() <= BOUND
-
-
-# --- all or nothing
-
-
-class Trips(nn.Module):
-    """Raises at its nth call."""
-
-    def __init__(self, nth: int, error: BaseException) -> None:
-        super().__init__()
-        self.left, self.error = [nth], error
-        self.register_buffer("runs", torch.zeros(()))
-
-    def forward(self, x):
-        self.left[0] -= 1
-        self.runs += 1
-        if self.left[0] == 0:
-            raise self.error
-        return x
-
-
-def network(trips: nn.Module) -> nn.Module:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), trips, nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Dropout()
-    )
-    model[0].weight.requires_grad_(False)
-    model[1].register_forward_hook(note("norm"))
-    model[3].eval()
-    return model
-
-
-ERRORS = [KeyboardInterrupt, RuntimeError, MemoryError, ValueError, SystemExit]
-
-
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("nth", range(1, 5))
-def test_whatever_is_raised_the_model_is_as_it_was(error, nth):
-    model = network(Trips(nth, error("stop")))
-    before, runs = state(model), model[2].runs
-    try:
-        convert(
-            model, Rule("({self}) + new*(nearest(4, cosine, stride={stride}) | ranked | kernel)"), input_size=(3, 7, 7)
-        )
-    except (error, ValueError):
-        assert state(model)[:3] == before[:3] and model[2].runs is runs and runs == 0
-    else:
-        assert nth == 4  # it does not run so often
-
-
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("where", ["to", "where", "build", "check"])
-def test_an_interrupted_rule_or_layer_changes_nothing(error, where, monkeypatch):
-    model, count = network(nn.Identity()), [0]
-    before = state(model)
-
-    def trip(*args, **kwargs):
-        count[0] += 1
-        if count[0] == 2:
-            raise error("stop")
-        return {"to": "{self}", "where": True}.get(where)
-
-    if where in ("build", "check"):
-        own = Mixer.__init__ if where == "build" else Mixer.forward
-        name = "__init__" if where == "build" else "forward"
-        monkeypatch.setattr(Mixer, name, functools.wraps(own)(lambda *a, **k: (trip(), own(*a, **k))[1]))
-    rule = Rule(trip if where == "to" else "window(3, padding={padding}) | box | kernel",
-                where=trip if where == "where" else None)  # fmt: skip
-    try:
-        convert(model, rule, input_size=(3, 7, 7))
-    except error:
-        assert state(model)[:3] == before[:3]
-    else:
-        assert error in (RuntimeError, ValueError, MemoryError) and where in ("build", "check", "to")
-
-
-# --- frozen one by one
-
-
-@pytest.mark.parametrize("keep", ["bias", "weight", "in_proj", "out_proj", ""])
-def test_frozen_parameters_stay_frozen_one_by_one(keep):
-    model = nn.Sequential(encoder(), nn.Conv1d(9, 9, 3, padding=1))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(keep in name if keep else False)
-    before = size(model, True)
-    report = convert(model, [Rule("{self}", kind="attention"), Rule("window(5) | box | kernel", kind="conv")])
-    assert len(report.replaced) == 3 and report.exact
-    grown = 9 * 9 * 2 if keep == "weight" else 0  # a larger window has a larger weight
-    assert size(model, True) == before + grown
-
-
-# --- what is said
-
-
-def test_k_larger_than_the_positions_is_said():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(4), nn.Conv2d(4, 4, 3, padding=1))
-    report = convert(model, Rule("({self}) + n*(nearest(9, cosine, self) | ranked | kernel)"), input_size=(4, 8, 8))
-    reasons = {row.name: row.reason for row in report.replaced}
-    assert "k=9 is more than the 4 positions there are" in reasons["2"] and "k=9" not in reasons["0"]
-    assert report.exact and "k=9 is more" in str(report)
-
-
-class HomeMadeAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ x
-
-
-def test_a_rule_that_matches_nothing_names_the_attention_there_is():
-    model = nn.Sequential(HomeMadeAttention(), HomeMadeAttention())
-    with pytest.raises(ValueError, match=r"there is 0, 1 \(HomeMadeAttention: called attention, and no rule for"):
-        convert(model, Rule("{self}", kind="attention"))
-    both = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.Conv2d(4, 4, 3)})
-    with pytest.raises(ValueError, match=r"there is a \(MultiheadAttention: its name is another\)"):
-        convert(both, Rule("{self}", kind="attention", name="encoder*"))
-
-
-def test_inputs_of_any_kind_are_compared():
-    torch.manual_seed(0)
-    model = decoder().eval()
-    x, memory = torch.randn(2, 7, 8), torch.randn(2, 5, 8)
-    rule = Rule("nearest(7, scaled) | ranked | softmax(heads={heads})", name="*self_attn")
-    report = convert(model, rule, inputs={"tgt": x, "memory": memory})
-    assert report.difference_seen is not None and report.difference_seen < 1e-12
-    assert report.replaced[0].flops_after is not None
-    with pytest.raises(ValueError, match="input_size and inputs were both given"):
-        convert(model, rule, inputs=(x, memory), input_size=(7, 8))
-    with pytest.raises(ValueError, match="inputs must be a tensor, a tuple of arguments or a dict, got str"):
-        convert(model, rule, inputs="x")
-
-
-class Reads(nn.Module):
-    """Uses its layer in other ways than by calling it."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.conv, self.how = nn.Conv2d(3, 4, 3, padding=1), how
-        self.plain = [self.conv] if how == "list" else None
-        self.bound = self.conv.forward if how == "bound" else None
-
-    def forward(self, x):
-        if self.how == "functional":
-            return nn.functional.conv2d(x, self.conv.weight, padding=self.conv.padding)
-        return self.plain[0](x) if self.plain else self.bound(x) if self.bound else self.conv(x)
-
-
-@pytest.mark.parametrize("how", ["list", "bound", "functional", "called"])
-def test_a_layer_that_is_used_in_other_ways(how):
-    model = Reads(how)
-    old = copy.deepcopy(model)
-    before = state(model)
-    rule = Rule("({self}) + n*(nearest(4, cosine) | ranked | kernel)")
-    try:
-        report = convert(model, rule, input_size=(3, 8, 8))
-    except ValueError as error:
-        assert how == "functional" and "does not run with the new layers" in str(error)
-        assert state(model)[:3] == before[:3]
-        return
-    assert bool(report.replaced) == (how == "called")
-    assert require_same(old, model, torch.randn(2, 3, 6, 5))

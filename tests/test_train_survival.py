@@ -91,7 +91,7 @@ def wait_for(condition, process):
     while not condition():
         assert time.monotonic() < give_up
         assert process.poll() is None, "it has ended before its time"
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def same_weights(one, other):

@@ -5,7 +5,7 @@ Shipped with the package, so that a new lowering, similarity or path is tested w
 the oracle, `check_*` test what else a layer promises. Needs the extra `dev` for the generated part only.
 
 The oracle shares small parts with the backends (embeddings, geometry, rho): those are held against torch's own layers
-and hand-written formulas by tests/test_equivalence.py, not by this suite.
+and hand-written formulas by tests/test_equivalence_*.py, not by this suite.
 """
 
 from __future__ import annotations

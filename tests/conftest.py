@@ -1,0 +1,73 @@
+"""What several files of tests set up alike. A file that needs it for all its tests says so in `pytestmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from nearfold.train import ImageData
+
+# their asserts show the values, as those in a test do
+pytest.register_assert_rewrite("helpers")
+
+
+@pytest.fixture
+def seeded() -> None:
+    """Torch's generator starts from 0."""
+    import torch  # not above: the process that hands out the tests needs none
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64(seeded: None) -> Iterator[None]:
+    """New tensors are float64, and torch's generator starts from 0."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageData:
+    """200 of the digits, 180 to train on."""
+    from nearfold.train import load_data
+
+    return load_data(limit=200)
+
+
+@pytest.fixture(scope="session")
+def image_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 120 images in every layout, in several files, with small row groups."""
+    from nearfold.recipes import generated
+
+    root = tmp_path_factory.mktemp("generated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generated, "ROW_GROUP", 7)
+        for layout in generated.LAYOUTS:
+            generated.write(root / layout, layout, 120, size=40, shard=50)
+    return root
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small batches of a stream have several lanes."""
+    from nearfold.train import stream
+
+    monkeypatch.setattr(stream, "_IMAGES_A_PIECE", 8)

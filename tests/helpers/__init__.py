@@ -1,0 +1,1 @@
+"""What several files of tests build, draw and compare. Not collected."""

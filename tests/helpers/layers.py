@@ -1,0 +1,100 @@
+"""Every named layer of nearfold.nn, and inputs of any size for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from nearfold.nn import (
+    ACmix2d,
+    BlockAttention2d,
+    BranchingAttention,
+    BranchingConv2d,
+    ConvNN1d,
+    ConvNN2d,
+    ConvNN3d,
+    ConvNNAttention,
+    DeformConv2d,
+    DynamicConv2d,
+    Involution2d,
+    KVTAttention,
+    LargeKernelConv2d,
+    LinearAttention,
+    NeighborhoodAttention1d,
+    NeighborhoodAttention2d,
+    NeighborhoodAttention3d,
+    Pool2d,
+    SelectiveScan,
+    SelectiveScan2d,
+    SelfAttention,
+    SlidingWindowAttention,
+    StridedAttention,
+    TokenMixer,
+)
+
+IMAGES = {
+    "ConvNN2d": lambda **k: ConvNN2d(4, 6, 5, **k),
+    "ConvNN2d random": lambda **k: ConvNN2d(4, 6, 5, candidates="random(8)", **k),
+    "ConvNN2d blend": lambda **k: ConvNN2d(4, 6, 5, similarity="blend(0.3)", candidates="grid(3)", **k),
+    "ConvNN2d window": lambda **k: ConvNN2d(4, 6, 5, similarity="euclidean", candidates="window(3)", **k),
+    "BranchingConv2d": lambda **k: BranchingConv2d(4, 6, 3, 5, 0.5, **k),
+    "BranchingConv2d groups": lambda **k: BranchingConv2d(4, 8, (3, 1), 5, 0.25, groups=2, dilation=2, mix=False, **k),
+    "ACmix2d": lambda **k: ACmix2d(4, 8, 7, 3, 2, **k),
+    "ACmix2d dilated": lambda **k: ACmix2d(4, 8, (3, 5), 5, 4, dilation=2, **k),
+    "DeformConv2d": lambda **k: DeformConv2d(4, 6, **k),
+    "DeformConv2d groups": lambda **k: DeformConv2d(4, 6, (3, 5), groups=2, offset_groups=2, modulated=True, **k),
+    "Involution2d": lambda **k: Involution2d(4, 5, groups=2, reduction=2, **k),
+    "DynamicConv2d": lambda **k: DynamicConv2d(4, 6, 5, experts=3, reduction=1, dilation=2, **k),
+    "LargeKernelConv2d": lambda **k: LargeKernelConv2d(4, (13, 7), **k),
+}
+SEQUENCES = {
+    "ConvNN1d": lambda **k: ConvNN1d(4, 6, 5, **k),
+    "ConvNN1d padded": lambda **k: ConvNN1d(4, 6, 5, padding=1, candidates="grid(5)", **k),
+}
+TOKENS = {
+    "ConvNNAttention": lambda **k: ConvNNAttention(12, 3, 5, **k),
+    "ConvNNAttention separable": lambda **k: ConvNNAttention(12, 3, 5, kernel="separable", include_self=True, **k),
+    "ConvNNAttention kernel": lambda **k: ConvNNAttention(12, 3, 5, kernel="kernel", rho="identity", **k),
+    "ConvNNAttention plain": lambda **k: ConvNNAttention(
+        12, 3, 5, kernel="none", similarity="cosine(coordinates)", **k
+    ),
+    "ConvNNAttention random": lambda **k: ConvNNAttention(12, 3, 5, candidates="random(6)", kernel=None, **k),
+    "KVTAttention": lambda **k: KVTAttention(12, 3, 5, **k),
+    "BranchingAttention": lambda **k: BranchingAttention(12, 3, 5, 0.5, **k),
+    "TokenMixer": lambda **k: TokenMixer("all | causal | softmax(heads=3)", 12, **k),
+    "SelfAttention": lambda **k: SelfAttention(12, 6, kv_heads=2, positions="rotary", causal=True, **k),
+    "SelfAttention alibi": lambda **k: SelfAttention(12, 3, kv_heads=1, positions="alibi", **k),
+    "SlidingWindowAttention": lambda **k: SlidingWindowAttention(12, 3, 4, **k),
+    "StridedAttention": lambda **k: StridedAttention(12, 3, 3, **k),
+    "LinearAttention": lambda **k: LinearAttention(12, 3, **k),
+    "SelectiveScan": lambda **k: SelectiveScan(12, 5, rank=2, **k),
+    "SelectiveScan heads": lambda **k: SelectiveScan(12, 5, num_heads=3, reverse=True, **k),
+}
+OTHERS = {
+    "ConvNN3d": (lambda: ConvNN3d(4, 6, 5), lambda n=4: (2, 4, n, 3, n + 1)),
+    "ConvNN3d shuffled": (lambda: ConvNN3d(4, 6, 5, shuffle="both"), lambda n=4: (2, 4, 2 * n, 2, 4)),
+    "NeighborhoodAttention1d": (
+        lambda: NeighborhoodAttention1d(4, 2, 5, causal_axes=(0,), step=2),
+        lambda n=7: (2, 4, n),
+    ),
+    "NeighborhoodAttention2d": (
+        lambda: NeighborhoodAttention2d(4, 2, 3, dilation=2, relative_bias=True),
+        lambda n=7: (2, 4, n, n + 2),
+    ),
+    "NeighborhoodAttention3d": (
+        lambda: NeighborhoodAttention3d(4, 2, (1, 3, 3), causal_axes=(0,)),
+        lambda n=4: (2, 4, n, 3, n + 1),
+    ),
+    "BlockAttention2d": (lambda: BlockAttention2d(4, 2, 3, shift=1), lambda n=7: (2, 4, n, n + 2)),
+    "Pool2d": (lambda: Pool2d(4, 3, "max", stride=2, padding=1), lambda n=7: (2, 4, n, n + 2)),
+    "SelectiveScan2d": (lambda: SelectiveScan2d(4, 3), lambda n=7: (2, 4, n, n + 2)),
+    "SelectiveScan2d snake": (lambda: SelectiveScan2d(4, 3, order="snake"), lambda n=7: (2, 4, n, n + 2)),
+}
+# name -> (constructor, an input of it at size n)
+LAYERS = (
+    {name: (make, lambda n=7: (2, 4, n, n + 2)) for name, make in IMAGES.items()}
+    | {name: (make, lambda n=7: (2, 4, n)) for name, make in SEQUENCES.items()}
+    | {name: (make, lambda n=7: (2, n, 12)) for name, make in TOKENS.items()}
+    | OTHERS
+)
+APART = {"Mixer", "CrossAttention", "TokenMLP"}  # the general layer, one of two inputs, one of a fixed size
+every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=list(LAYERS))
