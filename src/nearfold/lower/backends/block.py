@@ -16,6 +16,7 @@ from torch import Tensor
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
+from nearfold.kernels.attention import attention
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import block_shift, crop, surely
@@ -175,7 +176,5 @@ def run(call: Call) -> Tensor:
         mask = (
             mask.expand(P, mask.shape[-3], query.shape[3], key.shape[3])[None].expand(B, -1, -1, -1, -1).flatten(0, 1)
         )
-    y = F.scaled_dot_product_attention(
-        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, scale=scale * rho.scale
-    )
+    y = attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, scale=scale * rho.scale)
     return pieces.join(y.unflatten(0, (B, P)))
