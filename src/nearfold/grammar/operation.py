@@ -129,7 +129,7 @@ class Basic(Operation):
         paths, kernels = GOES_WITH.get(type(rho), ((), True))
         if paths and not isinstance(self.path, paths):
             raise ValueError(f"{rho.word} goes with path {paths[0].word}, got {self.path}")
-        if kernel is not None and (isinstance(self.path, All | Scan) or not kernels):
+        if kernel is not None and (isinstance(self.path, (All, Scan)) or not kernels):
             raise ValueError(
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
@@ -138,7 +138,7 @@ class Basic(Operation):
             raise ValueError(f"{rho} has a row for every output already; leave stride out, got {self.path}")
         if isinstance(self.path, Scan) and not isinstance(rho, Selective):
             raise ValueError(f"scan goes with weight selective, got {self.weight}")
-        if isinstance(self.path, Deformable) and not (isinstance(rho, Ones | Modulated) and rho.heads == 1):
+        if isinstance(self.path, Deformable) and not (isinstance(rho, (Ones, Modulated)) and rho.heads == 1):
             raise ValueError(
                 f"deformable goes with rho ones or modulated (groups of channels: deformable(3, groups=4)), got {rho}"
             )
@@ -190,7 +190,7 @@ class Basic(Operation):
             border = path.padding if isinstance(path, Nearest) else 0
             own = isinstance(path, Nearest) and path.include_self is not False
             grid = isinstance(path, Nearest) and path.candidates.word in ("window", "grid")
-            if near.placed or border or own or grid or not isinstance(self.shape, Row | Ranked):
+            if near.placed or border or own or grid or not isinstance(self.shape, (Row, Ranked)):
                 raise ValueError(
                     "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
                     f"bias, self, causal, window or grid candidates, padding); got {self}"

@@ -17,10 +17,10 @@ from nearfold.kernels import second
 
 
 class _Twice(torch.autograd.Function):
-    """y as it is, with two ways back: where nobody will differentiate again, through y; otherwise through the formula."""
+    """y as it is, with two ways back: through y, or, where the gradient itself is recorded, through the formula."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, y: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> Tensor:
         """The operands are those that y's kernel keeps: nothing more is held."""
@@ -29,7 +29,7 @@ class _Twice(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of y, or of the operands."""
         if not torch.is_grad_enabled():
             return grad, *[None] * 6

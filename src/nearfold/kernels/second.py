@@ -21,7 +21,7 @@ Tensors = Sequence[Tensor | None]
 
 
 def _tensors(x: Any) -> bool:
-    return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], Tensor)
+    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
@@ -163,9 +163,7 @@ def local_sum(alpha: Tensor, value: Tensor, offsets: Sequence[int], stride: Sequ
     return (alpha[:, :, None] * torch.stack(views, 1)).sum(1)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """As `nearfold.kernels.attention`, the mask in numbers; a query that may read nothing reads zero."""
     wide = torch.promote_types(query.dtype, torch.float32)
     score = scale * query.to(wide) @ key.to(wide).mT

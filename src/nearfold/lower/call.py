@@ -82,7 +82,7 @@ class Call:
     @property
     def out_grid(self) -> tuple[int, ...]:
         """Output grid."""
-        if isinstance(self.op.path, Window | Deformable):
+        if isinstance(self.op.path, (Window, Deformable)):
             return WindowGeometry.of(self.op, self.ndim).output(self.grid)
         rho = self.op.weight.rho
         if isinstance(rho, Table) and rho.outputs is not None:

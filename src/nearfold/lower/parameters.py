@@ -67,13 +67,13 @@ def as_tuple(value: int | tuple[int, ...], ndim: int, name: str) -> tuple[int, .
 
 def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
     """Channels of query, key and value after their projections."""
-    own = isinstance(op.weight.kernel, Dense | Separable | Experts)
+    own = isinstance(op.weight.kernel, (Dense, Separable, Experts))
     return out_channels if "v" in op.weight.projections and not own else in_channels
 
 
 def slot_shape(op: Basic, ndim: int) -> tuple[int, ...]:
     """The kernel's slot axes: one per grid axis for a window or a block, one for `nearest`."""
-    if isinstance(op.path, Window | Block | Deformable):
+    if isinstance(op.path, (Window, Block, Deformable)):
         return as_tuple(op.path.size, ndim, "size")
     assert isinstance(op.path, Nearest)
     return (op.path.k,)
@@ -168,7 +168,7 @@ def _basic(
     if kernel is not None:
         slots = slot_shape(op, ndim)
         count = math.prod(slots)
-        if isinstance(kernel, Dense | Separable):
+        if isinstance(kernel, (Dense, Separable)):
             made = out_channels
             if kernel.coordinates:
                 values = inner + op.heads * encoded_features(kernel.coordinates, ndim)
@@ -179,7 +179,7 @@ def _basic(
         if isinstance(kernel, Dense):
             fan_in = values // kernel.groups * count
             found["weight"] = Parameter((out_channels, values // kernel.groups, *slots), "uniform", fan_in)
-        elif isinstance(kernel, Depthwise | Separable):
+        elif isinstance(kernel, (Depthwise, Separable)):
             # next to softmax the kernel starts as ones: exactly k-NN attention
             plain = "uniform" if not weight.rho.needs_score else "constant:1"
             found["weight"] = Parameter((values, 1, *slots), plain, count)

@@ -74,11 +74,11 @@ def distance_score(rank: Tensor) -> Tensor:
 def select(call: Call) -> Selection:
     """The selection of one call, from dense scores."""
     path = call.op.path
-    if isinstance(path, Window | Block):
+    if isinstance(path, (Window, Block)):
         return _window(call)
     if isinstance(path, Deformable):
         return _deformable(call)
-    if isinstance(path, All | Scan):
+    if isinstance(path, (All, Scan)):
         return _all(call)
     return _nearest(call)
 

@@ -27,7 +27,7 @@ def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device
         start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift
         at_os = start_o[:, None] + torch.arange(size, device=device)
         return at_os, (at_os >= 0) & (at_os < n), home_o
-    assert isinstance(path, Window | Deformable)
+    assert isinstance(path, (Window, Deformable))
     geometry = WindowGeometry.of(op, ndim)
     size, dilation = geometry.size[axis], geometry.dilation[axis]
     out = geometry.output(grid)[axis]

@@ -36,7 +36,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("outputs are on a strided grid")
     if not isinstance(op.weight.rho, Softmax) or op.weight.kernel is not None:
         return Verdict.no(f"weight is {op.weight}, not softmax alone")
-    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
+    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     if strided and has_bias(op):
         return Verdict.no("the bias is another one for every piece")

@@ -26,7 +26,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if not isinstance(op.weight.rho, Softmax):
         return Verdict.no(f"rho is {op.weight.rho.word}, not softmax")
-    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
+    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
 
