@@ -8,6 +8,7 @@ from nearfold.grammar.similarity import Cosine, Scaled, Similarity
 from nearfold.grammar.word import Word, all_ones, check, number, positive, sizes
 
 Size = int | tuple[int, ...]
+_UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
 
 
 # --- candidates: which positions `nearest` may choose from
@@ -184,7 +185,7 @@ class Deformable(Path):
     @property
     def similarity(self) -> Similarity:  # type: ignore[override]
         """Nothing is compared here."""
-        return Scaled()
+        return _UNUSED
 
 
 ORDERS = ("raster", "columns", "snake")
@@ -212,7 +213,7 @@ class Scan(Path):
     @property
     def similarity(self) -> Similarity:  # type: ignore[override]
         """Nothing is compared here."""
-        return Scaled()
+        return _UNUSED
 
 
 @dataclass(frozen=True)
