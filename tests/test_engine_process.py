@@ -256,3 +256,57 @@ print("equal")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_workers_of_a_loader():
     assert "equal" in run_python(LOADER, timeout=120)
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import torch
+from nearfold.kernels import engine
+from nearfold.kernels.select import select
+if sys.argv[2] == "own threads" and os.fork():  # the pool does not survive it
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) and 1)
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(0)
+
+def neighbours(n):
+    q, at = torch.randn(1, 1, n, 64, dtype=torch.float64), torch.arange(n)
+    return select(q, q, 9, "euclidean", False, at, at, [n], [0, -1, 1], False, 0.0)
+
+def sent():
+    now[0] = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+
+before = torch.get_rng_state()
+truth, now, seen = neighbours(500), [0.0], []
+with engine.forced("generic"):
+    signal.signal(signal.SIGINT, lambda *_: seen.append("goes on") if not seen else signal.default_int_handler(*_))
+    for seconds in (0.5, 1):  # a handler that raises nothing stops nothing
+        threading.Timer(seconds, sent).start()
+    try:
+        neighbours(100_000)
+    except KeyboardInterrupt:
+        print(seen, f"KeyboardInterrupt after {time.monotonic() - now[0]:.3f} s", flush=True)
+torch.set_rng_state(before)
+for a, b in zip(neighbours(500), truth):
+    assert torch.equal(a, b)
+print("the same, by", engine.get().thread_source())
+"""
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    ("threads", "source"),
+    [
+        (2, "torch's OpenMP"),
+        pytest.param(1, "torch's OpenMP", marks=pytest.mark.slow),
+        pytest.param(2, "own threads", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_ends_a_long_kernel(threads, source):
+    """Minutes of work; an answer within two seconds on a busy machine, and the next call is right."""
+    said = run_python(INTERRUPTED, str(threads), source, timeout=60)
+    assert "['goes on'] KeyboardInterrupt after" in said and f"the same, by {source}" in said, said
+    assert float(said.split("after ")[1].split()[0]) < 2, said

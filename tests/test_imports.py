@@ -196,3 +196,18 @@ def test_triton_is_imported_by_its_kernels_only(module):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module or "")
     assert not any(name.partition(".")[0] == "triton" for name in names)
+
+
+TRACED = ("grammar", "kernels", "lower", "nn", "models", "_kept", "_numbers")
+
+
+def unions(source: str) -> list[int]:
+    """Lines with isinstance(x, A | B), which torch 2.9's compiler cannot trace."""
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and len(n.args) == 2]
+    return [n.lineno for n in calls if getattr(n.func, "id", "") == "isinstance" and isinstance(n.args[1], ast.BinOp)]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part(m) in TRACED])
+def test_the_oldest_compiler_can_trace_it(module):
+    assert unions("isinstance(x, int | str)") and not unions("isinstance(x, (int, str))")
+    assert unions(MODULES[module].read_text()) == []

@@ -25,6 +25,14 @@ OPERATIONS = {
     "deformable": "deformable(3) | box | kernel",
     "modulated": "deformable(3) | box | modulated*kernel",
     "scan": "scan(state=2) | causal | selective",
+    "attention": "all | row | softmax(heads=2)",
+    "causal attention": "all | causal | softmax(heads=2)",
+    "attention, cosine and a bias": "all(cosine) | row | softmax(heads=2)",
+    "attention with linear biases": "all(scaled(bias=alibi)) | causal | softmax(heads=4)",
+    "attention, shared heads": "all | row | softmax(heads=4, kv=2)",
+    "attention in blocks": "block(2) | box | softmax(heads=2)",
+    "attention in moved blocks": "block(2, scaled(bias=table), shift=1) | box | softmax(heads=2)",
+    "strided attention": "all | strided(2) | softmax(heads=2)",
     "linear attention": "all(elu) | row | normalized(heads=2)",
 }
 

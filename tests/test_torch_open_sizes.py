@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from nearfold._torchvision import load
+from nearfold.lower import inductor
 from nearfold.mixing import mixing_matrix
 from nearfold.nn import (
     ACmix2d,
@@ -207,3 +208,15 @@ def test_mixing_matrix_of_a_block_that_writes_in_place(start):
     assert torch.equal(x, before)
     apart = type(start)()
     torch.testing.assert_close(inplace, mixing_matrix(nn.Sequential(apart, conv), x))
+
+
+def test_a_compiler_arranged_otherwise_is_named_and_left_alone(monkeypatch):
+    ir = pytest.importorskip("torch._inductor.ir")
+
+    def other(strides):
+        return strides
+
+    monkeypatch.setattr(ir, "get_fill_order", other)
+    with pytest.warns(RuntimeWarning, match=r"get_fill_order takes \['strides'\].*issue 185510.*dynamic=False"):
+        inductor._repair.__wrapped__()
+    assert ir.get_fill_order is other

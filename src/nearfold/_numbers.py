@@ -106,7 +106,7 @@ def sizes(name: str, value: Any, axes: int, least: int = 1) -> list[int]:
         ValueError: unless they are integers of at least ``least``.
     """
     value = plain(value)
-    entries = list(plain(tuple(value))) if isinstance(value, list | tuple) else [value] * axes
+    entries = list(plain(tuple(value))) if isinstance(value, (list, tuple)) else [value] * axes
     if len(entries) != axes or any(type(n) is not int or not least <= n <= MOST for n in entries):
         raise ValueError(
             f"{name} must be an integer of at least {least}, at most {MOST}, or {axes} of them, got {shown(value)}"

@@ -47,9 +47,7 @@ def content_share(op: Basic) -> float:
     >>> [content_share(parse(f"{words} | kernel")) for words in ("window(3) | box", "nearest(9, blend(0.25)) | ranked")]
     [0.0, 0.25]
     """
-    dynamic = isinstance(op.weight.rho, Generated | Max | Modulated | Selective) or isinstance(
-        op.weight.kernel, Experts
-    )
+    dynamic = isinstance(op.weight.rho, (Generated, Max, Modulated, Selective)) or isinstance(op.weight.kernel, Experts)
     if isinstance(op.path, Deformable) or dynamic:
         return 1.0
     compares = op.weight.rho.needs_score or isinstance(op.path, Nearest)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nearfold.grammar.operation import Basic
 
 Size = int | tuple[int, ...]
+_UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
 
 
 # --- candidates: which positions `nearest` may choose from
@@ -213,7 +214,7 @@ class Deformable(Path):
     @property
     def similarity(self) -> Similarity:  # type: ignore[override]
         """Nothing is compared here."""
-        return Scaled()
+        return _UNUSED
 
     @property
     def groups_of_channels(self) -> int:
@@ -257,7 +258,7 @@ class Scan(Path):
     @property
     def similarity(self) -> Similarity:  # type: ignore[override]
         """Nothing is compared here."""
-        return Scaled()
+        return _UNUSED
 
 
 @dataclass(frozen=True)

@@ -136,5 +136,5 @@ def all_ones(value: int | tuple[int, ...]) -> bool:
 
 def number(word: Word, name: str, value: object) -> None:
     """Must be a finite number."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     check(ok, word, name, value, "a finite number")

@@ -24,7 +24,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 def is_tensors(x: Any) -> bool:
     """Whether an argument is a list of tensors."""
-    return isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], Tensor)
+    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
 
 
 def opened(values: Sequence[Any]) -> list[Any]:

@@ -149,6 +149,20 @@ def local_sum(alpha: Tensor, value: Tensor, offsets: Sequence[int], stride: Sequ
     return (alpha[:, :, None] * torch.stack(views, 1)).sum(1)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """As `nearfold.kernels.attention`, the mask in numbers; a query that may read nothing reads zero."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = scale * query.to(wide) @ key.to(wide).mT
+    if causal:
+        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1)
+        score = score.masked_fill(later, float("-inf"))
+    if mask is not None:
+        score = score + mask
+    lost = (score == float("-inf")).all(-1, keepdim=True)
+    alpha = torch.softmax(score.masked_fill(lost, 0), -1).masked_fill(lost, 0)
+    return (alpha @ value.to(wide)).to(value.dtype)
+
+
 def slot_softmax_gradient(grad: Tensor, alpha: Tensor, scale: float) -> list[Tensor]:
     """As `nearfold::slot_softmax_backward`."""
     return [scale * alpha * (grad - (grad * alpha).sum(-1, keepdim=True))]

@@ -85,7 +85,7 @@ def _si(number: float) -> str:
 
 def input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape (batch, channels, *grid) as Python's own integers; ValueError unless it is one."""
-    sizes = plain(tuple(shape)) if isinstance(shape, tuple | list) else ()
+    sizes = plain(tuple(shape)) if isinstance(shape, (tuple, list)) else ()
     if len(sizes) < 3 or any(type(n) is not int or n < 1 for n in sizes):
         raise ValueError(f"shape must be (batch, channels, *grid), positive integers, got {shown(plain(shape))}")
     if math.prod(sizes) > MOST_NUMBERS:

@@ -54,7 +54,7 @@ class Frame:
 
 def _outputs(op: Basic, grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """The output grid; ValueError where a window does not fit."""
-    if isinstance(op.path, Window | Deformable):
+    if isinstance(op.path, (Window, Deformable)):
         return WindowGeometry.of(op, len(grid)).output(grid)
     rho = op.weight.rho
     if isinstance(rho, Table) and rho.outputs is not None:

@@ -110,7 +110,7 @@ def _selective(call: Call, valid: Tensor) -> Tensor:
 def constant_alpha(call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
     """Alpha (B|1, H|1, M, S) of a rho that looks at no score; None for those that do. ``valid`` (B|1, H|1, M, S)."""
     rho, wide = call.op.weight.rho, wide_dtype(call)
-    if isinstance(rho, Ones | Modulated):  # what is modulated are the coefficients, which come with the positions
+    if isinstance(rho, (Ones, Modulated)):  # what is modulated are the coefficients, which come with the positions
         return valid.to(wide)
     if isinstance(rho, Mean):
         return mean_of(valid, wide)

@@ -39,7 +39,7 @@ class WindowGeometry:
     def of(op: Basic, ndim: int) -> WindowGeometry:
         """The geometry of a window operation on ndim axes."""
         path = op.path
-        assert isinstance(path, Window | Deformable)
+        assert isinstance(path, (Window, Deformable))
         size = as_tuple(path.size, ndim, "size")
         if math.prod(size) > MOST_SLOTS:
             raise ValueError(f"{op}: its window has {math.prod(size)} slots on this map; at most {MOST_SLOTS}")

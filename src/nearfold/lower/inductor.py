@@ -13,6 +13,8 @@ docs/decisions/0023 says what else was tried.
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,11 +53,22 @@ def _repair() -> None:
         from torch._inductor.virtualized import V
         from torch.utils._sympy.value_ranges import ValueRangeError
 
-        ir.get_fill_order = _sized(ir.get_fill_order, lambda: V.graph)
-        name = "_stride_expr_ge_or_false"
+        arranged = list(inspect.signature(ir.get_fill_order).parameters)
+        if arranged != ["seq", "shape_env"]:
+            raise AttributeError(f"ir.get_fill_order takes {arranged}")
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"torch {torch.__version__} arranges its compiler otherwise ({error}): nearfold leaves it alone (pytorch "
+            "issue 185510). Should torch.compile say `cannot determine truth value of Relational`, compile with "
+            "dynamic=False or options={'layout_optimization': False}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    ir.get_fill_order = _sized(ir.get_fill_order, lambda: V.graph)
+    name = "_stride_expr_ge_or_false"
+    if hasattr(ir.Layout, name):  # the second mistake came with it, and is not in torch 2.9
         setattr(ir.Layout, name, staticmethod(_or_false(getattr(ir.Layout, name), ValueRangeError)))
-    except (ImportError, AttributeError):  # another torch, arranged otherwise
-        pass
 
 
 @torch.compiler.assume_constant_result

@@ -49,7 +49,7 @@ def kernel_weight(call: Call) -> tuple[Tensor, int] | None:
         return weight, kernel.groups
     if isinstance(kernel, Experts):
         return weight, 1
-    if isinstance(kernel, Depthwise | Separable):
+    if isinstance(kernel, (Depthwise, Separable)):
         return weight, weight.shape[0]
     assert isinstance(kernel, Shift)
     # k^2 pointwise maps, shifted and summed, are one grouped kernel: sum over maps of shift * map

@@ -58,7 +58,7 @@ class Parameter:
 
 def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
     """Channels of query, key and value after their projections."""
-    own = isinstance(op.weight.kernel, Dense | Separable | Experts)
+    own = isinstance(op.weight.kernel, (Dense, Separable, Experts))
     return out_channels if "v" in op.weight.projections and not own else in_channels
 
 
@@ -151,7 +151,7 @@ def _basic(
     if kernel is not None:
         slots = op.path.slot_shape(ndim)
         count = math.prod(slots)
-        if isinstance(kernel, Dense | Separable):
+        if isinstance(kernel, (Dense, Separable)):
             made = out_channels
             if kernel.coordinates:
                 values = inner + op.heads * encoded_features(kernel.coordinates, ndim)
@@ -162,7 +162,7 @@ def _basic(
         if isinstance(kernel, Dense):
             fan_in = values // kernel.groups * count
             found["weight"] = Parameter((out_channels, values // kernel.groups, *slots), "uniform", fan_in)
-        elif isinstance(kernel, Depthwise | Separable):
+        elif isinstance(kernel, (Depthwise, Separable)):
             # next to softmax the kernel starts as ones: exactly k-NN attention
             plain = "uniform" if not weight.rho.needs_score else "constant:1"
             found["weight"] = Parameter((values, 1, *slots), plain, count)

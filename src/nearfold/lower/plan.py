@@ -64,7 +64,7 @@ def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None
     for part in op.parts:
         path = part.path
         own = isinstance(path, Nearest) and (path.include_self is not False or path.padding > 0)
-        if not isinstance(path, All | Nearest) or isinstance(part.weight.rho, Table) or own:
+        if not isinstance(path, (All, Nearest)) or isinstance(part.weight.rho, Table) or own:
             raise ValueError(f"{part}: a mask goes with the paths all and nearest(k), without self, padding and table")
     keys = math.prod((x if context is None else context).shape[2:])
     wanted = (x.shape[0], mask.shape[1] if mask.dim() == 4 else 1, math.prod(x.shape[2:]), keys)

@@ -78,7 +78,7 @@ def select(call: Call) -> Selection:
         return _table(call)
     if isinstance(path, Deformable):
         return _deformable(call)
-    if isinstance(path, All | Scan):
+    if isinstance(path, (All, Scan)):
         return _all(call)
     return _nearest(call)
 

@@ -25,7 +25,7 @@ READS: dict[type[Path], Reads] = {}
 
 def is_table(path: Path) -> bool:
     """Whether the positions of a path's slots are whole and known from the grid alone."""
-    return isinstance(path, Window | Block) or type(path) in READS
+    return isinstance(path, (Window, Block)) or type(path) in READS
 
 
 def _own_reads(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device
         start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift
         at_os = start_o[:, None] + torch.arange(size, device=device)
         return at_os, (at_os >= 0) & (at_os < n), home_o
-    assert isinstance(path, Window | Deformable)
+    assert isinstance(path, (Window, Deformable))
     geometry = WindowGeometry.of(op, ndim)
     size, dilation = geometry.size[axis], geometry.dilation[axis]
     out = geometry.output(grid)[axis]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfold.kernels.attention import attention as attend
 from nearfold.models.network import TOKENS, Network
 from nearfold.models.parts import require_size
 from nearfold.models.registry import Entry, Published, register
@@ -86,7 +87,7 @@ class ReducedACmix(nn.Module):
         source = x if self.reduction is None else self.reduction(as_map(x, grid))
         query, key, value = self.query(x), self.key(source), self.value(source)
         heads = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
-        attention = self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        attention = self.out(attend(*heads).transpose(1, 2).flatten(2))
         maps = [as_map(query, grid), *(self._enlarged(t, grid) for t in (key, value))]
         convolution = self.shift(*maps).flatten(2).transpose(1, 2)
         if x.shape[1] > convolution.shape[1]:

@@ -18,6 +18,8 @@
 
 #if defined(NEARFOLD_AMX)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -64,6 +66,16 @@ const std::vector<const Engine *> &engines() {
         return all;
     }();
     return found;
+}
+
+// Whether a signal's handler, Ctrl-C's say, has raised. Python runs them in its main thread only; the others do not wait
+// for the lock.
+bool signalled() {
+#if defined(__linux__)
+    if (syscall(SYS_gettid) != getpid()) return false;
+#endif
+    nb::gil_scoped_acquire lock;
+    return PyErr_CheckSignals() != 0;
 }
 
 std::atomic<const Engine *> chosen{nullptr};  // set when the module loads
@@ -350,6 +362,7 @@ const Engine *chosen_engine() { return chosen; }
 NB_MODULE(_engine, m) {
     m.doc() = "Nearfold's compiled kernels for CPUs; `nearfold.kernels` is their public face.";
     nearfold::chosen = nearfold::engines().front();
+    nearfold::stops = nearfold::signalled;
     nearfold::thread_source();  // from now on a fork is noticed, whoever used torch's pool before it
     m.def("names", &nearfold::names, "Instruction sets this machine can run, best first.");
     m.def("chosen", [] { return std::string(nearfold::chosen.load()->name); }, "The instruction set in use.");

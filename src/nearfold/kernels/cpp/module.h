@@ -6,6 +6,7 @@
 #include <new>
 
 #include "engine.h"
+#include "threads.h"
 
 namespace nearfold {
 
@@ -18,14 +19,16 @@ inline void require(bool holds, const char *what) {
     if (!holds) throw nanobind::value_error(what);
 }
 
-// Runs a kernel of the chosen set without the interpreter's lock.
+// Runs a kernel of the chosen set without the interpreter's lock; Ctrl-C ends it.
 template <class K, class A>
 void run(K kernel, const A &args) {
     const Engine *engine = chosen_engine();
     int status;
-    {
+    try {
         nanobind::gil_scoped_release release;
         status = (engine->*kernel)(args);
+    } catch (const Stopped &) {
+        throw nanobind::python_error();  // what the signal's handler raised
     }
     if (status == out_of_memory) throw std::bad_alloc();
     if (status == bad_index) throw nanobind::value_error("index holds a position beyond the input");

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <system_error>
 #include <thread>
@@ -15,6 +16,9 @@
 #endif
 
 namespace nearfold {
+
+bool (*stops)() = nullptr;
+
 namespace {
 
 // libgomp's entry point for `#pragma omp parallel`. Two OpenMP runtimes in one process would each keep spinning
@@ -59,23 +63,28 @@ struct Loop {
     int64_t items;
     std::atomic<int64_t> next{0};
     std::atomic<int> workers{0};
+    const std::thread::id caller = std::this_thread::get_id();
+    bool stopped = false;  // the caller's own
 
     void work() {
+        using Clock = std::chrono::steady_clock;
+        constexpr std::chrono::milliseconds pause(200);
         const int worker = workers.fetch_add(1);
-        for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) body(context, item, worker);
+        const bool asks = stops != nullptr && std::this_thread::get_id() == caller;
+        Clock::time_point due = asks ? Clock::now() + pause : Clock::time_point::max();
+        for (int64_t item = next.fetch_add(1); item < items; item = next.fetch_add(1)) {
+            body(context, item, worker);
+            if (!asks || Clock::now() < due) continue;
+            stopped = stops();
+            if (stopped) return next.store(items);  // the others find nothing more to do
+            due = Clock::now() + pause;
+        }
     }
 };
 
 void enter(void *loop) { static_cast<Loop *>(loop)->work(); }
 
-}  // namespace
-
-void run_items(int threads, int64_t items, Body body, void *context) {
-    Loop loop;
-    loop.body = body;
-    loop.context = context;
-    loop.items = items;
-    if (threads > items) threads = static_cast<int>(items);
+void work_through(Loop &loop, int threads) {
     if (threads <= 1) return loop.work();
     const GompParallel parallel = gomp();
     if (parallel != nullptr && !forked.load()) return parallel(enter, &loop, static_cast<unsigned>(threads), 0);
@@ -88,6 +97,17 @@ void run_items(int threads, int64_t items, Body body, void *context) {
     }
     loop.work();
     for (std::thread &other : others) other.join();
+}
+
+}  // namespace
+
+void run_items(int threads, int64_t items, Body body, void *context) {
+    Loop loop;
+    loop.body = body;
+    loop.context = context;
+    loop.items = items;
+    work_through(loop, threads > items ? static_cast<int>(items) : threads);
+    if (loop.stopped) throw Stopped();
 }
 
 const char *thread_source() { return gomp() != nullptr && !forked.load() ? "torch's OpenMP" : "own threads"; }

@@ -7,7 +7,7 @@ Shape legend: B batch, H heads, P pieces, n positions of a piece, e embedded fea
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Block, Softmax, Strided
+from nearfold.kernels.attention import attention
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import block_shift, crop, surely
@@ -35,7 +36,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("outputs are on a strided grid")
     if not isinstance(op.weight.rho, Softmax) or op.weight.kernel is not None:
         return Verdict.no(f"weight is {op.weight}, not softmax alone")
-    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
+    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     if strided and has_bias(op):
         return Verdict.no("the bias is another one for every piece")
@@ -55,53 +56,66 @@ class _Blocks:
         counts = zip(self.many, self.size, self.grid, self.before, strict=True)
         self.after = tuple(k * n - g - b for k, n, g, b in counts)
         self.whole = all(surely(b == 0) for b in self.before + self.after)
+        self.pieces = count_positions(self.many)
+        # of open sizes it cannot be proved that what is padded is never less than nothing, nor, with torch 2.9, that
+        # blocks along two axes are blocks: positions are picked by number, and what is outside is masked
+        self.open = torch.compiler.is_compiling() and not self.whole
 
     def cut(self, x: Tensor) -> Tensor:
         """(B, H, N, e) -> (B, P, H, n, e)."""
+        if self.open:
+            at = torch.zeros((), dtype=torch.long, device=x.device)
+            for place, n in zip(self._places(x.device), self.grid, strict=True):
+                at = at * n + place.clamp(0, n - 1)
+            return x.index_select(2, at.flatten()).unflatten(2, at.shape).permute(0, 2, 1, 3, 4)
         x = x.unflatten(2, self.grid)
-        if torch.compiler.is_compiling() and not self.whole:
-            # that what is padded is never less than nothing cannot be proved of open sizes; what it holds is masked
-            for axis, n in enumerate(self.grid):
-                x = x.index_select(2 + axis, self._places(axis, x.device).clamp(0, n - 1))
-        elif not self.whole:
+        if not self.whole:
             pads = [n for b, a in list(zip(self.before, self.after, strict=True))[::-1] for n in (b, a)]
             x = F.pad(x, [0, 0, *pads])
-        return self._pieces(x)
-
-    def _places(self, axis: int, device: torch.device) -> Tensor:
-        """Positions of the grid that the padded axis holds; some are outside."""
-        return torch.arange(self.many[axis] * self.size[axis], device=device) - self.before[axis]
-
-    def _pieces(self, x: Tensor) -> Tensor:
-        """(B, H, *padded, e) -> (B, P, H, n, e)."""
         B, H, e = x.shape[0], x.shape[1], x.shape[-1]
         x = x.reshape(B, H, *(k for pair in zip(self.many, self.size, strict=True) for k in pair), e)
         a = self.ndim
         x = x.permute(0, *range(2, 2 + 2 * a, 2), 1, *range(3, 3 + 2 * a, 2), 2 + 2 * a)
-        return x.reshape(B, count_positions(self.many), H, count_positions(self.size), e)
+        return x.reshape(B, self.pieces, H, count_positions(self.size), e)
+
+    def _places(self, device: torch.device) -> list[Tensor]:
+        """Coordinates, axis by axis, of the positions (P, n) of every piece; some are outside the grid."""
+        piece = torch.arange(self.pieces, device=device)[:, None]
+        inner = torch.arange(count_positions(self.size), device=device)
+        pairs = zip(_digits(piece, self.many), _digits(inner, self.size), self.size, self.before, strict=True)
+        return [p * n + i - b for p, i, n, b in pairs]
 
     def join(self, x: Tensor) -> Tensor:
         """(B, P, H, n, e) -> (B, H * e, *grid)."""
         B, _, H, _, e = x.shape
         a = self.ndim
+        if self.open:
+            piece = inner = torch.zeros((), dtype=torch.long, device=x.device)
+            here = _digits(torch.arange(count_positions(self.grid), device=x.device), self.grid)
+            for at, b, n, k in zip(here, self.before, self.size, self.many, strict=True):
+                piece, inner = piece * k + (at + b) // n, inner * n + (at + b) % n
+            x = x.permute(0, 2, 4, 1, 3).flatten(3, 4).flatten(1, 2)
+            return x.index_select(2, piece * count_positions(self.size) + inner).unflatten(2, self.grid)
         x = x.reshape(B, *self.many, H, *self.size, e)
         order = (0, a + 1, 2 * a + 2, *(k for i in range(a) for k in (1 + i, a + 2 + i)))
         x = x.permute(order).reshape(B, H * e, *(m * n for m, n in zip(self.many, self.size, strict=True)))
-        if not torch.compiler.is_compiling() or self.whole:
-            return crop(x, self.before, self.grid)
-        for axis, (b, n) in enumerate(zip(self.before, self.grid, strict=True)):
-            x = x.index_select(2 + axis, torch.arange(n, device=x.device) + b)
-        return x
+        return crop(x, self.before, self.grid)
 
     def mask(self, like: Tensor) -> Tensor | None:
         """Positions that are inside the grid: (P, 1, 1, n), or None where all are."""
         if self.whole:
             return None
-        inside = torch.ones(1, 1, *(1,) * self.ndim, 1, dtype=torch.bool, device=like.device)
-        for axis, n in enumerate(self.grid):
-            at = self._places(axis, like.device)
-            inside = inside & ((at >= 0) & (at < n)).view(-1, *(1,) * (self.ndim - axis))
-        return self._pieces(inside)[0].transpose(-1, -2)
+        inside = [(at >= 0) & (at < n) for at, n in zip(self._places(like.device), self.grid, strict=True)]
+        return functools.reduce(torch.logical_and, inside)[:, None, None]
+
+
+def _digits(number: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The coordinates of places on a grid, counted row by row."""
+    found: list[Tensor] = []
+    for n in sizes[::-1]:
+        found.append(number % n)
+        number = number // n
+    return found[::-1]
 
 
 class _Residues:
@@ -147,12 +161,10 @@ class _Residues:
 
 
 def _bias(call: Call, pieces: _Blocks, like: Tensor) -> Tensor | None:
-    """The bias is the same in every block: that of one block by itself (H, n, n)."""
+    """The bias is the same in every block: that of one block by itself, where no shift is (H, n, n)."""
     if not has_bias(call.op):
         return None
-    assert isinstance(call.op.path, Block)
-    alone = dataclasses.replace(call.op, path=dataclasses.replace(call.op.path, shift=0))
-    return score_bias(alone, call.params, pieces.size, torch.empty(0), like)
+    return score_bias(call.op, call.params, pieces.size, torch.empty(0), like)
 
 
 def run(call: Call) -> Tensor:
@@ -175,7 +187,5 @@ def run(call: Call) -> Tensor:
         mask = (
             mask.expand(P, mask.shape[-3], query.shape[3], key.shape[3])[None].expand(B, -1, -1, -1, -1).flatten(0, 1)
         )
-    y = F.scaled_dot_product_attention(
-        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, scale=scale * rho.scale
-    )
+    y = attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), mask, scale=scale * rho.scale)
     return pieces.join(y.unflatten(0, (B, P)))

@@ -35,7 +35,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not window")
     if op.path.mode == "inside":
         return Verdict.no("the window moves at the border")
-    if not isinstance(op.weight.rho, Ones | Max | Mean):
+    if not isinstance(op.weight.rho, (Ones, Max, Mean)):
         return Verdict.no(f"weight is not the same everywhere (rho {op.weight.rho.word})")
     if isinstance(op.weight.rho, Mean) and op.weight.kernel is not None:
         return Verdict.no("how many slots are inside differs at the border")
@@ -166,7 +166,7 @@ def run(call: Call) -> Tensor:
     padding = geometry.before
     if op.path.mode == "reflect" or geometry.before != geometry.after:
         value, padding = geometry.pad(value, op.path.mode), (0,) * call.ndim
-    later = isinstance(kernel, Experts | Separable)  # the bias follows what `finish` does
+    later = isinstance(kernel, (Experts, Separable))  # the bias follows what `finish` does
     bias = None if later else call.params.get("bias")
     if _channels_last(call, groups, geometry):
         value = value.contiguous(memory_format=torch.channels_last)

@@ -34,7 +34,7 @@ def supports(facts: Facts) -> Verdict:
     op = facts.op
     if not (isinstance(op.path, Deformable) or is_table(op.path)):
         return Verdict.no(f"path is {op.path.word}: its slots are not known beforehand")
-    if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, Experts | Shift):
+    if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, (Experts, Shift)):
         return Verdict.no(f"weight {op.weight} is another one for every channel or input")
     if op.weight.rho.needs_score and op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity} is not a dot product")

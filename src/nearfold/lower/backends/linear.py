@@ -30,9 +30,9 @@ def supports(facts: Facts) -> Verdict:
     whole = all_ones(op.path.stride)
     if not isinstance(op.shape, Row) and not (isinstance(op.shape, Causal) and whole):
         return Verdict.no(f"shape {op.shape} is neither a whole row nor causal at stride 1")
-    if isinstance(op.weight.rho, Ones | Mean):
+    if isinstance(op.weight.rho, (Ones, Mean)):
         return Verdict.yes("one sum over all positions", "roundoff")
-    if not isinstance(op.weight.rho, Identity | Normalized):
+    if not isinstance(op.weight.rho, (Identity, Normalized)):
         return Verdict.no(f"rho {op.weight.rho.word} is not linear in the scores")
     if op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
@@ -64,7 +64,7 @@ def run(call: Call) -> Tensor:
     rho = call.op.weight.rho
     if isinstance(rho, Table):
         return _table(call)
-    if isinstance(rho, Ones | Mean):
+    if isinstance(rho, (Ones, Mean)):
         return _sums(call)
     query, key = call.embedded()
     value = split_heads(call.value, call.heads)

@@ -6,11 +6,11 @@ Shape legend: B batch, H heads, N positions, M outputs, e embedded features, d v
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.words import All, Causal, Softmax
+from nearfold.kernels.attention import attention
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, split_heads
 from nearfold.lower.selection import allowed
@@ -26,7 +26,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if not isinstance(op.weight.rho, Softmax):
         return Verdict.no(f"rho is {op.weight.rho.word}, not softmax")
-    if not isinstance(op.path.similarity, Dot | Scaled | Cosine | Elu):
+    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
 
@@ -57,7 +57,7 @@ def run(call: Call) -> Tensor:
         bias = (bias * rho.scale).to(value.dtype)
         mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
         mask = mask if mask.dim() == 4 else mask[None]  # with three axes it would not be taken by the fast kernel
-    y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    y = attention(query, key, value, mask, causal, scale)
     if call.mask is not None:  # a query that may read nothing
         read = allowed(call, query_M, torch.arange(key.shape[2], device=key.device))
         assert read is not None
