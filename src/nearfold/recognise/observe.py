@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nearfold.grammar.words import All, Window
-from nearfold.recognise.aten import EMPTY, Call, follow
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.field import through
 from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.operators import EMPTY, Call, follow
 from nearfold.recognise.place import (
     SHIFT,
     Place,
