@@ -14,15 +14,21 @@ from nearfold.recognise.operators import axes, entries, products, views, windows
 from nearfold.recognise.operators.call import Call, Unfollowed, tensors
 from nearfold.recognise.place import Place, unknown
 
+Rule = Callable[[Call], Place | list[Place]]
+
+
+def rule_of(call: Call) -> Rule | None:
+    """The rule that follows an operator, where there is one."""
+    pointwise = torch.Tag.pointwise in call.func.tags or call.name in entries.UNTAGGED
+    return RULES.get(call.name, entries.pointwise if pointwise else None)
+
 
 def follow(call: Call) -> list[Place]:
     """The places of what a call made; sets ``call.mixes``."""
     try:
-        rule = RULES.get(call.name)
+        rule = rule_of(call)
         if rule is None:
-            if torch.Tag.pointwise not in call.func.tags and call.name not in entries.UNTAGGED:
-                raise Unfollowed
-            rule = entries.pointwise
+            raise Unfollowed
         found = rule(call)
         return found if isinstance(found, list) else [found] * len(call.made)
     except (Unfollowed, AssertionError, RuntimeError, IndexError, KeyError, TypeError, ValueError):
@@ -35,7 +41,6 @@ def follow(call: Call) -> list[Place]:
         return [unknown(source, t.shape) for t in call.made]
 
 
-Rule = Callable[[Call], Place | list[Place]]
 _GROUPS: tuple[tuple[Rule, str], ...] = (
     (entries.same, "_to_copy clone alias detach contiguous lift_fresh lift_fresh_copy dropout native_dropout _conj "
             "_neg_view fill zero bernoulli"),
