@@ -1,6 +1,6 @@
 """What a layer in no table does, seen by running it alone: in float64, on random maps, with weights that are not zero.
 
-Shape legend: N positions, C channels, n the other positions, k what is left of them without their mean.
+Shape legend: N positions, C channels, n the other positions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from nearfold.recognise.trial import copied, quiet
 
 TRIED = "tried alone"
 LARGEST = 1 << 23  # parameters of a layer that is tried
+MOST = 1 << 15  # positions of a map that is tried
+SCALES = (3.0, 0.1)  # of the numbers in a map
 CLOSE = 1e-10  # of what is as large as one, in float64
 
 
@@ -72,14 +74,15 @@ def _acts_alone(module: nn.Module, generator: torch.Generator) -> bool:
 
 
 def _maps(module: nn.Module, generator: torch.Generator, least: int = 3) -> Iterator[tuple[Tensor, int]]:
-    """Maps of several sizes, with channels along the last and the second axis."""
+    """Maps of several sizes, with channels along the last and the second axis; small numbers saturate nothing."""
     sizes = {n for p in module.parameters(recurse=False) for n in p.shape if n > 1}
     sizes = sizes or {n for n in vars(module).values() if type(n) is int and 1 < n <= 4096} or {8}
     first = next(n for n in range(least, 100) if n not in sizes and (n + 1) not in sizes)  # no axis is mistaken
     for channels in sorted(sizes)[:4]:
         for grid in ((first,), (2, first + 1)):
             for axis, shape in ((-1, (1, *grid, channels)), (1, (1, channels, *grid))):
-                yield 3 * torch.randn(shape, dtype=torch.float64, generator=generator), axis
+                for scale in SCALES:
+                    yield scale * torch.randn(shape, dtype=torch.float64, generator=generator), axis
 
 
 def _output(made: object) -> Tensor:
@@ -95,7 +98,7 @@ def _one_position(module: nn.Module, x: Tensor, y: Tensor, axis: int, generator:
         return False
     for at in range(x_Np[..., 0].numel()):
         other = x_Np.clone().flatten(0, -2)
-        other[at] = 5 * torch.randn(other.shape[-1], dtype=x.dtype, generator=generator)
+        other[at] = 2 * x.abs().mean() * torch.randn(other.shape[-1], dtype=x.dtype, generator=generator)
         changed = _output(module(other.view(x_Np.shape).movedim(-1, axis))).movedim(axis, -1) - y_Np
         rows = changed.flatten(0, -2)
         rows[at] = 0
@@ -129,9 +132,9 @@ def _embeds(module: nn.Module, generator: torch.Generator) -> bool:
 
 
 def _statistics(module: nn.Module, generator: torch.Generator) -> Found | None:
-    """Whether a position depends on the others by means alone: of each channel, and of its square.
+    """Whether a position depends on the others, and by means alone: of each channel, and of its square.
 
-    The others are turned, each channel by itself, so that their values change and these two means do not.
+    The others are mirrored, each channel by itself, so that their values change and these two means do not.
     """
     for axis in (1, -1):
         passed, squares = False, False
@@ -144,7 +147,8 @@ def _statistics(module: nn.Module, generator: torch.Generator) -> Found | None:
                 continue
             if y.dim() != x.dim():  # maps of another rank than it takes
                 continue
-            if y.shape != x.shape or not _kept(module, x, y, axis, _turned, generator):
+            means = y.shape == x.shape and _kept(module, x, y, axis, _mirrored, generator)
+            if not means or _kept(module, x, y, axis, _others, generator):
                 passed = False
                 break
             passed = True
@@ -173,17 +177,20 @@ def _kept(module: nn.Module, x: Tensor, y: Tensor, axis: int, change: Change, ge
     return True
 
 
-def _turned(rest_nC: Tensor, generator: torch.Generator) -> Tensor:
-    n, C = rest_nC.shape
-    one = torch.cat([torch.ones(n, 1), torch.randn(n, n - 1, generator=generator)], 1).to(rest_nC)
-    basis_nk = torch.linalg.qr(one).Q[:, 1:]  # of what has no mean
-    turn_Ckk = torch.linalg.qr(torch.randn(C, n - 1, n - 1, generator=generator, dtype=rest_nC.dtype)).Q
-    mean = rest_nC.mean(0)
-    return mean + basis_nk @ torch.einsum("ckl,lc->kc", turn_Ckk, basis_nk.T @ (rest_nC - mean))
+def _mirrored(rest_nC: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrored, each channel at a plane of its own that holds what is the same everywhere."""
+    normal_nC = torch.randn(rest_nC.shape, generator=generator, dtype=rest_nC.dtype)
+    normal_nC = F.normalize(normal_nC - normal_nC.mean(0), dim=0)
+    return rest_nC - 2 * normal_nC * (normal_nC * rest_nC).sum(0)
+
+
+def _others(rest_nC: Tensor, generator: torch.Generator) -> Tensor:
+    return 2 * rest_nC.abs().mean() * torch.randn(rest_nC.shape, generator=generator, dtype=rest_nC.dtype)
 
 
 def _redrawn(rest_nC: Tensor, generator: torch.Generator) -> Tensor:
-    other = 5 * torch.randn(rest_nC.shape, generator=generator, dtype=rest_nC.dtype)
+    """Others with the same mean."""
+    other = _others(rest_nC, generator)
     return other - other.mean(0) + rest_nC.mean(0)
 
 
@@ -217,12 +224,17 @@ def _convolution(module: nn.Module, generator: torch.Generator) -> Found | None:
     if ndim not in (1, 2, 3):
         return None
     side = 2 * max(n for p in kernels for n in p.shape[2:]) + 3
+    if side**ndim > MOST:
+        return None
     own = [getattr(module, "in_channels", None), *(n for p in kernels for n in p.shape[:2])]
     for channels in dict.fromkeys(n for n in own if type(n) is int and n > 0):
         seen: list[tuple[Any, ...]] = []
         try:
             for grid in ([side + a % 2 for a in range(ndim)], [side + 2, side + 1, side + 4][:ndim]):
-                x, other = (torch.randn(2, channels, *grid, dtype=torch.float64, generator=generator) for _ in range(2))
+                x, other = (
+                    scale * torch.randn(2, channels, *grid, dtype=torch.float64, generator=generator)
+                    for scale in SCALES
+                )
                 with _Convolutions() as watch:
                     y = _output(module(x))
                 (call,) = watch.calls

@@ -68,7 +68,7 @@ class Observation:
         glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name, and
             how often.
         compared: attention that such a forward was seen to be made of; its operations are no glue.
-        means: containers whose own forward takes the mean over positions.
+        means: containers whose own forward takes the mean over positions: the field behind it, and of which it is.
     """
 
     ran: set[str] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Observation:
     calls: dict[str, Found | str] = field(default_factory=dict)
     glue: dict[str, Counter[str]] = field(default_factory=dict)
     compared: dict[str, Compared] = field(default_factory=dict)
-    means: dict[str, str] = field(default_factory=dict)
+    means: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def observe(
@@ -400,7 +400,7 @@ class _Watch(TorchDispatchMode):
             call = Call(name, func, given, lambda t: places.get(id(t)), lambda t: id(t) in solid, made)
             found = follow(call)
             if call.mixes:
-                self._mixed(name, found[0])
+                self._mixed(name, found[0], call)
             self._compare(call)
         for t, place in zip(made, found, strict=True):
             was = places.get(id(t))
@@ -431,7 +431,7 @@ class _Watch(TorchDispatchMode):
             for owner, operator in explained:
                 self.seen.glue.get(owner, Counter())[operator.removeprefix("_")] -= 1
 
-    def _mixed(self, name: str, behind: Place) -> None:
+    def _mixed(self, name: str, behind: Place, call: Call) -> None:
         """Note an operator that mixes positions: the mean over all of them is a pooling that has a word."""
         module = self.stack[-1].module if self.stack else self.root
         if module in self.followed:
@@ -440,9 +440,18 @@ class _Watch(TorchDispatchMode):
         pooled = name == "mean" and not left and not behind.wild
         if pooled and module not in self.leaves:
             if not any(n in self.glued for n in names_of(module)):
-                self.seen.means[self.names[module]] = text(over(behind, range(behind.position.dim())), -1)
+                field = text(over(behind, range(behind.position.dim())), -1)
+                self.seen.means[self.names[module]] = field, self._share(call.main("self").position)
         else:
             self._note(name)
+
+    def _share(self, positions: Tensor) -> str:
+        """How many of a module's positions there are, where they are not all."""
+        given = self.stack[-1].position if self.stack else None
+        mine, its = positions.flatten(), None if given is None else given.flatten()
+        if its is None or mine.numel() >= its.numel() or not bool(torch.isin(mine, its).all()):
+            return ""
+        return f"of {mine.numel()} of its {its.numel()} positions"
 
     def _note(self, what: str) -> None:
         """Note an operation of a forward itself, unless that forward is known."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.recognise.alone import TRIED
-from nearfold.recognise.foreign import GLOBAL_MEAN, count
+from nearfold.recognise.foreign import GLOBAL_MEAN, POOLING, count
 from nearfold.recognise.generating import MILLION
 from nearfold.recognise.observe import Observation
 from nearfold.recognise.pointwise import is_linear
@@ -241,7 +241,7 @@ def describe(
     layers, seen = layers_of(model, input_size, inputs)
     names = {module: name for name, module in model.named_modules()}
     rows = tuple(_row(layer, seen, names) for layer in layers if layer.found)
-    rows += tuple(_mean_row(model, name, field) for name, field in (seen.means if seen else {}).items())
+    rows += tuple(_mean_row(model, name, *mean) for name, mean in (seen.means if seen else {}).items())
     unknown = tuple(map(_strange, filter(_reason, layers)))
     plain = Counter(_label(layer) for layer in layers if layer.pointwise)
     return Description(
@@ -287,10 +287,10 @@ def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, s
     )  # fmt: skip
 
 
-def _mean_row(model: nn.Module, name: str, field: str) -> Row:
+def _mean_row(model: nn.Module, name: str, field: str, share: str) -> Row:
     """A container whose own forward takes the mean over positions: the pooling before a classifier, or of a gate."""
     kind = type(model.get_submodule(name)).__name__
-    note = "a mean over positions in its own forward; pooling that shrinks the map counts 0"
+    note = "; ".join(filter(None, ("a mean over positions in its own forward", share, POOLING)))
     return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, field, note)
 
 
