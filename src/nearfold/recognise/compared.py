@@ -7,7 +7,7 @@ a `Place` whose position is the row of the first product, a query or a key, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from nearfold.recognise.foreign import Found
 from nearfold.recognise.operators import Call, entries, follow, rule_of, tensors, views
 from nearfold.recognise.operators.axes import SOFTMAXES
 from nearfold.recognise.place import SHIFT, Place, number, varies
+
+if TYPE_CHECKING:
+    from nearfold.recognise.observation import Frame
 
 PLAIN = ("mm", "bmm")
 PRODUCTS = dict.fromkeys(PLAIN, ("self", "mat2")) | {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2")}
@@ -63,8 +66,8 @@ class _Pairs:
     Attributes:
         label: rows and columns.
         call: of the module that made them, for there they must be spent.
-        queries: positions of the rows.
-        keys: positions of the columns.
+        rows: positions of the rows.
+        columns: positions of the columns.
         heads: how many.
         keyed: behind the softmax, which label is the keys'; empty before it.
         more: as in `Compared`.
@@ -73,7 +76,7 @@ class _Pairs:
     """
 
     label: Place
-    call: Any
+    call: Frame
     rows: Tensor
     columns: Tensor
     heads: int
@@ -125,7 +128,7 @@ class Comparisons:
         if pairs is not None and not _vary(pairs.label, (x.dim() - 1,)):
             self.pairs[y] = replace(pairs, more=pairs.more | {HEADS}, through=pairs.through | {name})
 
-    def step(self, call: Call, frame: Any, name: str, noted: bool) -> tuple[Compared, Noted] | None:
+    def step(self, call: Call, frame: Frame, name: str, noted: bool) -> tuple[Compared, Noted] | None:
         """Follow one operator; where it spends weights, what was compared, and the operators that this explains.
 
         Args:
@@ -175,7 +178,7 @@ class Comparisons:
             for made in call.made:
                 self.spent[made] = found[0]
 
-    def _begun(self, call: Call, frame: Any) -> _Pairs | None:
+    def _begun(self, call: Call, frame: Frame) -> _Pairs | None:
         """A product of queries and keys: of positions along its rows, and positions along its columns."""
         a, b = (call.tensor(n) for n in PRODUCTS[call.name])
         pa, pb = call.place(a), call.place(b)
@@ -228,7 +231,7 @@ class Comparisons:
             self._origins(place.position.flatten()), self._origins(where)
         )
 
-    def _fused(self, call: Call, frame: Any, mine: Noted) -> tuple[Compared, Noted] | None:
+    def _fused(self, call: Call, frame: Frame, mine: Noted) -> tuple[Compared, Noted] | None:
         """torch's function for all of it."""
         bias = next((b for n in ("attn_mask", "attn_bias") if (b := call.given.get(n)) is not None), None)
         if call.given.get("is_causal") or (bias is not None and not call.solid(bias)):
@@ -251,7 +254,7 @@ class Comparisons:
         self.spent[call.made[0]] = done
         return done, mine
 
-    def _compared(self, pairs: _Pairs, frame: Any) -> Compared | None:
+    def _compared(self, pairs: _Pairs, frame: Frame) -> Compared | None:
         """What it is in all, if every position of the module's input is a key, or of another map made in the module."""
         queries, keys = (pairs.rows, pairs.columns) if pairs.keyed == "channel" else (pairs.columns, pairs.rows)
         queries, keys = self._origins(queries), self._origins(keys)

@@ -12,7 +12,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +24,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nearfold.grammar.words import All, Window
 from nearfold.recognise.blocks import AT_CALL
-from nearfold.recognise.compared import Compared, Comparisons
+from nearfold.recognise.compared import Comparisons
 from nearfold.recognise.field import through
 from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.observation import Frame, Observation
 from nearfold.recognise.operators import EMPTY, Call, follow
 from nearfold.recognise.place import (
     SHIFT,
@@ -51,34 +51,6 @@ from nearfold.recognise.trial import trial
 from nearfold.recognise.walk import Layer, one_position
 
 PICKING = ("index", "index_select", "gather", "embedding")  # entries of their first tensor
-GATHERED = "reads positions that its container gathered"
-
-
-@dataclass
-class Observation:
-    """What a run showed, by the layers' names.
-
-    Attributes:
-        ran: layers and containers that were called.
-        flops: multiply and add as two, in the layer, for one input.
-        fields: behind the layer, as they are printed.
-        linears: what lies along the last axis of an nn.Linear's input: channels, positions, all (every position
-            and channel, flattened) or both (positions that were gathered).
-        calls: what a call replaces: another `Found`, or the reason why there is none.
-        glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name, and
-            how often.
-        compared: attention that such a forward was seen to be made of; its operations are no glue.
-        means: containers whose own forward takes the mean over positions: the field behind it, and of which it is.
-    """
-
-    ran: set[str] = field(default_factory=set)
-    flops: dict[str, int] = field(default_factory=dict)
-    fields: dict[str, str] = field(default_factory=dict)
-    linears: dict[str, str] = field(default_factory=dict)
-    calls: dict[str, Found | str] = field(default_factory=dict)
-    glue: dict[str, Counter[str]] = field(default_factory=dict)
-    compared: dict[str, Compared] = field(default_factory=dict)
-    means: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def observe(
@@ -119,27 +91,6 @@ def observe(
     return trial(model, input_size, inputs, run)
 
 
-@dataclass(eq=False)
-class _Frame:
-    """A call of a module that has not returned yet.
-
-    Attributes:
-        module: of the copy.
-        flops: when it began.
-        given: its tensors.
-        position: of the first of them, where it is known.
-        called: names of layers that have returned in it.
-        compared: whether it has attended already.
-    """
-
-    module: nn.Module
-    flops: int
-    given: list[Tensor]
-    position: Tensor | None
-    called: list[str] = field(default_factory=list)
-    compared: bool = False
-
-
 class _Escapes(TorchFunctionMode):
     """Values that leave the tensors: what is made of them cannot be followed."""
 
@@ -178,7 +129,7 @@ class _Watch(TorchDispatchMode):
         self.written: dict[int, tuple[int, Tensor]] = {}  # when memory was last written to, and through which tensor
         self.placed, self.clock = WeakIdKeyDictionary(), 0
         self.lost = False
-        self.stack: list[_Frame] = []
+        self.stack: list[Frame] = []
         self.comparisons = Comparisons()
         for module in self.root.modules():
             for t in module._parameters.values():
@@ -246,7 +197,7 @@ class _Watch(TorchDispatchMode):
                 self._ordered(given[0], found)
         place = self.place(given[0]) if given else None
         position = None if place is None or place.wild else place.position
-        self.stack.append(_Frame(module, self.counter.get_total_flops(), given, position))
+        self.stack.append(Frame(module, self.counter.get_total_flops(), given, position))
 
     def _ordered(self, x: Tensor, found: Found) -> None:
         """Note where a container rearranged the positions that a layer is about to read."""

@@ -12,7 +12,8 @@ from torch import nn
 from nearfold.recognise.blocks import PARENTS, token_table
 from nearfold.recognise.compared import Compared
 from nearfold.recognise.foreign import Found, count
-from nearfold.recognise.observe import Observation, observe
+from nearfold.recognise.observation import Observation
+from nearfold.recognise.observe import observe
 from nearfold.recognise.pointwise import is_elementwise, is_linear
 from nearfold.recognise.walk import Layer, of_found, walk, with_halves
 

@@ -13,7 +13,7 @@ from nearfold.grammar import Operation
 from nearfold.recognise.alone import TRIED
 from nearfold.recognise.foreign import GLOBAL_MEAN, POOLING, count
 from nearfold.recognise.generating import MILLION
-from nearfold.recognise.observe import Observation
+from nearfold.recognise.observation import Observation
 from nearfold.recognise.pointwise import is_linear
 from nearfold.recognise.ran import SEEN, layers_of
 from nearfold.recognise.walk import Layer
