@@ -231,6 +231,22 @@ def test_what_is_close_to_a_rule_is_unknown_without_a_run(module):
     assert [one.name for one in describe(nn.Sequential(module)).unknown] == ["0"]
 
 
+class Decided(nn.Module):
+    """Attention among its own inputs: of large numbers every position sees itself alone, of small ones all do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return (x @ x.mT).softmax(-1) @ x
+
+
+def test_a_softmax_that_has_decided_is_no_pointwise_layer():
+    assert [one.kind for one in describe(Decided()).unknown] == ["Decided"]
+
+
 def test_a_norm_whose_weights_are_zero_is_no_pointwise_layer():
     assert [row.notation for row in describe(Response()).rows] == ["all | row | mean"]
     assert [row.notation for row in describe(nn.BatchNorm2d(4, track_running_stats=False)).rows] == ["all | row | mean"]
