@@ -232,7 +232,7 @@ def test_fields_behind_any_mixture_are_equal_a_bound_or_not_stated(names):
 
 
 class TalkingHeads(nn.Module):
-    """Attention that no rule knows; its parts are nn.Linear, which alone are pointwise."""
+    """Attention that no rule knows, by sigmoids; its parts are nn.Linear, which alone are pointwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class TalkingHeads(nn.Module):
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
         scores = self.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+        return self.proj((scores.sigmoid() @ v).transpose(1, 2).reshape(b, n, c))
 
 
 class Whole(nn.Module):

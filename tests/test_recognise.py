@@ -114,6 +114,34 @@ def test_pooling(notation, layer, float64):
     close(mine, truth if truth.shape == mine.shape else truth.expand_as(mine))
 
 
+NOTED = [
+    ("window(3) | box | ones", nn.AvgPool2d(3, 1, 1), 9, "divided by 9"),
+    ("window(3, stride=3, padding=0) | box | ones", nn.AvgPool2d(3, divisor_override=2), 2, "divided by 2"),
+    ("window(3, stride=2) | box | ones", nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=5), 5, "divided by 5"),
+    ("window(3) | box | ones", nn.AvgPool1d(3, 1, 1), 3, "divided by 3"),
+    ("window(3, stride=2, padding=0) | box | max", nn.MaxPool2d(3, 2, ceil_mode=True), 1, "(ceil_mode)"),
+    ("window(2, stride=2, padding=0) | box | mean", nn.AvgPool1d(2, ceil_mode=True), 1, "(ceil_mode)"),
+    ("window(3, stride=2) | box | mean", nn.AvgPool2d(3, 2, 1, True, count_include_pad=False), 1, "(ceil_mode)"),
+]
+
+
+@pytest.mark.parametrize(("notation", "layer", "divisor", "note"), NOTED)
+def test_pooling_of_which_a_note_says_more(notation, layer, divisor, note, float64):
+    (row,) = describe(layer).rows
+    assert row.notation == notation and note in row.note
+    x = torch.randn(2, 4, *(9, 8)[: int(type(layer).__name__[-2])]) - 2
+    mine = Mixer(said(layer), 4, ndim=x.dim() - 2)(x) / divisor
+    truth = layer(x)
+    assert (truth.shape == mine.shape) or "(ceil_mode)" in row.note
+    close(mine, truth[tuple(slice(n) for n in mine.shape)])  # but for one more window at the end
+
+
+@pytest.mark.parametrize("layer", [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.GroupNorm(4, 16, affine=False)])
+def test_norms_over_positions_are_means_of_them(layer):
+    (row,) = describe(layer).rows
+    assert row.notation == "all | row | mean" and row.c_d == 0 and "of its square" in row.note
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_multihead_attention(bias, float64):
     layer = nn.MultiheadAttention(12, 3, bias=bias, batch_first=True)
@@ -352,31 +380,27 @@ class HandmadeAttention(Handmade):
 
 
 class Odd(nn.Conv2d):
-    """A convolution that is not: its weights are standardised."""
+    """A convolution that is not: it looks at its input's sign."""
 
     def forward(self, x):
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+        return self._conv_forward(x.sign(), self.weight, self.bias)
 
 
 UNKNOWN = {
     "LSTM": nn.LSTM(4, 4),
     "GRU": nn.GRU(4, 4),
     "own parameter of a container": Scaled(),
-    "statistics over positions": nn.InstanceNorm2d(4),
-    "statistics of groups": nn.Sequential(nn.ReLU(), nn.GroupNorm(2, 4)),
     "positions become channels": nn.PixelUnshuffle(2),
     "transposed": nn.ConvTranspose2d(4, 4, 3),
     "circular": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
     "replicate": nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
-    "counts the padding": nn.AvgPool2d(3, 1, 1),
-    "ceil": nn.MaxPool2d(3, 2, ceil_mode=True),
-    "divisor": nn.AvgPool2d(3, divisor_override=2),
     "bins": nn.AdaptiveAvgPool2d(7),
     "largest of all": nn.AdaptiveMaxPool2d(1),
-    "upsampling": nn.Upsample(scale_factor=2),
+    "upsampling between values": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "padding and a rest": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "another forward": Odd(4, 4, 3),
     "softmax over the last axis": nn.Softmax(dim=-1),
     "lazy": nn.LazyConv2d(4, 3),
-    "another forward": Odd(4, 4, 3),
     "extra keys": nn.MultiheadAttention(8, 2, add_bias_kv=True),
     "by its name": HandmadeAttention(),
     "fold": nn.Unfold(3),
@@ -407,8 +431,8 @@ def test_a_subclass_that_keeps_the_forward_is_its_base():
 
 def test_a_run_sees_functions_that_mix():
     found = describe(Handmade(), (8, 6))
-    assert [s.kind for s in found.unknown] == ["Handmade"]
-    assert "own forward calls" in found.unknown[0].reason
+    assert [row.notation for row in found.rows] == ["all | row | softmax"] and found.unknown == ()
+    assert found.rows[0].parameters == 3 * 8 * 9 and found.pointwise == {}  # its maps are its own
 
 
 def test_a_run_sees_a_softmax_over_positions_but_not_one_over_channels():

@@ -8,14 +8,16 @@ its base's forward.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from nearfold.grammar import Basic, Operation, Weight
-from nearfold.grammar.words import All, Box, Dense, Depthwise, Max, Mean, Row, Softmax, Window
+from nearfold.grammar.words import All, Box, Dense, Depthwise, Max, Mean, Ones, Row, Softmax, Window
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.generating import generates
 
@@ -33,20 +35,22 @@ class Found:
     Attributes:
         operation: what it does.
         generating: how many of its parameters generate behaviour (C_P).
-        scaffold: weightless pooling that only shrinks the map: described, but no part of a model's C_D.
+        scaffold: why it is described, but no part of a model's C_D; empty where it is one.
         axis: where channels are in its output: 1 or -1.
         nets: other layers that belong to it, such as the convolution that makes its offsets.
         note: what the words leave open.
         beside: parts that are layers of their own, by name, with what they are where this layer knows it.
+        followed: whether the words leave open where it reads, so that a run follows its operators instead.
     """
 
     operation: Operation
     generating: int = 0
-    scaffold: bool = False
+    scaffold: str = ""
     axis: int = 1
     nets: tuple[nn.Module, ...] = ()
     note: str = ""
     beside: tuple[tuple[str, Found | None], ...] = ()
+    followed: bool = False
 
 
 Rule = Callable[[nn.Module], Found]
@@ -125,25 +129,39 @@ def _recurrent(m: nn.Module) -> Found:
 
 def _mean_pool(m: nn.Module) -> Found:
     assert isinstance(m, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
-    padded = any(_axes(m.padding, m.padding))
-    if padded and m.count_include_pad:
-        raise Unsaid("no word for a mean that counts the padding (count_include_pad=True)")
-    if m.ceil_mode or getattr(m, "divisor_override", None):
-        raise Unsaid("no word for ceil_mode or divisor_override")
+    size = _axes(m.kernel_size, m.kernel_size if isinstance(m.kernel_size, tuple) else (0,) * int(type(m).__name__[-2]))
+    divisor = getattr(m, "divisor_override", None)
+    counts = m.count_include_pad and any(_axes(m.padding, m.padding))
+    if m.ceil_mode and counts and not divisor:
+        raise Unsaid("no word for a mean that counts the padding, and less of it in a last window (ceil_mode)")
     path = window(m.kernel_size, m.stride, 1, m.padding)
-    return Found(Basic(path, Box(), Weight(Mean())), scaffold=_shrinks(m.stride))
+    fixed = divisor or (math.prod(size) if counts else None)
+    notes = [f"divided by {fixed}" + ", as if the zeros around the map were positions" * (not divisor)] if fixed else []
+    op = Basic(path, Box(), Weight(Ones() if fixed else Mean()))
+    return _ceiled(m, Found(op, scaffold=_shrinking(m.stride), note="; ".join(notes)))
+
+
+def _ceiled(m: Any, found: Found) -> Found:
+    """The same with ceil_mode, if it is on: a last window that the border cuts."""
+    if not m.ceil_mode:
+        return found
+    note = "where its windows leave a rest of the map, one more window that the border cuts (ceil_mode)"
+    return dataclasses.replace(found, note="; ".join(filter(None, (found.note, note))), followed=True)
 
 
 def _max_pool(m: nn.Module) -> Found:
     assert isinstance(m, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d)
-    if m.ceil_mode or m.return_indices:
-        raise Unsaid("no word for ceil_mode or return_indices")
+    if m.return_indices:
+        raise Unsaid("no word for return_indices")
     path = window(m.kernel_size, m.stride, m.dilation, m.padding)
-    return Found(Basic(path, Box(), Weight(Max())), scaffold=_shrinks(m.stride))
+    return _ceiled(m, Found(Basic(path, Box(), Weight(Max())), scaffold=_shrinking(m.stride)))
 
 
-def _shrinks(stride: Ints) -> bool:
-    return any(s > 1 for s in _axes(stride, stride))
+POOLING = "pooling that shrinks the map counts 0"
+
+
+def _shrinking(stride: Ints) -> str:
+    return POOLING if any(s > 1 for s in _axes(stride, stride)) else ""
 
 
 GLOBAL_MEAN = Basic(All(), Row(), Weight(Mean()))
@@ -152,12 +170,12 @@ GLOBAL_MEAN = Basic(All(), Row(), Weight(Mean()))
 def _adaptive_mean(m: nn.Module) -> Found:
     if any(n != 1 for n in _axes(m.output_size, m.output_size)):  # type: ignore[arg-type]
         raise Unsaid(f"no word for bins whose size follows from the input's (output_size={m.output_size})")
-    return Found(GLOBAL_MEAN, scaffold=True, note="one output for the map")
+    return Found(GLOBAL_MEAN, scaffold=POOLING, note="one output for the map")
 
 
 def _fast_mean(m: nn.Module) -> Found:
     axis = -1 if tuple(getattr(m, "dim", (2, 3))) == (1, 2) else 1  # channels last
-    return Found(GLOBAL_MEAN, scaffold=True, axis=axis, note="one output for the map")
+    return Found(GLOBAL_MEAN, scaffold=POOLING, axis=axis, note="one output for the map")
 
 
 def attention_rule(heads: int, *modules: nn.Module, project: str | None = None, note: str = "") -> Found:

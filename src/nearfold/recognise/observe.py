@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nearfold.grammar.words import All, Window
-from nearfold.recognise.aten import EMPTY, Call, follow
 from nearfold.recognise.blocks import AT_CALL
+from nearfold.recognise.compared import Comparisons
 from nearfold.recognise.field import through
 from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.observation import Frame, Observation
+from nearfold.recognise.operators import EMPTY, Call, follow
 from nearfold.recognise.place import (
     SHIFT,
     Place,
@@ -46,33 +48,9 @@ from nearfold.recognise.place import (
 )
 from nearfold.recognise.pointwise import is_linear
 from nearfold.recognise.trial import trial
-from nearfold.recognise.walk import Layer
+from nearfold.recognise.walk import Layer, one_position
 
-GATHERED = "reads positions that its container gathered"
-
-
-@dataclass
-class Observation:
-    """What a run showed, by the layers' names.
-
-    Attributes:
-        ran: layers and containers that were called.
-        flops: multiply and add as two, in the layer, for one input.
-        fields: behind the layer, as they are printed.
-        linears: what lies along the last axis of an nn.Linear's input: channels, positions, all (every position
-            and channel, flattened) or both (positions that were gathered).
-        calls: what a call replaces: another `Found`, or the reason why there is none.
-        glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name.
-        means: containers whose own forward takes the mean over positions.
-    """
-
-    ran: set[str] = field(default_factory=set)
-    flops: dict[str, int] = field(default_factory=dict)
-    fields: dict[str, str] = field(default_factory=dict)
-    linears: dict[str, str] = field(default_factory=dict)
-    calls: dict[str, Found | str] = field(default_factory=dict)
-    glue: dict[str, set[str]] = field(default_factory=dict)
-    means: dict[str, str] = field(default_factory=dict)
+PICKING = ("index", "index_select", "gather", "embedding")  # entries of their first tensor
 
 
 def observe(
@@ -138,7 +116,12 @@ class _Watch(TorchDispatchMode):
         self.glued = glued
         self.root = twins[model]
         self.by_module = {twins[layer.modules[0]]: layer for layer in layers}
-        self.known = {twins[module] for layer in layers if layer.found for module in layer.modules}
+        self.known = {
+            twins[module] for layer in layers if layer.found and not layer.found.followed for module in layer.modules
+        }
+        self.followed = {
+            twins[module] for layer in layers if layer.found and layer.found.followed for module in layer.modules
+        }
         self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.found and not layer.listed}
         self.names = {twins[module]: name for name, module in model.named_modules()}
         self.folded: set[str] = set()
@@ -146,7 +129,8 @@ class _Watch(TorchDispatchMode):
         self.written: dict[int, tuple[int, Tensor]] = {}  # when memory was last written to, and through which tensor
         self.placed, self.clock = WeakIdKeyDictionary(), 0
         self.lost = False
-        self.stack: list[tuple[nn.Module, int, list[Tensor]]] = []
+        self.stack: list[Frame] = []
+        self.comparisons = Comparisons()
         for module in self.root.modules():
             for t in module._parameters.values():
                 if t is not None:
@@ -177,6 +161,7 @@ class _Watch(TorchDispatchMode):
 
     def begin(self, t: Tensor, axis: int | None) -> None:
         """Label an input of the model; fields are those in the first."""
+        self.comparisons.batch = t.shape[0] if t.dim() else 1
         place, first = begin(t.shape, axis), next(iter(self.places.values()), None)
         if first is not None:
             lost = unknown(first, t.shape)
@@ -185,7 +170,7 @@ class _Watch(TorchDispatchMode):
 
     def _inside(self) -> bool:
         """Whether what runs now belongs to a layer whose operation is known."""
-        return any(self._whole(module) for module, *_ in self.stack)
+        return any(self._whole(frame.module) for frame in self.stack)
 
     def _whole(self, module: nn.Module) -> bool:
         return module in self.known or (module in self.by_module and is_linear(module))
@@ -210,7 +195,9 @@ class _Watch(TorchDispatchMode):
                 self.folded.add(layer.name)
             if isinstance(found, Found):
                 self._ordered(given[0], found)
-        self.stack.append((module, self.counter.get_total_flops(), given))
+        place = self.place(given[0]) if given else None
+        position = None if place is None or place.wild else place.position
+        self.stack.append(Frame(module, self.counter.get_total_flops(), given, position))
 
     def _ordered(self, x: Tensor, found: Found) -> None:
         """Note where a container rearranged the positions that a layer is about to read."""
@@ -224,11 +211,13 @@ class _Watch(TorchDispatchMode):
             self._note("a rearrangement of positions")
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _, before, given = self.stack.pop()
+        frame = self.stack.pop()
         if self._inside():
             return
-        name, layer = self.names[module], self.by_module.get(module)
-        self.seen.flops[name] = self.seen.flops.get(name, 0) + self.counter.get_total_flops() - before
+        given, name, layer = frame.given, self.names[module], self.by_module.get(module)
+        self.seen.flops[name] = self.seen.flops.get(name, 0) + self.counter.get_total_flops() - frame.flops
+        for outer in self.stack if layer is not None else ():
+            outer.called.append(name)
         made = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         places = [p for t in given if (p := self.place(t)) is not None]
         if layer is not None and made and places and is_linear(module):
@@ -239,11 +228,11 @@ class _Watch(TorchDispatchMode):
             for t in made:
                 if self.places.get(t) is None:
                     self._put(t, unknown(places[0], t.shape))
-        if layer is None or not made or not given:
+        if (layer is None and not frame.compared) or not made or not given:
             return
         place = self.place(made[0])
         if place is not None and made[0].dim():
-            found = self.seen.calls.get(name, layer.found)
+            found = self.seen.calls.get(name, layer and layer.found)
             self.seen.fields[name] = text(place, found.axis if isinstance(found, Found) else -1)
 
     def _behind(self, layer: Layer, given: list[Tensor], places: list[Place], made: list[Tensor]) -> None:
@@ -262,6 +251,9 @@ class _Watch(TorchDispatchMode):
             if getattr(layer.modules[0], "shuffle", "none") != "none" and not looks:
                 main = dataclasses.replace(main, kind="?")
             place = renumbered(through(main, found.operation, x.shape, y.shape, found.axis), y.shape, found.axis)
+            if one_position(found):
+                self.comparisons.alike(main, place)
+                self.comparisons.through(x, y, layer.name)
         self._put(y, place)
         for t in made[1:]:
             if t is not y:
@@ -287,7 +279,9 @@ class _Watch(TorchDispatchMode):
             return
         kind = self.seen.linears.get(name, "channels")
         found = over(place, (x.dim() - 1,))
-        if kind != "channels":
+        if kind == "channels":
+            self.comparisons.through(x, y, name)
+        else:
             found = settled(found)
         if kind == "positions":  # hidden tokens are along the last axis, the channels stay where they were
             rows = [d for d in range(x.dim()) if varies(place.position, (d,))]
@@ -345,17 +339,20 @@ class _Watch(TorchDispatchMode):
         if not made or (name in EMPTY and not inplace):
             return
         if not places:
-            if solid and all(id(t) in solid or t.numel() == 1 for t in tensors):
+            picked = name in PICKING and id(tensors[0]) in solid
+            if solid and (picked or all(id(t) in solid or t.numel() == 1 for t in tensors)):
                 for t in made:
                     self.solid[t] = True
             return
         if name in EMPTY:  # filled: it depends on nothing any more, if it is all of its memory
             found = [unknown(next(iter(places.values())), t.shape) for t in made]
+            self.comparisons.forget(made)
         else:
             call = Call(name, func, given, lambda t: places.get(id(t)), lambda t: id(t) in solid, made)
             found = follow(call)
             if call.mixes:
-                self._mixed(name, found[0])
+                self._mixed(name, found[0], call)
+            self._compare(call)
         for t, place in zip(made, found, strict=True):
             was = places.get(id(t))
             if inplace and (was is None or not same(was, place)):
@@ -367,23 +364,51 @@ class _Watch(TorchDispatchMode):
 
     def _put(self, t: Tensor, place: Place) -> None:
         self.places[t], self.placed[t] = place, self.clock
+        self.comparisons.see(place)
 
-    def _mixed(self, name: str, behind: Place) -> None:
+    def _compare(self, call: Call) -> None:
+        """Note an attention of a forward itself where a call completes one, once in a call of the module."""
+        if not self.stack:
+            return
+        frame = self.stack[-1]
+        name = self.names[frame.module]
+        done = self.comparisons.step(call, frame, name, call.mixes)
+        if done is None or frame.compared:
+            return
+        frame.compared = True
+        found, explained = done
+        before = self.seen.compared.setdefault(name, found)
+        if before == found:
+            for owner, operator in explained:
+                self.seen.glue.get(owner, Counter())[operator.removeprefix("_")] -= 1
+
+    def _mixed(self, name: str, behind: Place, call: Call) -> None:
         """Note an operator that mixes positions: the mean over all of them is a pooling that has a word."""
-        module = self.stack[-1][0] if self.stack else self.root
+        module = self.stack[-1].module if self.stack else self.root
+        if module in self.followed:
+            return
         left = [d for d, n in enumerate(behind.position.shape) if n > 1 and behind.channel.shape[d] == 1]
         pooled = name == "mean" and not left and not behind.wild
         if pooled and module not in self.leaves:
             if not any(n in self.glued for n in names_of(module)):
-                self.seen.means[self.names[module]] = text(over(behind, range(behind.position.dim())), -1)
+                field = text(over(behind, range(behind.position.dim())), -1)
+                self.seen.means[self.names[module]] = field, self._share(call.main("self").position)
         else:
             self._note(name)
 
+    def _share(self, positions: Tensor) -> str:
+        """How many of a module's positions there are, where they are not all."""
+        given = self.stack[-1].position if self.stack else None
+        mine, its = positions.flatten(), None if given is None else given.flatten()
+        if its is None or mine.numel() >= its.numel() or not bool(torch.isin(mine, its).all()):
+            return ""
+        return f"of {mine.numel()} of its {its.numel()} positions"
+
     def _note(self, what: str) -> None:
         """Note an operation of a forward itself, unless that forward is known."""
-        module = self.stack[-1][0] if self.stack else self.root
+        module = self.stack[-1].module if self.stack else self.root
         if not any(n in self.glued for n in names_of(module)):
-            self.seen.glue.setdefault(self.names[module], set()).add(what.removeprefix("_"))
+            self.seen.glue.setdefault(self.names[module], Counter())[what.removeprefix("_")] += 1
 
 
 @contextlib.contextmanager

@@ -1,14 +1,10 @@
-"""Layers that do not mix positions: tables of qualified names, and a trial for those that are in none."""
+"""Layers that do not mix positions: tables of qualified names. Those that are in none are tried: `alone`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from nearfold.recognise.foreign import count, names_of
-from nearfold.recognise.trial import copied, quiet
+from nearfold.recognise.foreign import names_of
 
 _TORCH = "torch.nn.modules"
 # Every layer of these modules reads one position for each it makes, but for norms with statistics over positions.
@@ -88,74 +84,6 @@ def gathers_statistics(module: nn.Module) -> bool:
     >>> gathers_statistics(nn.GroupNorm(2, 4)), gathers_statistics(nn.LayerNorm(4))
     (True, False)
     """
-    if any(f"{_TORCH}.instancenorm" in name for name in names_of(module)):
-        return not getattr(module, "track_running_stats", False)
-    return any(name == f"{_TORCH}.normalization.GroupNorm" for name in names_of(module))
-
-
-TRIED = "tried alone"
-LARGEST = 1 << 22  # parameters of a layer that is tried
-
-
-@torch.no_grad()
-def acts_alone(module: nn.Module) -> bool:
-    """Whether a layer, run alone, reads one position for each that it makes, wherever its channels may be.
-
-    A copy in float64 runs on random maps of several sizes, with channels along the second and the last axis; one
-    position after the other gets other values. It passes if it runs on some, and on all of these nothing else changes.
-
-    >>> acts_alone(nn.Softplus()), acts_alone(nn.Softmax(dim=-1)), acts_alone(nn.Conv1d(4, 4, 3, padding=1))
-    (True, False, False)
-    """
-    if count(module) > LARGEST or "forward" in vars(module):
-        return False
-    sizes = {n for p in module.parameters(recurse=False) for n in p.shape if n > 1} or {8}
-    cpu = torch.device("cpu")
-    passed = False
-    try:
-        alone = copied(module, cpu)[0].to(cpu, torch.float64)
-    except Exception:
-        return False
-    with quiet(cpu):
-        generator = torch.Generator().manual_seed(0)
-        for x, axis in _maps(sorted(sizes), generator):
-            try:
-                y = _output(alone(x))
-            except Exception:
-                continue
-            if not _one_position(alone, x, y, axis, generator):
-                return False
-            passed = True
-    return passed
-
-
-def _maps(sizes: list[int], generator: torch.Generator) -> Iterator[tuple[Tensor, int]]:
-    taken = set(sizes)
-    a, b = (n for n in range(3, 100) if n not in taken and (n + 1) not in taken), 2  # no axis is mistaken for channels
-    first = next(a)
-    for channels in sizes[:4]:
-        for grid in ((first,), (b, first + 1)):
-            for axis, shape in ((-1, (1, *grid, channels)), (1, (1, channels, *grid))):
-                yield 3 * torch.randn(shape, dtype=torch.float64, generator=generator), axis
-
-
-def _output(made: object) -> Tensor:
-    if not isinstance(made, Tensor):
-        raise TypeError("makes no tensor")
-    return made
-
-
-def _one_position(module: nn.Module, x: Tensor, y: Tensor, axis: int, generator: torch.Generator) -> bool:
-    """Whether the output at a position changes with the input there, and no other does."""
-    x_Np, y_Np = x.movedim(axis, -1), y.movedim(axis, -1) if y.dim() == x.dim() else y
-    if x_Np.shape[:-1] != y_Np.shape[:-1]:
-        return False
-    for at in range(x_Np[..., 0].numel()):
-        other = x_Np.clone().flatten(0, -2)
-        other[at] = 5 * torch.randn(other.shape[-1], dtype=x.dtype, generator=generator)
-        changed = _output(module(other.view(x_Np.shape).movedim(-1, axis))).movedim(axis, -1) - y_Np
-        rows = changed.flatten(0, -2)
-        rows[at] = 0
-        if not bool((rows.abs() <= 1e-13 * (1 + y.abs().max())).all()):
-            return False
-    return True
+    if isinstance(module, nn.modules.batchnorm._NormBase):  # batch and instance norms
+        return module.running_mean is None
+    return isinstance(module, nn.GroupNorm)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
-from nearfold.recognise.blocks import PARENTS, token_table
-from nearfold.recognise.foreign import GLOBAL_MEAN, Found, count
+from nearfold.recognise.alone import TRIED
+from nearfold.recognise.foreign import GLOBAL_MEAN, POOLING, count
 from nearfold.recognise.generating import MILLION
-from nearfold.recognise.observe import Observation, observe
-from nearfold.recognise.pointwise import TRIED, is_elementwise, is_linear
-from nearfold.recognise.walk import Layer, of_found, walk, with_halves
+from nearfold.recognise.observation import Observation
+from nearfold.recognise.pointwise import is_linear
+from nearfold.recognise.ran import SEEN, layers_of
+from nearfold.recognise.walk import Layer
 
 TIERS = {"S": 1800.0, "A": 1250.0, "B": 900.0, "C": 500.0}
-SEEN = "seen in the run"
 # Under what is printed; docs/complexity.md says more.
 LEGEND = (
     "C_D: the primitives that say what it does, added; C_P: its parameters that generate behaviour from the input, in "
@@ -28,7 +27,6 @@ LEGEND = (
     "all: every position (of a causal shape: every one before it); <=n: at most n; any: where the data says; "
     "?: not known",
 )
-GLUED = frozenset(PARENTS)  # containers whose own forward a rule explains
 
 
 @dataclass(frozen=True)
@@ -207,7 +205,7 @@ def complexity(model: nn.Module, alpha: float = 1.0, input_size: tuple[int, ...]
     >>> complexity(nn.MultiheadAttention(64, 4)).omega == 4 + 4 * (64 * 64 + 64) / 1e6
     True
     """
-    layers, _ = _layers(model, input_size)
+    layers, _ = layers_of(model, input_size)
     return _totals(tuple(map(_row, filter(_said, layers))), tuple(map(_strange, filter(_reason, layers))), alpha)
 
 
@@ -240,10 +238,10 @@ def describe(
     """
     if input_size is not None and inputs is not None:
         raise ValueError(f"give input_size or inputs, not both; got {input_size=} and inputs={list(inputs)}")
-    layers, seen = _layers(model, input_size, inputs)
+    layers, seen = layers_of(model, input_size, inputs)
     names = {module: name for name, module in model.named_modules()}
     rows = tuple(_row(layer, seen, names) for layer in layers if layer.found)
-    rows += tuple(_mean_row(model, name, field) for name, field in (seen.means if seen else {}).items())
+    rows += tuple(_mean_row(model, name, *mean) for name, mean in (seen.means if seen else {}).items())
     unknown = tuple(map(_strange, filter(_reason, layers)))
     plain = Counter(_label(layer) for layer in layers if layer.pointwise)
     return Description(
@@ -289,10 +287,10 @@ def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, s
     )  # fmt: skip
 
 
-def _mean_row(model: nn.Module, name: str, field: str) -> Row:
+def _mean_row(model: nn.Module, name: str, field: str, share: str) -> Row:
     """A container whose own forward takes the mean over positions: the pooling before a classifier, or of a gate."""
     kind = type(model.get_submodule(name)).__name__
-    note = "a mean over positions in its own forward; pooling that shrinks the map counts 0"
+    note = "; ".join(filter(None, ("a mean over positions in its own forward", share, POOLING)))
     return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, field, note)
 
 
@@ -301,6 +299,8 @@ def _strange(layer: Layer) -> Strange:
 
 
 def _label(layer: Layer) -> str:
+    if layer.found and layer.found.followed:
+        return f"{layer.kind} ({layer.found.note})"
     if layer.found:
         return f"{layer.kind} 1x1 (C_D {layer.counted:g} each)"
     return f"{layer.kind} ({layer.note})" if layer.note in (SEEN, TRIED) else layer.kind
@@ -321,102 +321,3 @@ def _notes(layers: list[Layer], seen: Observation | None) -> Iterable[str]:
     halves = sum(layer.counted == 1 for layer in linears)
     if halves:
         yield f"{halves} nn.Linear are the pointwise half of the depthwise layer before them: 1 each"
-
-
-# --- what a run adds to the layers
-
-
-def _layers(
-    model: nn.Module, input_size: tuple[int, ...] | None, inputs: dict[str, Any] | None = None
-) -> tuple[list[Layer], Observation | None]:
-    layers = walk(model)
-    if input_size is None and inputs is None:
-        return layers, None
-    seen = observe(model, layers, input_size, GLUED, inputs)
-    whole = {layer.name for layer in layers if not layer.listed}
-    glue: dict[str, set[str]] = {}
-    for name, calls in seen.glue.items():  # what a part that is not listed does, its owner does
-        owner = next((up for up in _upwards(name) if up in whole), name)
-        glue.setdefault(owner, set()).update(calls)
-    layers = [new for layer in _with_tables(layers, seen) if (new := _as_seen(_as_called(layer, seen), seen, glue))]
-    strange = {layer.name for layer in layers if layer.reason}
-    for name, calls in glue.items():
-        if name not in strange:
-            layers.append(
-                Layer(name, (model.get_submodule(name),), reason=f"{_mixing(calls)}; its parts are listed", listed=True)
-            )
-    return with_halves(layers), seen
-
-
-def _upwards(name: str) -> Iterator[str]:
-    """A dotted name, and those of what it is in, from the outermost."""
-    parts = name.split(".")
-    yield from ("", *(".".join(parts[: i + 1]) for i in range(len(parts)))) if name else ("",)
-
-
-def _mixing(calls: set[str]) -> str:
-    return f"its own forward calls {', '.join(sorted(calls))}"
-
-
-def _as_seen(layer: Layer, seen: Observation, glue: dict[str, set[str]]) -> Layer | None:
-    """What a run adds to a layer without an operation: whether it mixed positions. None: only its parts are left."""
-    if layer.found is not None or layer.name in seen.calls or is_linear(layer.modules[0]):
-        return layer
-    if layer.name in glue:
-        if layer.reason and not layer.reason.startswith(("no rule", "owns", "called")):  # a rule says more
-            return layer
-        return dataclasses.replace(layer, reason=_mixing(glue[layer.name]) + ("; its parts are listed" * layer.listed))
-    if layer.reason and layer.name in seen.ran:
-        return None if layer.listed else Layer(layer.name, layer.modules, note=SEEN)
-    return layer
-
-
-def _as_called(layer: Layer, seen: Observation) -> Layer:
-    new = seen.calls.get(layer.name)
-    if isinstance(new, Found):
-        return of_found(layer.name, layer.modules, new)
-    if new is not None:
-        return dataclasses.replace(layer, found=None, reason=new, counted=0.0)
-    if layer.pointwise and seen.linears.get(layer.name) == "both":
-        return dataclasses.replace(layer, found=None, reason="reads positions that its container gathered", counted=0.0)
-    return layer
-
-
-def _with_tables(layers: list[Layer], seen: Observation) -> list[Layer]:
-    """The nn.Linear that act on positions; those with nothing but activations between are one operation."""
-    out: list[Layer] = []
-    run: list[Layer] = []
-    between: list[Layer] = []
-
-    def close() -> None:
-        if run:
-            linears = [layer.modules[0] for layer in run]
-            name = run[0].name if len(run) == 1 else _joined([layer.name for layer in run])
-            out.append(of_found(name, tuple(linears), token_table(*linears)))  # type: ignore[arg-type]
-        out.extend(between)
-        run.clear()
-        between.clear()
-
-    for layer in layers:
-        module = layer.modules[0]
-        if seen.linears.get(layer.name) == "positions" and is_linear(module):
-            follows = run and run[-1].modules[0].out_features == module.in_features and _siblings(run[-1], layer)
-            if not follows:
-                close()
-            run.append(layer)
-        elif run and is_elementwise(module) and _siblings(run[-1], layer):
-            between.append(layer)
-        else:
-            close()
-            out.append(layer)
-    close()
-    return out
-
-
-def _siblings(a: Layer, b: Layer) -> bool:
-    return a.name.rpartition(".")[0] == b.name.rpartition(".")[0]
-
-
-def _joined(names: list[str]) -> str:
-    """Names of siblings in one: mlp.fc1 and mlp.fc2 are mlp.fc1+fc2."""
-    return "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])

@@ -111,15 +111,44 @@ def _moved(t: Tensor, device: torch.device) -> Tensor:
 
 
 @contextlib.contextmanager
+def undrawn(device: torch.device | None = None, seed: int | None = None) -> Iterator[None]:
+    """Random numbers of Python and of torch afterwards as if none had been drawn.
+
+    Args:
+        device: whose generator is kept, next to those of the CPU and of CUDA where that is in use.
+        seed: from which torch's start within.
+
+    >>> with undrawn(seed=1):
+    ...     first = torch.rand(1), random.random()
+    >>> with undrawn(seed=1):
+    ...     second = torch.rand(1), random.random()
+    >>> first == second
+    True
+    """
+    kinds: dict[str, list[Any]] = {
+        "cuda": list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    }
+    if device is not None and device.type not in ("cpu", "meta", "cuda"):
+        kinds[device.type] = [device]
+    python = random.getstate()
+    try:
+        with contextlib.ExitStack() as stack:
+            for kind, devices in kinds.items():
+                stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+
+
+@contextlib.contextmanager
 def quiet(device: torch.device) -> Iterator[None]:
     """Random numbers and torch's fused attention afterwards as they were; within, the latter is off."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    python = random.getstate()
     torch.backends.mha.set_fastpath_enabled(False)
-    devices = [device] if device.type not in ("cpu", "meta") else []
     try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        with undrawn(device):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        random.setstate(python)

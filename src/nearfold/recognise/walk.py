@@ -12,13 +12,12 @@ from nearfold.grammar import Basic
 from nearfold.grammar.complexity import c_d
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import Depthwise, Ones, Window
+from nearfold.recognise.alone import TRIED, tried
 from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
 from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.layouts import CROSS
 from nearfold.recognise.pointwise import (
-    TRIED,
-    acts_alone,
     gathers_statistics,
     is_elementwise,
     is_linear,
@@ -87,10 +86,8 @@ def walk(model: nn.Module) -> list[Layer]:
 
 
 def of_found(name: str, modules: tuple[nn.Module, ...], found: Found) -> Layer:
-    """A layer that can be said; weightless pooling that only shrinks the map counts nothing."""
-    note = found.note
-    if found.scaffold:
-        note = "; ".join(filter(None, (note, "pooling that shrinks the map counts 0")))
+    """A layer that can be said, and what it counts."""
+    note = "; ".join(filter(None, (found.note, found.scaffold)))
     return Layer(name, modules, found, counted=0.0 if found.scaffold else c_d(found.operation), note=note)
 
 
@@ -116,7 +113,7 @@ def _visit(
         yield of_found(name, (module, *found.nets), found)
         return
     if gathers_statistics(module):
-        yield Layer(name, (module,), reason="no word for statistics over positions")
+        yield _alone(module, name, "no word for statistics over positions")
         return
     if is_pointwise(module):
         yield Layer(name, (module,))
@@ -125,10 +122,8 @@ def _visit(
     strange = strange_parameters(module)
     if not children:
         owned = f"owns {', '.join(strange)}" if strange else "no rule for this class, which may mix positions"
-        if (strange or not isinstance(module, EMPTY)) and acts_alone(module):
-            yield Layer(name, (module,), note=TRIED)
-        elif not isinstance(module, EMPTY) or strange:
-            yield Layer(name, (module,), reason=owned)
+        if strange or not isinstance(module, EMPTY):
+            yield _alone(module, name, owned)
         return
     if strange:
         yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed", listed=True)
@@ -140,6 +135,14 @@ def _visit(
     if not strange and "att" in type(module).__name__.lower() and not any(b.mixes or b.reason for b in below):
         yield Layer(name, (module,), reason="called attention, and no rule for this class", listed=True)
     yield from below
+
+
+def _alone(module: nn.Module, name: str, otherwise: str) -> Layer:
+    """A layer in no table, as it was seen to be alone."""
+    found = tried(module)
+    if isinstance(found, Found):
+        return of_found(name, (module,), found)
+    return Layer(name, (module,), note=TRIED) if found else Layer(name, (module,), reason=otherwise)
 
 
 def _found(module: nn.Module) -> Found | None:

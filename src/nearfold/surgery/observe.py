@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.foreign import Found, Unsaid, names_of
-from nearfold.recognise.trial import copied, quiet
+from nearfold.recognise.trial import copied, quiet, undrawn
 from nearfold.recognise.walk import ALL_RULES
-from nearfold.surgery.proof import SEED, budget, difference, tensors, undrawn
+from nearfold.surgery.proof import SEED, budget, difference, tensors
 from nearfold.surgery.report import Report
 from nearfold.surgery.sites import Site
 
@@ -84,7 +83,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     parameters = [(module, dict(module._parameters)) for module in modes]
     model.eval()
     try:
-        with undrawn():
+        with undrawn(seed=SEED):
             yield
     finally:
         for module, mode in modes.items():
@@ -166,12 +165,8 @@ def run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, int]]:
     13824
     """
     twin, _ = copied(model, next((p.device for p in model.parameters()), torch.device("cpu")))
-    python = random.getstate()
-    try:
-        with unchanged(twin), FlopCounterMode(display=False) as counter:
-            made = tensors(call(twin))
-    finally:
-        random.setstate(python)
+    with unchanged(twin), FlopCounterMode(display=False) as counter:
+        made = tensors(call(twin))
     root = type(model).__name__
     flops = {
         "" if name in (root, "Global") else name.removeprefix(f"{root}."): sum(counts.values())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nearfold.recognise.trial import undrawn
 from nearfold.surgery.sites import Site
 from nearfold.surgery.sources import Trial
 
@@ -83,15 +82,6 @@ def difference(new: Tensor, old: Tensor) -> float:
     return (new - old).abs().max().item() / (old.abs().max().item() or 1.0)
 
 
-@contextlib.contextmanager
-def undrawn() -> Iterator[None]:
-    """Random numbers as ever after; torch's own generators start from one seed here."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(list(devices)):
-        torch.manual_seed(SEED)
-        yield
-
-
 def prove(site: Site, new: nn.Module, limit: int | None = None) -> Proof:
     """Compare a layer with its replacement on calls of its kind, in float64 on copies, and once in training.
 
@@ -156,7 +146,7 @@ def _compare(found: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: s
 def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
     args, kwargs = copy.deepcopy((trial.args, trial.kwargs))  # what is one tensor in two places stays one
     try:
-        with undrawn(), warnings.catch_warnings():
+        with undrawn(seed=SEED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that only these calls have
             return tensors(module(*args, **kwargs)), ""
     except Exception as error:
