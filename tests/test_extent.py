@@ -1,5 +1,6 @@
 """Cost follows what is there, not what was asked for; what cannot be filled is said, and changes no number."""
 
+import dataclasses
 import random
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from nearfold.lower import execute, explain
+from nearfold.lower.frame import frame
 from nearfold.nn import ConvNN2d, KVTAttention, Mixer, SlidingWindowAttention, StridedAttention, knn_attention
 
 HUGE = 2**31 - 1
@@ -69,7 +71,7 @@ def test_what_is_left_out_changes_nothing(seed, monkeypatch):
         layer.backend, start = backend, None if layer.sampler is None else layer.sampler.clone()
         fitted = results(layer, x)
         with monkeypatch.context() as whole:
-            whole.setattr(execute, "fitted", lambda op, params, *_: (op, params))
+            whole.setattr(execute, "frame", lambda op, *sizes: dataclasses.replace(frame(op, *sizes), op=op))
             if start is not None:
                 layer.sampler.copy_(start)
                 layer._draws = type(layer._draws)()

@@ -190,7 +190,7 @@ class _Parser:
                     "as window(3) | box | kernel, or a name that `nearfold ops` lists"
                 )
             self.at += 1
-            return _parse(NAMES[name][0])
+            return parse(NAMES[name][0])
         path = self.word(("path",))
         self.take("|", "between path and shape")
         shape = self.word(("shape",))
