@@ -163,3 +163,13 @@ def test_links_lead_somewhere():
         prose = re.sub(r"`[^`]*`", "", FENCED.sub("", page.read_text(encoding="utf-8")))
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", prose):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_the_map_names_files_that_are_there():
+    package = ROOT / "src/nearfold"
+    rows = re.findall(
+        r"^\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where is what")[1], re.M
+    )
+    named = [name for row in rows for name in re.findall(r"`([\w/]+(?:\.py)?)`", row) if name != "supports"]
+    assert len(named) > 25
+    assert [name for name in named if not (package / name).exists()] == []
