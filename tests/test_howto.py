@@ -10,6 +10,7 @@ import torch
 from helpers.cells import slow_but
 
 from nearfold import _torchvision
+from nearfold.grammar.word import WORDS
 
 PAGES = {page.stem: page for page in sorted((Path(__file__).resolve().parents[1] / "docs" / "howto").glob("*.md"))}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -31,8 +32,14 @@ def test_page(name, capsys):
                     pytest.skip(f"torchvision: {error}")
             pytest.importorskip(module)
     torch.manual_seed(0)
-    code = compile("\n".join(blocks), str(page), "exec")
-    exec(code, {"__name__": page.stem})  # names must resolve as in a script
+    code = compile("\n".join(blocks), str(page), "exec", dont_inherit=True)  # without this file's annotations
+    before = {kind: dict(words) for kind, words in WORDS.items()}
+    try:
+        exec(code, {"__name__": page.stem})  # names must resolve as in a script
+    finally:  # a page may make words of its own
+        for kind, words in before.items():
+            WORDS[kind].clear()
+            WORDS[kind].update(words)
     assert "Traceback" not in capsys.readouterr().out
 
 

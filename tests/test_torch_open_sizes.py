@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,10 @@ def check_export(name: str, strict: bool) -> None:
     else:
         x, others = torch.randn(2, C, 12, 10), [torch.randn(3, C, 9, 14), torch.randn(1, C, 8, 8)]
         sizes = ({0: Dim("b", min=1, max=64), 2: Dim("h", min=8, max=512), 3: Dim("w", min=8, max=512)},)
-    program = torch.export.export(layer, (x,), dynamic_shapes=sizes, strict=strict).module()
+    exported, kept = torch.export.export(layer, (x,), dynamic_shapes=sizes, strict=strict), io.BytesIO()
+    torch.export.save(exported, kept)
+    kept.seek(0)
+    program = torch.export.load(kept).module()
     for t in (x, *others):
         torch.testing.assert_close(program(t), layer(t), rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ compiled engine. docs/howto/own_word.md makes three of them.
 from __future__ import annotations
 
 from nearfold.grammar.similarity import Similarity
-from nearfold.grammar.word import Word, check, number, positive, sizes
+from nearfold.grammar.word import WORDS, Word, check, number, positive, sizes
 from nearfold.grammar.words import Path, Rho
 from nearfold.lower.weighting import RULES, Rule
 from nearfold.lower.windows import READS, Reads
@@ -60,6 +60,11 @@ def register_path(path: type[Path], reads: Reads) -> None:
     >>> del WORDS["path"]["before"]
     """
     _require_own("path", path, Path)
+    unknown = [name for name in path.shapes if name not in WORDS["shape"]]
+    if unknown or not path.shapes:
+        raise ValueError(
+            f"path={path.__name__}: shapes must name some of {', '.join(WORDS['shape'])}, got {path.shapes}"
+        )
     READS[path] = reads
 
 

@@ -77,7 +77,7 @@ class Path(Word):
     shapes: ClassVar[tuple[str, ...]] = ()  # words it goes with; empty: any
     rhos: ClassVar[tuple[str, ...]] = ()
     takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
-    similarity: Similarity
+    similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
 
     @property
     def groups_of_channels(self) -> int | None:
@@ -86,7 +86,12 @@ class Path(Word):
 
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
         """The slot axes of a kernel on so many grid axes; of paths that take one."""
-        size: Size = getattr(self, "size")  # noqa: B009, of a path with a kernel
+        size: Size | None = getattr(self, "size", None)
+        if size is None:
+            raise ValueError(
+                f"{self} has no size to make a kernel's slots of: give {type(self).__name__} a method slot_shape(ndim) "
+                "or takes_kernel = False"
+            )
         return as_tuple(size, ndim, "size")
 
     def require(self, op: Basic) -> None:

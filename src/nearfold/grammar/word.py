@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nearfold._numbers import LARGEST, MOST, plain, shown
@@ -35,6 +36,8 @@ class Word:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "word" in cls.__dict__:
+            if not (isinstance(cls.word, str) and re.fullmatch("[a-z][a-z0-9_]*", cls.word)):
+                raise ValueError(f"word must be small letters, digits and _, so that it can be read, got {cls.word!r}")
             known = WORDS.setdefault(cls.kind, {})
             there = known.get(cls.word)
             if there is not None and there.__module__.startswith("nearfold.") and cls.__module__ != there.__module__:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfold._numbers import shown
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Block, Deformable, Path, Window
 from nearfold.kernels.local import reflect
@@ -30,7 +31,10 @@ def is_table(path: Path) -> bool:
 
 def _own_reads(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int) -> tuple[Tensor, Tensor]:
     """What a path from outside reads, checked."""
-    index, valid = READS[type(op.path)](op.path, grid, device)
+    read = READS[type(op.path)](op.path, grid, device)
+    if not (isinstance(read, tuple) and len(read) == 2 and all(isinstance(t, Tensor) for t in read)):
+        raise ValueError(f"{op.path}: must read a pair of tensors, positions and which are valid, got {shown(read)}")
+    index, valid = read
     N, given = math.prod(grid), (tuple(index.shape), index.dtype, tuple(valid.shape), valid.dtype)
     if index.dim() != 2 or given != ((N, index.shape[1]), torch.long, (N, index.shape[1]), torch.bool):
         raise ValueError(

@@ -35,7 +35,8 @@ def run(spec: str, input_size: tuple[int, ...] | None = None) -> str:
     """
     where, _, name = spec.rpartition(":")
     if where == "transformers" and input_size is None:
-        return str(described(name))
+        small = f"transformers:{name} in a small configuration: layers of the same kinds, fewer and narrower"
+        return f"{described(name)}\n{small}"
     model = load_model(spec)
     if input_size is None:
         input_size = (getattr(model, "default_cfg", None) or {}).get("input_size")

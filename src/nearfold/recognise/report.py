@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nearfold._numbers import shown
 from nearfold.grammar import Operation
 from nearfold.recognise.alone import TRIED
 from nearfold.recognise.foreign import GLOBAL_MEAN, POOLING, count
@@ -236,6 +237,10 @@ def describe(
     C_D: the primitives that ... C_P: ...
     field: ...
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be an nn.Module, got {shown(model)}; nearfold.recognise.command.load_model makes one"
+        )
     if input_size is not None and inputs is not None:
         raise ValueError(f"give input_size or inputs, not both; got {input_size=} and inputs={list(inputs)}")
     layers, seen = layers_of(model, input_size, inputs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nearfold.study.compare import signed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from nearfold.study.sweep import Images, Measured, Sweep
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     device = join(args.device).device
     model = load(args.model, args.weights).to(device)
     images = held_out(model, args)
+    _require_fit(model, images, device, f"{args.model} does not take the images of --data {args.data}")
     found = sweep(
         model, type(images)(images.x.to(device), images.labels.to(device)), ks=args.k, batch=args.batch, say=_progress
     )
@@ -125,6 +127,19 @@ def _state(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError(f"--weights {path} must hold tensors by name, a state dict; it holds a {type(found).__name__}")
     return found
+
+
+def _require_fit(model: nn.Module, images: Images, device: torch.device, fault: str) -> None:
+    """ValueError where the model does not run on the images."""
+    import torch
+
+    x = images.x[:2].to(device)
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{fault}, {tuple(x.shape[1:])} (--image-size sets their size): {reason}") from error
 
 
 def held_out(model: nn.Module, args: argparse.Namespace) -> Images:

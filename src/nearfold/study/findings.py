@@ -26,6 +26,13 @@ def verdict(rows: Sequence[Row]) -> str:
     return headline([Panel("", reference.title, found)], what="operators")
 
 
+def _alone(d: Difference, comparisons: int) -> str:
+    """Why a difference whose interval does not hold zero is not found."""
+    if d.found or d.estimate.low <= 0 <= d.estimate.high:
+        return ""
+    return f" (taken alone; among {comparisons} comparisons such an interval is to be expected, and it is not counted)"
+
+
 def conclusions(rows: Sequence[Row], n_test: int) -> list[str]:
     """What a reader may conclude, and what not."""
     reference, found = comparisons(rows)
@@ -35,7 +42,8 @@ def conclusions(rows: Sequence[Row], n_test: int) -> list[str]:
             texts.append(
                 f"{d.row.title}, the layer of nearest neighbours that this project is built around, is "
                 + ("" if d.found else "not ")
-                + f"found different from {reference.title} here: {points(d.estimate)}. That is one small network, "
+                + f"found different from {reference.title} here: {points(d.estimate)}"
+                + f"{_alone(d, len(found))}. That is one small network, "
                 "trained briefly on few small images by one recipe, where every operator stands alone in its layer. It "
                 "does not say how a layer does in a large network, on large images, or beside convolutions, as it was "
                 "published (branch, ratio 1/2); the studies of these claims are listed by nearfold study list."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from nearfold._numbers import shown
 from nearfold.surgery.build import change, row_of
 from nearfold.surgery.observe import Seen, call_of, confirm, observe
 from nearfold.surgery.report import Change, Report, few
@@ -65,7 +67,7 @@ def convert(
     >>> model[0] is conv
     True
     """
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    rules = [rules] if isinstance(rules, Rule | str) else list(rules)
     _require(model, rules)
     with torch.inference_mode(False), torch.no_grad():
         return _convert(model, rules, input_size, inputs)
@@ -101,11 +103,28 @@ def _convert(model: nn.Module, rules: list[Rule], input_size: tuple[int, ...] | 
             report.apply()
         else:
             confirm(report, model, call)
+        _say_refused(report)
     except BaseException:
         if report.applied:
             report.undo()
         raise
     return report
+
+
+NEAREST = "nearest(9, scaled) | ranked | softmax(heads={heads})"
+
+
+def _say_refused(report: Report) -> None:
+    """A warning where layers that a rule asked for stay as they are: `exact` speaks of those that were replaced."""
+    refused = [row for row in report.rows if row.status == "refused"]
+    if refused:
+        asked = len(refused) + len(report.replaced)
+        names = few([row.name for row in refused])
+        warnings.warn(
+            f"{len(refused)} of {asked} layers that a rule asks for are refused and stay: {names}: {refused[0].reason}"
+            "; print(report) says why of each",
+            stacklevel=4,
+        )
 
 
 def _require(model: nn.Module, rules: list[Rule]) -> None:
@@ -114,7 +133,8 @@ def _require(model: nn.Module, rules: list[Rule]) -> None:
     if type(model).__name__ in WRAPPERS:
         raise ValueError(f"model is wrapped in {type(model).__name__}: convert it before it is wrapped or compiled")
     if not rules or not all(isinstance(rule, Rule) for rule in rules):
-        raise ValueError(f"rules must be one Rule or several, got {rules!r}")
+        given = next((rule for rule in rules if not isinstance(rule, Rule)), rules)
+        raise ValueError(f"rules must be one Rule or several, such as Rule({NEAREST!r}), got {shown(given)}")
 
 
 def _there(found: list[Any], rule: Rule) -> str:

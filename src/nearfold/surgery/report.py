@@ -89,7 +89,7 @@ class Report:
 
     @property
     def exact(self) -> bool:
-        """Whether the model's output is what it was: every replaced layer is exact."""
+        """Whether the model's output is what it was: every layer that was replaced is exact, if any was."""
         return all(row.grade == "exact" for row in self.replaced)
 
     @property

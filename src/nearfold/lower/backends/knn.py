@@ -144,9 +144,11 @@ def run(call: Call) -> Tensor:
     weight_word = call.op.weight
     appended = getattr(weight_word.kernel, "coordinates", False)
     value = oracle.values(call).transpose(1, 2) if appended else call.rows()
-    # under constant alpha nothing flows back through the scores: nothing is kept for it
-    with torch.set_grad_enabled(torch.is_grad_enabled() and weight_word.rho.needs_score):
+    if torch.compiler.is_compiling():  # drops what nothing reads; a graph that switches gradients does not load again
         score, at = _select(call)
+    else:  # under constant alpha nothing flows back through the scores: nothing is kept for it
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight_word.rho.needs_score):
+            score, at = _select(call)
     if isinstance(call.op.shape, Box):
         score, at = _raster(score, at, value.shape[1])
     B, H = value.shape[0], call.heads
