@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -71,3 +71,18 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from nearfold.train import stream
 
     monkeypatch.setattr(stream, "_IMAGES_A_PIECE", 8)
+
+
+@pytest.fixture
+def own_words() -> Iterator[None]:
+    """Words that a test makes, and what it registers of them, are gone after it."""
+    from nearfold.grammar.word import WORDS
+    from nearfold.lower.weighting import RULES
+    from nearfold.lower.windows import READS
+
+    known: list[dict[Any, Any]] = [*WORDS.values(), READS, RULES]
+    before = [dict(table) for table in known]
+    yield
+    for table, was in zip(known, before, strict=True):
+        table.clear()
+        table.update(was)

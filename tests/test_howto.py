@@ -10,7 +10,6 @@ import torch
 from helpers.cells import slow_but
 
 from nearfold import _torchvision
-from nearfold.grammar.word import WORDS
 
 PAGES = {page.stem: page for page in sorted((Path(__file__).resolve().parents[1] / "docs" / "howto").glob("*.md"))}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -18,7 +17,7 @@ NEEDS = {"timm": "timm", "yaml": "yaml"}
 
 
 @pytest.mark.parametrize("name", slow_but(["acmix-in-yolo"], PAGES))
-def test_page(name, capsys):
+def test_page(name, capsys, own_words):
     page = PAGES[name]
     text = page.read_text(encoding="utf-8")
     blocks = BLOCK.findall(text)
@@ -33,13 +32,7 @@ def test_page(name, capsys):
             pytest.importorskip(module)
     torch.manual_seed(0)
     code = compile("\n".join(blocks), str(page), "exec", dont_inherit=True)  # without this file's annotations
-    before = {kind: dict(words) for kind, words in WORDS.items()}
-    try:
-        exec(code, {"__name__": page.stem})  # names must resolve as in a script
-    finally:  # a page may make words of its own
-        for kind, words in before.items():
-            WORDS[kind].clear()
-            WORDS[kind].update(words)
+    exec(code, {"__name__": page.stem})  # names must resolve as in a script
     assert "Traceback" not in capsys.readouterr().out
 
 

@@ -12,7 +12,6 @@ from torch import nn
 import nearfold
 from nearfold import Rule, cli, convert
 from nearfold.extend import Path, register_path
-from nearfold.grammar.word import WORDS
 from nearfold.nn import Mixer
 
 SEVEN = "nearest(9, scaled) | ranked | softmax(heads=7)"
@@ -48,16 +47,7 @@ def test_a_model_that_does_not_take_the_images_is_not_our_fault(tmp_path, capsys
     assert "mine.py:net does not take the images of --data digits, (1, 8, 8)" in said and "fault of" not in said
 
 
-@pytest.fixture
-def no_words_stay():
-    before = {kind: dict(words) for kind, words in WORDS.items()}
-    yield
-    for kind, words in before.items():
-        WORDS[kind].clear()
-        WORDS[kind].update(words)
-
-
-@pytest.mark.usefixtures("no_words_stay")
+@pytest.mark.usefixtures("own_words")
 def test_what_a_word_of_ones_own_lacks_is_named():
     @dataclass(frozen=True)
     class Corners(Path):

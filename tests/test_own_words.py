@@ -12,13 +12,12 @@ from nearfold.extend import Path, Rho, Similarity, register_path, register_rho
 from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import Softmax, Window
-from nearfold.lower.weighting import RULES
 from nearfold.lower.windows import READS
 from nearfold.nn import Mixer
 
 
 @pytest.fixture
-def words():
+def words(own_words):
     """A path of two slots (the position before and itself) and a rho (half the score), for one test."""
 
     @dataclass(frozen=True)
@@ -38,10 +37,7 @@ def words():
 
     register_path(Before, before)
     register_rho(Half, lambda rho, score, valid: score.masked_fill(~valid, 0) / 2)
-    yield Before, Half
-    for kind, made, rules in (("path", Before, READS), ("rho", Half, RULES)):
-        del WORDS[kind][made.word]
-        del rules[made]
+    return Before, Half
 
 
 def before(path, grid, device):

@@ -13,7 +13,7 @@ from nearfold.grammar.words import Path, Size
 
 
 @pytest.fixture
-def own_path():
+def own_path(own_words):
     """A path of somebody else's, registered for one test."""
 
     @dataclass(frozen=True)
@@ -25,8 +25,7 @@ def own_path():
         size: Size
         similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
 
-    yield Ring
-    del WORDS["path"]["ring"]
+    return Ring
 
 
 def test_names_that_a_word_goes_with_are_words():
