@@ -31,7 +31,7 @@ def calls_of(layer, x, context):
         return oracle.run(call)
 
     with torch.no_grad():
-        execute(layer.operation, layer.tensors(), x, lambda op: spy, out_channels=layer.made_channels, context=context)
+        execute(layer.operation, layer.tensors(), x, lambda *_: spy, out_channels=layer.made_channels, context=context)
     return calls
 
 

@@ -146,7 +146,7 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
         return call.value.new_zeros(x.shape[0], _made_channels(call), *call.out_grid)
 
     params = layer.tensors()
-    execute(op, params, x, lambda basic: spy, out_channels=layer.made_channels, context=context)
+    execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
     return _combined(op, params, layer.made_channels, iter(parts)).matrix
 
 

@@ -91,7 +91,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
         return y
 
     with torch.no_grad():
-        execute(layer.operation, params, x, lambda op: spy, out_channels=layer.made_channels)
+        execute(layer.operation, params, x, lambda *_: spy, out_channels=layer.made_channels)
     return total / total.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))
 
 

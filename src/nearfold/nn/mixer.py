@@ -17,8 +17,8 @@ from nearfold.grammar.words import Nearest, Random
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
-from nearfold.lower.plan import apply
 from nearfold.lower.plan import operation as as_operation
+from nearfold.lower.plan import run
 from nearfold.nn.draws import Draws
 
 
@@ -52,10 +52,14 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(attribute, nn.Parameter(tensor))
 
 
+def _searching(op: Operation) -> list[Nearest]:
+    """The paths of an operation that search."""
+    return [part.path for part in op.parts if isinstance(part.path, Nearest)]
+
+
 def _draws(op: Operation) -> bool:
     """Whether an operation draws candidates in training."""
-    paths = [part.path for part in op.parts]
-    return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
+    return any(isinstance(path.candidates, Random) for path in _searching(op))
 
 
 MEANT = {
@@ -102,7 +106,8 @@ class Mixer(nn.Module):
     """
 
     sampler: Tensor | None
-    _said: tuple[int, ...] = ()  # the last grid on which what cannot be filled was looked for
+    _told = False  # whether it was said already that not all slots can be filled
+    _seen: tuple[Any, ...] = ()  # the shape and dtype that `_require` has found to be right
     takes_one = False  # whether inputs without a batch axis are taken: where it stands for a layer that takes them
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
@@ -139,6 +144,7 @@ class Mixer(nn.Module):
         )
         self._between = (self.in_channels, self.out_channels, self.ndim, flag("bias", bias), self.context_channels)
         self._specs = self._stored = parameters(self.operation, *self._between)
+        self._searches = bool(_searching(self.operation))
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
         self.register_buffer("sampler", _new_sampler() if _draws(self.operation) else None)
@@ -159,6 +165,9 @@ class Mixer(nn.Module):
         return found
 
     def _tensor(self, name: str) -> Tensor:
+        if "." not in name:
+            found: Tensor = getattr(self, name)
+            return found
         owner: nn.Module = self
         *path, attribute = name.split(".")
         for part in path:
@@ -234,7 +243,7 @@ class Mixer(nn.Module):
                 )
         if _draws(op) and self.sampler is None:
             raise ValueError(f"{op} draws candidates, and the layer has no sampler: call reserve({str(op)!r}) first")
-        self.operation, self._specs = op, specs
+        self.operation, self._specs, self._searches = op, specs, bool(_searching(op))
 
     def _like(self, tensor: Tensor) -> Tensor:
         own = next(self.parameters(), tensor)
@@ -267,13 +276,9 @@ class Mixer(nn.Module):
         """Once for a layer: that it asks for more neighbours than there are."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a look at the sizes would tie the graph to them
             return
-        grid = tuple(x.shape[2:])
-        if self._said in (grid, (0,)):
-            return
-        self._said = grid
-        found = unfilled(self.operation, grid, None if context is None else tuple(context.shape[2:]))
+        found = unfilled(self.operation, x.shape[2:], None if context is None else context.shape[2:])
         if found:
-            self._said = (0,)
+            self._told = True
             warnings.warn("; ".join(found), stacklevel=3)
 
     def _leaf(self, x: fx.Proxy, *others: Any) -> Any:
@@ -294,16 +299,18 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
             )
-        self._say(x, context)
+        if self._searches and not self._told:
+            self._say(x, context)
         draw = None
-        if self.sampler is not None and self.training:
+        if self.training and self.sampler is not None:
             draw = self._draws.next(self.sampler)
-        return apply(
-            self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
-            context=context, mask=mask,
-        )  # fmt: skip
+        return run(self.operation, self.tensors(), x, self.made_channels, self.backend, draw, context, mask)
 
     def _require(self, x: Tensor) -> None:
+        """ValueError where x is no input of this layer."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and isinstance(x, Tensor) and (x.shape, x.dtype) == self._seen:
+            return self._require_dtype(x)
         require_tensors(x=x)
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
@@ -312,11 +319,15 @@ class Mixer(nn.Module):
                 f"ndim={self.ndim}), got shape {tuple(x.shape)}"
             )
         self._require_dtype(x)
+        if not compiling:
+            self._seen = (x.shape, x.dtype)
 
     def _require_dtype(self, x: Tensor) -> None:
         own = next((self._tensor(name).dtype for name in self._specs), x.dtype)
+        if own == x.dtype:
+            return
         kind = x.device.type
-        if own != x.dtype and x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+        if x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
             raise ValueError(
                 f"x is {x.dtype}, but the layer's parameters are {own}; convert one with .to(dtype) or use autocast"
             )
