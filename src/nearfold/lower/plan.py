@@ -106,17 +106,16 @@ def planned(
     Raises:
         ValueError: where the input is none for the operation.
     """
-    shape = f"({', '.join(map(str, ('B', *tail)))})"
     if not dtype.is_floating_point:
         raise ValueError(f"x must be floating point, got {dtype}; convert it with x.float()")
     if min(tail) == 0:
-        raise ValueError(f"x must have channels and positions, got shape {shape}")
+        raise ValueError(f"x must have channels and positions, got {tuple(tail)} after the batch axis")
 
     def choose(basic: Basic, at: Frame) -> Run:
         facts = Facts(basic, len(tail) - 1, dtype, device, grad)
         return _run(_masked(facts, backend) if masked else lower(facts, backend), at)
 
-    return step(op, Sizes(tail[0], out_channels, tail[1:], source, drawing), choose)
+    return step(op, Sizes(tail[0], out_channels, tuple(tail[1:]), tuple(source), drawing), choose)
 
 
 def operation(given: Operation | str) -> Operation:
