@@ -107,11 +107,7 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     planes = all(isinstance(part.path, Window) for part in op.parts)
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
-        made = {
-            c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
-            for c in hoisted
-            if f"{LETTERS[c]}_weight" in params
-        }
+        made = _hoisted([c for c in hoisted if f"{LETTERS[c]}_weight" in params], params, x, planes)
         learned = iter(params["rates"].unbind()) if "rates" in params else iter(())
         total: Tensor | None = None
         for i, (rate, part) in enumerate(zip(rates, parts, strict=True)):
@@ -124,6 +120,19 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
         return total
 
     return Step(out_grid, run)
+
+
+def _hoisted(letters: list[str], params: dict[str, Tensor], x: Tensor, planes: bool) -> dict[str, Tensor]:
+    """The projections of a sum, by their letters: as maps they are one product."""
+    weights = [params[f"{LETTERS[c]}_weight"] for c in letters]
+    biases = [params.get(f"{LETTERS[c]}_bias") for c in letters]
+    alike = len({b is None for b in biases}) == 1
+    if len(letters) > 1 and planes and alike and x.is_contiguous():
+        bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
+        y = pointwise(x, torch.cat(weights), bias, True)
+        return dict(zip(letters, y.split([len(w) for w in weights], 1), strict=True))
+    each = (pointwise(x, w, b, planes) for w, b in zip(weights, biases, strict=True))
+    return dict(zip(letters, each, strict=True))
 
 
 def _one_grid(op: Operation, parts: list[Step]) -> tuple[int, ...]:

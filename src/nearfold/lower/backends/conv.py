@@ -90,9 +90,9 @@ def _shift(call: Call) -> Tensor:
         made, weight, groups = _mapped(call, torch.cat(maps, 2))
         maps = [made]
     else:
-        found = oracle.kernel_weight(call)
-        assert found is not None
-        weight, groups = found
+        shift = call.params["shift_weight"]
+        weight = torch.matmul(call.params["weight"].T, shift.flatten(2)).unflatten(2, geometry.size)
+        groups = weight.shape[0] // kernel.heads
     y = grouped_conv(
         maps,
         weight.to(dtype).unflatten(0, (groups, -1)),
