@@ -40,6 +40,7 @@ class Neighbors:
         own: see k.
         scale: alpha is softmax of scale * score; None: ones.
         scaled: whether scores are divided by the root of a head's features.
+        partial: whether only some positions of the grid are queries.
         out_grid: the output grid.
     """
 
@@ -52,12 +53,13 @@ class Neighbors:
     own: bool
     scale: float | None
     scaled: bool
+    partial: bool
     out_grid: tuple[int, ...]
 
     @property
     def differentiable(self) -> bool:
-        """Whether its gradient is known here: scores of unit vectors, and of positions, have another one."""
-        return self.scale is None or not (self.unit or self.metric == "chebyshev")
+        """Whether its gradient is known here: not that of scores that weigh of unit vectors, nor of some queries."""
+        return self.scale is None or not (self.unit or self.partial or self.metric == "chebyshev")
 
     def temperature(self, query: Tensor) -> float | None:
         """What scores are multiplied with before softmax."""
@@ -76,16 +78,18 @@ def serves(settled: Neighbors, operands: Operands) -> bool:
     return settled.differentiable or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*operands))
 
 
-def neighbors(settled: Neighbors, operands: Operands, again: Callable[..., Tensor]) -> Tensor:
+def neighbors(
+    settled: Neighbors, operands: Operands, places: Tensor | None, again: Callable[..., Tensor]
+) -> Tensor:
     """(B, O, *out_grid), laid out as rows of channels.
 
-    ``again`` computes the same from the same operands by the operators that torch knows: for strides of which a grid
+    ``places`` (M,) are the positions that are queries where ``partial``, ascending. ``again`` computes the same from the same operands by the operators that torch knows: for strides of which a grid
     cannot be one axis, and for second derivatives.
     """
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-        made: Tensor = _Neighbors.apply(settled, again, *operands)
+        made: Tensor = _Neighbors.apply(settled, again, places, *operands)
         return made
-    y, _, _ = _forward(settled, operands, keep=False)
+    y, _, _ = _forward(settled, operands, places, keep=False)
     return again(*operands) if y is None else y
 
 
@@ -93,7 +97,9 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _forward(settled: Neighbors, operands: Operands, keep: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _forward(
+    settled: Neighbors, operands: Operands, places: Tensor | None, keep: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The output, None where the strides do not fit; and index (B, H, M, k) and alpha, which its gradient wants."""
     query, key, value, weight, bias = operands
     first = value if query is None else query
@@ -113,6 +119,7 @@ def _forward(settled: Neighbors, operands: Operands, keep: bool) -> tuple[Tensor
         value,
         _contiguous(weight),
         bias,
+        places,
         settled.heads,
         settled.groups or value.shape[1],
         settled.k,
@@ -131,9 +138,11 @@ def _forward(settled: Neighbors, operands: Operands, keep: bool) -> tuple[Tensor
 
 class _Neighbors(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settled: Neighbors, again: Callable[..., Tensor], *operands: Any) -> Tensor:
+    def forward(
+        ctx: Any, settled: Neighbors, again: Callable[..., Tensor], places: Tensor | None, *operands: Any
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, index, alpha = _forward(settled, operands, keep=True)  # type: ignore[arg-type]
+            y, index, alpha = _forward(settled, operands, places, keep=True)  # type: ignore[arg-type]
         ctx.settled, ctx.again = settled, again
         ctx.save_for_backward(*operands, index if y is not None else None, alpha if y is not None else None)
         if y is None:
@@ -147,8 +156,8 @@ class _Neighbors(torch.autograd.Function):
         if not torch.is_grad_enabled() and index is not None and unwatched((grad, *operands)):
             found = _backward(ctx.settled, grad, tuple(operands), index, alpha)
         if found is None:
-            found = _again(ctx.again, grad, operands, ctx.needs_input_grad[2:])
-        return None, None, *found
+            found = _again(ctx.again, grad, operands, ctx.needs_input_grad[3:])
+        return None, None, None, *found
 
 
 def _again(again: Callable[..., Tensor], grad: Tensor, operands: list[Any], wanted: tuple[bool, ...]) -> list[Any]:

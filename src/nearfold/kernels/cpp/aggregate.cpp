@@ -240,19 +240,24 @@ inline void slot_rows(const Reader<T> &read, int64_t b, int64_t m0, int64_t n, i
 
 // ---- a dense kernel -------------------------------------------------------------------------------------------------
 
-// Kernel (O, c, S) -> by group and panel of output columns (S * c, width), zero beyond the group's columns.
+constexpr int64_t packed_together = 16;  // channels whose numbers are read in one go
+
+// Kernel (O, c, S) -> by group and panel of output columns (S * c, width), zero beyond the group's columns. A row of the
+// kernel is read as it lies: what is written in between stays in the cache.
 template <class T>
 void pack_forward(const AggregateArgs<T> &a, T *to) {
     const Reader<T> read(a);
     const int64_t c = read.group_channels, o = read.group_out, size = packed_size<T>(a.S * c, o);
-    parallel(a.threads, a.G * a.S, [&](int64_t item, int) {
-        const int64_t g = item / a.S, s = item % a.S;
-        for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
-            const int64_t width = panel_width<T>(o, o0);
-            T *panel = to + g * size + a.S * c * o0 + s * c * width;
-            for (int64_t i = 0; i < c; ++i)
-                for (int64_t j = 0; j < width; ++j)
-                    panel[i * width + j] = o0 + j < o ? a.weight[((g * o + o0 + j) * c + i) * a.S + s] : T(0);
+    const int64_t panels = ceil_div(o, tile_columns<T>), parts = ceil_div(c, packed_together);
+    parallel(a.threads, a.G * panels * parts, [&](int64_t item, int) {
+        const int64_t g = item / (panels * parts), o0 = item / parts % panels * tile_columns<T>;
+        const int64_t i0 = item % parts * packed_together, i1 = smaller(i0 + packed_together, c);
+        const int64_t width = panel_width<T>(o, o0);
+        T *panel = to + g * size + a.S * c * o0;
+        for (int64_t j = 0; j < width; ++j) {
+            const T *from = o0 + j < o ? a.weight + ((g * o + o0 + j) * c + i0) * a.S : nullptr;
+            for (int64_t i = i0; i < i1; ++i)
+                for (int64_t s = 0; s < a.S; ++s) panel[(s * c + i) * width + j] = from ? *from++ : T(0);
         }
     });
 }

@@ -52,12 +52,16 @@ bool slots(const A &array, const NeighborsArgs<T> &a) {
 
 template <class T>
 bool arguments(const std::optional<Any<const T>> &query, const std::optional<Any<const T>> &key, const Any<const T> &value,
-               const std::optional<Array<const T, 3>> &weight, int64_t heads, int64_t groups, int64_t k, int threads,
-               NeighborsArgs<T> &a) {
+               const std::optional<Array<const T, 3>> &weight, const std::optional<Array<const int64_t, 1>> &places,
+               int64_t heads, int64_t groups, int64_t k, int threads, NeighborsArgs<T> &a) {
     const Any<const T> &q = query ? *query : value, &r = key ? *key : q;
     int64_t keys;
-    if (!take(q, a.query, a.M) || !take(r, a.key, keys) || !take(value, a.value, a.N)) return false;
+    if (!take(q, a.query, a.Q) || !take(r, a.key, keys) || !take(value, a.value, a.N)) return false;
     a.B = value.shape(0), a.C = value.shape(1), a.H = heads, a.G = groups, a.k = k, a.threads = threads;
+    a.M = places ? places->shape(0) : a.Q, a.places = places ? places->data() : nullptr;
+    require(!places || contiguous(*places), "neighbors: places must be (M,), contiguous");
+    for (int64_t m = 0; places && m < a.M; ++m)
+        require(a.places[m] >= 0 && a.places[m] < a.Q, "neighbors: a place beyond the queries");
     const int64_t width = q.shape(1), most = int64_t{1} << 31;
     require(static_cast<int64_t>(q.shape(0)) == a.B && static_cast<int64_t>(r.shape(0)) == a.B && keys == a.N &&
                 static_cast<int64_t>(r.shape(1)) == width,
@@ -97,13 +101,13 @@ struct Table<double> {
 // Whether the strides are such that it ran.
 template <class T>
 bool neighbors(std::optional<Any<const T>> query, std::optional<Any<const T>> key, Any<const T> value,
-               std::optional<Array<const T, 3>> weight, std::optional<Array<const T, 1>> bias, int64_t heads, int64_t groups,
-               int64_t k, int metric, bool unit, bool squared, bool own, std::optional<double> scale,
+               std::optional<Array<const T, 3>> weight, std::optional<Array<const T, 1>> bias,
+               std::optional<Array<const int64_t, 1>> places, int64_t heads, int64_t groups, int64_t k, int metric, bool unit, bool squared, bool own, std::optional<double> scale,
                std::optional<Array<int64_t, 4>> index, std::optional<Array<T, 4>> alpha, Any<T> out, int threads) {
     NeighborsArgs<T> a;
-    if (!arguments<T>(query, key, value, weight, heads, groups, k, threads, a)) return false;
+    if (!arguments<T>(query, key, value, weight, places, heads, groups, k, threads, a)) return false;
     require(metric >= dot && metric <= chebyshev, "neighbors: unknown metric");
-    require(!own || (a.M == a.N && k >= 2), "neighbors: the own position needs queries that are keys, and k of at least 2");
+    require(!own || (a.Q == a.N && k >= 2), "neighbors: the own position needs queries that are keys, and k of at least 2");
     require(!bias || (static_cast<int64_t>(bias->shape(0)) == a.O && contiguous(*bias)), "neighbors: bias must be (O,)");
     require(!index || slots(*index, a), "neighbors: index must be (B, heads, M, k), contiguous");
     require(!alpha || (scale && slots(*alpha, a)), "neighbors: alpha must be (B, heads, M, k), contiguous, with a scale");
@@ -131,7 +135,10 @@ bool neighbors_backward(Any<const T> grad, std::optional<Any<const T>> query, st
                         std::optional<Array<T, 1>> d_bias, int threads) {
     NeighborsBackwardArgs<T> a;
     NeighborsArgs<T> &of = a.of;
-    if (!arguments<T>(query, key, value, weight, heads, groups, index.shape(3), threads, of)) return false;
+    // without scores nothing flows to the queries: whatever they are, they have index's positions
+    if (!arguments<T>(query, key, value, weight, {}, heads, groups, index.shape(3), threads, of)) return false;
+    if (!scale) of.M = index.shape(2);
+    require(of.M >= 1 && of.M < (int64_t{1} << 31) / of.k, "neighbors: too many slots");
     int64_t positions;
     if (!take(grad, a.grad, positions)) return false;
     require(metric >= dot && metric <= euclidean, "neighbors: unknown metric");
@@ -160,7 +167,8 @@ bool neighbors_backward(Any<const T> grad, std::optional<Any<const T>> query, st
 template <class T>
 void bind(nb::module_ &m) {
     m.def("neighbors", &neighbors<T>, "query"_a.noconvert().none(), "key"_a.noconvert().none(), "value"_a.noconvert(),
-          "weight"_a.noconvert().none(), "bias"_a.noconvert().none(), "heads"_a, "groups"_a, "k"_a, "metric"_a, "unit"_a,
+          "weight"_a.noconvert().none(), "bias"_a.noconvert().none(),
+          "places"_a.noconvert().none(), "heads"_a, "groups"_a, "k"_a, "metric"_a, "unit"_a,
           "squared"_a, "own"_a, "scale"_a.none(), "index"_a.noconvert().none(), "alpha"_a.noconvert().none(),
           "out"_a.noconvert(), "threads"_a);
     m.def("neighbors_backward", &neighbors_backward<T>, "grad"_a.noconvert(), "query"_a.noconvert().none(),

@@ -74,22 +74,6 @@ struct Rows {
     int64_t stride[2];
 };
 
-// The features of every head as unit vectors (B, H, positions, E); a zero vector stays zero.
-template <class T>
-void to_units(const Rows<T> &rows, int64_t B, int64_t H, int64_t positions, int64_t E, T *to, int threads) {
-    const int64_t blocks = ceil_div(positions, together);
-    parallel(threads, B * H * blocks, [&](int64_t item, int) {
-        const int64_t problem = item / blocks, b = problem / H, h = problem % H, n0 = item % blocks * together;
-        for (int64_t n = n0; n < smaller(n0 + together, positions); ++n) {
-            const T *x = rows.at + b * rows.stride[0] + n * rows.stride[1] + h * E;
-            T *unit = to + (problem * positions + n) * E;
-            const T norm = __builtin_sqrt(dot_product(x, x, E));
-            const T by = norm == 0 ? T(1) : norm < T(1e-12) ? T(1e-12) : norm;
-            for (int64_t e = 0; e < E; ++e) unit[e] = x[e] / by;
-        }
-    });
-}
-
 // What all steps of a call share: rows of the value, and features as `select` takes them.
 template <class T>
 struct Work {
@@ -100,14 +84,14 @@ struct Work {
 
     explicit Work(const NeighborsArgs<T> &args) : a(args) {}
 
-    bool value_is_query() const { return same(a.value, a.query) && a.C == a.H * a.E && a.M == a.N; }
-    bool key_is_query() const { return same(a.key, a.query) && a.M == a.N; }
+    bool value_is_query() const { return same(a.value, a.query) && a.C == a.H * a.E && a.Q == a.N; }
+    bool key_is_query() const { return same(a.key, a.query) && a.Q == a.N; }
     static bool same(const Flat<T> &x, const Flat<T> &y) {
         return x.at == y.at && !memcmp(x.stride, y.stride, sizeof x.stride);
     }
 
     int64_t rows_size() const { return has_rows(a.value, a.C, a.N) ? 0 : a.B * a.N * a.C; }
-    int64_t query_size() const { return needs_copy(a.query, a.M) && !value_is_query() ? a.B * a.M * a.H * a.E : 0; }
+    int64_t query_size() const { return needs_copy(a.query, a.Q) && !value_is_query() ? a.B * a.Q * a.H * a.E : 0; }
     int64_t key_size() const { return needs_copy(a.key, a.N) && !key_is_query() ? a.B * a.N * a.H * a.E : 0; }
     bool needs_copy(const Flat<T> &map, int64_t positions) const { return !has_rows(map, a.H * a.E, positions); }
 
@@ -125,24 +109,49 @@ struct Work {
     // `memory` holds rows_size numbers.
     void begin_value(T *memory) { value = rows_of(a.value, a.C, a.N, memory); }
 
-    // After it: `memory` holds query_size + key_size, `units` twice (B, H, max(M, N), E) where features are scaled.
+    // Numbers of the features of all heads at so many positions.
+    int64_t features(int64_t positions) const { return a.B * a.H * positions * a.E; }
+
+    // After it: `memory` holds query_size + key_size; `units` features(M) + features(N), where they are scaled or some
+    // positions only are queries.
     void begin_features(T *memory, T *units) {
         const int64_t width = a.H * a.E;
-        const Rows<T> of_query = value_is_query() ? value : rows_of(a.query, width, a.M, memory);
+        const Rows<T> of_query = value_is_query() ? value : rows_of(a.query, width, a.Q, memory);
         const Rows<T> of_key = key_is_query() ? of_query : rows_of(a.key, width, a.N, memory + query_size());
-        if (!units) {
-            set(of_query, a.E, query, query_stride);
-            return set(of_key, a.E, key, key_stride);
+        set(of_query, a.E, query, query_stride);
+        set(of_key, a.E, key, key_stride);
+        if (a.unit) {
+            to_units(of_key, nullptr, a.N, units + features(a.M));
+            pack(units + features(a.M), a.N, key, key_stride);
         }
-        T *second = units + a.B * a.H * a.M * a.E;
-        to_units(of_query, a.B, a.H, a.M, a.E, units, a.threads);
-        if (!key_is_query()) to_units(of_key, a.B, a.H, a.N, a.E, second, a.threads);
-        query = units, key = key_is_query() ? units : second;
-        const auto packed = [&](int64_t (&stride)[4], int64_t n) {
-            stride[0] = a.H * n * a.E, stride[1] = n * a.E, stride[2] = a.E, stride[3] = 1;
-        };
-        packed(query_stride, a.M);
-        packed(key_stride, a.N);
+        if (a.unit && key_is_query() && !a.places) {
+            query = key;
+            memcpy(query_stride, key_stride, sizeof query_stride);
+        } else if (a.unit || a.places) {
+            to_units(of_query, a.places, a.M, units);
+            pack(units, a.M, query, query_stride);
+        }
+    }
+
+   private:
+    void pack(const T *from, int64_t positions, const T *&at, int64_t (&stride)[4]) const {
+        at = from;
+        stride[0] = a.H * positions * a.E, stride[1] = positions * a.E, stride[2] = a.E, stride[3] = 1;
+    }
+
+    // The features of every head (B, H, positions, E), as unit vectors where that is asked for: a zero vector stays zero.
+    void to_units(const Rows<T> &rows, const int64_t *places, int64_t positions, T *to) const {
+        const int64_t blocks = ceil_div(positions, together);
+        parallel(a.threads, a.B * a.H * blocks, [&](int64_t item, int) {
+            const int64_t problem = item / blocks, b = problem / a.H, h = problem % a.H, n0 = item % blocks * together;
+            for (int64_t n = n0; n < smaller(n0 + together, positions); ++n) {
+                const T *x = rows.at + b * rows.stride[0] + (places ? places[n] : n) * rows.stride[1] + h * a.E;
+                T *unit = to + (problem * positions + n) * a.E;
+                const T norm = a.unit ? __builtin_sqrt(dot_product(x, x, a.E)) : T(1);
+                const T by = norm == 0 ? T(1) : norm < T(1e-12) ? T(1e-12) : norm;
+                for (int64_t e = 0; e < a.E; ++e) unit[e] = x[e] / by;
+            }
+        });
     }
 };
 
@@ -168,30 +177,30 @@ void put_own(const Work<T> &work, int64_t *index, T *score) {
     const int64_t found = a.k - 1;
     for (int64_t row = a.B * a.H * a.M; row-- > 0;) {
         memmove(index + row * a.k + 1, index + row * found, found * sizeof(int64_t));
-        index[row * a.k] = row % a.M;
+        index[row * a.k] = a.places ? a.places[row % a.M] : row % a.M;
     }
     if (!a.weighted) return;
     for (int64_t row = a.B * a.H * a.M; row-- > 0;) {
         const int64_t b = row / (a.H * a.M), h = row / a.M % a.H, m = row % a.M;
         memmove(score + row * a.k + 1, score + row * found, found * sizeof(T));
         const T *q = work.query + b * work.query_stride[0] + h * work.query_stride[1] + m * work.query_stride[2];
-        const T *k = work.key + b * work.key_stride[0] + h * work.key_stride[1] + m * work.key_stride[2];
+        const T *k = work.key + b * work.key_stride[0] + h * work.key_stride[1] + index[row * a.k] * work.key_stride[2];
         score[row * a.k] = dot_product(q, k, a.E);
     }
 }
 
 template <class T>
 int neighbors(const NeighborsArgs<T> &a) {
-    const int64_t slots = a.B * a.H * a.M * a.k, most = larger(a.M, a.N);
+    const int64_t slots = a.B * a.H * a.M * a.k, most = larger(a.Q, a.N);
     Work<T> work(a);
     const int64_t rows = work.rows_size() + work.query_size() + work.key_size();
-    const Scratch copies(rows * sizeof(T)), units(a.unit ? 2 * a.B * a.H * most * a.E * sizeof(T) : 0);
+    const Scratch copies(rows * sizeof(T)), units(a.unit || a.places ? (work.features(a.M) + work.features(a.N)) * sizeof(T) : 0);
     const Scratch scores(slots * sizeof(T)), own_index(a.index ? 0 : slots * sizeof(int64_t));
     const Scratch own_alpha(a.weighted && !a.alpha ? slots * sizeof(T) : 0), places((most + 1) * sizeof(int64_t));
     for (const Scratch *each : {&copies, &units, &scores, &own_index, &own_alpha, &places})
         if (!each->ok()) return out_of_memory;
     work.begin_value(copies.at<T>());
-    work.begin_features(copies.at<T>() + work.rows_size(), a.unit ? units.at<T>() : nullptr);
+    work.begin_features(copies.at<T>() + work.rows_size(), units.at<T>());
     int64_t *index = a.index ? a.index : own_index.at<int64_t>(), *place = places.at<int64_t>();
     T *score = scores.at<T>(), *alpha = !a.weighted ? nullptr : a.alpha ? a.alpha : own_alpha.at<T>();
     for (int64_t n = 0; n < most; ++n) place[n] = n;
@@ -203,7 +212,7 @@ int neighbors(const NeighborsArgs<T> &a) {
     memcpy(search.key_stride, work.key_stride, sizeof work.key_stride);
     search.B = a.B, search.H = a.H, search.M = a.M, search.R = a.N, search.E = a.E, search.k = a.k - a.own;
     search.metric = a.metric, search.squared = a.squared;
-    search.query_index = search.key_index = place;
+    search.query_index = a.places ? a.places : place, search.key_index = place;
     search.grid = place + most, search.axes = 1;
     search.causal = false, search.reach = -1, search.dilation = 1;
     search.own = a.own, search.again = -std::numeric_limits<T>::infinity();

@@ -13,8 +13,9 @@ struct Flat {
 
 template <class T>
 struct NeighborsArgs {
-    Flat<T> query, key, value;    // (B, H * E, M), (B, H * E, N), (B, C, N)
-    int64_t B, H, M, N, E, C, k, O, G;
+    Flat<T> query, key, value;   // (B, H * E, Q), (B, H * E, N), (B, C, N)
+    const int64_t *places;       // (M,): the positions of Q that are queries, ascending; null: all of them, M = Q
+    int64_t B, H, M, Q, N, E, C, k, O, G;
     int metric;
     bool unit, squared;          // unit: features are scaled to unit vectors first
     bool own;                    // slot 0 is the query's own position

@@ -175,7 +175,7 @@ def prepare(at: Frame) -> Run:
             query = value if query is None else query
             return run(Call(at, params, value, query, query if key is None else key, call.x, call.draw))
 
-        return neighbors(settled, operands, again)
+        return neighbors(settled, operands, call.query_index() if settled.partial else None, again)
 
     return whole
 
@@ -193,7 +193,6 @@ def _settled(at: Frame) -> Neighbors | None:
         and path.again is None
         and (own is False or (own is True and path.k > 1))
         and _recall(op) == 1
-        and not (at.padding or any(s != 1 for s in at.stride))
         and (_all_ones(rho) or isinstance(rho, Softmax))
         and (kernel is None or (isinstance(kernel, (Dense, Depthwise)) and not getattr(kernel, "coordinates", False)))
     )
@@ -210,6 +209,7 @@ def _settled(at: Frame) -> Neighbors | None:
         own is True,
         scale,
         isinstance(near, Scaled),
+        at.padding > 0 or any(s != 1 for s in at.stride),
         at.out_grid,
     )
 
