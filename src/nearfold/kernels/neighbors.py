@@ -34,7 +34,7 @@ class Neighbors:
         k: slots; with ``own`` the first is the position itself, which is not searched.
         heads: groups of channels that search on their own.
         groups: of the weight; 0: as many as channels.
-        metric: of `select`.
+        metric: dot, cosine or euclidean, as in `select`.
         unit: whether query and key are scaled to unit vectors first.
         squared: as in `select`.
         own: see k.
@@ -59,7 +59,7 @@ class Neighbors:
     @property
     def differentiable(self) -> bool:
         """Whether its gradient is known here: not that of scores that weigh of unit vectors, nor of some queries."""
-        return self.scale is None or not (self.unit or self.partial or self.metric == "chebyshev")
+        return self.scale is None or not (self.unit or self.partial)
 
     def temperature(self, query: Tensor) -> float | None:
         """What scores are multiplied with before softmax."""

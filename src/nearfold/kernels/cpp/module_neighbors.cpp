@@ -70,6 +70,7 @@ bool arguments(const std::optional<Any<const T>> &query, const std::optional<Any
             "neighbors: channels must be divisible by heads");
     require(k >= 1 && k < (int64_t{1} << 24) && a.M >= 1 && a.N >= 1 && threads >= 1,
             "neighbors: positions, k and threads are at least 1");
+    if (k > a.N + 1) return false;  // what nothing can fill is left out before
     require(a.N < most / k && a.M < most / k, "neighbors: too many slots");
     a.E = width / heads;
     a.O = weight ? weight->shape(0) : a.C;
@@ -98,7 +99,7 @@ struct Table<double> {
     static constexpr auto backward = &Engine::neighbors_backward_double;
 };
 
-// Whether the strides are such that it ran.
+// Whether it ran: where a grid's strides are not those of one axis, it does not.
 template <class T>
 bool neighbors(std::optional<Any<const T>> query, std::optional<Any<const T>> key, Any<const T> value,
                std::optional<Array<const T, 3>> weight, std::optional<Array<const T, 1>> bias,
@@ -106,7 +107,7 @@ bool neighbors(std::optional<Any<const T>> query, std::optional<Any<const T>> ke
                std::optional<Array<int64_t, 4>> index, std::optional<Array<T, 4>> alpha, Any<T> out, int threads) {
     NeighborsArgs<T> a;
     if (!arguments<T>(query, key, value, weight, places, heads, groups, k, threads, a)) return false;
-    require(metric >= dot && metric <= chebyshev, "neighbors: unknown metric");
+    require(metric >= dot && metric <= euclidean, "neighbors: unknown metric");
     require(!own || (a.Q == a.N && k >= 2), "neighbors: the own position needs queries that are keys, and k of at least 2");
     require(!bias || (static_cast<int64_t>(bias->shape(0)) == a.O && contiguous(*bias)), "neighbors: bias must be (O,)");
     require(!index || slots(*index, a), "neighbors: index must be (B, heads, M, k), contiguous");

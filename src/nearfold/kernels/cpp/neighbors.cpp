@@ -170,6 +170,13 @@ AggregateArgs<T> sums_of(const Work<T> &work, const int64_t *index, const T *alp
     return sums;
 }
 
+template <class T>
+T distance(const T *x, const T *y, const NeighborsArgs<T> &a) {
+    T total = 0;
+    for (int64_t e = 0; e < a.E; ++e) total += (x[e] - y[e]) * (x[e] - y[e]);
+    return a.squared ? total : __builtin_sqrt(total);
+}
+
 // Slot 0 is the query's own position, the others are those found: in place, from the last query on.
 template <class T>
 void put_own(const Work<T> &work, int64_t *index, T *score) {
@@ -185,7 +192,7 @@ void put_own(const Work<T> &work, int64_t *index, T *score) {
         memmove(score + row * a.k + 1, score + row * found, found * sizeof(T));
         const T *q = work.query + b * work.query_stride[0] + h * work.query_stride[1] + m * work.query_stride[2];
         const T *k = work.key + b * work.key_stride[0] + h * work.key_stride[1] + index[row * a.k] * work.key_stride[2];
-        score[row * a.k] = dot_product(q, k, a.E);
+        score[row * a.k] = a.metric == euclidean ? -distance(q, k, a) : dot_product(q, k, a.E);
     }
 }
 
