@@ -269,7 +269,9 @@ def right_neighbors(rng, name):
     slopes = {"d_query": numbers(dtype, B, M, H * E), "d_key": numbers(dtype, B, N, H * E)}
     slopes = slopes if weighted else dict.fromkeys(slopes)
     slopes |= {"d_value": numbers(dtype, B, N, C), "d_weight": None if weight is None else torch.zeros_like(weight)}
-    return a | {"squared": True, "scale": scale, "index": index, "alpha": alpha} | slopes | {"d_bias": numbers(dtype, O)}
+    return (
+        a | {"squared": True, "scale": scale, "index": index, "alpha": alpha} | slopes | {"d_bias": numbers(dtype, O)}
+    )
 
 
 def raw(name):

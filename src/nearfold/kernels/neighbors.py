@@ -78,9 +78,7 @@ def serves(settled: Neighbors, operands: Operands) -> bool:
     return settled.differentiable or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*operands))
 
 
-def neighbors(
-    settled: Neighbors, operands: Operands, places: Tensor | None, again: Callable[..., Tensor]
-) -> Tensor:
+def neighbors(settled: Neighbors, operands: Operands, places: Tensor | None, again: Callable[..., Tensor]) -> Tensor:
     """(B, O, *out_grid), laid out as rows of channels.
 
     ``places`` (M,) are the positions that are queries where ``partial``, ascending. ``again`` computes the same from the same operands by the operators that torch knows: for strides of which a grid

@@ -90,7 +90,7 @@ def _branch(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
         each = [part.run(operand(params, i), x[:, read] if split else x, given, {}) for i, read, part in parts]
         y = torch.cat(each, 1) if len(each) > 1 else each[0]
-        return pointwise(y, params["mix_weight"], params.get("mix_bias")) if mix else y
+        return pointwise(y, params["mix_weight"], params.get("mix_bias"), True) if mix else y
 
     return Step(out_grid, run)
 

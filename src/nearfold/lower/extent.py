@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor
 
+from nearfold._kept import once
 from nearfold.grammar import Basic, Operation
 from nearfold.grammar.words import All, AllCandidates, Block, Generated, Grid, Nearby, Nearest, Random, Strided, Window
 from nearfold.lower.geometry import causal_axes, padding_of
@@ -84,6 +85,7 @@ def narrowed(op: Basic, fitted: Basic, params: dict[str, Tensor], ndim: int) -> 
     return params
 
 
+@once
 def unfilled(op: Operation, grid: tuple[int, ...], context: tuple[int, ...] | None = None) -> list[str]:
     """One sentence for every `nearest` that asks for more slots than there are positions to fill them.
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from nearfold._kept import once
 from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
 from nearfold.grammar.words import Nearest, Random
@@ -50,6 +51,13 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     module.register_parameter(attribute, nn.Parameter(tensor))
+
+
+@once
+def _route(name: str) -> tuple[list[str], str]:
+    """The modules on the way to a parameter of this dotted name, and what it is called in the last one."""
+    *path, attribute = name.split(".")
+    return path, attribute
 
 
 def _searching(op: Operation) -> list[Nearest]:
@@ -165,15 +173,12 @@ class Mixer(nn.Module):
         return found
 
     def _tensor(self, name: str) -> Tensor:
-        if "." not in name:
-            found: Tensor = getattr(self, name)
-            return found
         owner: nn.Module = self
-        *path, attribute = name.split(".")
+        path, attribute = _route(name)
         for part in path:
             owner = owner._modules[part]  # type: ignore[assignment]
-        tensor: Tensor = getattr(owner, attribute)
-        return tensor
+        tensor = owner._parameters.get(attribute)
+        return getattr(owner, attribute) if tensor is None else tensor  # one that is computed: pruned, parametrized
 
     def parameters_of(self, operation: Operation) -> dict[str, Parameter]:
         """What another operation between the same channels would own.
@@ -304,13 +309,15 @@ class Mixer(nn.Module):
         draw = None
         if self.training and self.sampler is not None:
             draw = self._draws.next(self.sampler)
-        return run(self.operation, self.tensors(), x, self.made_channels, self.backend, draw, context, mask)
+        params = self.tensors()
+        self._require_dtype(x, params)
+        return run(self.operation, params, x, self.made_channels, self.backend, draw, context, mask)
 
     def _require(self, x: Tensor) -> None:
         """ValueError where x is no input of this layer."""
         compiling = torch.compiler.is_compiling()
         if not compiling and isinstance(x, Tensor) and (x.shape, x.dtype) == self._seen:
-            return self._require_dtype(x)
+            return
         require_tensors(x=x)
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
@@ -318,12 +325,12 @@ class Mixer(nn.Module):
                 f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
                 f"ndim={self.ndim}), got shape {tuple(x.shape)}"
             )
-        self._require_dtype(x)
+        self._require_dtype(x, self.tensors())
         if not compiling:
             self._seen = (x.shape, x.dtype)
 
-    def _require_dtype(self, x: Tensor) -> None:
-        own = next((self._tensor(name).dtype for name in self._specs), x.dtype)
+    def _require_dtype(self, x: Tensor, params: dict[str, Tensor]) -> None:
+        own = next(iter(params.values()), x).dtype
         if own == x.dtype:
             return
         kind = x.device.type
