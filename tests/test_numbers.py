@@ -13,7 +13,8 @@ from nearfold import NotationError, mixing_matrix, models, parse
 from nearfold._numbers import MOST
 from nearfold.grammar import Branch, Sum
 from nearfold.grammar.word import WORDS
-from nearfold.lower import apply, explain, looks
+from nearfold.look import looks
+from nearfold.lower import apply, explain
 from nearfold.nn import ConvNN1d, ConvNN2d, KVTAttention, Mixer, SelfAttention, TokenMLP, deform_conv, knn_attention
 from nearfold.train import Recipe
 

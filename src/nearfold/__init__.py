@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
 
 if TYPE_CHECKING:
-    from nearfold.mixing import mixing_matrix
+    from nearfold.look import mixing_matrix
     from nearfold.recognise import complexity, describe
     from nearfold.surgery import Rule, SpectrumSchedule, convert
 
@@ -56,7 +56,7 @@ _FUNCTIONS = {
     "complexity": "recognise",
     "convert": "surgery",
     "describe": "recognise",
-    "mixing_matrix": "mixing",
+    "mixing_matrix": "look",
 }
 
 

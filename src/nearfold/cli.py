@@ -18,8 +18,9 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from nearfold import __version__, look_command
+from nearfold import __version__
 from nearfold.grammar import NotationError, parse
+from nearfold.look import command as look_command
 from nearfold.options import PIXELS, above, brief, folder, line, sizes, whole
 
 INTRODUCTION = """\

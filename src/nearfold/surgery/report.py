@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearfold.mixing import evaluating
+from nearfold.look.derivative import evaluating
 from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import GRADES
 from nearfold.surgery.proof import difference, tensors

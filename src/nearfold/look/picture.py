@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearfold._images import picture, read_file
 from nearfold.grammar import Operation
-from nearfold.look_layers import SHARPNESS, STEP, Reading, features, read
+from nearfold.look.layers import SHARPNESS, STEP, Reading, features, read
 
 if TYPE_CHECKING:
     import numpy
@@ -68,7 +68,7 @@ def look(
     - what nothing stands for (`table`, the maps of `generated`, learned encodings) stays random, from seed 0;
     - a `table` is made for as many positions as the grid has, and windows for sequences run over the raster order.
 
-    The weights come from `nearfold.mixing.mixing_matrix`, averaged over heads or channels.
+    The weights come from `nearfold.look.mixing_matrix`, averaged over heads or channels.
 
     Args:
         image: a path, ``sample:china.jpg`` or ``sample:flower.jpg`` (scikit-learn's), or an array: (H, W) or

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from nearfold.look import DEFAULT, look
+from nearfold.look.picture import DEFAULT, look
 from nearfold.options import brief, whole
 
 SUMMARY = "draw what operators read of a photograph for one position, and their mixing matrices"
