@@ -17,11 +17,12 @@ PACKAGE = Path(nearfold.__file__).parent
 RANK = {
     "_kept": -1,
     "_numbers": -1,
+    "options": -1,
     "_images": 0,
+    "_own_code": 0,
     "_torchvision": 0,
     "grammar": 0,
     "kernels": 0,
-    "options": 0,
     "lower": 1,
     "extend": 2,
     "nn": 2,
