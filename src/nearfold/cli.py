@@ -31,7 +31,9 @@ start here:
                                  a network in these words, and its complexity
   nearfold explain "all | row | softmax(heads=4)" --shape 8,64,32,32
                                  which code would run, why, and what it costs
-  nearfold train --op convnn     train one network around one operator"""
+  nearfold train --op convnn     train one network around one operator
+  nearfold train --model resnet18_hybrid
+                                 train one of the networks that have a name"""
 COMMANDS: dict[str, tuple[str, Fill]] = {
     "ops": ("the operators that have a name, in a table; or all about some of them", "nearfold.periodic"),
     "explain": ("say how an operator would run on inputs of one shape", "nearfold.lower.command"),
@@ -47,7 +49,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "the networks that have a name: parameters and multiply-adds, built and published",
         "nearfold.models.command",
     ),
-    "train": ("train the small network around one operator", "nearfold.train.command"),
+    "train": (
+        "train the small network around one operator, or one of the networks that have a name",
+        "nearfold.train.command",
+    ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
     "budget": (
         "how few positions a trained model's attention needs: its accuracy against its latency over k",

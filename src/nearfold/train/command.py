@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import inspect
 import math
 import os
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from nearfold._own_code import executed
 from nearfold.grammar import parse
-from nearfold.models import SpectrumNet, stem_stride
+from nearfold.models import SpectrumNet, create, stem_stride
+from nearfold.models.registry import PREFIX, entry_of
 from nearfold.options import PIXELS, above, folder, whole
-from nearfold.train.data import load_data
+from nearfold.train.data import ImageData, load_data
 from nearfold.train.loop import fit
 from nearfold.train.memory import require_trainable
 from nearfold.train.recipe import Recipe
-from nearfold.train.stream import open_data
+from nearfold.train.stream import StreamData, open_data
 
 EXAMPLES = """\
 examples:
@@ -29,6 +35,8 @@ examples:
   nearfold train --op convnn --epochs 30 --out runs/convnn
   nearfold train --op "all | row | softmax(heads=4)" --data path/to/cifar10 --augment crop_flip
   nearfold train --op convnn --epochs 30 --out runs/convnn --resume
+  nearfold train --model resnet18_hybrid --data path/to/cifar10 --augment crop_flip --out runs/hybrid
+  nearfold train --import my_words.py --op "criss_cross | box | softmax(heads=2)"
   torchrun --nproc-per-node 2 -m nearfold train --batch-size 256
   torchrun --nproc-per-node 8 --max-restarts 3 -m nearfold train --op convnn --parallel fsdp --out runs/convnn"""
 
@@ -37,8 +45,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to its parser."""
     data_arguments(parser)
     parser.add_argument(
-        "--op", default="conv", metavar="NOTATION",
-        help="the mixing layer, in the notation or by its name in `ops` (default: conv)",
+        "--op", metavar="NOTATION",
+        help="the mixing layer of the small network, in the notation or by its name in `ops` (default: conv)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="NAME", help="train this one of the networks that `nearfold models` lists, not the small one"
+    )
+    parser.add_argument(
+        "--import", type=Path, metavar="FILE.py", dest="own_code",
+        help="first execute a Python file, which may do whatever Python can: one that registers words "
+        "(docs/howto/own_word.md) or networks of your own, for --op and --model",
     )  # fmt: skip
     parser.add_argument(
         "--label-column", metavar="NAME",
@@ -50,8 +66,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="read images from parquet, tar or image files when they are needed, and make them so large, instead of "
         "holding all in memory",
     )  # fmt: skip
-    parser.add_argument("--width", type=whole(1, PIXELS), default=32, metavar="C", help="channels (default: 32)")
-    parser.add_argument("--depth", type=whole(1, 1000), default=2, metavar="N", help="blocks (default: 2)")
+    parser.add_argument(
+        "--width", type=whole(1, PIXELS), metavar="C", help="channels of the small network (default: 32)"
+    )
+    parser.add_argument("--depth", type=whole(1, 1000), metavar="N", help="blocks of the small network (default: 2)")
     parser.add_argument("--out", type=folder, metavar="DIR", help="keep metrics, checkpoint and weights here")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
@@ -73,40 +91,85 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say how well it went: the exit code."""
-    if args.out is None and (args.resume or args.tensorboard):
-        flag = "--resume" if args.resume else "--tensorboard"
-        raise ValueError(f"{flag} needs --out DIR, the folder of the run")
-    if args.stream is not None and args.limit is not None:
-        raise ValueError("--limit is for data held in memory: leave it out, or --stream")
+    _require_options(args)
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
-    operation = parse(args.op)
-    data = (
-        load_data(args.data, limit=args.limit, label_column=args.label_column)
-        if args.stream is None
-        else open_data(args.data, image_size=args.stream, label_column=args.label_column)
-    )
-
-    def build() -> SpectrumNet:
-        return SpectrumNet(
-            operation, data.channels, len(data.classes),
-            width=args.width, depth=args.depth, stride=stem_stride(data.size),
+    with contextlib.ExitStack() as at_end:
+        made_from: dict[str, Any] = {}
+        if args.own_code is not None:
+            at_end.enter_context(executed(args.own_code))
+            check = hashlib.sha256(args.own_code.read_bytes()).hexdigest()
+            made_from = {"import": args.own_code.name, "import_sha256": check}
+        name, build = _network(args)
+        data = (
+            load_data(args.data, limit=args.limit, label_column=args.label_column)
+            if args.stream is None
+            else open_data(args.data, image_size=args.stream, label_column=args.label_column)
+        )
+        size = (data.channels, *data.size)
+        try:
+            require_trainable(lambda: build(data)[0], size)
+        except ValueError as error:
+            images = " x ".join(map(str, size))
+            raise ValueError(f"{name} cannot be trained on images of {images}: {error}") from error
+        torch.manual_seed(recipe.seed)
+        model, said = build(data)
+        result = fit(
+            model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard,
+            checkpoint_every=args.checkpoint_every or 0, parallel=args.parallel, compile=args.compile,
+            workers=args.workers, made_from=said | made_from,
         )  # fmt: skip
-
-    require_trainable(build, (data.channels, *data.size))
-    torch.manual_seed(recipe.seed)
-    model = build()
-    result = fit(
-        model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard,
-        checkpoint_every=args.checkpoint_every or 0, parallel=args.parallel, compile=args.compile, workers=args.workers,
-    )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
         print(
-            f"{operation}\n{data.name}: test accuracy {100 * result.test_accuracy:.1f} % (weights of epoch "
+            f"{name}\n{data.name}: test accuracy {100 * result.test_accuracy:.1f} % (weights of epoch "
             f"{result.best_epoch}, the best on the validation images: {100 * result.val_accuracy:.1f} %), "
             f"{result.images_per_second:,.0f} images/s, {result.seconds:.0f} s"
             + (f"\nin {args.out}" if args.out else "")
         )
     return 0
+
+
+def _require_options(args: argparse.Namespace) -> None:
+    """ValueError for options that do not go together."""
+    if args.out is None and (args.resume or args.tensorboard):
+        flag = "--resume" if args.resume else "--tensorboard"
+        raise ValueError(f"{flag} needs --out DIR, the folder of the run")
+    if args.stream is not None and args.limit is not None:
+        raise ValueError("--limit is for data held in memory: leave it out, or --stream")
+    for name in ("op", "width", "depth") if args.model is not None else ():
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name} is for the small network around one operator, which --model {args.model} is not: leave out "
+                f"--{name}, or --model"
+            )
+
+
+Build = Callable[[ImageData | StreamData], tuple[nn.Module, dict[str, Any]]]
+"""A network for a data set, and what it was made from, as JSON has it."""
+
+
+def _network(args: argparse.Namespace) -> tuple[str, Build]:
+    """What is to be trained, in words, and how it is made."""
+    if args.model is not None:
+        name = args.model.removeprefix(PREFIX)
+        entry_of(name)  # names that are not known are said before data are read
+
+        def create_named(data: ImageData | StreamData) -> tuple[nn.Module, dict[str, Any]]:
+            given: dict[str, Any] = {
+                "num_classes": len(data.classes),
+                "in_chans": data.channels,
+                "img_size": list(data.size),
+            }
+            return create(name, **given), {"model": name, "arguments": given}
+
+        return name, create_named
+    operation = parse("conv" if args.op is None else args.op)
+    size = {"width": args.width or 32, "depth": args.depth or 2}
+
+    def create_small(data: ImageData | StreamData) -> tuple[nn.Module, dict[str, Any]]:
+        given = {"in_channels": data.channels, "classes": len(data.classes), "stride": stem_stride(data.size), **size}
+        return SpectrumNet(operation, **given), {"op": str(operation), "arguments": given}
+
+    return str(operation), create_small
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
