@@ -31,8 +31,8 @@ def library(module: str):
 
 def said(layer: nn.Module):
     """The one operation that a layer is said to be."""
-    (row,) = [found for found in walk(layer) if found.found]
-    return row.found.operation
+    (row,) = [known for known in walk(layer) if known.match]
+    return row.match.operation
 
 
 def close(mine: Tensor, truth: Tensor) -> None:

@@ -33,7 +33,7 @@ from nearfold.recognise.checked import (
     require_alike,
     signature,
 )
-from nearfold.recognise.foreign import Found, Unsaid
+from nearfold.recognise.foreign import Match, Unsaid
 from nearfold.recognise.layouts import (
     CAUSAL,
     CONTEXTS,
@@ -72,7 +72,7 @@ class Attention:
     returns: int = 0
     added: bool = False
 
-    def found(self, module: nn.Module) -> Found:
+    def match(self, module: nn.Module) -> Match:
         """For `describe`."""
         maps = [tuple(member(module, name).parameters()) for name in self.layout.maps]
         biases = [b for b in (getattr(module, f"{c}_bias", None) for c in "qv") if isinstance(b, nn.Parameter)]
@@ -82,7 +82,7 @@ class Attention:
             notes.append("queries and keys are made of the input plus the positions that the caller gives")
         if self.layout.norm:
             notes.append("the input is added to its output, and a norm follows")
-        return Found(self.operation, generating, axis=-1, note="; ".join(notes))
+        return Match(self.operation, generating, axis=-1, note="; ".join(notes))
 
     def call(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
         """What its caller gives with x (B, N, D), by name: rotary positions, and the mask of a causal layer."""
@@ -119,11 +119,11 @@ def why_not(module: nn.Module) -> str | None:
     >>> why_not(nn.Linear(3, 3))
     """
     try:
-        found = attention_of(module)
+        attention = attention_of(module)
     except Unsaid as why:
         return str(why)
     named = "att" in type(module).__name__.lower() and not isinstance(module, nn.MultiheadAttention)
-    return "called attention, and no rule for this class" if found is None and named else None
+    return "called attention, and no rule for this class" if attention is None and named else None
 
 
 def _first(owners: tuple[Any, ...], names: tuple[str, ...], kind: Any) -> Any:
