@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from nearfold.options import Fill, Parser
 from nearfold.study import command
+from nearfold.train.command import data_arguments
 
 EXAMPLES = """\
 example:
@@ -21,12 +22,22 @@ def _filled(name: str, add: Callable[[argparse.ArgumentParser], None]) -> Fill:
     return fill
 
 
+def _spectrum(parser: Parser) -> None:
+    from nearfold.study import spectrum_command
+
+    parser.epilog = spectrum_command.EXAMPLES
+    data_arguments(parser)
+    spectrum_command.arguments(parser)
+    parser.set_defaults(command=spectrum_command.run)
+
+
+def _list(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=command.show)
+
+
 COMMANDS: dict[str, tuple[str, Fill]] = {
-    "spectrum": ("swap the mixing layer from convolution to attention", "nearfold.study.spectrum_command"),
-    "list": (
-        "the studies of published claims",
-        _filled("list", lambda parser: parser.set_defaults(command=command.show)),
-    ),
+    "spectrum": ("swap the mixing layer from convolution to attention", _spectrum),
+    "list": ("the studies of published claims", _filled("list", _list)),
     "run": ("do the runs of a study that are left, and write its report", _filled("run", command.add_run)),
     "page": ("draw a study's page again, from its results.json", _filled("page", command.add_page)),
     "budget": ("the best layer for a budget, by the study `budget`", _filled("budget", command.add_budget)),

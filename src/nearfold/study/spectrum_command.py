@@ -10,7 +10,6 @@ from nearfold.study.local import default_jobs
 from nearfold.study.publish import printed, publish
 from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study
 from nearfold.study.spectrum import run as run_study
-from nearfold.train.command import data_arguments
 
 EXAMPLES = """\
 examples:
@@ -26,8 +25,7 @@ operators:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command to its parser."""
-    data_arguments(parser)
+    """Add the arguments of the command to its parser, beside those that say what the data are."""
     parser.add_argument(
         "--epochs", type=whole(), metavar="N",
         help=f"passes over the training images (default: {RECIPE.epochs})",
