@@ -30,8 +30,8 @@ RHOS = ("softmax", "identity", "inverse", "mean", "ones")
 
 def _nearest(k: int, similarity: str | Similarity, candidates: str | Candidates, weight: Weight, **path: Any) -> Basic:
     """One k-nearest-neighbour operation from the arguments the layers share; ``path``: others of `Nearest`."""
-    near, among = parse_word("similarity", similarity), parse_word("candidates", candidates)
-    return Basic(Nearest(k, near, among, **path), Ranked(), weight)
+    nearest = Nearest(k, parse_word("similarity", similarity), parse_word("candidates", candidates), **path)
+    return Basic(nearest, Ranked(), weight)
 
 
 class _ConvNN(Shuffled):
@@ -258,9 +258,9 @@ class BranchingConv2d(Mixer):
         backend: str = "auto",
     ) -> None:
         weight = Weight(kernel=Dense(groups))
-        near = _nearest(k, similarity, candidates, weight, include_self=True, stride=stride)
+        convnn = _nearest(k, similarity, candidates, weight, include_self=True, stride=stride)
         window = Basic(Window(kernel_size, stride=stride), Box(), weight)
-        operation = Branch(ratio, near, window, mix)
+        operation = Branch(ratio, convnn, window, mix)
         super().__init__(operation, in_channels, out_channels, bias=bias, backend=backend)
 
 
@@ -298,6 +298,6 @@ class BranchingAttention(TokenMixer):
         mix: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = _attention(num_heads, k, similarity, candidates, "softmax", kernel, False)
+        sparse = _attention(num_heads, k, similarity, candidates, "softmax", kernel, False)
         dense = Basic(All(), Row(), Weight(Softmax(heads=num_heads)))
-        super().__init__(Branch(ratio, near, dense, mix), embed_dim, bias=bias, backend=backend)
+        super().__init__(Branch(ratio, sparse, dense, mix), embed_dim, bias=bias, backend=backend)

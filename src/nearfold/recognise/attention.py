@@ -209,13 +209,13 @@ def _operation(
         Softmax(heads, scale=factor, project=None if layout.out else "qkv", kv=None if shared == heads else shared)
     )
     rotary, added = _rotary(core, config, arguments, features)
-    near, causal = Scaled(rotary=rotary), _is_causal(core, config, cross)
+    similarity, causal = Scaled(rotary=rotary), _is_causal(core, config, cross)
     window = _sliding(core, config)
     if window is not None:
         if not causal:
             raise Unsaid(f"no word for a window of {window} that its caller's mask makes")
-        return Basic(Window(window, near), Causal(), weight), added
-    return Basic(All(near), Causal() if causal else Row(), weight), added
+        return Basic(Window(window, similarity), Causal(), weight), added
+    return Basic(All(similarity), Causal() if causal else Row(), weight), added
 
 
 def _is_causal(core: nn.Module, config: Any, cross: bool) -> bool:
@@ -351,13 +351,13 @@ FILLED: dict[str, Callable[[int], Any]] = {
 def _call(arguments: dict[str, inspect.Parameter], op: Basic, features: int, x: Tensor) -> dict[str, Any]:
     N = x.shape[1]
     given: dict[str, Any] = {}
-    near = op.path.similarity
-    assert isinstance(near, Scaled)
+    similarity = op.path.similarity
+    assert isinstance(similarity, Scaled)
     if isinstance(op.shape, Causal) and "attention_mask" in arguments:
         hidden = ~visible(op, N, x.device)
         given["attention_mask"] = torch.zeros(1, 1, N, N, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
-    if near.rotary and "position_embeddings" in arguments:
-        given["position_embeddings"] = rotary_embeddings(near.rotary, features, N, x)
+    if similarity.rotary and "position_embeddings" in arguments:
+        given["position_embeddings"] = rotary_embeddings(similarity.rotary, features, N, x)
     for name, parameter in list(arguments.items())[1:]:
         if name in FILLED:
             given[name] = FILLED[name](N)

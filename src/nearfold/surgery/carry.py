@@ -295,18 +295,22 @@ def _differences(source: Weights, target: Basic) -> list[str]:
 def _differences_in_space(source: Weights, own: Window, target: Basic) -> list[str]:
     path = target.path
     assert isinstance(path, Nearest)
-    near, size = path.similarity, as_tuple(own.size, source.ndim, "size")
+    similarity, size = path.similarity, as_tuple(own.size, source.ndim, "size")
     dilation = set(as_tuple(own.dilation, source.ndim, "dilation"))
-    if not (isinstance(near, Position) or (isinstance(near, Blend) and near.lam == 0 and not near.unit)):
+    if not (
+        isinstance(similarity, Position)
+        or (isinstance(similarity, Blend) and similarity.lam == 0 and not similarity.unit)
+    ):
         return ["neighbours in features, by rank, where there were neighbours in space"]
     side, step = size[0], dilation.pop() if len(dilation) == 1 else 0
     reach = (side - 1) // 2
-    corners = near.metric == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2  # nearer than what is outside
+    # whether the corners are nearer than what is outside
+    corners = similarity.metric == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2
     square = len(set(size)) == 1 and side % 2 == 1 and path.k == side**source.ndim and corners
     geometry = WindowGeometry.of(source.operation, source.ndim)
     checks = {
         f"the {path.k} nearest positions are not the window {own}": square
-        and step == getattr(near, "dilation", 1)
+        and step == getattr(similarity, "dilation", 1)
         and isinstance(path.candidates, AllCandidates)
         and path.recall == 1.0,
         f"shape {target.shape} leaves slots out": isinstance(target.shape, Ranked | Box),
@@ -348,9 +352,9 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     if path == own.path:
         return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
     nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
-    near = own.path.similarity
-    everywhere = isinstance(own.path, All) and own.path == All(near, cross=own.cross)
-    alike = isinstance(path, Nearest) and path == Nearest(path.k, near, cross=path.cross)
+    similarity = own.path.similarity
+    everywhere = isinstance(own.path, All) and own.path == All(similarity, cross=own.cross)
+    alike = isinstance(path, Nearest) and path == Nearest(path.k, similarity, cross=path.cross)
     shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
     if nearest and everywhere and alike and isinstance(target.shape, shapes):
         assert isinstance(path, Nearest)

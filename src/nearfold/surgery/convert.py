@@ -12,9 +12,9 @@ from torch import nn
 
 from nearfold._numbers import shown
 from nearfold.surgery.build import change, row_of
-from nearfold.surgery.observe import Seen, call_of, confirm, observe
 from nearfold.surgery.report import Change, Report, few
 from nearfold.surgery.rule import Rule, looks_like
+from nearfold.surgery.runs import Seen, call_of, confirm, watched
 from nearfold.surgery.sites import Site, at, sites
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -76,7 +76,7 @@ def convert(
 def _convert(model: nn.Module, rules: list[Rule], input_size: tuple[int, ...] | None, inputs: Any) -> Report:
     call = call_of(model, input_size, inputs)
     found = list(sites(model))
-    seen = observe(model, [s for s in found if isinstance(s, Site)], call) if call else Seen()
+    seen = watched(model, [s for s in found if isinstance(s, Site)], call) if call else Seen()
     changes: list[Change] = []
     matched = [False] * len(rules)
     for entry in found:

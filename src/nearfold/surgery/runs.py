@@ -112,7 +112,7 @@ class Seen:
     flops: dict[str, int] = field(default_factory=dict)
 
 
-def observe(model: nn.Module, layers: Iterable[Site], call: Call) -> Seen:
+def watched(model: nn.Module, layers: Iterable[Site], call: Call) -> Seen:
     """Run a model once, and watch its layers.
 
     Raises:
