@@ -113,11 +113,11 @@ def _jacobian(layer: nn.Module, x: Tensor, context: Tensor | None, groups: int, 
         row_K = torch.arange(first, min(first + copies, O * M), device=y_KOM.device)
         ask_KOM = y_KOM.new_zeros(y_KOM.shape)  # not zeros_like, whose rows lie as those of y: no view is flat then
         ask_KOM.view(copies, -1)[row_K - first, row_K] = 1
-        found = torch.autograd.grad(y_KOM, source, ask_KOM, retain_graph=True, allow_unused=True)[0]
-        if found is None:
+        grad = torch.autograd.grad(y_KOM, source, ask_KOM, retain_graph=True, allow_unused=True)[0]
+        if grad is None:
             continue
         group_K = row_K // M // (O // groups)
-        grad_KcN = _rows(found, tokens).unflatten(1, (groups, -1))[row_K - first, group_K].to(total.dtype)
+        grad_KcN = _rows(grad, tokens).unflatten(1, (groups, -1))[row_K - first, group_K].to(total.dtype)
         number_KN = grad_KcN[:, 0] if O == C == groups else grad_KcN.square().sum(1)
         total.index_add_(0, group_K * M + row_K % M, number_KN)
     size = total if O == C == groups else (total * groups / O).sqrt()

@@ -177,10 +177,10 @@ def _part(call: Call, limit_gib: float) -> _Part:
 def kernel_blocks(call: Call) -> Tensor | None:
     """The kernel as blocks (B|1, G, P, c, S); None without one."""
     kernel = call.op.weight.kernel
-    found = oracle.kernel_weight(call)
-    if found is None:
+    weight = oracle.kernel_weight(call)
+    if weight is None:
         return None
-    weight_OcS, groups = found[0].flatten(2), found[1]
+    weight_OcS, groups = weight[0].flatten(2), weight[1]
     if isinstance(kernel, Experts):
         share_BE = oracle.expert_shares(call).to(weight_OcS.dtype)
         return torch.einsum("eocs,be->bocs", weight_OcS.unflatten(0, (kernel.count, -1)), share_BE)[:, None]
@@ -204,18 +204,18 @@ def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
 
 def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) -> _Part:
     """Alpha and a kernel: exact where its blocks are single numbers, their sizes otherwise."""
-    heads, (_, groups, made, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
+    heads, (_, groups, out, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
     if chosen.entries > 1:
         kernel_BGPcS = kernel_BGPcS.repeat_interleave(chosen.entries, -1)
     cells = math.lcm(heads, groups)
     alpha_BLMS = alpha_BHMS.repeat_interleave(cells // heads, 1)
-    if made * read == 1:
+    if out * read == 1:
         return _Part(_scattered(alpha_BLMS * kernel_BGPcS[:, :, 0], chosen), True)
     # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
     # is that of R a: S scatters of numbers instead of P c
     split = cells // groups
     blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
-    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(made)
+    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
     total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
     for q in range(factor_BLqS.shape[2]):
         scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
@@ -227,27 +227,27 @@ def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: It
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
     if isinstance(op, Branch):
         split = zip((op.first, op.second), op.shares(channels), strict=True)
-        made = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
-        _same_positions(op, made)
-        return _Part(torch.cat([m.matrix for m in made], 1), all(m.exact for m in made))
+        operands = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
+        _same_positions(op, operands)
+        return _Part(torch.cat([m.matrix for m in operands], 1), all(m.exact for m in operands))
     if not isinstance(op, Sum):
         return next(parts)
     own = iter(params["rates"].unbind() if "rates" in params else ())
     rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate, _ in op.terms]
-    made = [_combined(term, operand(params, i), channels, parts) for i, (_, term) in enumerate(op.terms)]
-    _same_positions(op, made)
-    exact = all(m.exact for m in made)
-    groups = math.lcm(*(m.matrix.shape[1] for m in made))
+    operands = [_combined(term, operand(params, i), channels, parts) for i, (_, term) in enumerate(op.terms)]
+    _same_positions(op, operands)
+    exact = all(m.exact for m in operands)
+    groups = math.lcm(*(m.matrix.shape[1] for m in operands))
     total: Tensor | float = 0.0
-    for rate, part in zip(rates, made, strict=True):
+    for rate, part in zip(rates, operands, strict=True):
         matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * rate
         total = total + (matrix if exact else matrix.abs())
     assert isinstance(total, Tensor)
     return _Part(total, exact)
 
 
-def _same_positions(op: Operation, made: list[_Part]) -> None:
-    shapes = [tuple(m.matrix.shape[2:]) for m in made]
+def _same_positions(op: Operation, operands: list[_Part]) -> None:
+    shapes = [tuple(m.matrix.shape[2:]) for m in operands]
     if len(set(shapes)) > 1:
         listed = " and ".join(map(str, shapes))
         raise ValueError(f"the operands mix {listed} positions (outputs, inputs); ask for one operand alone: {op}")

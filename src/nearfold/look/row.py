@@ -99,11 +99,11 @@ def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[
     """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
     if isinstance(op, Sum):
         own = iter(params["rates"].tolist() if "rates" in params else ())
-        found = []
+        rates = []
         for i, (rate, term) in enumerate(op.terms):
             times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
-            found += [times * r for r in _rates(term, operand(params, i), out_channels)]
-        return found
+            rates += [times * r for r in _rates(term, operand(params, i), out_channels)]
+        return rates
     if isinstance(op, Branch):
         parts = zip((op.first, op.second), op.shares(out_channels), strict=True)
         return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]

@@ -124,14 +124,14 @@ def _convolves(op: Basic) -> bool:
 
 def _into_sum(source: Weights, target: Sum) -> Carried:
     """One term takes the output over, the others start at rate zero."""
-    found = [carry(source, term) for _, term in target.terms]
-    chosen = min(range(len(found)), key=lambda i: GRADES.index(found[i].grade))
-    result = replace(found[chosen], tensors={})
+    carried = [carry(source, term) for _, term in target.terms]
+    chosen = min(range(len(carried)), key=lambda i: GRADES.index(carried[i].grade))
+    result = replace(carried[chosen], tensors={})
     specs = parameters(target, source.in_channels, source.out_channels, source.ndim)
     tensors: dict[str, Tensor] = {}
-    order = [chosen, *(i for i in range(len(found)) if i != chosen)]
+    order = [chosen, *(i for i in range(len(carried)) if i != chosen)]
     for i in order:
-        for name, tensor in found[i].tensors.items():
+        for name, tensor in carried[i].tensors.items():
             own = f"{i}.{name}"
             shared = own not in specs and name in SHARED
             tensors.setdefault(name if shared else own, tensor)
@@ -161,11 +161,11 @@ def _into_branch(source: Weights, target: Branch) -> Carried:
         part = source.rows(first, first + channels)
         first += channels
         all_read = range(source.in_channels)[reads[i]] == range(source.in_channels)
-        found = carry(part, operand) if part is not None and all_read else Carried()
-        tensors |= {f"{i}.{name}": tensor for name, tensor in found.tensors.items()}
-        limits = [n for n in (result.limit, found.limit) if n is not None]
-        grade = max(result.grade, found.grade, key=GRADES.index)
-        result = replace(result, grade=grade, notes=result.notes + found.notes, limit=min(limits, default=None))
+        carried = carry(part, operand) if part is not None and all_read else Carried()
+        tensors |= {f"{i}.{name}": tensor for name, tensor in carried.tensors.items()}
+        limits = [n for n in (result.limit, carried.limit) if n is not None]
+        grade = max(result.grade, carried.grade, key=GRADES.index)
+        result = replace(result, grade=grade, notes=result.notes + carried.notes, limit=min(limits, default=None))
     if target.mix and result.grade != "new weights":
         tensors["mix_weight"] = torch.eye(source.out_channels)
         tensors["mix_bias"] = torch.zeros(source.out_channels)
@@ -186,15 +186,15 @@ def _from_convolution(source: Weights, target: Basic) -> Carried:
     tensors = {"weight": moved}
     if "bias" in source.tensors:
         tensors["bias"] = source.tensors["bias"]
-    found = Carried(tensors, "exact")
+    carried = Carried(tensors, "exact")
     if isinstance(target.weight.kernel, Experts):
         many = target.weight.kernel.count
-        found = replace(found, tensors=tensors | {"weight": moved.repeat(many, *(1,) * (moved.dim() - 1))})
+        carried = replace(carried, tensors=tensors | {"weight": moved.repeat(many, *(1,) * (moved.dim() - 1))})
     if not isinstance(rho, Ones | Modulated):
-        found = found.weaker(f"slots are weighted by {rho.word}")
+        carried = carried.weaker(f"slots are weighted by {rho.word}")
     for note in _differences(source, target):
-        found = found.weaker(note)
-    return found
+        carried = carried.weaker(note)
+    return carried
 
 
 def _kernel(source: Weights, kernel: Kernel | None) -> Tensor | None:
@@ -336,21 +336,21 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     if kernel is None:
         return Carried()
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
-    found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
+    carried = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
     table = source.tensors.get("relative_bias")
     if (
         table is not None
         and _biased(target)
         and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
     ):
-        found = replace(found, tensors=found.tensors | {"relative_bias": table})
+        carried = replace(carried, tensors=carried.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
-        found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
+        carried = carried.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
     if not isinstance(rho, Softmax) or rho.scale != own.weight.rho.scale:  # type: ignore[attr-defined]
-        found = found.weaker(f"weighted by {rho}, and it was {own.weight.rho}")
+        carried = carried.weaker(f"weighted by {rho}, and it was {own.weight.rho}")
     path = target.path
     if path == own.path:
-        return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
+        return carried if target.shape == own.shape else carried.weaker(f"shape {target.shape}, and it was {own.shape}")
     nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
     similarity = own.path.similarity
     everywhere = isinstance(own.path, All) and own.path == All(similarity, cross=own.cross)
@@ -358,8 +358,8 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
     if nearest and everywhere and alike and isinstance(target.shape, shapes):
         assert isinstance(path, Nearest)
-        return replace(found, limit=path.k)
-    return found.weaker(f"it looks at {path}, and looked at {own.path}")
+        return replace(carried, limit=path.k)
+    return carried.weaker(f"it looks at {path}, and looked at {own.path}")
 
 
 def _biased(op: Basic) -> bool:
