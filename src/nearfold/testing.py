@@ -266,8 +266,8 @@ def tie_prone(op: Operation) -> bool:
     """
     for part in op.parts:
         if isinstance(part.path, Nearest) and part.path.padding:
-            similarity = part.path.similarity
-            if getattr(similarity, "coordinates", False) or (isinstance(similarity, Blend) and 0 < similarity.lam < 1):
+            near = part.path.similarity
+            if getattr(near, "coordinates", False) or (isinstance(near, Blend) and 0 < near.lam < 1):
                 return True
     return False
 

@@ -124,14 +124,14 @@ def _convolves(op: Basic) -> bool:
 
 def _into_sum(source: Weights, target: Sum) -> Carried:
     """One term takes the output over, the others start at rate zero."""
-    carried = [carry(source, term) for _, term in target.terms]
-    chosen = min(range(len(carried)), key=lambda i: GRADES.index(carried[i].grade))
-    result = replace(carried[chosen], tensors={})
+    found = [carry(source, term) for _, term in target.terms]
+    chosen = min(range(len(found)), key=lambda i: GRADES.index(found[i].grade))
+    result = replace(found[chosen], tensors={})
     specs = parameters(target, source.in_channels, source.out_channels, source.ndim)
     tensors: dict[str, Tensor] = {}
-    order = [chosen, *(i for i in range(len(carried)) if i != chosen)]
+    order = [chosen, *(i for i in range(len(found)) if i != chosen)]
     for i in order:
-        for name, tensor in carried[i].tensors.items():
+        for name, tensor in found[i].tensors.items():
             own = f"{i}.{name}"
             shared = own not in specs and name in SHARED
             tensors.setdefault(name if shared else own, tensor)
@@ -161,11 +161,11 @@ def _into_branch(source: Weights, target: Branch) -> Carried:
         part = source.rows(first, first + channels)
         first += channels
         all_read = range(source.in_channels)[reads[i]] == range(source.in_channels)
-        carried = carry(part, operand) if part is not None and all_read else Carried()
-        tensors |= {f"{i}.{name}": tensor for name, tensor in carried.tensors.items()}
-        limits = [n for n in (result.limit, carried.limit) if n is not None]
-        grade = max(result.grade, carried.grade, key=GRADES.index)
-        result = replace(result, grade=grade, notes=result.notes + carried.notes, limit=min(limits, default=None))
+        found = carry(part, operand) if part is not None and all_read else Carried()
+        tensors |= {f"{i}.{name}": tensor for name, tensor in found.tensors.items()}
+        limits = [n for n in (result.limit, found.limit) if n is not None]
+        grade = max(result.grade, found.grade, key=GRADES.index)
+        result = replace(result, grade=grade, notes=result.notes + found.notes, limit=min(limits, default=None))
     if target.mix and result.grade != "new weights":
         tensors["mix_weight"] = torch.eye(source.out_channels)
         tensors["mix_bias"] = torch.zeros(source.out_channels)
@@ -186,15 +186,15 @@ def _from_convolution(source: Weights, target: Basic) -> Carried:
     tensors = {"weight": moved}
     if "bias" in source.tensors:
         tensors["bias"] = source.tensors["bias"]
-    carried = Carried(tensors, "exact")
+    found = Carried(tensors, "exact")
     if isinstance(target.weight.kernel, Experts):
         many = target.weight.kernel.count
-        carried = replace(carried, tensors=tensors | {"weight": moved.repeat(many, *(1,) * (moved.dim() - 1))})
+        found = replace(found, tensors=tensors | {"weight": moved.repeat(many, *(1,) * (moved.dim() - 1))})
     if not isinstance(rho, Ones | Modulated):
-        carried = carried.weaker(f"slots are weighted by {rho.word}")
+        found = found.weaker(f"slots are weighted by {rho.word}")
     for note in _differences(source, target):
-        carried = carried.weaker(note)
-    return carried
+        found = found.weaker(note)
+    return found
 
 
 def _kernel(source: Weights, kernel: Kernel | None) -> Tensor | None:
@@ -295,22 +295,18 @@ def _differences(source: Weights, target: Basic) -> list[str]:
 def _differences_in_space(source: Weights, own: Window, target: Basic) -> list[str]:
     path = target.path
     assert isinstance(path, Nearest)
-    similarity, size = path.similarity, as_tuple(own.size, source.ndim, "size")
+    near, size = path.similarity, as_tuple(own.size, source.ndim, "size")
     dilation = set(as_tuple(own.dilation, source.ndim, "dilation"))
-    if not (
-        isinstance(similarity, Position)
-        or (isinstance(similarity, Blend) and similarity.lam == 0 and not similarity.unit)
-    ):
+    if not (isinstance(near, Position) or (isinstance(near, Blend) and near.lam == 0 and not near.unit)):
         return ["neighbours in features, by rank, where there were neighbours in space"]
     side, step = size[0], dilation.pop() if len(dilation) == 1 else 0
     reach = (side - 1) // 2
-    # whether the corners are nearer than what is outside
-    corners = similarity.metric == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2
+    corners = near.metric == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2  # nearer than what is outside
     square = len(set(size)) == 1 and side % 2 == 1 and path.k == side**source.ndim and corners
     geometry = WindowGeometry.of(source.operation, source.ndim)
     checks = {
         f"the {path.k} nearest positions are not the window {own}": square
-        and step == getattr(similarity, "dilation", 1)
+        and step == getattr(near, "dilation", 1)
         and isinstance(path.candidates, AllCandidates)
         and path.recall == 1.0,
         f"shape {target.shape} leaves slots out": isinstance(target.shape, Ranked | Box),
@@ -336,30 +332,30 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     if kernel is None:
         return Carried()
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
-    carried = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
+    found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
     table = source.tensors.get("relative_bias")
     if (
         table is not None
         and _biased(target)
         and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
     ):
-        carried = replace(carried, tensors=carried.tensors | {"relative_bias": table})
+        found = replace(found, tensors=found.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
-        carried = carried.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
+        found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
     if not isinstance(rho, Softmax) or rho.scale != own.weight.rho.scale:  # type: ignore[attr-defined]
-        carried = carried.weaker(f"weighted by {rho}, and it was {own.weight.rho}")
+        found = found.weaker(f"weighted by {rho}, and it was {own.weight.rho}")
     path = target.path
     if path == own.path:
-        return carried if target.shape == own.shape else carried.weaker(f"shape {target.shape}, and it was {own.shape}")
+        return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
     nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
-    similarity = own.path.similarity
-    everywhere = isinstance(own.path, All) and own.path == All(similarity, cross=own.cross)
-    alike = isinstance(path, Nearest) and path == Nearest(path.k, similarity, cross=path.cross)
+    near = own.path.similarity
+    everywhere = isinstance(own.path, All) and own.path == All(near, cross=own.cross)
+    alike = isinstance(path, Nearest) and path == Nearest(path.k, near, cross=path.cross)
     shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
     if nearest and everywhere and alike and isinstance(target.shape, shapes):
         assert isinstance(path, Nearest)
-        return replace(carried, limit=path.k)
-    return carried.weaker(f"it looks at {path}, and looked at {own.path}")
+        return replace(found, limit=path.k)
+    return found.weaker(f"it looks at {path}, and looked at {own.path}")
 
 
 def _biased(op: Basic) -> bool:
