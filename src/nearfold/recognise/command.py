@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from nearfold._own_code import guarded
 from nearfold.options import sizes
 from nearfold.recognise import configured
 from nearfold.recognise.load import import_library, load_model, transformers_library
 from nearfold.recognise.report import Description, describe
 
-__all__ = ["arguments", "described", "import_library", "load_model", "run", "text"]
+__all__ = ["arguments", "described", "guarded", "import_library", "load_model", "run", "text"]
 
 EXAMPLES = """\
 examples:

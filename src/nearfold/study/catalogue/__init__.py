@@ -12,7 +12,7 @@ import nearfold.study.catalogue.acmix as acmix
 import nearfold.study.catalogue.budget as budget
 import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
-from nearfold._own_code import guarded
+from nearfold.recognise.command import guarded
 from nearfold.study.catalogue.presets import PRESETS, Preset
 from nearfold.study.grid import Study
 
