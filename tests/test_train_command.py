@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,6 +135,26 @@ def test_a_network_of_ones_own_is_trained(tmp_path, capsys):
     finally:
         MODELS.pop("mine_small", None)
     assert capsys.readouterr().out.startswith("mine_small\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("named", [True, False])
+def test_several_processes_train_it_too(named, parallel, word, tmp_path):
+    """Each of them executes the file; one goes on where two have stopped."""
+    op = ["--import", str(word), "--op", "window(3, dot) | box | half*kernel", "--width", "8"]
+    argv = [*SMALL, *(["--model", "gwo_conv"] if named else op), "--out", str(tmp_path / "run")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nearfold"]
+    done = subprocess.run(
+        [sys.executable, *launch, *argv, "--parallel", parallel],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("test accuracy") == 1, "one process speaks"
+    assert main([*argv, "--resume"]) == 0
+    said = json.loads((tmp_path / "run" / "network.json").read_text())
+    assert said.get("import") == (None if named else "word.py")
 
 
 @pytest.mark.parametrize(
