@@ -148,7 +148,7 @@ MADE = [
     (nn.ACmix2d(8, 8, num_heads=2), image),
     (nn.BlockAttention2d(8, 2, 3, shift=1), image),
     (nn.BranchingAttention(8, 2), tokens),
-    (nn.BranchingConv2d(8, 8, padding=1), image),
+    (nn.BranchingConv2d(8, 8), image),
     (nn.ConvNN1d(8, 8, 3), sequence),
     (nn.ConvNN2d(8, 8, 3), image),
     (nn.ConvNN3d(8, 8, 3), volume),

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import math
 import warnings
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -116,12 +117,18 @@ class Mixer(nn.Module):
     sampler: Tensor | None
     _told = False  # whether it was said already that not all slots can be filled
     _seen: tuple[Any, ...] = ()  # the shape and dtype that `_require` has found to be right
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # what a layer has no argument for: the operation that says it
     takes_one = False  # whether inputs without a batch axis are taken: where it stands for a layer that takes them
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         for name in named:
+            if name in cls.elsewhere:
+                raise TypeError(
+                    f"{cls.__name__} has no argument {name!r}: say it to Mixer by an operation, such as "
+                    f"{cls.elsewhere[name]}"
+                )
             if name not in known:
                 meant = [s for s in MEANT.get(name, ()) if s in known] or difflib.get_close_matches(name, known, 1)
                 hint = f"; here it is {meant[0]}" if meant else ""

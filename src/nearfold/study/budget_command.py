@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from nearfold.study.sweep import Images, Measured, Sweep
     from nearfold.train import ImageData
 
-SUMMARY = "how few positions a trained model's attention needs: its accuracy against its latency over k"
 EXAMPLES = """\
 examples:
   nearfold budget my_model.py:trained --data path/to/images
@@ -31,7 +30,7 @@ trained model, or a folder that a nearfold network's save_pretrained left."""
 TOLERANCE = 1.0
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold budget`."""
     parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME, path/to/file.py:factory, a folder")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="images, as for `nearfold train`")
@@ -48,7 +47,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--std", type=_numbers, metavar="A,B", help="or the training images')")
     parser.add_argument("--device", default="cpu", metavar="D", help="where it runs (default: cpu)")
-    parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nearfold.lower import looks
+from nearfold.look import looks
 from nearfold.models import SpectrumNet
 from nearfold.study.plots import THEME, new_figure, plain
 

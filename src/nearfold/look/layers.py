@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
 from nearfold.grammar.words import Dense, Depthwise, Experts, Scan, Separable, Shift, Table
-from nearfold.mixing import mixing_matrix
+from nearfold.look.mixing import mixing_matrix
 from nearfold.nn.mixer import Mixer
 
 FEATURES = (

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nearfold._numbers import plain
 from nearfold.grammar import Branch, Operation, Sum
-from nearfold.grammar.words import Experts
 from nearfold.kernels.names import require_tensors
+from nearfold.look.mixing import kernel_blocks
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
@@ -42,7 +42,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
     It sums to one, or to zero where the output is zero. A position's share is |alpha| times the size of the
     kernel's slot, over all heads; the parts of a sum or a branch count by the energy of what each of them makes
     there, times its rate, before any output projection. Random candidates are not drawn. All rows at once, head by
-    head and signed, are `nearfold.mixing.mixing_matrix`.
+    head and signed, are `nearfold.look.mixing_matrix`.
 
     Args:
         layer: a `Mixer`.
@@ -59,7 +59,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
     if layer.operation.needs_context:
         raise ValueError(
             f"{layer.operation}: reads another input, whose positions are not those of x; "
-            "nearfold.mixing.mixing_matrix(layer, x, context=...) says which of them"
+            "nearfold.look.mixing_matrix(layer, x, context=...) says which of them"
         )
     require_tensors(x=x)
     x, at = layer.prepare(x), plain(tuple(at))
@@ -99,11 +99,11 @@ def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[
     """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
     if isinstance(op, Sum):
         own = iter(params["rates"].tolist() if "rates" in params else ())
-        found = []
+        rates = []
         for i, (rate, term) in enumerate(op.terms):
             times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
-            found += [times * r for r in _rates(term, operand(params, i), out_channels)]
-        return found
+            rates += [times * r for r in _rates(term, operand(params, i), out_channels)]
+        return rates
     if isinstance(op, Branch):
         parts = zip((op.first, op.second), op.shares(out_channels), strict=True)
         return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]
@@ -114,15 +114,9 @@ def _share(call: Call, alpha_BHS: Tensor) -> Tensor:
     """Alpha times the root-sum-square of every slot's kernel, per head: (B, H, S)."""
     # max and scan look on their own in every channel: alpha has more heads than the layer
     share = alpha_BHS.expand(call.value.shape[0], max(call.heads, alpha_BHS.shape[1]), -1)
-    found = oracle.kernel_weight(call)
-    if found is None:
+    kernel = kernel_blocks(call)
+    if kernel is None:
         return share
-    weight_OcS, kernel = found[0].flatten(2), call.op.weight.kernel
-    if isinstance(kernel, Experts):
-        weight_EOcS, share_BE = weight_OcS.unflatten(0, (kernel.count, -1)), oracle.expert_shares(call)
-        weight_BOcS = torch.einsum("eocs,be->bocs", weight_EOcS, share_BE.to(weight_EOcS.dtype))
-    else:
-        weight_BOcS = weight_OcS[None]
-    size_BS = weight_BOcS.square().sum((1, 2)).sqrt()
+    size_BS = kernel.square().sum((1, 2, 3)).sqrt()
     # a slot at a fractional position reads several entries
     return share * size_BS.repeat_interleave(share.shape[-1] // size_BS.shape[-1], -1)[:, None]
