@@ -52,7 +52,7 @@ def test_every_network_of_every_study_runs_on_its_images(study):
 
 
 def test_every_claim_of_the_seeds_has_a_study():
-    wanted = "k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
+    wanted = "spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
     assert set(STUDIES) == set(wanted.split())
 
 

@@ -73,14 +73,6 @@ examples:
     "study": """\
 example:
   nearfold study spectrum --help""",
-    "study spectrum": """\
-examples:
-  nearfold study spectrum
-  nearfold study spectrum --only conv,convnn,attention --seeds 5
-  nearfold study spectrum --data path/to/cifar10 --limit 5000 --epochs 20
-
-A finished run is never run again: interrupt it when you like, the same command goes on. More
-seeds or operators are added to what is there; failed runs are tried again.""",
 }
 
 
@@ -239,33 +231,14 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(train)
     train.set_defaults(command=_train)
 
-    from nearfold.study.spectrum import RECIPE, SPECTRUM
-
-    study = _new(commands.add_parser, "study", "many runs, one table, one report")
-    studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
-    spectrum = _new(studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention")
-    spectrum.epilog = f"{spectrum.epilog}\n\noperators:\n" + "\n".join(
-        f"  {stop.name:<14} {stop.notation}" for stop in SPECTRUM
-    )
-    _data_arguments(spectrum)
-    spectrum.add_argument(
-        "--epochs", type=whole(), metavar="N",
-        help=f"passes over the training images (default: {RECIPE.epochs})",
-    )  # fmt: skip
-    spectrum.add_argument("--seeds", type=whole(1, 10_000), metavar="N", help="runs of every operator (default: 3)")
-    spectrum.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
-    spectrum.add_argument("--width", type=whole(1, PIXELS), metavar="C", help="channels of the network (default: 32)")
-    spectrum.add_argument("--out", type=folder, metavar="DIR", help="default: runs/spectrum-DATA")
-    spectrum.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
-    spectrum.add_argument(
-        "--jobs", type=whole(1, 1000), metavar="N",
-        help="runs side by side (default: one a core up to 8 on the CPU, one on CUDA)",
-    )  # fmt: skip
-    spectrum.set_defaults(command=_study_spectrum)
-
-    from nearfold.study import budget_command, command
+    from nearfold.study import budget_command, command, spectrum
 
     EXAMPLES.update(command.EXAMPLES, budget=budget_command.EXAMPLES)
+    study = _new(commands.add_parser, "study", "many runs, one table, one report")
+    studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
+    along = _new(studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention")
+    _data_arguments(along)
+    spectrum.add(along)
     budget_command.add(_new(commands.add_parser, "budget", budget_command.SUMMARY))
     _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
     command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))
@@ -416,33 +389,9 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study_spectrum(args: argparse.Namespace) -> int:
-    from nearfold.study.local import default_jobs
-    from nearfold.study.publish import printed, publish
-    from nearfold.study.spectrum import Settings, open_study, run
-
-    given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
-    settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
-    study = open_study(settings)
-    try:
-        run(study, jobs=args.jobs or default_jobs(study.device))
-    finally:  # also when interrupted: what has finished is worth a report
-        if study.finished:
-            paths = publish(study)
-            print("\n" + printed(study))
-            print("\n" + "\n".join(str(path) for path in paths))
-    for label, error in study.failures:
-        print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
-    return 1 if study.failures else 0
-
-
 def _shape(text: str) -> tuple[int, ...]:
     return sizes(text, 3, "batch, channels and grid, such as 16,64,32,32")
 
 
 def _input_size(text: str) -> tuple[int, ...]:
     return sizes(text, 2, "channels and grid, such as 3,224,224")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
