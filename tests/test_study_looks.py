@@ -1,14 +1,16 @@
 """The panel of where each setting looks: what is seen, how it is stored and read again, how it is drawn."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.studies import Tags, record
+from helpers.studies import Tags, record, spectrum_of
 
 from nearfold.study import page
 from nearfold.study.looks import Look, Looks, interesting_position
+from nearfold.study.record import Record
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,19 @@ def test_the_panel_is_one_figure_more_and_says_what_is_on_it(seen):
     without, text = drawn(None), drawn(seen)
     assert text.count("<svg") == without.count("<svg") + 1 and "class 4 of digits" in text
     assert "Where each operator looks" not in without and "9.0 positions" in text
+
+
+def test_marks_points_and_titles_have_the_colour_of_their_family():
+    results = spectrum_of({"conv": (0.5, 0.6), "blend-0.5": (0.5, 0.7), "kvt": (0.4, 0.6), "acmix": (0.5, 0.5)})
+    looks = [Look(row.title, torch.full((4, 4), 1 / 16), (1, 1)) for row in results.rows]
+    seen = Looks(torch.zeros(1, 8, 8, dtype=torch.uint8), "a 4", looks)
+    text = page.html(Record(results, [], "nearfold study spectrum", {}, looks=seen))
+    for title, colour in (("blend λ = 0.5", "purple"), ("KVT k = 9", "orange"), ("ACmix", "green")):
+        assert f'<tr class="{colour}"><th scope="row">{title}' in text
+        assert f'<span class="dot {colour}"></span>{title}' in text
+        (heading,) = re.findall(rf"<text style=\"font-weight: 700[^>]*>{title}</text>", text)
+        assert f"var(--{colour}," in heading
+    assert "Blue looks in space, purple between the ends, orange looks in features, green both at once." in text
 
 
 def test_a_setting_without_a_picture_is_told(seen):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.studies import spectrum_of
 
 from nearfold import cli
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study import measure, tasks
+from nearfold.study import measure, record, tasks
 from nearfold.study.catalogue import STUDIES, find
+from nearfold.study.headline import verdict
 from nearfold.study.plots import FAMILIES
 from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
 from nearfold.train import Result
@@ -239,11 +241,11 @@ def test_a_whole_small_study(settings, capsys):
     rows = open_study(settings).results.rows
     assert [row.title for row in rows] == ["convolution 3x3", "ConvNN all", "self-attention"]
     assert all(len(row.results) == 2 and row.cost["parameters"] > 0 and row.cost["flops"] > 0 for row in rows)
-    record = json.loads((settings.out / "results.json").read_text())
-    assert record["finished"] == record["planned"] == 6 and record["tested"] == {"digits": 100}
-    assert record["rows"][0]["runs"]["1"]["test_accuracy"] == rows[0].results[1]["test_accuracy"]
-    assert [look["setting"] for look in record["looks"]["found"]] == [row.title for row in rows]
-    assert record["command"] == (
+    left = json.loads((settings.out / "results.json").read_text())
+    assert left["finished"] == left["planned"] == 6 and left["tested"] == {"digits": 100}
+    assert left["rows"][0]["runs"]["1"]["test_accuracy"] == rows[0].results[1]["test_accuracy"]
+    assert [look["setting"] for look in left["looks"]["found"]] == [row.title for row in rows]
+    assert left["command"] == (
         "nearfold study spectrum --limit 100 --seeds 2 --epochs 1 --only conv,convnn,attention --width 8 "
         f"--out {settings.out} --device cpu"
     )
@@ -253,11 +255,21 @@ def test_a_whole_small_study(settings, capsys):
     assert cli.main(["study", "page", str(settings.out)]) == 0
     again = (settings.out / "report.html").read_text()
     assert again.count("<svg") == 4 and len(again) == pytest.approx(len(page), rel=0.01)
+    assert "One of the 100 test images of digits" in again
     for path in (settings.out / "weights").iterdir():
         path.unlink()
     capsys.readouterr()
     assert done(settings) == 0 and "9 of 9 runs have finished before, 0 to do" in capsys.readouterr().out
     assert "there are no weights" in (settings.out / "report.html").read_text()
+
+
+def test_what_the_others_were_compared_with_is_kept(tmp_path):
+    results = spectrum_of({"separable": (0.90, 0.92, 0.94), "attention": (0.70, 0.72, 0.74)})
+    path, said = tmp_path / "results.json", verdict(results)
+    path.write_text(record.Record(results, [], "", {}).to_json([], said))
+    again = record.read(path, find("spectrum", "cpu"))
+    assert "“depthwise + pointwise”" in said and verdict(again.results) == said
+    assert again.results.tested == {"digits": 400} and again.looks is None
 
 
 def test_results_of_an_older_spectrum_are_not_misread(tmp_path, capsys):

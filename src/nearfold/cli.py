@@ -231,14 +231,16 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(train)
     train.set_defaults(command=_train)
 
-    from nearfold.study import budget_command, command, spectrum
+    from nearfold.study import budget_command, command, spectrum_command
 
     EXAMPLES.update(command.EXAMPLES, budget=budget_command.EXAMPLES)
+    EXAMPLES["study spectrum"] = spectrum_command.EXAMPLES
     study = _new(commands.add_parser, "study", "many runs, one table, one report")
     studies = study.add_subparsers(title="studies", metavar="STUDY", required=True)
     along = _new(studies.add_parser, "study spectrum", "swap the mixing layer from convolution to attention")
     _data_arguments(along)
-    spectrum.add(along)
+    spectrum_command.arguments(along)
+    along.set_defaults(command=spectrum_command.run)
     budget_command.add(_new(commands.add_parser, "budget", budget_command.SUMMARY))
     _new(studies.add_parser, "study list", "the studies of published claims").set_defaults(command=command.show)
     command.add_run(_new(studies.add_parser, "study run", "do the runs of a study that are left, and write its report"))

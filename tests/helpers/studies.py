@@ -58,7 +58,7 @@ def record(name, figure="settings"):
         network = {"name": "spectrum", "operation": "window(3) | box | kernel", "width": 8, "depth": 1, "note": name}
         trials.append(Trial({"data": name, "x" + name: f"{name}{i}"}, network, Data(name), Recipe()))
         found = {s: result(0.8 + 0.05 * i + 0.01 * s, train=1.0, run=name) for s in range(2)}
-        rows.append(Row(trials[-1], found, COSTS | {"flops": 100.0 + i}))
+        rows.append(Row(trials[-1], found, COSTS | {"flops": 100 + i}))
     measure = "gap_last" if figure == "gaps" else "test_accuracy"
     families = dict(zip((f"{name}{i}" for i in range(3)), FAMILIES, strict=False)) if figure == "spectrum" else {}
     study = Study(name, "cpu", name, name, name, trials, 2, "x" + name, f"{name}0", (name,), figure=figure,
@@ -77,7 +77,7 @@ def results_of(by_setting, figure="settings", train=0.99, cost=False, **options)
         network = {"name": "spectrum", "operation": "window(3) | box | kernel", "width": 8, "depth": 1}
         trial = Trial({"data": "digits", "setting": setting}, network, Data("digits"), Recipe())
         trials.append(trial)
-        costs = COSTS | {"flops": 100.0 * (i + 1), "latency_ms": i + 1.0}
+        costs = COSTS | {"flops": 100 * (i + 1), "latency_ms": i + 1.0}
         found = {seed: result(test, train=train) for seed, test in enumerate(tests)}
         rows.append(Row(trial, found, costs if cost else {}))
     reference = next(iter(by_setting))
@@ -95,5 +95,5 @@ def spectrum_of(by_stop, train=None, tested=400):
     for i, (trial, stop) in enumerate(zip(study.trials, stops, strict=True)):
         trains = (train or {}).get(stop.name, (1.0,) * len(by_stop[stop.name]))
         found = {s: result(test, train=trains[s]) for s, test in enumerate(by_stop[stop.name])}
-        rows.append(Row(trial, found, COSTS | {"flops": 1e6 * (i + 1), "images_per_second": 100.0 * (i + 1)}))
+        rows.append(Row(trial, found, COSTS | {"flops": 1_000_000 * (i + 1), "images_per_second": 100.0 * (i + 1)}))
     return Results(study, together(rows), sum(map(len, by_stop.values())), [], {"digits": tested})

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from nearfold.options import above, brief, folder, whole
-from nearfold.study import spectrum
 from nearfold.study.authors import Points, read
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
@@ -35,7 +34,6 @@ examples:
 
 A finished run is never run again, whoever finished it: interrupt the command when you like, the same command goes on;
 another one may work on the same folder at the same time. Runs that failed are told and left until --retry.""",
-    "study spectrum": spectrum.EXAMPLES,
     "study page": """\
 examples:
   nearfold study page docs/studies/ratio

@@ -1,36 +1,22 @@
-"""`nearfold study spectrum`: the study of `nearfold.study.catalogue.spectrum` on data and in a folder of one's own."""
+"""The study of `nearfold.study.catalogue.spectrum` on data, and in a folder, of one's own."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from nearfold.options import PIXELS, folder, whole
 from nearfold.study.catalogue.spectrum import DEPTH, RECIPE, SEEDS, SPECTRUM, WIDTH, Stop, along
 from nearfold.study.engine import work_through
 from nearfold.study.grid import Data
-from nearfold.study.local import Local, default_jobs
+from nearfold.study.local import Local
 from nearfold.study.plan import Plan, plan
 from nearfold.study.tasks import load
 from nearfold.train import Recipe
 from nearfold.train.distributed import join
 
-__all__ = ["DEPTH", "RECIPE", "SPECTRUM", "Settings", "Stop", "add", "command_line", "open_study", "run"]
-
-EXAMPLES = """\
-examples:
-  nearfold study spectrum
-  nearfold study spectrum --only conv,convnn,attention --seeds 5
-  nearfold study spectrum --data path/to/cifar10 --limit 5000 --epochs 20
-
-A finished run is never run again: interrupt it when you like, the same command goes on. More
-seeds or operators are added to what is there; failed runs are tried again.
-
-operators:
-""" + "\n".join(f"  {stop.name:<14} {stop.notation}" for stop in SPECTRUM)
+__all__ = ["DEPTH", "RECIPE", "SPECTRUM", "Settings", "Stop", "command_line", "open_study", "run"]
 
 
 @dataclass(frozen=True)
@@ -117,40 +103,6 @@ def run(study: Plan, *, jobs: int = 1, say: Callable[[str], None] | None = None)
         say: gets one line a run; None: print.
     """
     work_through(study.runs, study.place, Local(jobs), retry=True, say=say)
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `nearfold study spectrum`, beside those that say what the data are."""
-    number = whole(1, 10_000)
-    parser.add_argument(
-        "--epochs", type=whole(), metavar="N", help=f"passes over the training images (default: {RECIPE.epochs})"
-    )
-    parser.add_argument("--seeds", type=number, metavar="N", help=f"runs of every operator (default: {SEEDS})")
-    parser.add_argument("--only", type=_names, metavar="A,B", help="only these operators, listed below")
-    parser.add_argument(
-        "--width", type=whole(1, PIXELS), metavar="C", help=f"channels of the network (default: {WIDTH})"
-    )
-    parser.add_argument("--out", type=folder, metavar="DIR", help="default: runs/spectrum-DATA")
-    parser.add_argument("--device", metavar="D", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument(
-        "--jobs", type=whole(1, 1000), metavar="N",
-        help="runs side by side (default: one a core up to 8 on the CPU, one on CUDA)",
-    )  # fmt: skip
-    parser.set_defaults(command=_command)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _command(args: argparse.Namespace) -> int:
-    from nearfold.study.command import carry_out
-
-    given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
-    settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
-    study = open_study(settings)
-    engine = Local(args.jobs or default_jobs(join(settings.device).device))
-    return carry_out(study, engine, settings.folder, command_line(settings), retry=True)
 
 
 def command_line(settings: Settings) -> str:
