@@ -154,3 +154,7 @@ def test_labels_must_differ_and_have_the_axis():
         replace(study, trials=[*study.trials, study.trials[0]])
     with pytest.raises(ValueError, match="has no label 'ratio'"):
         replace(study, axis="ratio")
+    with pytest.raises(ValueError, match="families must be among space, between, features, both; got near"):
+        replace(study, families={9.0: "near"})
+    with pytest.raises(ValueError, match="looks=True wants networks called 'spectrum', got 'plain'"):
+        replace(study, looks=True)

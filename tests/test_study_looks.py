@@ -89,6 +89,9 @@ def test_looks_are_read_as_they_were_written(seen):
         assert (one.title, one.at) == (other.title, other.at)
         torch.testing.assert_close(one.weights, other.weights, rtol=1e-2, atol=1e-5)  # three digits are kept
         assert one.positions == pytest.approx(other.positions, rel=1e-2)
+    content = seen.to_json()
+    content["found"][0] |= {"weights": ["1 0.5", "0.5 0"], "at": [0, 1]}
+    assert Looks.from_json(content).found[0].weights.tolist() == [[0.5, 0.25], [0.25, 0.0]]  # they sum to 1
 
 
 @pytest.mark.parametrize(

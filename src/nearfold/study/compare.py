@@ -113,6 +113,8 @@ def accuracy(e: Estimate) -> str:
 
     >>> accuracy(Estimate(0.9, 0.88, 0.92, 5, 0.0)), accuracy(Estimate(0.9, math.nan, math.nan, 1, math.nan))
     ('90.0 % (88.0 to 92.0)', '90.0 %')
+    >>> accuracy(Estimate(0.01, -0.01, 0.03, 5, 0.2))
+    '1.0 % (−1.0 to 3.0)'
     """
     text = f"{100 * e.mean:.1f} %" + ("" if math.isnan(e.low) else f" ({100 * e.low:.1f} to {100 * e.high:.1f})")
     return text.replace("-", "−")

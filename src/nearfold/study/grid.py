@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import nearfold
 from nearfold.grammar import parse
 from nearfold.study.measure import machine
+from nearfold.study.plots import FAMILIES
 from nearfold.train import Recipe
 
 if TYPE_CHECKING:
@@ -168,6 +169,12 @@ class Study:
         for trial in self.trials:
             if self.axis not in trial.labels:
                 raise ValueError(f"study {self.name!r}: the trial {dict(trial.labels)} has no label {self.axis!r}")
+            if self.looks and (network := trial.network.get("name")) != "spectrum":
+                raise ValueError(f"study {self.name!r}: looks=True wants networks called 'spectrum', got {network!r}")
+        if unknown := set(self.families.values()) - set(FAMILIES):
+            raise ValueError(
+                f"study {self.name!r}: families must be among {', '.join(FAMILIES)}; got {', '.join(sorted(unknown))}"
+            )
 
 
 @dataclass(frozen=True)
