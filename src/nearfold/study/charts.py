@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import COSTS, complexity, front, scores
 from nearfold.study.compare import accuracy, differences, points
-from nearfold.study.document import Chart, first
+from nearfold.study.document import Chart, first, seeds
 from nearfold.study.labels import Point, log_axis, name_points
 from nearfold.study.looks import Looks, picture
 from nearfold.study.plots import FAMILIES, THEME, new_figure, plain, svg
@@ -123,12 +123,16 @@ def _two_panels(
     return figure
 
 
-def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
-    values = [100 * v for v in row.values(measure).values()]
-    e = row.estimate(measure)
-    axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(place, 100 * e.mean, yerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
+def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips, *, across: bool = False) -> None:
+    """A row's mean with its interval, and its seeds, upward or across, at a place on the other axis."""
+    e, values = row.estimate(measure), [100 * v for v in row.values(measure).values()]
+    dots, spot = [(place, value) for value in values], (place, 100 * e.mean)
+    if across:
+        dots, spot = [(y, x) for x, y in dots], spot[::-1]
+    arms: dict[str, Any] = {"xerr" if across else "yerr": _arms(e)}
+    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
+    bars = axes.errorbar(*spot, **arms, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {seeds(e.n)}")
 
 
 def _beside(axes: Axes, place: float, title: str, values: Sequence[float], tips: Tips) -> None:
@@ -181,19 +185,11 @@ def _bars(rows: Sequence[Row], measures: Mapping[str, str], colour: Callable[[Ro
     columns = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, (measure, label) in zip(columns, measures.items(), strict=True):
         for place, row in enumerate(rows):
-            _across(axes, place, row, measure, colour(row), tips)
+            _mean(axes, place, row, measure, colour(row), tips, across=True)
         axes.set_xlabel(label)
     columns[0].set_yticks(range(len(rows)), [plain(row.title) for row in rows])
     columns[0].invert_yaxis()
     return figure
-
-
-def _across(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
-    values = [100 * v for v in row.values(measure).values()]
-    e = row.estimate(measure)
-    axes.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(100 * e.mean, place, xerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    tips.add(bars, f"{row.title}: {accuracy(e)}, {e.n} seeds")
 
 
 def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
@@ -235,7 +231,7 @@ def _scores(rows: Sequence[Row], tips: Tips) -> Figure:
     figure = new_figure(9.2, 1.4 + 0.25 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     for place, s in enumerate(table):
-        _across(left, place, s.row, "test_accuracy", OURS, tips)
+        _mean(left, place, s.row, "test_accuracy", OURS, tips, across=True)
         bar = right.barh(place, s.score, color=OURS, height=0.6)
         tips.add(bar[0], f"{s.row.title}: score {s.score:.0f}, tier {s.tier}, Omega {s.omega:.3g}")
         text = f"{s.score:.0f} {s.tier}"
@@ -296,9 +292,13 @@ def _against_cost(
 
 
 def family(results: Results, row: Row) -> str:
-    """The name of a row's colour, by its family; blue where it has none."""
+    """The name of a row's colour, by its family; empty where it has none."""
     name = results.study.families.get(row.trial.labels[results.study.axis])
-    return "blue" if name is None else FAMILIES[name][1]
+    return "" if name is None else FAMILIES[name][1]
+
+
+def _colour(results: Results, row: Row) -> str:
+    return THEME[family(results, row) or "blue"]
 
 
 def legend(results: Results) -> str:
@@ -309,11 +309,8 @@ def legend(results: Results) -> str:
 
 def _spectrum(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """Accuracy and gap in the order of the study, then accuracy against what it costs, coloured by family."""
-    charts, measures = [], {"test_accuracy": "test accuracy, %", "gap": "train minus test accuracy, points"}
-
-    def colour(row: Row) -> str:
-        return THEME[family(results, row)]
-
+    charts, colour = [], partial(_colour, results)
+    measures = {"test_accuracy": "test accuracy, %", "gap": "train minus test accuracy, points"}
     for name, rows in results.panels.items():
         caption = (
             f"{name}, along the spectrum: from space (top) to features, then operators that do both. Diamonds: means "
@@ -336,7 +333,7 @@ def _spectrum(results: Results, authors: Sequence[Points]) -> list[Chart]:
 
 def looks(results: Results, seen: Looks) -> Chart:
     """Where every setting looks."""
-    by_title = {row.title: THEME[family(results, row)] for row in results.rows}
+    by_title = {row.title: _colour(results, row) for row in results.rows}
     colours = [by_title.get(look.title, THEME["ink"]) for look in seen.found]
     label = "Where each operator looks"
     caption = (

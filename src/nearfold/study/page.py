@@ -104,9 +104,7 @@ def _forest(name: str, rows: Sequence[Row], results: Results) -> Forest:
             e = row.estimate(study.measure)
             marks.append(Mark(title, 0.0, None, None, accuracy(e).partition(" (")[0], "reference", colour="gray"))
         elif row.title in found:
-            marks.append(
-                _against(found[row.title], title, -1 if gap else 1, family(results, row) if study.families else "")
-            )
+            marks.append(_against(found[row.title], title, -1 if gap else 1, family(results, row)))
     return Forest(
         f"{name}: {what} less that of {reference.title}, points",
         "points",
@@ -185,7 +183,7 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> Table:
         return lambda row: Cell(f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
 
     columns: dict[str, Callable[[Row], Cell]] = {
-        "setting": lambda row: Cell(row.title, dot=family(results, row) if study.families else ""),
+        "setting": lambda row: Cell(row.title, dot=family(results, row)),
         "test acc. %": share(f"test_accuracy{last}"),
         "held-out acc. %": share("val_accuracy"),
         "train acc. %": share(f"train_accuracy{last}"),
