@@ -99,6 +99,8 @@ def test_what_may_be_concluded_counts_test_images_and_what_cannot_be_seen():
     text = " ".join(limits(results, []))
     assert "One of the 400 test images of digits is 0.25 points" in text
     assert "by about 1.5 points" in text  # 100 * sqrt(.9 * .1 / 400)
+    sure = " ".join(limits(spectrum_of({"conv": (1.0, 1.0)}, tested=16), []))
+    assert "an accuracy of 100.0 % by about 6.7 points" in sure  # 16 right of 16 do not make it certain
     assert "cannot be seen" not in text
     text = " ".join(limits(spectrum_of(CLEAR), []))
     assert "“Not found” is not “equal”: with these seeds a difference of less than about " in text

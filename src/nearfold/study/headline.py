@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nearfold.study.compare import MEASURE, Difference, differences
 from nearfold.study.document import first, names, seeds
 from nearfold.study.results import Results
+from nearfold.study.statistics import sampling
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def limits(results: Results, facts: Sequence[str]) -> list[str]:
             p = max(row.estimate(MEASURE).mean for row in rows)
             texts.append(
                 f"One of the {n:,} test images of {name} is {100 / n:.2f} points, and another test set of that size "
-                f"would move an accuracy of {100 * p:.1f} % by about {100 * math.sqrt(p * (1 - p) / n):.1f} points."
+                f"would move an accuracy of {100 * p:.1f} % by about {100 * sampling(p, n):.1f} points."
             )
     if study.preset == "cpu":
         texts.append(
