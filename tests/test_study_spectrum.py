@@ -10,6 +10,7 @@ from nearfold import cli
 from nearfold.models import SpectrumNet, stem_stride
 from nearfold.study import measure, record, tasks
 from nearfold.study.catalogue import STUDIES, find
+from nearfold.study.files import gather
 from nearfold.study.headline import verdict
 from nearfold.study.plots import FAMILIES
 from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
@@ -229,6 +230,11 @@ def test_what_no_run_could_do_is_found_before_the_first(settings):
         open_study(replace(settings, data="nowhere"))
     with pytest.raises(ValueError, match="cuda:97"):
         open_study(replace(settings, device="cuda:97"))
+
+
+def test_nothing_to_report_before_a_run(settings):
+    with pytest.raises(ValueError, match=r"no run under .* has finished"):
+        gather(open_study(settings), "nearfold study spectrum")
 
 
 def test_a_whole_small_study(settings, capsys):

@@ -14,9 +14,7 @@ from nearfold.study.authors import Points, read
 from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
-from nearfold.study.measure import environment
 from nearfold.study.plan import Plan, plan
-from nearfold.study.record import Record
 from nearfold.study.results import Results
 from nearfold.study.store import write_each
 from nearfold.train.files import inside
@@ -133,8 +131,7 @@ def carry_out(
     Returns:
         The exit code: 1 where a run has failed.
     """
-    from nearfold.study.files import leave
-    from nearfold.study.looks import see
+    from nearfold.study.files import gather, leave
     from nearfold.study.page import printed
 
     try:
@@ -142,8 +139,7 @@ def carry_out(
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
-            there = environment(planned.study.trials[0].recipe.device)
-            record = Record(results, planned.facts, said, there, planned.missing, theirs, see(planned))
+            record = gather(planned, said, theirs)
             paths = leave(record, ours)
             print(f"\n{printed(record)}\n\n" + "\n".join(map(str, paths)))
     for label, error in results.failures:

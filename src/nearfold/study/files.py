@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nearfold.study import page
+from nearfold.study.authors import Points
 from nearfold.study.document import markdown
 from nearfold.study.headline import verdict
+from nearfold.study.looks import see
+from nearfold.study.measure import environment
+from nearfold.study.plan import Plan
 from nearfold.study.record import RUN, Record
 from nearfold.study.results import Results
 from nearfold.study.store import write_each
+
+
+def gather(planned: Plan, command: str, theirs: Sequence[Points] = ()) -> Record:
+    """What has finished of a study.
+
+    Args:
+        planned: the study.
+        command: what makes it elsewhere.
+        theirs: the authors' runs.
+
+    Raises:
+        ValueError: no run has finished.
+    """
+    results = planned.results
+    if not results.rows:
+        raise ValueError(f"no run under {planned.place.root} has finished: there is nothing to report")
+    there = environment(planned.study.trials[0].recipe.device)
+    return Record(results, planned.facts, command, there, planned.missing, theirs, see(planned))
 
 
 def leave(record: Record, folder: Path) -> list[Path]:
