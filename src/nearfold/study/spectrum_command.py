@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from nearfold.options import PIXELS, folder, whole
-from nearfold.study.local import default_jobs
-from nearfold.study.publish import printed, publish
-from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study
-from nearfold.study.spectrum import run as run_study
+from nearfold.study.command import carry_out
+from nearfold.study.local import Local, default_jobs
+from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, command_line, open_study
+from nearfold.train.distributed import join
 
 EXAMPLES = """\
 examples:
@@ -46,16 +45,8 @@ def run(args: argparse.Namespace) -> int:
     given = ("data", "limit", "epochs", "seeds", "only", "width", "out", "device")
     settings = Settings(**{k: getattr(args, k) for k in given if getattr(args, k) is not None})
     study = open_study(settings)
-    try:
-        run_study(study, jobs=args.jobs or default_jobs(study.device))
-    finally:  # also when interrupted: what has finished is worth a report
-        if study.finished:
-            paths = publish(study)
-            print("\n" + printed(study))
-            print("\n" + "\n".join(str(path) for path in paths))
-    for label, error in study.failures:
-        print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
-    return 1 if study.failures else 0
+    engine = Local(args.jobs or default_jobs(join(settings.device).device))
+    return carry_out(study, engine, settings.folder, command_line(settings), retry=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from nearfold.grammar.complexity import c_d
 from nearfold.nn import Mixer
 from nearfold.recognise.report import TIERS
 from nearfold.study.compare import accuracy, differences, points, verdict
+from nearfold.study.document import names, seeds
 from nearfold.study.headline import headline, panels, quoted
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
-from nearfold.study.table import names, seeds
 
 COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
 UNITS = {"latency_ms": " ms", "flops": "", "peak_memory_mib": " MiB"}
