@@ -310,8 +310,15 @@ struct Problem {
         const auto pack = [&](const Map<const T> &map, int64_t features, T *to) {
             pack_key_row(w(), l, row_of(map, b, h, r, w().grid[1]), map.stride[2], map.stride[5], features, to);
         };
-        pack(a.key, a.E, keys + r * key_row());
-        pack(a.value, a.D, keys + r * key_row() + a.E * l.pitch);
+        T *key = keys + r * key_row();
+        pack(a.key, a.E, key);
+        pack(a.value, a.D, key + a.E * l.pitch);
+        if (!a.position.data) return;
+        const Map<const T> &map = a.position;
+        const T *from = row_of(map, 0, 0, r, w().grid[1]);
+        each_column(w(), l, 0, l.columns, [&](int64_t at, int64_t x) {
+            for (int64_t e = 0; e < a.E; ++e) key[e * l.pitch + at] -= from[e * map.stride[2] + x * map.stride[5]];
+        });
     }
 
     // What the outputs x0.. of the rows (o0, first..) read; false for columns that none of them does.

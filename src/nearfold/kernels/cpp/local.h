@@ -23,6 +23,7 @@ struct LocalArgs {
     Window window;
     int64_t B, H, E, D;
     Map<const T> query, key, value;  // (B, H, E, *out), (B, H, E, *grid), (B, H, D, *grid)
+    Map<const T> position;           // (1, 1, E, *grid), subtracted from every key, or without data
     Map<T> out;                      // (B, H, D, *out)
     Map<T> stats;                    // (B, H, 2, *out): the largest score, and one over the sum of exponentials
     int metric;                      // dot or euclidean

@@ -1,8 +1,11 @@
 // Bindings of the kernels that read a window of the grid.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "module.h"
@@ -17,9 +20,36 @@ template <class T>
 using Any = nb::ndarray<T, nb::device::cpu>;
 using Numbers = std::vector<int64_t>;
 
-// (B, H, features, *axes) with one to three axes -> six axes, those that are not there of size one.
+// A map (B, channels, *axes) whose channels are read as two axes of these sizes and strides.
 template <class T>
-Map<T> map_of(const Any<T> &array) {
+struct Split {
+    const Any<T> &map;
+    int64_t size[2], step[2];
+
+    size_t ndim() const { return map.ndim() + 1; }
+    int64_t shape(size_t axis) const {
+        return axis == 0 ? map.shape(0) : axis < 3 ? size[axis - 1] : map.shape(axis - 1);
+    }
+    int64_t stride(size_t axis) const {
+        return axis == 0 ? map.stride(0) : axis < 3 ? step[axis - 1] : map.stride(axis - 1);
+    }
+    T *data() const { return map.data(); }
+};
+
+// Its channels in as many groups, one behind the other; with `inner`, the groups of a group's channels come first.
+template <class T>
+Split<T> split(const Any<T> &map, int64_t groups, bool inner = false) {
+    require(map.ndim() >= 3 && map.ndim() <= 5, "window: maps are (B, channels, *grid) of one to three axes");
+    const int64_t channels = map.shape(1), step = map.stride(1);
+    require(groups >= 1 && channels >= 1 && channels % groups == 0, "window: channels must be divisible by heads");
+    const int64_t each = channels / groups;
+    if (inner) return {map, {each, groups}, {step, each * step}};
+    return {map, {groups, each}, {each * step, step}};
+}
+
+// (B, H, features, *axes) with one to three axes -> six axes, those that are not there of size one.
+template <class T, class A>
+Map<T> map_of(const A &array) {
     Map<T> map{array.data(), {}};
     const size_t missing = 6 - array.ndim();
     for (size_t i = 0; i < array.ndim(); ++i) map.stride[i < 3 ? i : i + missing] = array.stride(i);
@@ -65,9 +95,8 @@ Window window_of(const Q &query, const K &key, const Numbers &size, const Number
     return w;
 }
 
-template <class T>
-LocalArgs<T> local_args(const Any<const T> &query, const Any<const T> &key, const Any<const T> &value, const Any<T> &stats,
-                        const Window &window, int metric, bool squared, double scale, int threads) {
+template <class T, class Q, class K>
+LocalArgs<T> local_args(const Q &query, const K &key, const K &value, const Any<T> &stats, const Window &window, int metric, bool squared, double scale, int threads) {
     LocalArgs<T> a;
     const size_t ndim = query.ndim();
     a.window = window;
@@ -77,8 +106,8 @@ LocalArgs<T> local_args(const Any<const T> &query, const Any<const T> &key, cons
     require(has_sizes(stats, ndim, a.B, a.H, 2, window.out), "local: stats must be (B, H, 2, *out)");
     require(metric == dot || metric == euclidean, "local: metric is dot or euclidean");
     require(threads >= 1, "local: threads are at least 1");
-    a.query = map_of(query), a.key = map_of(key), a.value = map_of(value), a.stats = map_of(stats);
-    a.out = {};
+    a.query = map_of<const T>(query), a.key = map_of<const T>(key), a.value = map_of<const T>(value);
+    a.stats = map_of<T>(stats), a.out = {}, a.position = {};
     a.metric = metric, a.squared = squared, a.scale = static_cast<T>(scale), a.threads = threads;
     return a;
 }
@@ -108,7 +137,7 @@ void local(Any<const T> query, Any<const T> key, Any<const T> value, const Numbe
     const Window window = window_of(query, key, size, stride, dilation, before, reflect);
     LocalArgs<T> a = local_args<T>(query, key, value, stats, window, metric, squared, scale, threads);
     require(has_sizes(out, query.ndim(), a.B, a.H, a.D, window.out), "local: out must be (B, H, D, *out)");
-    a.out = map_of(out);
+    a.out = map_of<T>(out);
     run(Table<T>::local, a);
 }
 
@@ -126,13 +155,13 @@ void local_backward(Any<const T> grad, Any<const T> query, Any<const T> key, Any
                 has_sizes(d_key, ndim, a.of.B, a.of.H, a.of.E, window.grid) &&
                 has_sizes(d_value, ndim, a.of.B, a.of.H, a.of.D, window.grid),
             "local: gradients must have the shapes of query, key and value");
-    a.grad = map_of(grad), a.d_query = map_of(d_query), a.d_key = map_of(d_key), a.d_value = map_of(d_value);
+    a.grad = map_of<const T>(grad), a.d_query = map_of<T>(d_query), a.d_key = map_of<T>(d_key);
+    a.d_value = map_of<T>(d_value);
     run(Table<T>::local_backward, a);
 }
 
-template <class T, class O>
-GroupedArgs<T> grouped_args(const std::vector<Any<const T>> &maps, const Any<const T> &weight, const Any<O> &out,
-                            const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect, int threads) {
+template <class T, class M, class W, class O>
+GroupedArgs<T> grouped_args(const std::vector<M> &maps, const W &weight, const O &out, const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect, int threads) {
     GroupedArgs<T> a;
     require(!maps.empty() && maps.size() <= most_maps, "grouped: one to four maps");
     const size_t ndim = maps[0].ndim();
@@ -147,7 +176,7 @@ GroupedArgs<T> grouped_args(const std::vector<Any<const T>> &maps, const Any<con
         a.inputs[m] = size_of(maps[m], 2);
         a.I += a.inputs[m];
         require(has_sizes(maps[m], ndim, a.B, a.G, a.inputs[m], a.window.grid), "grouped: maps must be (B, G, inputs, *grid)");
-        a.map[m] = map_of(maps[m]);
+        a.map[m] = map_of<const T>(maps[m]);
     }
     require(has_sizes(weight, ndim, a.G, a.O, a.I, a.window.size) && contiguous(weight),
             "grouped: weight must be (G, O, I, *size), contiguous");
@@ -161,7 +190,7 @@ template <class T>
 void grouped(const std::vector<Any<const T>> &maps, Any<const T> weight, const Numbers &stride, const Numbers &dilation,
              const Numbers &before, bool reflect, Any<T> out, int threads) {
     GroupedArgs<T> a = grouped_args<T>(maps, weight, out, stride, dilation, before, reflect, threads);
-    a.out = map_of(out);
+    a.out = map_of<T>(out);
     run(Table<T>::grouped, a);
 }
 
@@ -175,12 +204,180 @@ void grouped_backward(Any<const T> grad, const std::vector<Any<const T>> &maps, 
     for (size_t m = 0; m < maps.size(); ++m) {
         require(has_sizes(d_maps[m], maps[m].ndim(), a.of.B, a.of.G, a.of.inputs[m], a.of.window.grid),
                 "grouped: gradients must have the shapes of the maps");
-        a.d_map[m] = map_of(d_maps[m]);
+        a.d_map[m] = map_of<T>(d_maps[m]);
     }
     require(has_sizes(d_weight, weight.ndim(), a.of.G, a.of.O, a.of.I, a.of.window.size) && contiguous(d_weight),
             "grouped: d_weight must be as weight, contiguous");
-    a.grad = map_of(grad), a.d_weight = d_weight.data();
+    a.grad = map_of<const T>(grad), a.d_weight = d_weight.data();
     run(Table<T>::grouped_backward, a);
+}
+
+// Attention in a window over maps (B, heads * features, *grid) as they are; query at `home` and every `stride`-th position
+// from there on, `position` (features, *grid) subtracted from the keys of every head.
+template <class T>
+LocalArgs<T> layer_args(const Any<const T> &query, const Any<const T> &key, const Any<const T> &value,
+                        const std::optional<Any<const T>> &position, const Any<T> &stats, const Split<const T> &out,
+                        int64_t heads, const Numbers &home, const Numbers &size, const Numbers &stride,
+                        const Numbers &dilation, const Numbers &before, bool reflect, double scale, int threads) {
+    const Split<const T> q = split(query, heads), k = split(key, heads), v = split(value, heads);
+    require(k.ndim() == q.ndim() && v.ndim() == q.ndim() && out.ndim() == q.ndim() && stats.ndim() == q.ndim() &&
+                home.size() + 3 == q.ndim(),
+            "window: all maps need the same axes, and home one number for each");
+    const Window window = window_of(out, k, size, stride, dilation, before, reflect);
+    LocalArgs<T> a = local_args<T>(q, k, v, stats, window, dot, false, scale, threads);
+    for (size_t i = 0; i < home.size(); ++i) {
+        const size_t axis = i + 6 - home.size();
+        require(home[i] >= 0 && home[i] + (window.out[axis - 3] - 1) * stride[i] < size_of(q, static_cast<int>(axis)),
+                "window: home lies within the grid, and so do all queries");
+        a.query.data += home[i] * a.query.stride[axis];
+        a.query.stride[axis] *= stride[i];
+    }
+    if (position) {
+        const size_t ndim = position->ndim();
+        require(ndim + 2 == q.ndim() && static_cast<int64_t>(position->shape(0)) == a.E,
+                "window: position must be (features, *grid)");
+        a.position = {position->data(), {0, 0, position->stride(0), 0, 0, 0}};
+        for (size_t i = 1; i < ndim; ++i) {
+            require(static_cast<int64_t>(position->shape(i)) == window.grid[i + 3 - ndim],
+                    "window: position must be (features, *grid)");
+            a.position.stride[i + 6 - ndim] = position->stride(i);
+        }
+    }
+    return a;
+}
+
+template <class T>
+void window_attention(Any<const T> query, Any<const T> key, Any<const T> value, std::optional<Any<const T>> position,
+                      int64_t heads, const Numbers &home, const Numbers &size, const Numbers &stride,
+                      const Numbers &dilation, const Numbers &before, bool reflect, double scale, Any<T> out, Any<T> stats,
+                      int threads) {
+    const Any<const T> read = Any<const T>(out);
+    LocalArgs<T> a = layer_args<T>(query, key, value, position, stats, split(read, heads), heads, home, size, stride,
+                                   dilation, before, reflect, scale, threads);
+    const Split<T> to = split(out, heads);
+    require(has_sizes(to, to.ndim(), a.B, a.H, a.D, a.window.out), "window: out must be (B, heads * features, *out)");
+    a.out = map_of<T>(to);
+    run(Table<T>::local, a);
+}
+
+template <class T>
+void window_attention_backward(Any<const T> grad, Any<const T> query, Any<const T> key, Any<const T> value,
+                               std::optional<Any<const T>> position, Any<T> stats, int64_t heads, const Numbers &home,
+                               const Numbers &size, const Numbers &stride, const Numbers &dilation, const Numbers &before,
+                               bool reflect, double scale, Any<T> d_query, Any<T> d_key, Any<T> d_value, int threads) {
+    LocalBackwardArgs<T> a;
+    a.of = layer_args<T>(query, key, value, position, stats, split(grad, heads), heads, home, size, stride, dilation,
+                         before, reflect, scale, threads);
+    const Split<const T> g = split(grad, heads);
+    const Split<T> q = split(d_query, heads), k = split(d_key, heads), v = split(d_value, heads);
+    const size_t ndim = g.ndim();
+    require(has_sizes(g, ndim, a.of.B, a.of.H, a.of.D, a.of.window.out), "window: grad must be as out");
+    require(has_sizes(q, ndim, a.of.B, a.of.H, a.of.E, a.of.window.out) &&
+                has_sizes(k, ndim, a.of.B, a.of.H, a.of.E, a.of.window.grid) &&
+                has_sizes(v, ndim, a.of.B, a.of.H, a.of.D, a.of.window.grid),
+            "window: gradients must have the shapes of the queries read, of key and of value");
+    a.grad = map_of<const T>(g), a.d_query = map_of<T>(q), a.d_key = map_of<T>(k), a.d_value = map_of<T>(v);
+    run(Table<T>::local_backward, a);
+}
+
+// ACmix's convolution of maps (B, heads * G, *grid): every group of heads channels is mapped (t, inputs), and the maps are
+// shifted (heads * G, t, *size) and summed. Both make one kernel (G, heads, inputs, *size).
+template <class T>
+std::vector<T> merged(const Any<const T> &weight, const Any<const T> &shift, int64_t inputs) {
+    require(weight.ndim() == 2 && shift.ndim() >= 3 && contiguous(weight) && contiguous(shift) &&
+                weight.shape(0) == shift.shape(1) && static_cast<int64_t>(weight.shape(1)) == inputs,
+            "shift: weight must be (t, inputs) and shift (O, t, *size), contiguous");
+    const int64_t O = shift.shape(0), t = weight.shape(0), S = O * t ? shift.size() / (O * t) : 0;
+    std::vector<T> to(O * inputs * S, T(0));
+    for (int64_t o = 0; o < O; ++o)
+        for (int64_t i = 0; i < inputs; ++i)
+            for (int64_t j = 0; j < t; ++j) {
+                const T w = weight.data()[j * inputs + i], *from = shift.data() + (o * t + j) * S;
+                for (int64_t s = 0; s < S; ++s) to[(o * inputs + i) * S + s] += w * from[s];
+            }
+    return to;
+}
+
+// (G, heads, inputs, *size) beside its sizes, as `grouped_args` takes a kernel.
+template <class T>
+struct Kernel {
+    T *at;
+    std::vector<int64_t> sizes;
+
+    size_t ndim() const { return sizes.size(); }
+    size_t shape(size_t axis) const { return static_cast<size_t>(sizes[axis]); }
+    int64_t stride(size_t axis) const {
+        int64_t step = 1;
+        for (size_t i = axis + 1; i < sizes.size(); ++i) step *= sizes[i];
+        return step;
+    }
+    T *data() const { return at; }
+};
+
+template <class T>
+Kernel<T> kernel_of(std::vector<T> &numbers, const Any<const T> &shift, int64_t heads, int64_t inputs) {
+    Kernel<T> kernel{numbers.data(), {static_cast<int64_t>(shift.shape(0)) / heads, heads, inputs}};
+    for (size_t i = 2; i < shift.ndim(); ++i) kernel.sizes.push_back(shift.shape(i));
+    return kernel;
+}
+
+template <class T>
+std::vector<Split<const T>> shares(const std::vector<Any<const T>> &maps, int64_t heads) {
+    std::vector<Split<const T>> found;
+    for (const Any<const T> &map : maps) found.push_back(split(map, heads, true));
+    return found;
+}
+
+template <class T>
+void shift_conv(const std::vector<Any<const T>> &maps, Any<const T> weight, Any<const T> shift, int64_t heads,
+                const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect, bool interleaved,
+                Any<T> out, int threads) {
+    require(heads >= 1 && shift.ndim() >= 3 && shift.shape(0) % heads == 0, "shift: heads must divide the channels");
+    const int64_t inputs = heads * static_cast<int64_t>(maps.size());
+    std::vector<T> numbers = merged<T>(weight, shift, inputs);
+    const int64_t groups = shift.shape(0) / heads;
+    const Split<T> to = interleaved ? split(out, groups, true) : split(out, heads);
+    GroupedArgs<T> a = grouped_args<T>(shares(maps, heads), kernel_of(numbers, shift, heads, inputs), to, stride, dilation,
+                                       before, reflect, threads);
+    a.out = map_of<T>(to);
+    run(Table<T>::grouped, a);
+}
+
+template <class T>
+void shift_conv_backward(Any<const T> grad, const std::vector<Any<const T>> &maps, Any<const T> weight, Any<const T> shift,
+                         int64_t heads, const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect,
+                         bool interleaved, const std::vector<Any<T>> &d_maps, Any<T> d_weight, Any<T> d_shift, int threads) {
+    require(heads >= 1 && shift.ndim() >= 3 && shift.shape(0) % heads == 0, "shift: heads must divide the channels");
+    const int64_t inputs = heads * static_cast<int64_t>(maps.size()), groups = shift.shape(0) / heads;
+    std::vector<T> numbers = merged<T>(weight, shift, inputs), slopes(numbers.size());
+    GroupedBackwardArgs<T> a;
+    const Split<const T> from = interleaved ? split(grad, groups, true) : split(grad, heads);
+    a.of = grouped_args<T>(shares(maps, heads), kernel_of(numbers, shift, heads, inputs), from, stride, dilation, before,
+                           reflect, threads);
+    require(d_maps.size() == maps.size(), "shift: a gradient for every map");
+    for (size_t m = 0; m < maps.size(); ++m) {
+        const Split<T> to = split(d_maps[m], heads, true);
+        require(has_sizes(to, to.ndim(), a.of.B, a.of.G, a.of.inputs[m], a.of.window.grid) && from.ndim() == to.ndim(),
+                "shift: gradients must have the shapes of the maps");
+        a.d_map[m] = map_of<T>(to);
+    }
+    require(d_weight.size() == weight.size() && contiguous(d_weight) && d_shift.size() == shift.size() &&
+                contiguous(d_shift),
+            "shift: d_weight and d_shift must be as weight and shift, contiguous");
+    a.grad = map_of<const T>(from), a.d_weight = slopes.data();
+    run(Table<T>::grouped_backward, a);
+    const int64_t O = shift.shape(0), t = weight.shape(0), S = shift.size() / (O * t);
+    std::fill(d_weight.data(), d_weight.data() + d_weight.size(), T(0));
+    std::fill(d_shift.data(), d_shift.data() + d_shift.size(), T(0));
+    for (int64_t o = 0; o < O; ++o)
+        for (int64_t i = 0; i < inputs; ++i)
+            for (int64_t j = 0; j < t; ++j) {
+                const T *slope = slopes.data() + (o * inputs + i) * S, *f = shift.data() + (o * t + j) * S;
+                T *to = d_shift.data() + (o * t + j) * S, total = 0;
+                const T w = weight.data()[j * inputs + i];
+                for (int64_t s = 0; s < S; ++s) to[s] += w * slope[s], total += f[s] * slope[s];
+                d_weight.data()[j * inputs + i] += total;
+            }
 }
 
 template <class T>
@@ -192,6 +389,18 @@ void bind(nb::module_ &m) {
           "value"_a.noconvert(), "stats"_a.noconvert(), "size"_a, "stride"_a, "dilation"_a, "before"_a, "reflect"_a,
           "metric"_a, "squared"_a, "scale"_a, "d_query"_a.noconvert(), "d_key"_a.noconvert(), "d_value"_a.noconvert(),
           "threads"_a);
+    m.def("window_attention", &window_attention<T>, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
+          "position"_a.noconvert().none(), "heads"_a, "home"_a, "size"_a, "stride"_a, "dilation"_a, "before"_a, "reflect"_a,
+          "scale"_a, "out"_a.noconvert(), "stats"_a.noconvert(), "threads"_a);
+    m.def("window_attention_backward", &window_attention_backward<T>, "grad"_a.noconvert(), "query"_a.noconvert(),
+          "key"_a.noconvert(), "value"_a.noconvert(), "position"_a.noconvert().none(), "stats"_a.noconvert(), "heads"_a,
+          "home"_a, "size"_a, "stride"_a, "dilation"_a, "before"_a, "reflect"_a, "scale"_a, "d_query"_a.noconvert(),
+          "d_key"_a.noconvert(), "d_value"_a.noconvert(), "threads"_a);
+    m.def("shift_conv", &shift_conv<T>, "maps"_a.noconvert(), "weight"_a.noconvert(), "shift"_a.noconvert(), "heads"_a,
+          "stride"_a, "dilation"_a, "before"_a, "reflect"_a, "interleaved"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("shift_conv_backward", &shift_conv_backward<T>, "grad"_a.noconvert(), "maps"_a.noconvert(), "weight"_a.noconvert(),
+          "shift"_a.noconvert(), "heads"_a, "stride"_a, "dilation"_a, "before"_a, "reflect"_a, "interleaved"_a,
+          "d_maps"_a.noconvert(), "d_weight"_a.noconvert(), "d_shift"_a.noconvert(), "threads"_a);
     m.def("grouped", &grouped<T>, "maps"_a.noconvert(), "weight"_a.noconvert(), "stride"_a, "dilation"_a, "before"_a,
           "reflect"_a, "out"_a.noconvert(), "threads"_a);
     m.def("grouped_backward", &grouped_backward<T>, "grad"_a.noconvert(), "maps"_a.noconvert(), "weight"_a.noconvert(),

@@ -16,6 +16,8 @@ from torch import Tensor
 from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Separable, Shift, Window
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
+from nearfold.kernels.whole import whole
+from nearfold.kernels.windows import ShiftConv
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, Run, autocast_dtype, is_transformed
 from nearfold.lower.frame import Frame
@@ -105,6 +107,27 @@ def _shift(call: Call) -> Tensor:
     return oracle.shifted_bias(call, kernel, (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2))
 
 
+def _shifting(at: Frame, geometry: WindowGeometry) -> Run:
+    """ACmix's convolution in one call of the engine, where that is what `run` would choose."""
+    kernel, path = at.op.weight.kernel, at.op.path
+    assert isinstance(kernel, Shift) and isinstance(path, Window)
+    window = list(geometry.stride), list(geometry.dilation), list(geometry.before)
+    layer = ShiftConv(kernel.heads, window, path.mode == "reflect", kernel.interleaved, at.out_grid)
+
+    def once(call: Call) -> Tensor:
+        if "slot_bias" in call.params or _in_two_steps(call):
+            return run(call)
+
+        def again(weight: Tensor, shift: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            params = call.params | {"weight": weight, "shift_weight": shift}
+            return run(Call(at, params, value, query, key, call.x, call.draw))
+
+        operands = (call.params["weight"], call.params["shift_weight"], call.query, call.key, call.value)
+        return whole(layer, operands, again)
+
+    return once
+
+
 def _experts(call: Call) -> Tensor:
     """Every input's own kernel, mixed from the experts: inputs become groups of one convolution."""
     kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
@@ -147,6 +170,8 @@ def prepare(at: Frame) -> Run:
     op, kernel, ndim = at.op, at.op.weight.kernel, len(at.grid)
     assert isinstance(op.path, Window)
     geometry = WindowGeometry.of(op, ndim)
+    if isinstance(kernel, Shift):
+        return _shifting(at, geometry)
     plain = isinstance(kernel, (Dense, Depthwise)) and getattr(kernel, "coordinates", False) is False
     even = op.path.mode == "zeros" and geometry.before == geometry.after
     if not (plain and even and isinstance(op.weight.rho, Ones)) or math.prod(geometry.size) >= LARGE:

@@ -28,9 +28,10 @@ from nearfold.grammar.words import (
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
-from nearfold.kernels.neighbors import Neighbors, neighbors, serves
-from nearfold.kernels.select import select, wide, wide_dtype
+from nearfold.kernels.neighbors import Neighbors
+from nearfold.kernels.select import MOST_SLOTS, select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
+from nearfold.kernels.whole import whole
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
 from nearfold.lower.frame import Frame
@@ -161,23 +162,22 @@ def prepare(at: Frame) -> Run:
     if settled is None:
         return run
 
-    def whole(call: Call) -> Tensor:
+    def once(call: Call) -> Tensor:
         value, query, key = call.value, call.query, call.key
         key = None if key is query else key
         query = None if query is value and key is None else query
-        operands = (query, key, value, call.params.get("weight"), call.params.get("bias"))
-        if not serves(settled, operands):
-            return run(call)
+        places = call.query_index() if settled.partial else None
+        operands = (query, key, value, call.params.get("weight"), call.params.get("bias"), places)
 
-        def again(query: Tensor | None, key: Tensor | None, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            given = {"weight": weight, "bias": bias}
-            params = call.params | {name: tensor for name, tensor in given.items() if tensor is not None}
+        def again(query: Tensor | None, key: Tensor | None, value: Tensor, *others: Tensor | None) -> Tensor:
+            given = zip(("weight", "bias"), others, strict=False)
+            params = call.params | {name: tensor for name, tensor in given if tensor is not None}
             query = value if query is None else query
             return run(Call(at, params, value, query, query if key is None else key, call.x, call.draw))
 
-        return neighbors(settled, operands, call.query_index() if settled.partial else None, again)
+        return whole(settled, operands, again)
 
-    return whole
+    return once
 
 
 def _settled(at: Frame) -> Neighbors | None:
@@ -191,6 +191,7 @@ def _settled(at: Frame) -> Neighbors | None:
         and isinstance(path.candidates, AllCandidates)
         and isinstance(op.shape, Ranked)
         and path.again is None
+        and path.k <= MOST_SLOTS
         and (own is False or (own is True and path.k > 1))
         and _recall(op) == 1
         and (_all_ones(rho) or isinstance(rho, Softmax))

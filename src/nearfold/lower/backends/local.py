@@ -16,6 +16,8 @@ from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.local import local_scores, local_sum, shifted
 from nearfold.kernels.local_attention import local_attention
 from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
+from nearfold.kernels.whole import whole
+from nearfold.kernels.windows import WindowAttention
 from nearfold.lower import oracle
 from nearfold.lower.bias import has_bias
 from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
@@ -70,9 +72,9 @@ def prepare(at: Frame) -> Run:
     metric = "dot" if near.reduced in DOT_LIKE else "euclidean"
     plain = isinstance(near, Scaled) and not (near.coordinates or near.rotary)
 
-    def attention(call: Call) -> Tensor:
+    def attention(call: Call, position: Tensor | None = None) -> Tensor:
         refuse_derivatives(call)
-        query, key, scale = _planes(call, near) if plain and isinstance(near, Scaled) else _embedded(call)
+        query, key, scale = _planes(call, position) if plain else _embedded(call)
         dtype = autocast_dtype(call.value) or call.value.dtype
         y, _ = local_attention(
             query if everywhere else query[(..., *home)],
@@ -86,17 +88,37 @@ def prepare(at: Frame) -> Run:
         )
         return y.flatten(1, 2).to(dtype)
 
-    return attention
+    if not plain:
+        return attention
+    layer = WindowAttention(
+        at.heads, list(geometry.home()), tuple(window), path.mode == "reflect", float(rho.scale), at.out_grid
+    )
+
+    def once(call: Call) -> Tensor:
+        position = _position(call, near) if isinstance(near, Scaled) and near.relative else None
+
+        def again(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None) -> Tensor:
+            return attention(Call(at, call.params, value, query, key, call.x, call.draw), position)
+
+        return whole(layer, (call.query, call.key, call.value, position), again)
+
+    return once
 
 
-def _planes(call: Call, near: Scaled) -> tuple[Tensor, Tensor, float]:
+def _position(call: Call, near: Scaled) -> Tensor:
+    """ACmix's map of the coordinates (d, *grid)."""
+    assert call.key is not None
+    wide = torch.promote_types(call.value.dtype, torch.float32)
+    place = Place(call.padded, call.key.device, wide)
+    return near.position(place, call.params, call.key.to(wide)).T.unflatten(1, call.grid)
+
+
+def _planes(call: Call, position: Tensor | None) -> tuple[Tensor, Tensor, float]:
     """Query and key (B, H, d, *grid) as they are, but for ACmix's positions; and the factor of their scores."""
     assert call.query is not None and call.key is not None
     wide = torch.promote_types(call.value.dtype, torch.float32)
     query, key = (t.unflatten(1, (call.heads, -1)).to(wide) for t in (call.query, call.key))
-    if near.relative:
-        key = key - near.position(Place(call.padded, key.device, wide), call.params, key).T.unflatten(1, call.grid)
-    return query, key, query.shape[2] ** -0.5
+    return query, key if position is None else key - position, query.shape[2] ** -0.5
 
 
 def _embedded(call: Call) -> tuple[Tensor, Tensor, float]:

@@ -1,0 +1,85 @@
+"""A whole layer in one call of the compiled engine, where what lies between its operators costs more than they do.
+
+What such a layer computes, the operators of this package compute one after another. Those torch knows; this is a shorter
+way for plain CPU tensors where nobody watches. Whoever watches (a compiler, a tracer, a profiler, a counter, a second
+derivative) sees the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from nearfold.kernels import engine
+from nearfold.kernels.operator import unwatched
+
+Operands = tuple[Tensor | None, ...]
+
+
+class Layer(Protocol):
+    """All of a layer that is settled before a call."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `backward` knows its gradient."""
+
+    def forward(self, operands: Operands, keep: bool) -> tuple[Tensor | None, ...] | None:
+        """The output, and with ``keep`` what its gradient wants; None where the engine does not take these strides."""
+
+    def backward(self, grad: Tensor, operands: Operands, kept: Operands) -> list[Tensor | None] | None:
+        """The gradient at every operand, None for those that have none; None where it does not take these strides."""
+
+
+def whole(layer: Layer, operands: Operands, again: Callable[..., Tensor]) -> Tensor:
+    """The layer on its operands. ``again`` computes the same from the same operands by the operators that torch knows."""
+    if not _serves(operands):
+        return again(*operands)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)):
+        made = layer.forward(operands, keep=False)
+        return again(*operands) if made is None or made[0] is None else made[0]
+    if not layer.differentiable:
+        return again(*operands)
+    found: Tensor = _Whole.apply(layer, again, *operands)
+    return found
+
+
+def _serves(operands: Operands) -> bool:
+    """Whether the engine may run on these tensors, unseen."""
+    if not unwatched(operands) or forward_ad._current_level >= 0 or engine.get() is None:
+        return False
+    dtypes = {t.dtype for t in operands if t is not None and t.dtype != torch.long}
+    return len(dtypes) == 1 and dtypes <= set(engine.COMPUTE) and all(t is None or t.numel() for t in operands)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: Layer, again: Callable[..., Tensor], *operands: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            made = layer.forward(operands, keep=True)
+        ctx.layer, ctx.again, ctx.count, ctx.ran = layer, again, len(operands), made is not None
+        ctx.save_for_backward(*operands, *(() if made is None else made[1:]))
+        return again(*operands) if made is None else made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        operands, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        found = None
+        if ctx.ran and not torch.is_grad_enabled() and unwatched((grad, *operands)):
+            found = ctx.layer.backward(grad, operands, kept)
+        if found is None:
+            found = _again(ctx.again, grad, operands, ctx.needs_input_grad[2:])
+        return None, None, *found
+
+
+def _again(again: Callable[..., Tensor], grad: Tensor, operands: Operands, wanted: tuple[bool, ...]) -> list[Any]:
+    """The gradients by the operators that torch knows, which are differentiable again."""
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        each = [t if t is None or differentiated else t.detach().requires_grad_(t.requires_grad) for t in operands]
+        asked = [t for t, want in zip(each, wanted, strict=True) if want]
+        slopes = iter(torch.autograd.grad(again(*each), asked, grad, create_graph=differentiated, allow_unused=True))
+    return [next(slopes) if want else None for want in wanted]
