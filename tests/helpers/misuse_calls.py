@@ -274,6 +274,49 @@ def right_neighbors(rng, name):
     )
 
 
+def _whole_window(rng):
+    """Heads, the grid, size, and stride, dilation, before of a window, and its outputs."""
+    axes = rng.randint(1, 3)
+    grid, size = [rng.randint(2, 6) for _ in range(axes)], [rng.randint(1, 3) for _ in range(axes)]
+    stride, before = [rng.randint(1, 2) for _ in range(axes)], [s // 2 for s in size]
+    out = [-(-n // t) for n, t in zip(grid, stride, strict=True)]
+    return rng.randint(1, 3), grid, size, stride, [1] * axes, before, out
+
+
+def right_window(rng, name):
+    """Of attention in a window over whole maps, forward or backward."""
+    heads, grid, size, stride, dilation, before, out = _whole_window(rng)
+    B, E, d, dtype = rng.randint(1, 2), rng.randint(1, 5), rng.randint(1, 5), rng.choice((torch.float32, torch.float64))
+    query, key = numbers(dtype, B, heads * E, *grid), numbers(dtype, B, heads * E, *grid)
+    value, made = numbers(dtype, B, heads * d, *grid), numbers(dtype, B, heads * d, *out)
+    maps = {"query": query, "key": key, "value": value, "position": rng.choice([None, numbers(dtype, E, *grid)])}
+    window = {"heads": heads, "home": [0] * len(grid), "size": size, "stride": stride, "dilation": dilation}
+    window |= {"before": before, "reflect": rng.random() < 0.5, "scale": 0.5}
+    stats = numbers(dtype, B, heads, 2, *out)
+    if not name.endswith("backward"):
+        return maps | window | {"to_out": made, "to_stats": stats}
+    d_query = numbers(dtype, B, heads * E, *out)
+    slopes = {"d_query": d_query, "d_key": torch.zeros_like(key), "d_value": torch.zeros_like(value)}
+    return {"grad": made} | maps | {"stats": stats} | window | slopes
+
+
+def right_shift(rng, name):
+    """Of ACmix's convolution over whole maps, forward or backward."""
+    heads, grid, size, stride, dilation, before, out = _whole_window(rng)
+    B, G, t, count = rng.randint(1, 2), rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 3)
+    dtype = rng.choice((torch.float32, torch.float64))
+    maps = [numbers(dtype, B, heads * G, *grid) for _ in range(count)]
+    weight, shift = numbers(dtype, t, count * heads), numbers(dtype, heads * G, t, *size)
+    window = {"heads": heads, "stride": stride, "dilation": dilation, "before": before}
+    window |= {"reflect": rng.random() < 0.5, "interleaved": rng.random() < 0.5}
+    made = numbers(dtype, B, heads * G, *out)
+    if not name.endswith("backward"):
+        return {"maps": maps, "weight": weight, "shift": shift} | window | {"to_out": made}
+    slopes = {"d_maps": [torch.zeros_like(m) for m in maps]}
+    slopes |= {"d_weight": torch.zeros_like(weight), "d_shift": torch.zeros_like(shift)}
+    return {"grad": made, "maps": maps, "weight": weight, "shift": shift} | window | slopes
+
+
 def raw(name):
     """Arguments of one function of the module."""
 
@@ -302,6 +345,10 @@ def raw(name):
             return a | into | threads | entries
         if name.startswith("neighbors"):
             return right_neighbors(rng, name) | threads
+        if name.startswith("window_attention"):
+            return right_window(rng, name) | threads
+        if name.startswith("shift_conv"):
+            return right_shift(rng, name) | threads
         if name == "scan":
             a = right_scan(rng)
             y, states = (numbers(a["u"].dtype, *shape) for shape in scanned(a))

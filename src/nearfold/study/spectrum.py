@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -58,7 +59,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Of the data set."""
-        return Path(self.data).resolve().name
+        return os.path.basename(os.path.realpath(self.data))  # a loop of links is an error where the data are read
 
     @property
     def stops(self) -> tuple[Stop, ...]:

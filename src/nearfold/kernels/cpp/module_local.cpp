@@ -288,13 +288,18 @@ std::vector<T> merged(const Any<const T> &weight, const Any<const T> &shift, int
                 weight.shape(0) == shift.shape(1) && static_cast<int64_t>(weight.shape(1)) == inputs,
             "shift: weight must be (t, inputs) and shift (O, t, *size), contiguous");
     const int64_t O = shift.shape(0), t = weight.shape(0), S = O * t ? shift.size() / (O * t) : 0;
-    std::vector<T> to(O * inputs * S, T(0));
-    for (int64_t o = 0; o < O; ++o)
-        for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t j = 0; j < t; ++j) {
-                const T w = weight.data()[j * inputs + i], *from = shift.data() + (o * t + j) * S;
-                for (int64_t s = 0; s < S; ++s) to[(o * inputs + i) * S + s] += w * from[s];
+    std::vector<T> to(O * inputs * S), line(S * inputs);
+    for (int64_t o = 0; o < O; ++o) {
+        std::fill(line.begin(), line.end(), T(0));
+        for (int64_t j = 0; j < t; ++j)
+            for (int64_t s = 0; s < S; ++s) {
+                const T by = shift.data()[(o * t + j) * S + s], *from = weight.data() + j * inputs;
+                T *sums = line.data() + s * inputs;
+                for (int64_t i = 0; i < inputs; ++i) sums[i] += by * from[i];
             }
+        for (int64_t i = 0; i < inputs; ++i)
+            for (int64_t s = 0; s < S; ++s) to[(o * inputs + i) * S + s] = line[s * inputs + i];
+    }
     return to;
 }
 
@@ -368,16 +373,19 @@ void shift_conv_backward(Any<const T> grad, const std::vector<Any<const T>> &map
     run(Table<T>::grouped_backward, a);
     const int64_t O = shift.shape(0), t = weight.shape(0), S = shift.size() / (O * t);
     std::fill(d_weight.data(), d_weight.data() + d_weight.size(), T(0));
-    std::fill(d_shift.data(), d_shift.data() + d_shift.size(), T(0));
-    for (int64_t o = 0; o < O; ++o)
+    std::vector<T> line(S * inputs);
+    for (int64_t o = 0; o < O; ++o) {
         for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t j = 0; j < t; ++j) {
-                const T *slope = slopes.data() + (o * inputs + i) * S, *f = shift.data() + (o * t + j) * S;
-                T *to = d_shift.data() + (o * t + j) * S, total = 0;
-                const T w = weight.data()[j * inputs + i];
-                for (int64_t s = 0; s < S; ++s) to[s] += w * slope[s], total += f[s] * slope[s];
-                d_weight.data()[j * inputs + i] += total;
+            for (int64_t s = 0; s < S; ++s) line[s * inputs + i] = slopes[(o * inputs + i) * S + s];
+        for (int64_t j = 0; j < t; ++j)
+            for (int64_t s = 0; s < S; ++s) {
+                const int64_t at = (o * t + j) * S + s;
+                const T by = shift.data()[at], *from = weight.data() + j * inputs, *slope = line.data() + s * inputs;
+                T *to = d_weight.data() + j * inputs, total = 0;
+                for (int64_t i = 0; i < inputs; ++i) to[i] += by * slope[i], total += from[i] * slope[i];
+                d_shift.data()[at] = total;
             }
+    }
 }
 
 template <class T>

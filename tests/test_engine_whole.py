@@ -1,4 +1,4 @@
-"""A whole layer of nearest neighbours in one call: the truth is what the operators that torch knows give in its place."""
+"""Whole layers in one call of the engine: the truth is what the operators that torch knows give in their place."""
 
 import random
 
@@ -11,16 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import parse
 from nearfold.kernels import engine
-from nearfold.kernels import neighbors as module
-from nearfold.lower.backends import knn
-from nearfold.nn import ConvNN2d, Mixer
+from nearfold.kernels import whole
+from nearfold.nn import ACmix2d, ConvNN2d, Mixer
 from nearfold.testing import poisoned_empties
 
 SIMILARITIES = ["cosine", "dot", "scaled", "euclidean", "euclidean(squared)"]
 
 
-def draw(rng, dtype):
-    """A layer, an input and a context: heads, groups, borders, strides, and features at other strides."""
+def neighbors(rng, dtype):
+    """A layer, an input and a context: heads, groups, borders, strides."""
     C, heads = rng.choice([(4, 1), (6, 2), (12, 3), (20, 4), (64, 1)])
     grid = rng.choice([(1, 1), (7,), (5, 6), (9, 8), (3, 4, 2), (130,)])
     weighs, kernel = rng.random() < 0.5, rng.choice(["", "kernel", "kernel(groups=2)", "depthwise"])
@@ -39,6 +38,32 @@ def draw(rng, dtype):
     if rng.random() < 0.5:  # positions that are alike, and one that is zero
         x[..., -1] = x[..., 0]
         x[..., 0, :] = 0 if len(grid) > 1 else x[..., 0, :]
+    context = torch.randn(x.shape[0], C, 11, dtype=dtype) if cross else None
+    return layer, x, context
+
+
+def windows(rng, dtype):
+    """The same of attention in a window, and of ACmix's convolution: positions, mirrored borders, causal axes."""
+    C, heads = rng.choice([(4, 1), (6, 2), (12, 3), (24, 2)])
+    grid = rng.choice([(7,), (5, 6), (9, 8), (3, 4, 2), (40, 3)])
+    size = tuple(rng.randint(1, 4) for _ in grid)
+    options = [str(size if len(size) > 1 else size[0])]
+    attends, relative, reflect = rng.random() < 0.6, rng.random() < 0.5, rng.random() < 0.4
+    options += ["scaled(relative)"] * (attends and relative)
+    options += [f"stride={rng.randint(2, 3)}"] * (rng.random() < 0.4)
+    options += ["dilation=2"] * (rng.random() < 0.2)
+    options += ["mode=reflect"] * reflect
+    shape = "causal(axes=(0,))" if attends and not reflect and rng.random() < 0.3 else "box"
+    rho = f"softmax(heads={heads}, project={rng.choice(['none', 'qkv', 'v'])})"
+    shift = f"shift(heads={heads}{', interleaved' * (rng.random() < 0.5)})"
+    text = f"window({', '.join(options)}) | {shape} | {rho if attends else shift}"
+    layer = Mixer(parse(text), C, ndim=len(grid)).to(dtype)
+    return layer, torch.randn(rng.randint(1, 3), C, *grid, dtype=dtype), None
+
+
+def otherwise(rng, x):
+    """The same numbers, some NaN, at other strides."""
+    grid = x.shape[2:]
     if rng.random() < 0.2:
         x[0, 0, ..., 0] = float("nan")
     way = rng.choice(["plain", "last", "sliced", "turned"])
@@ -48,8 +73,7 @@ def draw(rng, dtype):
         x = torch.cat([x, x], 1)[:, : x.shape[1]]
     elif way == "turned" and len(grid) > 1:  # a grid that is not one axis
         x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    context = torch.randn(x.shape[0], C, 11, dtype=dtype) if cross else None
-    return layer, x, context
+    return x
 
 
 def results(layer, x, context, grad):
@@ -61,14 +85,16 @@ def results(layer, x, context, grad):
 
 @pytest.mark.filterwarnings("ignore:.*slots can be filled")
 @every_set
-@pytest.mark.parametrize("seed", range(3))
-def test_it_is_what_the_operators_give(isa, seed, monkeypatch):
+@pytest.mark.parametrize("draw", [neighbors, windows])
+@pytest.mark.parametrize("seed", range(2))
+def test_it_is_what_the_operators_give(isa, draw, seed, monkeypatch):
     rng, ran = random.Random(seed), []
-    monkeypatch.setattr(module.engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
+    monkeypatch.setattr(engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
     for case in range(40):
         torch.manual_seed(100 * seed + case)
         dtype = rng.choice([torch.float64, torch.float64, torch.float32])
         layer, x, context = draw(rng, dtype)
+        x = otherwise(rng, x)
         torch.set_num_threads(rng.randint(1, 2))
         with engine.forced(isa), poisoned_empties():
             with torch.no_grad():
@@ -76,30 +102,37 @@ def test_it_is_what_the_operators_give(isa, seed, monkeypatch):
             grad = torch.randn_like(quiet)
             found = results(layer, x, context, grad)
             with monkeypatch.context() as slow:
-                slow.setattr(knn, "serves", lambda *_: False)
+                slow.setattr(whole, "_serves", lambda *_: False)
                 wanted = results(layer, x, context, grad)
         what = f"case {case}: {layer.operation} on {tuple(x.shape)} {x.stride()} {dtype}"
         assert_near(quiet, wanted[0], what)
         for f, w in zip(found, wanted, strict=True):
             assert_near(f, w, what)
     torch.set_num_threads(2)
-    assert ran.count("neighbors") > 50 and ran.count("neighbors_backward") > 20
+    for name in ("neighbors",) if draw is neighbors else ("window_attention", "shift_conv"):
+        assert ran.count(name) > 15 and ran.count(f"{name}_backward") > 8
 
 
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
 @pytest.mark.parametrize(
     "operation",
-    ["nearest(4, cosine, self) | ranked | kernel", "nearest(3, scaled) | ranked | softmax(heads=2)*depthwise"],
+    [
+        "nearest(4, cosine, self) | ranked | kernel",
+        "nearest(3, scaled) | ranked | softmax(heads=2)*depthwise",
+        "window(3, scaled(relative), mode=reflect) | box | softmax(heads=2)",
+        "window((1, 3)) | box | shift(2)",
+    ],
 )
 def test_gradients_of_gradients(operation, monkeypatch):
     """By the operators that torch knows, from the same operands."""
     ran = []
-    monkeypatch.setattr(module.engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
+    monkeypatch.setattr(engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
     layer = Mixer(operation, 4).double()
-    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
-    assert "neighbors" in ran and "neighbors_backward" in ran
+    names = {"neighbors", "window_attention", "shift_conv"} & set(ran)
+    assert len(names) == 1 and f"{names.pop()}_backward" in ran
 
 
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
@@ -123,6 +156,8 @@ def test_who_watches_sees_the_operators():
     assert counter.get_total_flops() == 2 * 25 * (25 * 4 + 3 * 4 * 4)
     graph = str(make_fx(layer)(x).graph)
     assert "nearfold.select" in graph and "nearfold.aggregate" in graph
+    graph = str(make_fx(ACmix2d(4, 4))(x).graph)
+    assert "nearfold.local_attention" in graph and "nearfold.grouped_conv" in graph
 
 
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
