@@ -190,7 +190,18 @@ def _making(layer, right):
 
 
 MAKING = {f"{type(layer).__name__}()": _making(layer, right) for layer, right in MADE}
-RAW = ("select", "aggregate", "neighbors", "softmax", "local", "window_attention", "grouped", "shift_conv", "scan", "corners")
+RAW = (
+    "select",
+    "aggregate",
+    "neighbors",
+    "softmax",
+    "local",
+    "window_attention",
+    "grouped",
+    "shift_conv",
+    "scan",
+    "corners",
+)
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
 CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}
 TARGETS = OPERATORS | LAYERS | RAW | MAKING

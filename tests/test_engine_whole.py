@@ -27,10 +27,10 @@ def neighbors(rng, dtype):
     options = [str(k), rng.choice(SIMILARITIES)]
     if not cross:
         options += ["self"] * (rng.random() < 0.5)
-        options += [f"padding={rng.randint(1, 2)}"] * (rng.random() < 0.3)
-        options += [f"stride={rng.randint(2, 3)}"] * (rng.random() < 0.3)
+        options += [f"padding={rng.randint(1, 2)}"] * (rng.random() < 0.2)
+        options += [f"stride={rng.randint(2, 3)}"] * (rng.random() < 0.2)
     weighs = weighs or cross
-    projections = "qkv" if cross else rng.choice(["none", "v", "qk", "qkv"])
+    projections = "qkv" if cross else rng.choice(["none", "none", "v", "qk", "qkv"])
     rho = f"softmax(heads={heads}, project={projections})" if weighs else "ones"
     text = f"nearest({', '.join(options)}{', cross' * cross}) | ranked | {rho}{f'*{kernel}' * bool(kernel)}"
     layer = Mixer(parse(text), C, ndim=len(grid)).to(dtype)

@@ -165,6 +165,23 @@ def test_a_sum_is_the_sum_of_its_terms():
     assert ours.rates.grad.abs().item() > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_terms_that_share_projections_and_one_that_adds_a_border(padding, backend):
+    """A border is projected with the map, bias and all: its term then projects for itself, from shared weights."""
+    near, window = f"nearest(3, dot, padding={padding}) | ranked | softmax", "window(3) | box | softmax"
+    ours = Mixer(f"({near}) + ({window})", 4, backend=backend)
+    assert set(dict(ours.named_parameters())) >= {"query_weight", "key_bias", "value_weight"}
+    terms = [Mixer(text, 4, backend=backend) for text in (near, window)]
+    for i, term in enumerate(terms):
+        own = {
+            n.removeprefix(f"{i}."): p for n, p in ours.state_dict().items() if n.startswith(("query", "key", "value"))
+        }
+        own |= {n.removeprefix(f"{i}."): p for n, p in ours.state_dict().items() if n.startswith(f"{i}.")}
+        term.load_state_dict(own)
+    agree(ours, lambda x: terms[0](x) + terms[1](x), torch.randn(2, 4, 5, 6))
+
+
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize(("ratio", "first"), [(0.0, 0), (0.3, 1), (0.5, 3), (1.0, 6)])
 def test_branch_splits_the_outputs_and_both_read_all_inputs(ratio, first, mix):
