@@ -15,6 +15,7 @@ from nearfold.lower.call import pointwise
 from nearfold.lower.execute import execute
 from nearfold.lower.geometry import padding_of
 from nearfold.lower.selection import select
+from nearfold.lower.words.experts import expert_shares
 from nearfold.mixing import mixing_matrix
 from nearfold.nn import ConvNN2d, KVTAttention, Mixer
 from nearfold.testing import CASES, context_for, forward, make
@@ -91,7 +92,7 @@ class Frozen(nn.Module):
         heads = max(self.call.heads, self.alpha.shape[1])
         y = oracle.aggregate(value, self.chosen, self.alpha, oracle.kernel_weight(self.call), heads)
         if isinstance(kernel, Experts):
-            shares = oracle.expert_shares(self.call)[self.b]
+            shares = expert_shares(self.call)[self.b]
             y = torch.einsum("beom,e->bom", y.unflatten(1, (kernel.count, -1)), shares)
         return y
 

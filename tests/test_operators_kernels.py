@@ -142,7 +142,7 @@ def test_cross_scan_is_the_sum_of_four():
 
 def test_a_snake_never_jumps():
     from nearfold.grammar.words import Scan
-    from nearfold.lower.orders import scan_order
+    from nearfold.lower.words.scan import scan_order
 
     for grid in ((4, 5), (3, 4, 2), (2, 3, 3)):
         order = scan_order(Scan(1, "snake"), grid, torch.device("cpu"))

@@ -12,7 +12,6 @@ from nearfold.extend import Path, Rho, Similarity, register_path, register_rho
 from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import Softmax, Window
-from nearfold.lower.windows import READS
 from nearfold.nn import Mixer
 
 
@@ -80,7 +79,7 @@ def test_what_a_path_reads_is_checked(words):
         r"got torch.int64 \(3, 2\)": lambda *a: tuple(t[1:] for t in before(*a)),
     }
     for why, reads in wrong.items():
-        READS[path] = reads
+        register_path(path, reads)
         with pytest.raises(ValueError, match=why):
             layer(x)
 

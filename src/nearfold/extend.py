@@ -11,8 +11,9 @@ from __future__ import annotations
 from nearfold.grammar.similarity import Similarity
 from nearfold.grammar.word import WORDS, Word, check, number, positive, sizes
 from nearfold.grammar.words import Path, Rho
-from nearfold.lower.weighting import RULES, Rule
-from nearfold.lower.windows import READS, Reads
+from nearfold.lower.meaning import MEANINGS
+from nearfold.lower.weighting import OwnRule, Rule
+from nearfold.lower.windows import OwnTable, Reads
 
 __all__ = [
     "Path",
@@ -65,7 +66,7 @@ def register_path(path: type[Path], reads: Reads) -> None:
         raise ValueError(
             f"path={path.__name__}: shapes must name some of {', '.join(WORDS['shape'])}, got {path.shapes}"
         )
-    READS[path] = reads
+    MEANINGS[path] = OwnTable(reads)
 
 
 def register_rho(rho: type[Rho], rule: Rule) -> None:
@@ -80,7 +81,7 @@ def register_rho(rho: type[Rho], rule: Rule) -> None:
         ValueError: for a class that is no rho, or one of the library's own.
     """
     _require_own("rho", rho, Rho)
-    RULES[rho] = rule
+    MEANINGS[rho] = OwnRule(rule)
 
 
 def _require_own(name: str, given: object, kind: type) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from nearfold.grammar.operation import Basic, Branch, Operation, Sum
 from nearfold.grammar.similarity import Similarity
-from nearfold.grammar.words import Deformable, Experts, Generated, Max, Modulated, Nearest, Selective, Shift
+from nearfold.grammar.words import Shift
 
 POINTWISE = "POINTWISE"
 
@@ -47,10 +47,9 @@ def content_share(op: Basic) -> float:
     >>> [content_share(parse(f"{words} | kernel")) for words in ("window(3) | box", "nearest(9, blend(0.25)) | ranked")]
     [0.0, 0.25]
     """
-    dynamic = isinstance(op.weight.rho, (Generated, Max, Modulated, Selective)) or isinstance(op.weight.kernel, Experts)
-    if isinstance(op.path, Deformable) or dynamic:
+    if any(word.dynamic for word in (op.path, op.weight.rho, op.weight.kernel) if word is not None):
         return 1.0
-    compares = op.weight.rho.needs_score or isinstance(op.path, Nearest)
+    compares = op.weight.rho.needs_score or op.path.searches
     return features_share(op.path.similarity) if compares else 0.0
 
 

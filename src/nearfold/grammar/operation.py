@@ -125,8 +125,7 @@ class Basic(Operation):
         for word in (self.shape, similarity, self.weight.kernel):
             if word is not None:
                 word.require(self)
-        searched = self.path.word == "nearest"  # it compares, whatever its weight does
-        if not searched and not rho.needs_score and similarity != Scaled():
+        if not self.path.searches and not rho.needs_score and similarity != Scaled():
             raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
         if self.cross:
             self._require_cross()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from torch import Tensor
+
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
 from nearfold.grammar.word import Word, all_ones, as_tuple, check, number, one_of, positive, sizes
 
@@ -22,6 +24,7 @@ class Candidates(Word):
     """The positions among which `nearest` searches."""
 
     kind = "candidates"
+    drawn: ClassVar[bool] = False  # whether they are others at every training step
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Random(Candidates):
     """r positions drawn afresh at every training step, the same for the whole batch; all in evaluation."""
 
     word = "random"
+    drawn = True
     r: int
 
     def __post_init__(self) -> None:
@@ -77,12 +81,18 @@ class Path(Word):
     shapes: ClassVar[tuple[str, ...]] = ()  # words it goes with; empty: any
     rhos: ClassVar[tuple[str, ...]] = ()
     takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
+    searches: ClassVar[bool] = False  # whether it compares, whatever its weight does
     similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
 
     @property
     def groups_of_channels(self) -> int | None:
         """Groups of channels that look on their own, where the path says so and not the weight."""
         return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether it reads other positions at every training step."""
+        return False
 
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
         """The slot axes of a kernel on so many grid axes; of paths that take one."""
@@ -204,6 +214,7 @@ class Deformable(Path):
 
     word = "deformable"
     primitive = ("CONTENT_AWARE", 2)
+    dynamic = True
     shapes = ("box",)
     size: Size
     stride: Size = 1
@@ -280,6 +291,7 @@ class Nearest(Path):
     word = "nearest"
     primitive = ("CONTENT_AWARE", 2)
     shapes = ("ranked", "box", "causal")
+    searches = True
     k: int
     similarity: Similarity = field(default=Cosine(), metadata={"positional": True, "always": True})
     candidates: Candidates = field(default=AllCandidates(), metadata={"positional": True})
@@ -320,6 +332,10 @@ class Nearest(Path):
         return (self.k,)
 
     @property
+    def draws(self) -> bool:
+        return self.candidates.drawn
+
+    @property
     def primitives(self) -> dict[str, float]:
         """Content-aware as far as features decide: none of it by position alone, a share of it in a blend."""
         share = getattr(self.similarity, "lam", 1.0 if self.similarity.uses_features else 0.0)
@@ -345,6 +361,17 @@ class Shape(Word):
     """What form to look for."""
 
     kind = "shape"
+    causal: ClassVar[bool] = False  # whether slots end at the query
+    raster: ClassVar[bool] = False  # whether slots of `nearest` stand in the order of the positions they read
+    axes: tuple[int, ...] = ()
+
+    def allows(self, query_M: Tensor, key_N: Tensor) -> Tensor | None:
+        """Which keys a query may read (M, N), by their raster positions; None for every one."""
+        return None
+
+    def fit(self, positions: int) -> Shape:
+        """The shape on a map of so many positions; itself where that is no other one."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -353,6 +380,7 @@ class Box(Shape):
 
     word = "box"
     primitive = ("DENSE_SQUARE", 1)
+    raster = True
 
 
 @dataclass(frozen=True)
@@ -380,6 +408,7 @@ class Causal(Shape):
 
     word = "causal"
     primitive = ("CAUSAL_1D", 1)
+    causal = True
     axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -393,6 +422,9 @@ class Causal(Shape):
         if isinstance(op.path, Window) and op.path.padding != "same":
             raise ValueError(f"window | causal pads on the left only; leave padding out, got {op.path}")
 
+    def allows(self, query_M: Tensor, key_N: Tensor) -> Tensor | None:
+        return key_N[None, :] <= query_M[:, None]
+
 
 @dataclass(frozen=True)
 class Strided(Shape):
@@ -404,3 +436,9 @@ class Strided(Shape):
 
     def __post_init__(self) -> None:
         positive(self, step=self.step)
+
+    def allows(self, query_M: Tensor, key_N: Tensor) -> Tensor | None:
+        return (key_N % self.step)[None, :] == (query_M % self.step)[:, None]
+
+    def fit(self, positions: int) -> Shape:
+        return self if self.step <= positions else Strided(positions)

@@ -185,6 +185,11 @@ class Similarity(Word):
     never_negative: ClassVar[bool] = False
     squared: bool = False
     coordinates: bool | str = False
+    relative: bool = False
+    rotary: bool | float = False
+    bias: str = "none"
+    learned: bool = False
+    dilation: int = 1  # only positions whose offset is a multiple of it on every axis are candidates
 
     @property
     def placed(self) -> bool:

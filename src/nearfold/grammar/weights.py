@@ -21,6 +21,7 @@ class Rho(Word):
     paths: ClassVar[tuple[str, ...]] = ()  # paths it goes with; empty: any
     takes_kernel: ClassVar[bool] = True
     heads: int
+    kv: int | None = None  # heads of keys and values, where they are fewer
     project: str | None
 
     def require(self, op: Basic) -> None:
@@ -143,6 +144,7 @@ class Max(_Static):
     """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling."""
 
     word = "max"
+    dynamic = True
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
     paths = ("window",)
     takes_kernel = False
@@ -161,6 +163,7 @@ class Generated(Rho):
     """
 
     word = "generated"
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     paths = ("window",)
     needs_score = False
@@ -184,6 +187,7 @@ class Modulated(_Static):
     """alpha = sigmoid of a convolution of the input over the same window: deformable v2 (arXiv 1811.11168)."""
 
     word = "modulated"
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     paths = ("deformable",)
     heads = 1
@@ -228,6 +232,7 @@ class Selective(Rho):
     """
 
     word = "selective"
+    dynamic = True
     primitive = ("SELECTIVE", 2)
     paths = ("scan",)
     takes_kernel = False
@@ -305,6 +310,7 @@ class Experts(Kernel):
     """
 
     word = "experts"
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     count: int
     reduction: int = 4

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from nearfold._kept import once
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.words import Window
 from nearfold.lower.call import Call, pointwise, project
 from nearfold.lower.extent import narrowed
 from nearfold.lower.frame import frame
 from nearfold.lower.geometry import crop, pads_input
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
 
 Run = Callable[[Call], Tensor]
@@ -75,7 +75,7 @@ def execute(
 def _shared_by(op: Sum, grid: tuple[int, ...]) -> tuple[bool, bool, bool]:
     """Of a sum: whether some operand projects its own padded input, all are windows, and some reads a context."""
     bordered = any(pads_input(part, grid) for part in op.parts)
-    return bordered, all(isinstance(part.path, Window) for part in op.parts), op.needs_context
+    return bordered, all(meaning(part.path).planes for part in op.parts), op.needs_context
 
 
 def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:
@@ -124,5 +124,5 @@ def _basic(
     if at.inner:
         y = crop(y, [0] * len(at.inner), at.inner)
     if "o" in projections:
-        y = pointwise(y, params["out_weight"], params.get("out_bias"), isinstance(op.path, Window))
+        y = pointwise(y, params["out_weight"], params.get("out_bias"), meaning(op.path).planes)
     return y

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from nearfold._numbers import plain
 from nearfold.grammar import Branch, Operation, Sum
-from nearfold.grammar.words import Experts
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
 
@@ -114,15 +114,9 @@ def _share(call: Call, alpha_BHS: Tensor) -> Tensor:
     """Alpha times the root-sum-square of every slot's kernel, per head: (B, H, S)."""
     # max and scan look on their own in every channel: alpha has more heads than the layer
     share = alpha_BHS.expand(call.value.shape[0], max(call.heads, alpha_BHS.shape[1]), -1)
-    found = oracle.kernel_weight(call)
+    found = meaning(call.op.weight.kernel).mixed(call)
     if found is None:
         return share
-    weight_OcS, kernel = found[0].flatten(2), call.op.weight.kernel
-    if isinstance(kernel, Experts):
-        weight_EOcS, share_BE = weight_OcS.unflatten(0, (kernel.count, -1)), oracle.expert_shares(call)
-        weight_BOcS = torch.einsum("eocs,be->bocs", weight_EOcS, share_BE.to(weight_EOcS.dtype))
-    else:
-        weight_BOcS = weight_OcS[None]
-    size_BS = weight_BOcS.square().sum((1, 2)).sqrt()
+    size_BS = found[0].square().sum((1, 2)).sqrt()
     # a slot at a fractional position reads several entries
     return share * size_BS.repeat_interleave(share.shape[-1] // size_BS.shape[-1], -1)[:, None]

@@ -326,7 +326,7 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     softmax = isinstance(own.weight.rho, Softmax) and rho.needs_score
     if not softmax or set(own.weight.projections) != set(target.weight.projections):
         return Carried()
-    if getattr(rho, "kv", None) != own.weight.rho.kv or own.cross != target.cross:  # type: ignore[attr-defined]
+    if rho.kv != own.weight.rho.kv or own.cross != target.cross:
         return Carried()
     kernel = _plain_kernel(source, target)
     if kernel is None:
