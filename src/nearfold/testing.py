@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
+from nearfold.grammar import CATALOGUE, Basic, Operation, Weight, parse
 from nearfold.grammar.similarity import Blend, Similarity
 from nearfold.grammar.word import WORDS
-from nearfold.grammar.words import ORDERS, Candidates, Nearest, Table
+from nearfold.grammar.words import ORDERS, Candidates, Nearest
 from nearfold.lower.plan import verdicts
 from nearfold.lower.verdict import Facts
 from nearfold.nn.mixer import Mixer
@@ -171,14 +171,7 @@ def grid_for(op: Operation, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 def fitted(op: Operation, grid: tuple[int, ...]) -> Operation:
     """The operation with its tables made for as many positions as the grid has."""
-    if isinstance(op, Basic):
-        if not isinstance(op.weight.rho, Table):
-            return op
-        return dataclasses.replace(op, weight=Weight(Table(math.prod(grid))))
-    if isinstance(op, Branch):
-        return dataclasses.replace(op, first=fitted(op.first, grid), second=fitted(op.second, grid))
-    assert isinstance(op, Sum)
-    return Sum(tuple((rate, fitted(term, grid)) for rate, term in op.terms))
+    return op.map(lambda part: part.sized(math.prod(grid)))
 
 
 def make(

@@ -7,7 +7,7 @@ in docs/complexity.md.
 
 from __future__ import annotations
 
-from nearfold.grammar.operation import Basic, Branch, Operation, Sum
+from nearfold.grammar.operation import Basic, Operation
 from nearfold.grammar.similarity import Similarity
 from nearfold.grammar.words import Shift
 
@@ -64,13 +64,9 @@ def features_share(similarity: Similarity) -> float:
 
 
 def _scores(op: Operation) -> list[dict[str, float]]:
-    if isinstance(op, Sum):
-        return [scores for _, term in op.terms for scores in _scores(term)]
-    if isinstance(op, Branch):
-        sides = [side for side, share in ((op.first, op.ratio), (op.second, 1 - op.ratio)) if share > 0]
-        return [scores for side in sides for scores in _scores(side)] + ([{POINTWISE: 1}] if op.mix else [])
-    assert isinstance(op, Basic)
-    return [op.path.primitives, op.shape.primitives, *_weight_scores(op)]
+    if isinstance(op, Basic):
+        return [op.path.primitives, op.shape.primitives, *_weight_scores(op)]
+    return [scores for operand in op.present for scores in _scores(operand)] + ([{POINTWISE: 1}] if op.mix else [])
 
 
 def _weight_scores(op: Basic) -> list[dict[str, float]]:

@@ -28,6 +28,10 @@ class Rho(Word):
         if not one_of(op.path, self.paths):
             raise ValueError(f"{self.word} goes with path {' or '.join(self.paths)}, got {op.path}")
 
+    def sized(self, positions: int) -> Rho:
+        """The rho for a map of so many positions; itself where any number will do."""
+        return self
+
 
 class _Static(Rho):
     """A rho without arguments of its own that looks at no score."""
@@ -219,6 +223,9 @@ class Table(_Static):
         super().require(op)
         if not all_ones(getattr(op.path, "stride", 1)):
             raise ValueError(f"{self} has a row for every output already; leave stride out, got {op.path}")
+
+    def sized(self, positions: int) -> Rho:
+        return Table(positions)
 
 
 @dataclass(frozen=True)

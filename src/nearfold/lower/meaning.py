@@ -65,6 +65,7 @@ class PathMeaning(Meaning):
     groups: ClassVar[str] = "heads"  # what its groups of channels that look on their own are called
     table: ClassVar[bool] = False  # whether its slots' positions are whole and follow from the grid alone
     everywhere: ClassVar[bool] = False  # whether all positions play a part, whatever they hold
+    pieces: ClassVar[bool] = False  # whether it parts the map into pieces that nobody looks out of
     planes: ClassVar[bool] = False  # whether its backends read maps, not rows of channels
 
     def output(self, op: Basic, grid: Lengths) -> Lengths:
@@ -126,6 +127,7 @@ class RhoMeaning(Meaning):
     """What a rho means. A rho gives `weigh` where it reads scores, `constant` where it reads none, or both."""
 
     per_slot: ClassVar[bool] = False  # whether its parameters hold a number for each slot
+    apart: ClassVar[bool] = False  # whether each channel is weighed by nothing but itself
     takes_mask: ClassVar[bool] = True  # whether a call may say which keys each query reads
 
     def output(self, op: Basic, grid: Lengths, out: Lengths) -> Lengths:

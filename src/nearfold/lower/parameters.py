@@ -74,7 +74,7 @@ def parameters(
         return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
         found: dict[str, Parameter] = {}
-        for i, (operand, channels) in enumerate(zip((op.first, op.second), op.shares(out_channels), strict=True)):
+        for i, (operand, channels) in enumerate(zip(op.operands, op.shares(out_channels), strict=True)):
             if channels:
                 read = op.shares(in_channels)[i] if op.split else in_channels
                 if not read:
@@ -87,7 +87,7 @@ def parameters(
                 found["mix_bias"] = Parameter((out_channels,), "uniform", out_channels)
         return found
     assert isinstance(op, Sum)
-    operands = [parameters(term, in_channels, out_channels, ndim, bias, context_channels) for _, term in op.terms]
+    operands = [parameters(term, in_channels, out_channels, ndim, bias, context_channels) for term in op.operands]
     hoisted = {}
     for name in SHARED:
         owners = [o for o in operands if name in o]
@@ -95,7 +95,7 @@ def parameters(
             hoisted[name] = owners[0][name]
             for o in owners:
                 del o[name]
-    learnable = sum(isinstance(rate, str) for rate, _ in op.terms)
+    learnable = sum(isinstance(rate, str) for rate in op.rates)
     rates = {"rates": Parameter((learnable,), f"constant:{1 / len(op.terms)}")} if learnable else {}
     return rates | hoisted | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
 
@@ -223,12 +223,9 @@ def part_of(op: Operation, name: str, tensor: Tensor, shape: tuple[int, ...]) ->
 def _in_second(op: Operation, name: str) -> bool:
     """Whether a parameter belongs to the second operand of a branch; the numbers in names count a sum's terms, too."""
     first, _, rest = name.partition(".")
-    if isinstance(op, Basic) or not first.isdigit():
+    if not first.isdigit() or int(first) >= len(op.operands):
         return False
-    if isinstance(op, Branch):
-        return first == "1" or _in_second(op.first, rest)
-    assert isinstance(op, Sum)
-    return int(first) < len(op.terms) and _in_second(op.terms[int(first)][1], rest)
+    return (first == "1" and isinstance(op, Branch)) or _in_second(op.operands[int(first)], rest)
 
 
 def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:

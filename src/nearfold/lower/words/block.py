@@ -33,6 +33,8 @@ def block_shift(path: Block, grid: Lengths) -> Lengths:
 class BlockMeaning(AxesMeaning):
     """Blocks of the grid."""
 
+    pieces = True
+
     def fill(self, op: Basic, grid: Lengths) -> Lengths:
         path = cast(Block, op.path)
         if not path.padded:

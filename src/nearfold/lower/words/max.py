@@ -20,6 +20,8 @@ from nearfold.lower.weighting import wide_dtype
 class MaxMeaning(RhoMeaning):
     """One for the first slot with the channel's largest value."""
 
+    apart = True
+
     def looks(self, rho: Any, heads: int, channels: int) -> int:
         return channels
 

@@ -18,6 +18,8 @@ from nearfold.lower.weighting import wide_dtype
 class OnesMeaning(RhoMeaning):
     """One in every valid slot."""
 
+    apart = True
+
     def weigh(self, rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
         return valid.to(score.dtype)
 
@@ -28,6 +30,8 @@ class OnesMeaning(RhoMeaning):
 @means(Mean)
 class MeanMeaning(RhoMeaning):
     """One over the number of valid slots."""
+
+    apart = True
 
     def weigh(self, rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
         return _mean(valid, score.dtype)

@@ -29,6 +29,7 @@ def require_table(call: Call) -> None:
 class TableMeaning(RhoMeaning):
     """Alpha is the matrix; its bias is one number for every output."""
 
+    apart = True
     takes_mask = False
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
