@@ -362,6 +362,7 @@ class Shape(Word):
 
     kind = "shape"
     causal: ClassVar[bool] = False  # whether slots end at the query
+    whole: ClassVar[bool] = True  # whether it leaves out no slot of its path
     raster: ClassVar[bool] = False  # whether slots of `nearest` stand in the order of the positions they read
     axes: tuple[int, ...] = ()
 
@@ -409,6 +410,7 @@ class Causal(Shape):
     word = "causal"
     primitive = ("CAUSAL_1D", 1)
     causal = True
+    whole = False
     axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -432,6 +434,7 @@ class Strided(Shape):
 
     word = "strided"
     primitive = ("STRIDED_ROW", 1)
+    whole = False
     step: int = field(metadata={"most": 2**62})  # no further than the map in any case
 
     def __post_init__(self) -> None:

@@ -66,6 +66,7 @@ class PathMeaning(Meaning):
     table: ClassVar[bool] = False  # whether its slots' positions are whole and follow from the grid alone
     everywhere: ClassVar[bool] = False  # whether all positions play a part, whatever they hold
     pieces: ClassVar[bool] = False  # whether it parts the map into pieces that nobody looks out of
+    slots: ClassVar[str] = ""  # how it has a window's slots: by "place", by "rank" of their distance, or not at all
     planes: ClassVar[bool] = False  # whether its backends read maps, not rows of channels
 
     def output(self, op: Basic, grid: Lengths) -> Lengths:
@@ -128,6 +129,7 @@ class RhoMeaning(Meaning):
 
     per_slot: ClassVar[bool] = False  # whether its parameters hold a number for each slot
     apart: ClassVar[bool] = False  # whether each channel is weighed by nothing but itself
+    first: ClassVar[float | None] = None  # alpha of every slot in a new layer, where it is one number
     takes_mask: ClassVar[bool] = True  # whether a call may say which keys each query reads
 
     def output(self, op: Basic, grid: Lengths, out: Lengths) -> Lengths:
@@ -162,6 +164,18 @@ class KernelMeaning(Meaning):
     reads_features: ClassVar[bool] = False  # whether it reads query and key beside the value
     bias_of: ClassVar[str] = "weight"  # the parameter that its bias is drawn like; empty: it has none
     late_bias: ClassVar[bool] = False  # whether `finish` must have happened before a bias can be added
+
+    def groups(self, kernel: Any, channels: int) -> int | None:
+        """In how many groups of so many channels it maps them, as a convolution does; None where it is no such map."""
+        return None
+
+    def copies(self, kernel: Any) -> int:
+        """How many such maps it has."""
+        return 1
+
+    def neutral(self, op: Basic, specs: dict[str, Parameter]) -> dict[str, Tensor] | None:
+        """Values of its parameters with which it sums its slots up, channel by channel; None where there are none."""
+        return None
 
     def values(self, call: Call) -> Tensor:
         """What the slots read (B, C, N)."""

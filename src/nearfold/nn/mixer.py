@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
-from nearfold.grammar.words import Nearest, Random
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
@@ -54,8 +53,7 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _draws(op: Operation) -> bool:
     """Whether an operation draws candidates in training."""
-    paths = [part.path for part in op.parts]
-    return any(isinstance(path, Nearest) and isinstance(path.candidates, Random) for path in paths)
+    return any(part.path.draws for part in op.parts)
 
 
 MEANT = {

@@ -32,6 +32,7 @@ class DeformableMeaning(PathMeaning):
     """A window with moved slots; a slot reads the corners around its place."""
 
     groups = "groups"
+    slots = "place"
     generating = ("offset",)
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
@@ -52,6 +53,7 @@ class ModulatedMeaning(RhoMeaning):
     """A mask from a second net; it is part of the coefficients, which come with the positions."""
 
     generating = ("mask",)
+    first = 0.5  # the sigmoid of zero
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
         return _net(op, sizes, "mask", 1)

@@ -36,6 +36,12 @@ class ExpertsMeaning(KernelMeaning):
             "router_bias": Parameter((kernel.count,), "constant:0"),
         }
 
+    def groups(self, kernel: Experts, channels: int) -> int:
+        return 1
+
+    def copies(self, kernel: Experts) -> int:
+        return kernel.count
+
     def weight(self, call: Call) -> tuple[Tensor, int]:
         return call.params["weight"], 1
 

@@ -66,6 +66,15 @@ def _by_channel(op: Basic, channels: int, slots: tuple[int, ...]) -> Parameter:
     return Parameter((channels, 1, *slots), "constant:1" if op.weight.rho.needs_score else "uniform", math.prod(slots))
 
 
+def _each_alone(op: Basic, specs: dict[str, Parameter], name: str) -> dict[str, Tensor] | None:
+    """A kernel that keeps every channel, in every slot; None where it makes other channels than it reads."""
+    kernel, shape = cast(Dense | Separable, op.weight.kernel), specs[name].shape
+    if kernel.coordinates or shape[0] // kernel.groups != shape[1]:
+        return None
+    eye = torch.eye(shape[1]).repeat(kernel.groups, 1)
+    return {name: eye.view(*eye.shape, *(1,) * (len(shape) - 2)).expand(shape)}
+
+
 @means(Dense)
 class DenseMeaning(_Placed):
     """A full kernel."""
@@ -75,6 +84,12 @@ class DenseMeaning(_Placed):
         values, found = _read(op, sizes)
         read = values // cast(Dense, op.weight.kernel).groups
         return found | {"weight": Parameter((sizes.out_channels, read, *slots), "uniform", read * math.prod(slots))}
+
+    def groups(self, kernel: Dense, channels: int) -> int:
+        return kernel.groups
+
+    def neutral(self, op: Basic, specs: dict[str, Parameter]) -> dict[str, Tensor] | None:
+        return _each_alone(op, specs, "weight")
 
     def weight(self, call: Call) -> tuple[Tensor, int]:
         return call.params["weight"], cast(Dense, call.op.weight.kernel).groups
@@ -86,6 +101,12 @@ class DepthwiseMeaning(KernelMeaning):
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
         return {"weight": _by_channel(op, sizes.inner, op.path.slot_shape(sizes.ndim))}
+
+    def groups(self, kernel: Depthwise, channels: int) -> int:
+        return channels
+
+    def neutral(self, op: Basic, specs: dict[str, Parameter]) -> dict[str, Tensor]:
+        return {"weight": torch.ones(specs["weight"].shape)}
 
 
 @means(Separable)
@@ -101,6 +122,10 @@ class SeparableMeaning(_Placed):
         read = values // cast(Separable, op.weight.kernel).groups
         pointwise = Parameter((sizes.out_channels, read, *(1 for _ in slots)), "uniform", read)
         return found | {"weight": _by_channel(op, values, slots), "pointwise_weight": pointwise}
+
+    def neutral(self, op: Basic, specs: dict[str, Parameter]) -> dict[str, Tensor] | None:
+        pointwise = _each_alone(op, specs, "pointwise_weight")
+        return None if pointwise is None else {"weight": torch.ones(specs["weight"].shape)} | pointwise
 
     def finish(self, call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
         groups, bias = cast(Separable, call.op.weight.kernel).groups, call.params.get("bias")

@@ -26,6 +26,8 @@ from nearfold.lower.selection import Selection, allowed, distance_score, metric_
 class NearestMeaning(PathMeaning):
     """The k most similar positions."""
 
+    slots = "rank"
+
     def border(self, op: Basic) -> int:
         return cast(Nearest, op.path).padding
 

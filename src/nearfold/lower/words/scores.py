@@ -19,6 +19,7 @@ class OnesMeaning(RhoMeaning):
     """One in every valid slot."""
 
     apart = True
+    first = 1.0
 
     def weigh(self, rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
         return valid.to(score.dtype)

@@ -25,6 +25,7 @@ class WindowMeaning(AxesMeaning):
     """A window of fixed offsets."""
 
     planes = True
+    slots = "place"
 
     def output(self, op: Basic, grid: Lengths) -> Lengths:
         return WindowGeometry.of(op, len(grid)).output(grid)
