@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nearfold.grammar.similarity import check_coordinates
+from nearfold.grammar.place import check_coordinates
 from nearfold.grammar.word import Word, all_ones, check, number, one_of, positive
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class Identity(_Plain):
     """alpha = score."""
 
     word = "identity"
+    examples: ClassVar[dict[str, str]] = {
+        "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box"
+        " | identity(heads=2)*separable(coordinates)",
+        "all_identity_causal": "all(cosine(coordinates=sinusoidal)) | causal | identity(heads=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
 
@@ -111,6 +116,10 @@ class Inverse(_Plain):
     """alpha = 1 / (distance + 1e-8), distance = -score."""
 
     word = "inverse"
+    examples: ClassVar[dict[str, str]] = {
+        "window_inverse": "window(3, euclidean(squared)) | box | inverse(project=qkv)",
+        "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
 
@@ -122,6 +131,10 @@ class Normalized(_Plain):
     """
 
     word = "normalized"
+    examples: ClassVar[dict[str, str]] = {
+        "all_linear_causal": "all(elu) | causal | normalized(heads=2)",
+        "all_cross_linear": "all(elu, cross) | row | normalized(heads=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
     def require(self, op: Basic) -> None:
@@ -138,6 +151,11 @@ class Mean(_Plain):
     """alpha = 1 / number of valid slots: average pooling."""
 
     word = "mean"
+    examples: ClassVar[dict[str, str]] = {
+        "window_mean": "window(3, stride=2) | box | mean(heads=2, project=v)",
+        "all_mean": "all(stride=2) | row | mean",
+        "nearest_mean": "nearest(4, euclidean) | ranked | mean*kernel",
+    }
     primitive = ("IDENTITY", 1)
     needs_score = False
     default_projections = ""
@@ -148,6 +166,9 @@ class Max(_Static):
     """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling."""
 
     word = "max"
+    examples: ClassVar[dict[str, str]] = {
+        "window_max": "window((3, 2), stride=2, mode=reflect) | box | max",
+    }
     dynamic = True
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
     paths = ("window",)
@@ -167,6 +188,9 @@ class Generated(Rho):
     """
 
     word = "generated"
+    examples: ClassVar[dict[str, str]] = {
+        "window_generated": "window(3, stride=2) | box | generated(groups=2, activation=sigmoid)*kernel",
+    }
     dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     paths = ("window",)
@@ -206,6 +230,9 @@ class Table(_Static):
     """
 
     word = "table"
+    examples: ClassVar[dict[str, str]] = {
+        "all_table": "all | row | table(42)",
+    }
     primitive = ("SHARED_KERNEL", 1)
     paths = ("all",)
     takes_kernel = False
@@ -317,6 +344,10 @@ class Experts(Kernel):
     """
 
     word = "experts"
+    examples: ClassVar[dict[str, str]] = {
+        "window_experts": "window(3, mode=reflect, stride=2) | box | experts(2)",
+        "nearest_experts": "nearest(3, dot) | box | experts(2)",
+    }
     dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     count: int
@@ -344,6 +375,9 @@ class Shift(Kernel):
     """
 
     word = "shift"
+    examples: ClassVar[dict[str, str]] = {
+        "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
+    }
     primitive = ("SHARED_KERNEL", 1)
     heads: int
     interleaved: bool = False

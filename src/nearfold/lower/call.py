@@ -14,7 +14,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import Dot, Place, Scaled, Similarity
+from nearfold.grammar.place import Place
+from nearfold.grammar.similarity import Dot, Scaled, Similarity
 from nearfold.kernels import cuda
 from nearfold.kernels.names import LOW
 from nearfold.lower.frame import Frame

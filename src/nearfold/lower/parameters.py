@@ -17,7 +17,7 @@ from torch import Tensor
 from nearfold._kept import once
 from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import BANDS, LEARNED
+from nearfold.grammar.place import BANDS, LEARNED
 from nearfold.grammar.word import as_tuple
 from nearfold.lower.meaning import Sizes, meaning
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Weight
-from nearfold.grammar.similarity import Place, Scaled, angles
+from nearfold.grammar.place import Place, angles
+from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.words import All, Causal, Row, Softmax, Window
 from nearfold.lower.meaning import meaning
 from nearfold.lower.plan import apply

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import Place
+from nearfold.grammar.place import Place
 from nearfold.grammar.words import All
 from nearfold.lower.bias import alibi, score_bias
 from nearfold.lower.call import Call, count_positions

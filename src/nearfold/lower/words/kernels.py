@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import BANDS, LEARNED, Place, encode, encoded_features
+from nearfold.grammar.place import BANDS, LEARNED, Place, encode, encoded_features
 from nearfold.grammar.words import Dense, Depthwise, Separable
 from nearfold.lower.call import Call
 from nearfold.lower.meaning import KernelMeaning, Sizes, means

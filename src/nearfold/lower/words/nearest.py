@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nearfold._kept import kept
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import Place
+from nearfold.grammar.place import Place
 from nearfold.grammar.words import AllCandidates, Grid, Nearby, Nearest, Random
 from nearfold.kernels.sample import draw_positions
 from nearfold.lower.call import Call, count_positions
