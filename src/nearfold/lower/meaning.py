@@ -177,6 +177,10 @@ class KernelMeaning(Meaning):
         """Values of its parameters with which it sums its slots up, channel by channel; None where there are none."""
         return None
 
+    def reads_more(self, kernel: Any) -> bool:
+        """Whether the slots read anything but the value: `values` then says what."""
+        return False
+
     def values(self, call: Call) -> Tensor:
         """What the slots read (B, C, N)."""
         return call.value.flatten(2)

@@ -156,7 +156,7 @@ def run(call: Call) -> Tensor:
     assert isinstance(op.path, Window)
     kernel = op.weight.kernel
     # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
-    more = isinstance(kernel, Shift) or getattr(kernel, "coordinates", False) is not False
+    more = meaning(kernel).reads_more(kernel)
     value = values(call).unflatten(2, call.grid) if more else call.value
     if _in_two_steps(call):
         made, weight, groups = _mapped(call, value.unflatten(1, (-1, call.params["weight"].shape[1])))

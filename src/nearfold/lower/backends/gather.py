@@ -96,7 +96,8 @@ def run(call: Call) -> Tensor:
     kernel = kernel_weight(call)
     weight, groups = (None, 1) if kernel is None else (kernel[0].flatten(2), kernel[1])
     dtype = autocast_dtype(call.value) or call.value.dtype
-    plain = values(call) if getattr(call.op.weight.kernel, "coordinates", False) is not False else None
+    own = call.op.weight.kernel
+    plain = values(call) if meaning(own).reads_more(own) else None
     value = call.rows() if plain is None else plain.transpose(1, 2)
     y = aggregate(
         value.to(dtype).contiguous(),

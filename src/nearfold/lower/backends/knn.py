@@ -143,7 +143,7 @@ def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
     weight_word = call.op.weight
-    appended = getattr(weight_word.kernel, "coordinates", False)
+    appended = meaning(weight_word.kernel).reads_more(weight_word.kernel)
     value = values(call).transpose(1, 2) if appended else call.rows()
     if torch.compiler.is_compiling():  # drops what nothing reads; a graph that switches gradients does not load again
         score, at = _select(call)

@@ -35,6 +35,9 @@ class _Placed(KernelMeaning):
     maps_channels = True
     generating = ("value_encoding",)
 
+    def reads_more(self, kernel: Dense | Separable) -> bool:
+        return kernel.coordinates is not False
+
     def values(self, call: Call) -> Tensor:
         """With coordinates appended to every head where asked for."""
         value, coordinates = call.value.flatten(2), cast(Dense | Separable, call.op.weight.kernel).coordinates

@@ -36,6 +36,9 @@ class ShiftMeaning(KernelMeaning):
         }
         return found | {"slot_bias": Parameter((count,), "uniform", maps)} if kernel.bias else found
 
+    def reads_more(self, kernel: Shift) -> bool:
+        return True
+
     def values(self, call: Call) -> Tensor:
         heads = cast(Shift, call.op.weight.kernel).heads
         assert call.query is not None and call.key is not None
