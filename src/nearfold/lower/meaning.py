@@ -177,6 +177,11 @@ class KernelMeaning(Meaning):
         """Values of its parameters with which it sums its slots up, channel by channel; None where there are none."""
         return None
 
+    def fill_plain(self, kernel: Any, weight: Tensor, each: float) -> None:
+        """Write into its parameter `weight` numbers that add up its slots, ``each`` times, channel by channel."""
+        out = torch.arange(len(weight))
+        weight.zero_()[out, out % weight.shape[1]] = each
+
     def reads_more(self, kernel: Any) -> bool:
         """Whether the slots read anything but the value: `values` then says what."""
         return False

@@ -36,6 +36,10 @@ class ShiftMeaning(KernelMeaning):
         }
         return found | {"slot_bias": Parameter((count,), "uniform", maps)} if kernel.bias else found
 
+    def fill_plain(self, kernel: Shift, weight: Tensor, each: float) -> None:
+        # columns: query, key, value of every head, all heads alike
+        weight.zero_()[:, 2 * kernel.heads] = 1 / len(weight)
+
     def reads_more(self, kernel: Shift) -> bool:
         return True
 
