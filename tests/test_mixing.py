@@ -268,3 +268,12 @@ def test_looks_is_a_row_of_the_matrix(name):
     # a sum of dense kernels may cancel, or hide a part whose rate is zero: there only what is read is compared
     read = matrix[:, :, 0].abs().sum(1) > 1e-12
     assert torch.equal(row > 1e-12 * row.amax(), read) or not isinstance(layer.operation, Basic)
+
+
+def test_acmixs_convolution_is_told_head_by_head():
+    """As its output lies, unless that stays in the order of the grouped convolution: then by dimension of a head."""
+    x = torch.randn(1, 8, 3, 3, dtype=torch.float64)
+    by_head, _ = make("window(3) | box | shift(2)", (3, 3))
+    by_dimension, _ = make("window(3) | box | shift(2, interleaved)", (3, 3))
+    assert mixing_matrix(by_head, x).shape == (1, 2, 9, 9)
+    assert mixing_matrix(by_dimension, x).shape == (1, 4, 9, 9)
