@@ -267,8 +267,8 @@ def check_pointwise(layer: Any, module: nn.Module, call: Call) -> str | None:
     axes = ((1, 1),) if isinstance(module, SECOND) else ((-1, -1), (1, 1), (-1, 1), (1, -1))  # of input and output
     axes = ((-1, -1),) if type(module) in (nn.Linear, nn.LayerNorm) else axes
     stride = 1
-    if layer.found is not None and not layer.found.followed:
-        stride = layer.found.operation.path.stride
+    if layer.match is not None and not layer.match.followed:
+        stride = layer.match.operation.path.stride
     what = "nothing"
     for before, axis in axes:
         at = middle(y, axis)
@@ -349,7 +349,7 @@ def check(
     for name, layer in plain.items():
         if name not in calls:
             continue
-        key = layer.kind, tuple(calls[name].made.shape), str(layer.found and layer.found.operation)
+        key = layer.kind, tuple(calls[name].made.shape), str(layer.match and layer.match.operation)
         if key in done:
             continue
         done.add(key)

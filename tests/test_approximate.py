@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nearfold.grammar.notation import parse
 from nearfold.kernels import approximate, bins, clusters, engine
 from nearfold.lower.explain import explain
-from nearfold.nn import ConvNN2d, ConvNNAttention, KVTAttention, Mixer
+from nearfold.nn import ConvNNAttention, KVTAttention, Mixer
 from nearfold.nn.functional import knn_attention
 
 select = importlib.import_module("nearfold.kernels.select").select
@@ -234,7 +234,7 @@ def test_a_recall_that_is_no_share_is_refused(asked):
     with pytest.raises(ValueError, match="recall"):
         knn_attention(x, x, x, 3, recall=asked)
     with pytest.raises(ValueError, match="recall"):
-        ConvNN2d(4, 4, recall=asked)
+        KVTAttention(4, 2, recall=asked)
 
 
 # ---- in the language -------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_layers(many, layer):
     """A map in clumps through a layer: near the exact one, compiled the same, and it trains."""
     torch.manual_seed(0)
     make = {
-        "conv": lambda **r: ConvNN2d(8, 8, k=9, **r),
+        "conv": lambda recall=1.0: Mixer(f"nearest(9, cosine, self, recall={recall}) | ranked | kernel", 8),
         "kvt": lambda **r: KVTAttention(8, 2, 9, **r),
         "convnn": lambda **r: ConvNNAttention(8, 2, k=9, **r),
     }[layer]

@@ -164,6 +164,7 @@ def test_no_schedule_moves_a_learned_lambda():
 
 
 def test_convnn_projects_nothing_unless_asked():
-    assert [n for n, _ in ConvNN2d(4, 4, rho="softmax").named_parameters()] == ["weight", "bias"]
-    assert {"query_weight", "key_weight"} < {n for n, _ in ConvNN2d(4, 4, rho="softmax(project=qk)").named_parameters()}
+    assert [n for n, _ in ConvNN2d(4, 4).named_parameters()] == ["weight", "bias"]
+    asked = Mixer("nearest(9, cosine, self) | ranked | softmax(project=qk)*kernel", 4)
+    assert {"query_weight", "key_weight"} < {n for n, _ in asked.named_parameters()}
     assert str(ConvNN2d(4, 4).operation) == "nearest(9, cosine, self) | ranked | kernel"

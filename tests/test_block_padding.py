@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from nearfold import mixing_matrix
-from nearfold.lower import looks
+from nearfold.look import looks
 from nearfold.nn import BlockAttention2d, Mixer
 
 

@@ -5,10 +5,12 @@ import sys
 import pytest
 
 import nearfold
-from nearfold.cli import attribute_docs, main
+from nearfold.cli import COMMANDS, main
 from nearfold.grammar import CATALOGUE
 from nearfold.grammar.complexity import c_d
+from nearfold.study.commands import COMMANDS as STUDIES
 from nearfold.train import Recipe
+from nearfold.train.command import attribute_docs
 
 
 def fails(capsys, *argv):
@@ -33,6 +35,49 @@ def test_help_teaches_by_examples(command, capsys):
     out = capsys.readouterr().out
     assert "nearfold " + " ".join(command) in out
     assert "example" in out or "start here" in out
+
+
+def test_help_and_errors_load_no_torch():
+    """Only what is asked for is loaded: who mistypes a command does not wait."""
+    code = (
+        "import sys; from nearfold.cli import main\n"
+        "codes = [main([]), main(['trian']), main(['--help'])]\n"
+        "print(codes, sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'numpy', 'nearfold'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[2, 2, 0] ['nearfold']"
+
+
+ALL = {(name,): summary for name, (summary, _) in COMMANDS.items()}
+ALL |= {("study", name): summary for name, (summary, _) in STUDIES.items()}
+
+
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
+def test_every_command_is_told_and_tells(command, capsys):
+    main([*command[:-1], "--help"])
+    assert ALL[command].split(",")[0] in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--help"]) == 0
+    assert f"nearfold {' '.join(command)}" in capsys.readouterr().out.split("example")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["trian"], "nearfold: error: argument COMMAND: invalid choice: 'trian' (choose from"),
+        (["trian"], "; did you mean train?"),
+        (["study", "spectrm"], "did you mean spectrum?"),
+        (["train", "--widht", "3"], "nearfold train: error: unrecognized arguments: --widht; did you mean --width?"),
+        (["train", "--widht=3"], "unrecognized arguments: --widht=3; did you mean --width?"),
+        (["train", "--no-deterministc"], "did you mean --no-deterministic?"),
+        (["explain", "conv", "--shpe", "1,8,8,8"], "did you mean --shape?"),
+        (["train", "--parallel", "fspd"], "did you mean fsdp?"),
+        (["study", "run", "ratio", "--engine", "rya"], "did you mean ray?"),
+        (["ops", "--zzzz"], "unrecognized arguments: --zzzz (see nearfold ops --help)"),
+        (["models", "a", "b"], "nearfold models: error: unrecognized arguments: b (see"),
+    ],
+)
+def test_what_is_misspelt_is_guessed(argv, said, capsys):
+    assert said in fails(capsys, *argv)
 
 
 def test_help_runs_as_a_module():

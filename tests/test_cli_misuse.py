@@ -269,7 +269,7 @@ def raising(error):
     ],
 )
 def test_every_error_has_its_code_and_one_line(error, code, says, capsys, monkeypatch):
-    monkeypatch.setattr("nearfold.cli._ops", raising(error))
+    monkeypatch.setattr("nearfold.periodic.run", raising(error))
     assert main(["ops"]) == code
     err = capsys.readouterr().err
     assert says in err and len(err.splitlines()) == 1
@@ -285,7 +285,7 @@ def test_an_interruption_is_one_whatever_fails_on_the_way_out(capsys, monkeypatc
         finally:
             raise OSError("no room for the report")
 
-    monkeypatch.setattr("nearfold.cli._ops", interrupted)
+    monkeypatch.setattr("nearfold.periodic.run", interrupted)
     assert main(["ops"]) == 130
     assert "interrupted; then: no room for the report" in capsys.readouterr().err
 

@@ -379,7 +379,7 @@ def test_memory_of_linear_operators_is_linear(text, which):
 
 
 def test_looks_follows_rates_and_layers():
-    from nearfold.lower import looks
+    from nearfold.look import looks
 
     x = torch.randn(1, 4, 9)
     layer = Mixer("0.0*(all | row | ones) + 1.0*(window(3) | box | depthwise)", 4, ndim=1)

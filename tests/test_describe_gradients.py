@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import parse
 from nearfold.recognise import describe, observe, walk
-from nearfold.recognise.foreign import Found
+from nearfold.recognise.foreign import Match
 
 C = 8
 
@@ -98,8 +98,8 @@ def test_what_no_table_names_counts_what_it_is():
     assert "made of its own parameters" in rows["3"].note and "zeros around it" in rows["4"].note
 
 
-def said(notation: str) -> Found:
-    return Found(parse(notation))
+def said(notation: str) -> Match:
+    return Match(parse(notation))
 
 
 LIES = {

@@ -99,7 +99,7 @@ def test_rows_of_all_networks_are_what_gradients_show(source):
 
 
 def test_a_model_of_transformers_by_its_name():
-    code = "from nearfold.recognise.command import run; print(run('transformers:vit'))"
+    code = "from nearfold.recognise.command import text; print(text('transformers:vit'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "ViTModel on pixel_values 3x224x224" in done.stdout and "window(16, stride=16, padding=0)" in done.stdout

@@ -148,7 +148,7 @@ MADE = [
     (nn.ACmix2d(8, 8, num_heads=2), image),
     (nn.BlockAttention2d(8, 2, 3, shift=1), image),
     (nn.BranchingAttention(8, 2), tokens),
-    (nn.BranchingConv2d(8, 8, padding=1), image),
+    (nn.BranchingConv2d(8, 8), image),
     (nn.ConvNN1d(8, 8, 3), sequence),
     (nn.ConvNN2d(8, 8, 3), image),
     (nn.ConvNN3d(8, 8, 3), volume),
@@ -190,7 +190,7 @@ def _making(layer, right):
 
 
 MAKING = {f"{type(layer).__name__}()": _making(layer, right) for layer, right in MADE}
-RAW = ("select", "aggregate", "softmax", "local", "grouped", "scan", "corners")
+RAW = ("select", "aggregate", "neighbors", "softmax", "local", "grouped", "scan", "corners")
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
 CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}
 TARGETS = OPERATORS | LAYERS | RAW | MAKING
@@ -352,10 +352,11 @@ def attempt(target, a):
     call, _, shapes = TARGETS[target]
     if target in RAW:
         try:
-            assert getattr(engine.get(), target.removeprefix("_engine."))(*a.values()) is None
+            taken = getattr(engine.get(), target.removeprefix("_engine."))(*a.values())
         except (ValueError, TypeError, MemoryError):
             return False
-        return True
+        assert taken in (None, True, False)
+        return taken is not False
     leaves = _leaves(a)
     leaves += call.parameters() if target in LAYERS else []
     try:

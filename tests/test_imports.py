@@ -17,22 +17,21 @@ PACKAGE = Path(nearfold.__file__).parent
 RANK = {
     "_kept": -1,
     "_numbers": -1,
+    "options": -1,
     "_images": 0,
+    "_own_code": 0,
     "_torchvision": 0,
     "grammar": 0,
     "kernels": 0,
-    "options": 0,
     "lower": 1,
     "extend": 2,
     "nn": 2,
     "": 3,
     "testing": 3,
-    "mixing": 3,
+    "look": 3,
     "recognise": 3,
     "periodic": 3,
-    "look_layers": 4,
-    "look": 5,
-    "look_command": 6,
+    "mixing": 4,
     "surgery": 4,
     "models": 5,
     "compat": 6,
@@ -43,6 +42,8 @@ RANK = {
     "app": 8,
     "__main__": 9,
 }
+FORWARDED = {"nearfold.lower": ["nearfold.look"]}
+"""What a package's `__getattr__` fetches from above it: names that have moved up, where users have them."""
 HEAVY = (
     "triton",
     "torchvision",
@@ -66,14 +67,23 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+def type_checking(node: ast.stmt) -> bool:
+    """Whether a type checker alone reads it."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def without_getattr(source: str) -> str:
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "__getattr__"]
+    return ast.unparse(tree)
+
+
 def imported(source: str, module: str, is_package: bool) -> set[str]:
     """Full names of everything of nearfold that a module's code imports, wherever in it."""
     found = set()
     base = module.split(".") if is_package else module.split(".")[:-1]
     tree = ast.parse(source)
-    for node in tree.body:  # what a type checker alone reads
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            tree.body.remove(node)
+    tree.body = [node for node in tree.body if not type_checking(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -112,7 +122,11 @@ def test_every_part_of_the_package_has_a_place():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downward(module):
     path = MODULES[module]
-    assert upward(path.read_text(), module, path.name == "__init__.py") == []
+    source, is_package = path.read_text(), path.name == "__init__.py"
+    forwarded = FORWARDED.get(module, [])
+    assert upward(source, module, is_package) == forwarded
+    if forwarded:  # and only when somebody asks
+        assert upward(without_getattr(source), module, is_package) == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,7 @@ def test_imports_run_downward(module):
             "import importlib\nimportlib.import_module('nearfold.cli')",
             ["nearfold.cli"],
         ),
-        ("nearfold.mixing", "from nearfold import surgery_of_another_kind", ["nearfold"]),
+        ("nearfold.look", "from nearfold import surgery_of_another_kind", ["nearfold"]),
         ("nearfold.models.small", "import nearfold\nimport torch", []),
         ("nearfold.models.small", "from .small import x\nfrom nearfold.nn import Mixer", []),
     ],
@@ -152,7 +166,7 @@ def test_there_are_backends():
     assert len(BACKENDS) >= 4
 
 
-LIGHT = {"nearfold": (), "nearfold.train": ("safetensors",), "nearfold.look_command": (), "nearfold.cli": ()}
+LIGHT = {"nearfold": (), "nearfold.train": ("safetensors",), "nearfold.look.command": (), "nearfold.cli": ()}
 """What is imported often and should be there at once, and what else it must not load."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,12 @@ def test_gradients_reach_the_input_and_every_parameter(make, shape):
 # --- what the layers are
 
 
+@pytest.mark.parametrize("name", nearfold.nn.__all__)
+def test_no_layer_takes_more_than_twelve_arguments(name):
+    """What is rarer is said to `Mixer` by an operation."""
+    assert len(inspect.signature(getattr(nearfold.nn, name)).parameters) <= 12
+
+
 def test_convnn2d_defaults():
     layer = ConvNN2d(4, 6)
     assert layer.operation == parse("nearest(9, cosine, self) | ranked | kernel")
@@ -125,20 +133,16 @@ def test_arguments_become_the_operation():
         padding=1,
         similarity=Blend(0.25, "cosine"),
         candidates=Grid(4),
-        rho="softmax(heads=2, project=qk)",
-        kernel="separable(groups=2)",
-        shape="box",
-        include_self=False,
+        groups=2,
         backend="knn",
     )
     assert str(layer.operation) == (
-        "nearest(7, blend(0.25, cosine), grid(4), stride=(1, 2), padding=1) | box"
-        " | softmax(heads=2, project=qk)*separable(groups=2)"
+        "nearest(7, blend(0.25, cosine), grid(4), self, stride=(1, 2), padding=1) | ranked | kernel(groups=2)"
     )
     assert layer.backend == "knn"
-    near, window = BranchingConv2d(4, 8, 5, 7, 0.25, stride=2, dilation=3, groups=2).operation.parts
+    near, window = BranchingConv2d(4, 8, 5, 7, 0.25, stride=2, groups=2).operation.parts
     assert str(near) == "nearest(7, cosine, self, stride=2) | ranked | kernel(groups=2)"
-    assert str(window) == "window(5, stride=2, dilation=3) | box | kernel(groups=2)"
+    assert str(window) == "window(5, stride=2) | box | kernel(groups=2)"
     assert isinstance(BranchingConv2d(4, 8).operation, Branch) and BranchingConv2d(4, 8).operation.mix
     assert isinstance(ACmix2d(4, 8).operation, Sum)
     assert str(KVTAttention(12, 3, 5).operation) == "nearest(5, scaled) | ranked | softmax(heads=3)"

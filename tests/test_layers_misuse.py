@@ -44,11 +44,11 @@ BAD_ARGUMENTS = [
         lambda: ConvNN2d(4, 6, candidates="some"),
         "'some' is not a candidates; choose from: all, random, grid, window",
     ),
-    (lambda: ConvNN2d(4, 6, rho="softmx"), "'softmx' is not a rho (did you mean softmax?)"),
-    (lambda: ConvNN2d(4, 6, kernel="dense"), "'dense' is not a kernel"),
-    (lambda: ConvNN2d(4, 6, kernel="kernel(groups=3)"), "groups=3 must divide the 4 value channels"),
-    (lambda: ConvNN2d(4, 6, kernel="depthwise"), "makes 4 channels, but out_channels=6"),
-    (lambda: ConvNN2d(4, 6, shape="row"), "shape row does not go with path nearest"),
+    (lambda: Mixer("nearest(9) | ranked | softmx", 4, 6), "'softmx' is not a rho or kernel"),
+    (lambda: Mixer("nearest(9) | ranked | dense", 4, 6), "'dense' is not a rho or kernel"),
+    (lambda: ConvNN2d(4, 6, groups=3), "groups=3 must divide the 4 value channels"),
+    (lambda: Mixer("nearest(9) | ranked | depthwise", 4, 6), "makes 4 channels, but out_channels=6"),
+    (lambda: Mixer("nearest(9) | row | kernel", 4, 6), "shape row does not go with path nearest"),
     (lambda: ConvNN2d(4, 6, shuffle="B"), "shuffle must be one of none, before, after, both, got 'B'"),
     (
         lambda: ConvNN2d(4, 6, shuffle="both", shuffle_scale=0),
@@ -170,7 +170,5 @@ def test_convnn_groups_are_conv2ds():
         dense.load_state_dict({"weight": zeros, "bias": layer.bias.detach()})
         pieces.append(dense(x)[:, 3 * g : 3 * g + 3])
     torch.testing.assert_close(layer(x), torch.cat(pieces, 1), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="groups=2 goes with"):
-        ConvNN2d(8, 8, groups=2, kernel="depthwise")
     with pytest.raises(ValueError, match="groups=3 must divide"):
         ConvNN2d(8, 8, groups=3)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nearfold.grammar import CATALOGUE
-from nearfold.look import DEFAULT, _pooled, load_image, look
-from nearfold.look_command import arguments, run
-from nearfold.look_layers import FEATURES, Reading, features, plain_layer, read
+from nearfold.look import DEFAULT, load_image, look
+from nearfold.look.command import arguments, run
+from nearfold.look.layers import FEATURES, Reading, features, plain_layer, read
+from nearfold.look.picture import _pooled
 
 SIZE = 8
 
@@ -126,6 +127,15 @@ def test_pooling_keeps_single_points():
 
 def test_a_reading_of_nothing():
     assert Reading("", "", torch.zeros(2, 2), torch.zeros(4, 4), 0).summary.startswith("reads 0 of 4 positions")
+
+
+def test_names_are_where_users_have_them():
+    import nearfold
+    from nearfold import lower, mixing
+
+    assert lower.looks is nearfold.look.looks and "looks" in lower.__all__
+    assert mixing.mixing_matrix is nearfold.mixing_matrix is nearfold.look.mixing_matrix
+    assert nearfold.look.look is look
 
 
 def test_images_of_every_kind(tmp_path):

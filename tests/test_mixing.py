@@ -10,13 +10,13 @@ from torch import nn
 
 from nearfold.grammar import Basic, parse
 from nearfold.grammar.words import Depthwise, Experts, Separable
-from nearfold.lower import looks, oracle
+from nearfold.look import looks, mixing_matrix
+from nearfold.lower import oracle
 from nearfold.lower.call import pointwise
 from nearfold.lower.execute import execute
 from nearfold.lower.geometry import padding_of
 from nearfold.lower.selection import select
 from nearfold.lower.words.experts import expert_shares
-from nearfold.mixing import mixing_matrix
 from nearfold.nn import ConvNN2d, KVTAttention, Mixer
 from nearfold.testing import CASES, context_for, forward, make
 
@@ -32,7 +32,7 @@ def calls_of(layer, x, context):
         return oracle.run(call)
 
     with torch.no_grad():
-        execute(layer.operation, layer.tensors(), x, lambda op: spy, out_channels=layer.made_channels, context=context)
+        execute(layer.operation, layer.tensors(), x, lambda *_: spy, out_channels=layer.made_channels, context=context)
     return calls
 
 
@@ -167,7 +167,7 @@ def test_tokens_channels_last_and_many_blocks(monkeypatch):
     x = torch.randn(1, 3, 2, 4)
     expected = 2 * torch.eye(6).reshape(3, 2, 6).roll(1, 0).reshape(6, 6)
     torch.testing.assert_close(mixing_matrix(layer, x, tokens=True)[0, 0], expected)
-    monkeypatch.setattr("nearfold.mixing.BLOCK", 1)
+    monkeypatch.setattr("nearfold.look.derivative.BLOCK", 1)
     torch.testing.assert_close(mixing_matrix(layer, x, tokens=True, groups=2)[0, 1], expected)
     assert layer.training
 
@@ -268,6 +268,17 @@ def test_looks_is_a_row_of_the_matrix(name):
     # a sum of dense kernels may cancel, or hide a part whose rate is zero: there only what is read is compared
     read = matrix[:, :, 0].abs().sum(1) > 1e-12
     assert torch.equal(row > 1e-12 * row.amax(), read) or not isinstance(layer.operation, Basic)
+
+
+@pytest.mark.parametrize("weight", ["kernel", "depthwise", "experts(3)"])
+def test_one_position_counts_the_size_of_every_slot(weight):
+    layer, x = Mixer(f"window(3) | box | {weight}", 2, 2, ndim=1), torch.randn(1, 2, 5)
+    size = torch.tensor([1.0, 2.0, 5.0])
+    with torch.no_grad():
+        layer.weight.copy_(
+            torch.stack([size, -size]).view(2, 1, 3).expand_as(layer.weight[:2]).repeat(len(layer.weight) // 2, 1, 1)
+        )
+    torch.testing.assert_close(looks(layer, x, (1,))[0], torch.tensor([1.0, 2.0, 5.0, 0, 0]) / 8)
 
 
 def test_acmixs_convolution_is_told_head_by_head():

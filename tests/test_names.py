@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import nearfold
 from nearfold import CATALOGUE, parse
 from nearfold.cli import main
 from nearfold.grammar.notation import did_you_mean
 from nearfold.models.registry import MODELS, close_to
-from nearfold.nn import BlockAttention2d, ConvNN2d, KVTAttention, Mixer, SelfAttention
+from nearfold.nn import (
+    BlockAttention2d,
+    BranchingConv2d,
+    ConvNN1d,
+    ConvNN2d,
+    ConvNN3d,
+    KVTAttention,
+    Mixer,
+    SelfAttention,
+)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -69,6 +79,18 @@ def test_networks_are_found_by_a_part_of_their_name():
 def test_an_argument_of_another_library_says_what_it_is_called_here(layer, arguments, said):
     with pytest.raises(TypeError, match=said):
         layer(4, 4, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "argument"),
+    [(layer, name) for layer in (ConvNN1d, ConvNN2d, ConvNN3d, BranchingConv2d) for name in layer.elsewhere],
+)
+def test_what_a_layer_has_no_argument_for_an_operation_says(layer, argument):
+    with pytest.raises(TypeError, match=f"{layer.__name__} has no argument '{argument}': say it to Mixer") as raised:
+        layer(4, 4, **{argument: 1})
+    example = str(raised.value).partition("such as ")[2]
+    said, plain = eval(example, {"Mixer": Mixer}), layer(64, 64).operation
+    assert said.operation != plain and said(torch.randn(1, 64, 4, 4)).shape == (1, 64, 4, 4)
 
 
 def test_a_prompt_completes_what_there_is():

@@ -13,8 +13,19 @@ from nearfold import NotationError, mixing_matrix, models, parse
 from nearfold._numbers import MOST
 from nearfold.grammar import Branch, Sum
 from nearfold.grammar.word import WORDS
-from nearfold.lower import apply, explain, looks
-from nearfold.nn import ConvNN1d, ConvNN2d, KVTAttention, Mixer, SelfAttention, TokenMLP, deform_conv, knn_attention
+from nearfold.look import looks
+from nearfold.lower import apply, explain
+from nearfold.nn import (
+    ConvNN1d,
+    ConvNN2d,
+    ConvNNAttention,
+    KVTAttention,
+    Mixer,
+    SelfAttention,
+    TokenMLP,
+    deform_conv,
+    knn_attention,
+)
 from nearfold.train import Recipe
 
 CLASSES = [cls for kind in WORDS.values() for cls in kind.values()]
@@ -98,17 +109,18 @@ def test_numbers_of_operations():
 def test_layers_take_numpys_numbers():
     n, x = np.int64, torch.randn(1, 8, 5, 6)
     for make in (
-        lambda i, b, f: ConvNN2d(i(8), i(8), k=i(9), stride=(i(2), i(1)), groups=i(2), bias=b(True)),
-        lambda i, b, f: ConvNN2d(i(8), i(8), include_self=b(False), recall=f(0.75)),
-        lambda i, b, f: Mixer("window(3) | box | softmax(heads=2)", i(8), i(6), ndim=i(2), bias=b(False)),
+        lambda i, b: ConvNN2d(i(8), i(8), k=i(9), stride=(i(2), i(1)), groups=i(2), bias=b(True)),
+        lambda i, b: Mixer("window(3) | box | softmax(heads=2)", i(8), i(6), ndim=i(2), bias=b(False)),
     ):
         torch.manual_seed(0)
-        mine = make(np.int64, np.bool_, np.float32)
+        mine = make(np.int64, np.bool_)
         torch.manual_seed(0)
-        theirs = make(int, bool, float)
+        theirs = make(int, bool)
         assert str(mine) == str(theirs) and torch.equal(mine(x), theirs(x))
     t = torch.randn(1, 7, 8)
     assert TokenMLP(n(7), np.int32(9))(t).shape == KVTAttention(n(8), n(2), n(3))(t).shape == t.shape
+    given = {"include_self": np.bool_(False), "recall": np.float32(0.75)}
+    assert ConvNNAttention(n(8), n(2), **given)(t).shape == t.shape
     assert SelfAttention(n(8), np.uint8(2), kv_heads=n(1), causal=np.bool_(True))(t).shape == t.shape
     q = torch.randn(1, 2, 6, 4)
     torch.testing.assert_close(

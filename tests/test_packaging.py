@@ -27,6 +27,16 @@ kind, target, *settings = sys.argv[1:]
 """
 
 
+FOUND = """
+from importlib.resources import files
+import nearfold.study.document as document
+print(document.__file__)
+print(*sorted(path.name for path in (files("nearfold.study") / "templates").iterdir()))
+for name in ("study.html.jinja", "parts.html.jinja", "page.css", "sort.js"):
+    document.template(name)
+"""
+
+
 def files(folder: Path, pattern: str) -> set[str]:
     """Paths relative to the folder's parent, as archives spell them."""
     return {path.relative_to(folder.parent).as_posix() for path in folder.rglob(pattern)}
@@ -84,6 +94,27 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Version"] == nearfold.__version__
     assert metadata.get_all("Provides-Extra") == ["data", "vision", "hub", "images", "tensorboard", "ray", "all", "dev"]
+
+    # out of the wheel itself, with nothing of the source tree beside it
+    there = os.pathsep.join([str(wheel), *(path for path in sys.path if path.endswith("site-packages"))])
+    command = [sys.executable, "-S", "-c", FOUND]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": there}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    where, names = done.stdout.splitlines()
+    assert where.startswith(str(wheel)) and names == "page.css parts.html.jinja sort.js study.html.jinja"
+
+
+def test_what_is_generated_is_marked_as_generated():
+    """So that a reader of a change is not shown it; reads .gitattributes as git does, of files that are there."""
+    marked = [
+        line.split()[0] for line in (ROOT / ".gitattributes").read_text().splitlines() if "generated=true" in line
+    ]
+    found = {path for pattern in marked for path in ROOT.glob(pattern)}
+    pages = {path for suffix in ("html", "svg") for path in ROOT.glob(f"docs/**/*.{suffix}")}
+    assert pages and pages <= found and len(found) > len(pages)
+    assert all(list(ROOT.glob(pattern)) for pattern in marked)
 
 
 def test_building_needs_no_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.nn import Mixer, TokenMixer
 from nearfold.recognise import complexity, describe
-from nearfold.recognise.command import import_library, load_model, parse_size, run
+from nearfold.recognise.command import arguments, import_library, load_model, text
 from nearfold.recognise.walk import walk
 
 BOUND = 1e-12
@@ -30,8 +31,8 @@ def library(module: str):
 
 def said(layer: nn.Module):
     """The one operation that a layer is said to be."""
-    (row,) = [found for found in walk(layer) if found.found]
-    return row.found.operation
+    (row,) = [known for known in walk(layer) if known.match]
+    return row.match.operation
 
 
 def close(mine: Tensor, truth: Tensor) -> None:
@@ -744,8 +745,8 @@ def file(tmp_path):
 
 def test_a_model_from_a_file(file):
     assert isinstance(load_model(f"{file}:net"), nn.Sequential)
-    text = run(f"{file}:net", (3, 8, 8))
-    assert "window(3)" in text and "C_D 3" in text and "1 ReLU" in text
+    told = text(f"{file}:net", (3, 8, 8))
+    assert "window(3)" in told and "C_D 3" in told and "1 ReLU" in told
 
 
 @pytest.mark.parametrize(
@@ -788,13 +789,17 @@ def test_models_by_name(source):
 
 def test_timm_models_run_on_the_size_they_were_made_for():
     library("timm")
-    assert "on 3x224x224" in run("timm:resnet18")
+    assert "on 3x224x224" in text("timm:resnet18")
 
 
-@pytest.mark.parametrize("text", ["", "3", "3,0,4", "3,a,4", "3,4,", "-3,4,4"])
-def test_sizes_are_checked(text):
-    with pytest.raises(ValueError, match="wanted channels and grid"):
-        parse_size(text)
+@pytest.mark.parametrize("size", ["", "3", "3,0,4", "3,a,4", "3,4,", "-3,4,4"])
+def test_sizes_are_checked(size, capsys):
+    parser = argparse.ArgumentParser()
+    arguments(parser)
+    assert parser.parse_args(["timm:x", "--input", "3x224,100"]).input == (3, 224, 100)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["timm:x", f"--input={size}"])
+    assert "wanted channels and grid" in capsys.readouterr().err
 
 
 def test_importing_the_package_needs_neither_torchvision_nor_timm():

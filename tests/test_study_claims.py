@@ -52,7 +52,7 @@ def test_every_network_of_every_study_runs_on_its_images(study):
 
 
 def test_every_claim_of_the_seeds_has_a_study():
-    wanted = "k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
+    wanted = "spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
     assert set(STUDIES) == set(wanted.split())
 
 
@@ -154,3 +154,7 @@ def test_labels_must_differ_and_have_the_axis():
         replace(study, trials=[*study.trials, study.trials[0]])
     with pytest.raises(ValueError, match="has no label 'ratio'"):
         replace(study, axis="ratio")
+    with pytest.raises(ValueError, match="families must be among space, between, features, both; got near"):
+        replace(study, families={9.0: "near"})
+    with pytest.raises(ValueError, match="looks=True wants networks called 'spectrum', got 'plain'"):
+        replace(study, looks=True)

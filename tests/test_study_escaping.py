@@ -1,119 +1,29 @@
 """Whatever a name, a label or a stored result holds, a page has the tags it always has, and it is drawn."""
 
 import json
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
-import torch
+from helpers.studies import COSTS, Tags, record, result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nearfold.study import page, report
-from nearfold.study.authors import Points
+from nearfold.study import page
 from nearfold.study.catalogue import find
 from nearfold.study.charts import CHARTS
 from nearfold.study.document import markdown
 from nearfold.study.files import leave, summary
-from nearfold.study.grid import Data, Study, Trial
-from nearfold.study.looks import Look
-from nearfold.study.record import Record
-from nearfold.study.results import Results, Row
 from nearfold.study.store import Store
-from nearfold.study.table import Row as Line
-from nearfold.train import Recipe
 
 ATTACKS = (
     "\"><script>alert(1)</script>", "'><img src=x onerror=alert(2)>", "</title></style></svg><b>", "--><i>", "]]><u>",
     "{{ 7*7 }}{% raw %}", "$1_{x$", "\\$2^$", "\\frac{", "&lt;script&gt;", "a|b`c`",
     "λ 文字 \N{RIGHT-TO-LEFT OVERRIDE}", "\x00\x1b[31m", "caf\udce9", "line\nbreak", 'x" onload="alert(3)', "#2f6db3", "https://example.org/x.js",
 )  # fmt: skip
-COSTS = {"parameters": 10, "flops": 100.0, "latency_ms": 1.0, "images_per_second": 5.0, "peak_memory_mib": 2.0}
-
-
-class Tags(HTMLParser):
-    """Counts tags with their attributes' names; of addresses, styles and handlers also what they say."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.open = Counter(), []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.handle_startendtag(tag, attrs)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        assert not any(name.startswith("on") for name, _ in attrs), attrs
-        assert all(
-            value.startswith(("#", "data:image/png")) for n, value in attrs if n in ("src", "href", "xlink:href")
-        )
-        self.found[tag, tuple(sorted(name for name, _ in attrs))] += 1
-
-
-def run(test, note):
-    return {
-        "test_accuracy": test, "val_accuracy": test, "train_accuracy": 1.0, "test_accuracy_last": test,
-        "train_accuracy_last": 1.0, "best_epoch": 2, "epochs": 3, "seconds": 1.5, "run": note,
-    }  # fmt: skip
-
-
-def record(name, figure="settings"):
-    """A study in which every text that comes from outside is the name, or begins with it."""
-    trials, rows = [], []
-    for i in range(3):
-        network = {"name": "spectrum", "operation": "window(3) | box | kernel", "width": 8, "depth": 1, "note": name}
-        trials.append(Trial({"data": name, "x" + name: f"{name}{i}"}, network, Data(name), Recipe()))
-        found = {seed: run(0.8 + 0.05 * i + 0.01 * seed, name) for seed in range(2)}
-        rows.append(Row(trials[-1], found, COSTS | {"flops": 100.0 + i}))
-    measure = "gap_last" if figure == "gaps" else "test_accuracy"
-    study = Study(name, "cpu", name, name, name, trials, 2, "x" + name, f"{name}0", (name,), figure=figure,
-                  measure=measure, cost=True)  # fmt: skip
-    theirs = [Points(name, name, {f"{name}0": [80.0], f"{name}1": [81.0]})]
-    results = Results(study, rows, 9, [(name, name)])
-    return Record(results, [name], name, {name: name}, [name], theirs)
 
 
 def drawn(name, figure):
-    r = record(name, figure)
-    return page.html(
-        r.results, facts=r.facts, command=r.command, environment=r.environment, authors=r.authors, missing=r.missing
-    )
-
-
-def spectrum(name):
-    rows = [
-        Line(
-            f"op{i}", f"{name}{i}", name, family, i, (0.9, 0.8 + 0.1 * i), (1.0, 1.0), 10, 1000 + i, 1.5, 50.0 + i, 2.0
-        )
-        for i, family in enumerate(("space", "between", "features"))
-    ]
-    look = Look(f"{name}0", torch.full((4, 4), 1 / 16), (1, 1))
-    return report.html(
-        report.Report(
-            name,
-            [name],
-            rows,
-            100,
-            9,
-            6,
-            torch.zeros(1, 8, 8, dtype=torch.uint8),
-            name,
-            name,
-            {"op0": look},
-            [(name, name)],
-            [(name, name)],
-            {name: name},
-            {name: name},
-        )
-    )
+    return page.html(record(name, figure))
 
 
 def without_optional(tags):
@@ -125,11 +35,10 @@ def without_optional(tags):
     }
 
 
-@pytest.mark.parametrize("figure", [*sorted(CHARTS), "spectrum"])
+@pytest.mark.parametrize("figure", sorted(CHARTS))
 def test_no_text_from_outside_makes_a_tag_or_loses_the_page(figure):
-    draw = spectrum if figure == "spectrum" else lambda name: drawn(name, figure)
-    tame = without_optional(Tags(draw("name")))
-    wild = draw("".join(ATTACKS))
+    tame = without_optional(Tags(drawn("name", figure)))
+    wild = drawn("".join(ATTACKS), figure)
     found = Tags(wild)
     assert without_optional(found) == tame
     assert {tag for tag, _ in found.found} <= {tag for tag, _ in tame} | {
@@ -184,7 +93,7 @@ def test_a_page_that_cannot_be_drawn_loses_nothing_and_is_one_line(tmp_path, mon
 
 
 GOOD = {
-    **{k: v for k, v in run(0.5, "").items() if k != "run"},
+    **{k: v for k, v in result(0.5).items() if k != "run"},
     "steps": 3,
     "images_per_second": 1.0,
     "train_loss": 0.1,
@@ -246,9 +155,9 @@ def test_a_cost_has_the_fields_of_a_cost_and_no_other(tmp_path):
 
 def test_intervals_end_where_shares_end_and_one_seed_has_none():
     r = record("name").results
-    best = replace(r.rows[2], results={s: run(t, "") for s, t in enumerate((1.0, 0.9))}, beside=r.rows[:2])
+    best = replace(r.rows[2], results={s: result(t) for s, t in enumerate((1.0, 0.9))}, beside=r.rows[:2])
     e = best.estimate("test_accuracy")
     assert e.high == 1.0 and e.low < 0.95 and e.arms[0] > e.arms[1]
-    one = replace(best, results={0: run(0.9, "")}).estimate("test_accuracy")
+    one = replace(best, results={0: result(0.9)}).estimate("test_accuracy")
     assert one.low != one.low and one.mean == 0.9
     assert find("k", "cpu").verdict is None

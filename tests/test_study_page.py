@@ -4,9 +4,9 @@ import csv
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
+from helpers.studies import Tags, result, results_of
 
 from nearfold import cli
 from nearfold.study import page
@@ -14,37 +14,9 @@ from nearfold.study.authors import read
 from nearfold.study.catalogue import find, readings
 from nearfold.study.charts import CHARTS
 from nearfold.study.compare import against_reference, differences
-from nearfold.study.grid import Authors, Data, Study, Trial
-from nearfold.study.results import Results, Row
+from nearfold.study.grid import Authors
+from nearfold.study.record import Record
 from nearfold.study.statistics import paired
-from nearfold.train import Recipe
-
-
-def result(test, *, train=0.99, val=None, epochs=3):
-    return {
-        "test_accuracy": test, "val_accuracy": test if val is None else val, "train_accuracy": train,
-        "test_accuracy_last": test, "train_accuracy_last": train, "best_epoch": 2, "epochs": epochs, "seconds": 1.5,
-        "run": "0",
-    }  # fmt: skip
-
-
-def results_of(by_setting, figure="settings", train=0.99, cost=False, **options):
-    """A study with one data set and these test accuracies, one a seed."""
-    trials, rows = [], []
-    for i, (setting, tests) in enumerate(by_setting.items()):
-        network = {"name": "spectrum", "operation": "window(3) | box | kernel", "width": 8, "depth": 1}
-        trial = Trial({"data": "digits", "setting": setting}, network, Data("digits"), Recipe())
-        trials.append(trial)
-        costs = {"parameters": 10, "flops": 100.0 * (i + 1), "latency_ms": i + 1.0, "images_per_second": 5.0,
-                 "peak_memory_mib": 2.0}  # fmt: skip
-        found = {seed: result(test, train=train) for seed, test in enumerate(tests)}
-        rows.append(Row(trial, found, costs if cost else {}))
-    reference = next(iter(by_setting))
-    study = Study(
-        "s", "cpu", "A title <&>", "Which?", "That one.", trials, 3, "setting", reference, figure=figure, **options
-    )
-    return Results(study, rows, sum(map(len, by_setting.values())), [])
-
 
 CLEAR = {"a": (0.80, 0.81, 0.79, 0.80), "b": (0.90, 0.91, 0.89, 0.905), "c": (0.80, 0.82, 0.78, 0.81)}
 
@@ -142,40 +114,13 @@ def test_a_budget_picks_the_best_that_fits_and_says_what_is_not_known():
     assert [row.title for row in readings.front(results.rows, "latency_ms")] == ["a", "b", "c"]
 
 
-class Page(HTMLParser):
-    """Collects what is opened, and fails on what is not closed."""
-
-    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.found = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 @pytest.mark.parametrize("figure", sorted(CHARTS))
 def test_the_page_is_whole_and_asks_for_nothing(figure):
     names = list(CLEAR) if figure != "gaps" else ["attention", "b", "c"]
     results = results_of(dict(zip(names, CLEAR.values(), strict=True)), figure, train=1.0, cost=True)
     results = replace(results, failures=[("x <1>", "RuntimeError: <bad>")])
-    text = page.html(results, facts=["Facts & figures."], command="nearfold study run s", environment={"PyTorch": "2"})
-    parser = Page()
-    parser.feed(text)
-    assert parser.open == []
-    for _, attributes in parser.found:
-        for name, value in attributes.items():
-            if name in ("src", "href", "xlink:href"):
-                assert value.startswith("#"), value
+    text = page.html(Record(results, ["Facts & figures."], "nearfold study run s", {"PyTorch": "2"}))
+    assert all(address.startswith("#") for address in Tags(text).addresses)
     assert "http" not in re.sub(r'(xmlns(:\w+)?|xlink:\w+)="[^"]*"', "", re.sub(r"<!DOCTYPE[^>]*>", "", text))
     assert "A title &lt;&amp;&gt;" in text and "<1>" not in text and "RuntimeError: &lt;bad&gt;" in text
     for words in ("Which?", "That one.", "The answer in full", "Every run", "Facts &amp; figures."):

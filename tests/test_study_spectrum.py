@@ -1,16 +1,22 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.studies import spectrum_of
 
+from nearfold import cli
 from nearfold.models import SpectrumNet, stem_stride
-from nearfold.study import measure, tasks
+from nearfold.study import measure, record, tasks
+from nearfold.study.catalogue import STUDIES, find
+from nearfold.study.files import gather
+from nearfold.study.headline import verdict
 from nearfold.study.plots import FAMILIES
-from nearfold.study.publish import publish
 from nearfold.study.spectrum import RECIPE, SPECTRUM, Settings, open_study, run
 from nearfold.train import Result
 
+WORDS = "--limit 100 --epochs 1 --seeds 2 --only conv,convnn,attention --width 8 --device cpu --jobs 1"
 SMALL = Settings(limit=100, epochs=1, seeds=2, only=("conv", "convnn", "attention"), width=8, device="cpu")
 
 
@@ -40,10 +46,47 @@ def quiet(line):
     assert line
 
 
+def finished(study):
+    return study.results.finished
+
+
+def done(settings):
+    """Exit code of the command with these settings, in their folder."""
+    return cli.main(["study", "spectrum", *WORDS.split(), "--out", str(settings.out)])
+
+
 def test_the_spectrum_is_well_formed():
     assert len({stop.name for stop in SPECTRUM}) == len({stop.notation for stop in SPECTRUM}) == len(SPECTRUM)
     assert {stop.family for stop in SPECTRUM} == set(FAMILIES)
     assert RECIPE.augment == "none"
+
+
+def test_the_spectrum_is_a_study_of_the_catalogue(settings):
+    assert next(iter(STUDIES)) == "spectrum"
+    ours, theirs = find("spectrum", "cpu"), open_study(replace(settings, only=(), width=32, epochs=6)).study
+    assert {t.labels["operator"] for t in ours.trials} == {stop.title for stop in SPECTRUM} == set(ours.families)
+    digits = [dict(t.network) for t in ours.trials if t.data.name == "digits"]
+    assert digits == [dict(t.network) for t in theirs.trials]  # the command's study is the catalogue's on digits
+    named = ("axis", "reference", "figure", "looks", "cost", "seeds", "families", "question")
+    assert all(getattr(ours, name) == getattr(replace(theirs, seeds=3), name) for name in named)
+
+
+def test_a_run_is_filed_as_it_always_was(settings):
+    """So that folders of earlier versions are continued: another spelling would be another run."""
+    planned = open_study(settings)
+    train, cost = planned.training[1, 1].config, planned.costs[1].config
+    network = {
+        "name": "spectrum", "operation": "nearest(9, cosine, self) | ranked | kernel", "width": 8, "depth": 2,
+        "stride": 1,
+    }  # fmt: skip
+    assert train["network"] == cost["network"] == network
+    assert {k: v for k, v in train["data"].items() if k != "fingerprint"} == {"name": "digits", "limit": 100}
+    assert train["recipe"] == {
+        "epochs": 1, "batch_size": 32, "lr": 0.005, "weight_decay": 0.05, "device": "cpu", "seed": 1,
+    }  # fmt: skip
+    assert set(train) == {"version", "task", "network", "data", "recipe"} and set(cost) == {*train, "machine"}
+    assert [run.keep_weights for run in planned.training.values()] == [True, False] * 3
+    assert planned.place.root == settings.out
 
 
 @pytest.mark.parametrize("stop", SPECTRUM, ids=lambda stop: stop.name)
@@ -118,7 +161,7 @@ def test_another_configuration_is_another_run(settings, trained, change):
     assert len(trained) == 12
 
 
-def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, monkeypatch):
+def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, monkeypatch, capsys):
     works = tasks.fit
 
     def fails_for_attention(model, data, recipe, **options):
@@ -127,21 +170,24 @@ def test_a_failed_run_is_recorded_reported_and_tried_again(settings, trained, mo
         return works(model, data, recipe, **options)
 
     monkeypatch.setattr(tasks, "fit", fails_for_attention)
+    assert done(settings) == 1
+    printed = capsys.readouterr()
     study = open_study(settings)
-    lines = []
-    run(study, say=lines.append)
-    assert len(study.finished) == 4 and len(trained) == 4
-    assert [label for label, _ in study.failures] == [f"self-attention (digits), seed {seed}" for seed in (0, 1)]
-    assert sum("FAILED: RuntimeError: no memory left" in line for line in lines) == 2
-    assert [row.name for row in study.rows()] == ["conv", "convnn"]
-    page = publish(study)[-1].read_text()
+    assert finished(study) == 4 and len(trained) == 4
+    failed = [f"self-attention (digits), seed {seed}" for seed in (0, 1)]
+    assert [label for label, _ in study.results.failures] == failed
+    assert printed.out.count("FAILED: RuntimeError: no memory left") == 2
+    assert [line.split(": ")[2] for line in printed.err.splitlines()] == failed
+    assert [row.title for row in study.results.rows] == ["convolution 3x3", "ConvNN all"]
+    page = (settings.out / "report.html").read_text()
     assert "self-attention (digits), seed 1" in page and "4 of 6 runs have finished" in page
     monkeypatch.setattr(tasks, "fit", works)
-    run(study, say=quiet)
-    assert study.failures == [] and len(study.finished) == 6 and len(trained) == 6
+    assert done(settings) == 0
+    study = open_study(settings)
+    assert study.results.failures == [] and finished(study) == 6 and len(trained) == 6
 
 
-def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
+def test_interruption_keeps_what_has_finished_and_reports_it(settings, trained, monkeypatch):
     works = tasks.fit
 
     def interrupted(model, data, recipe, **options):
@@ -150,10 +196,10 @@ def test_interruption_keeps_what_has_finished(settings, trained, monkeypatch):
         return works(model, data, recipe, **options)
 
     monkeypatch.setattr(tasks, "fit", interrupted)
+    assert done(settings) == 130
     study = open_study(settings)
-    with pytest.raises(KeyboardInterrupt):
-        run(study, say=quiet)
-    assert len(study.finished) == 2 and study.failures == []
+    assert finished(study) == 2 and study.results.failures == []
+    assert "2 of 6 runs have finished" in (settings.out / "report.html").read_text()
 
 
 def test_progress_counts_and_estimates(settings, trained):
@@ -186,29 +232,55 @@ def test_what_no_run_could_do_is_found_before_the_first(settings):
         open_study(replace(settings, device="cuda:97"))
 
 
-def test_nothing_to_publish_before_a_run(settings):
+def test_nothing_to_report_before_a_run(settings):
     with pytest.raises(ValueError, match=r"no run under .* has finished"):
-        publish(open_study(settings))
+        gather(open_study(settings), "nearfold study spectrum")
 
 
-def test_a_whole_small_study(settings):
-    """The real thing, with real training: results, table, report with a picture from the kept weights."""
-    study = open_study(settings)
-    run(study, say=quiet)
-    assert study.failures == []
-    table, results, page = publish(study)
-    rows = study.rows()
-    assert [row.name for row in rows] == ["conv", "convnn", "attention"]
-    assert all(row.n == 2 and row.parameters > 0 and row.flops > 0 for row in rows)
-    lines = table.read_text().splitlines()
-    assert sum(line.startswith("|") for line in lines) == 2 + 3
-    assert any("convolution 3x3" in line and line.endswith(".") for line in lines)  # what may be concluded
-    record = json.loads(results.read_text())
-    assert record["finished"] == record["planned"] == 6
-    assert record["rows"][0]["test"] == list(rows[0].test)
+def test_a_whole_small_study(settings, capsys):
+    """The real thing, with real training: numbers, tables, a page with a panel from the kept weights, drawn again."""
+    assert done(settings) == 0
+    printed = capsys.readouterr().out
+    names = ("runs.csv", "results.json", "summary.md", "report.html")
+    assert printed.split()[-4:] == [str(settings.out / name) for name in names]
+    assert "convolution 3x3" in printed and "“Not found” is not “equal”" in printed and " left" in printed
+    rows = open_study(settings).results.rows
+    assert [row.title for row in rows] == ["convolution 3x3", "ConvNN all", "self-attention"]
+    assert all(len(row.results) == 2 and row.cost["parameters"] > 0 and row.cost["flops"] > 0 for row in rows)
+    left = json.loads((settings.out / "results.json").read_text())
+    assert left["finished"] == left["planned"] == 6 and left["tested"] == {"digits": 100}
+    assert left["rows"][0]["runs"]["1"]["test_accuracy"] == rows[0].results[1]["test_accuracy"]
+    assert [look["setting"] for look in left["looks"]["found"]] == [row.title for row in rows]
+    assert left["command"] == (
+        "nearfold study spectrum --limit 100 --seeds 2 --epochs 1 --only conv,convnn,attention --width 8 "
+        f"--out {settings.out} --device cpu"
+    )
     assert len(list((settings.out / "weights").iterdir())) == 3
-    text = page.read_text()
-    assert text.count("<svg") == 3 and "Not in the picture" not in text
+    page = (settings.out / "report.html").read_text()
+    assert page.count("<svg") == 4 and "Not among the pictures" not in page
+    assert cli.main(["study", "page", str(settings.out)]) == 0
+    again = (settings.out / "report.html").read_text()
+    assert again.count("<svg") == 4 and len(again) == pytest.approx(len(page), rel=0.01)
+    assert "One of the 100 test images of digits" in again
     for path in (settings.out / "weights").iterdir():
         path.unlink()
-    assert "there are no weights" in publish(study)[-1].read_text()
+    capsys.readouterr()
+    assert done(settings) == 0 and "9 of 9 runs have finished before, 0 to do" in capsys.readouterr().out
+    assert "there are no weights" in (settings.out / "report.html").read_text()
+
+
+def test_what_the_others_were_compared_with_is_kept(tmp_path):
+    results = spectrum_of({"separable": (0.90, 0.92, 0.94), "attention": (0.70, 0.72, 0.74)})
+    path, said = tmp_path / "results.json", verdict(results)
+    path.write_text(record.Record(results, [], "", {}).to_json([], said))
+    again = record.read(path, find("spectrum", "cpu"))
+    assert "“depthwise + pointwise”" in said and verdict(again.results) == said
+    assert again.results.tested == {"digits": 400} and again.looks is None
+
+
+def test_results_of_an_older_spectrum_are_not_misread(tmp_path, capsys):
+    path = Path(tmp_path / "results.json")
+    path.write_text(json.dumps({"study": "spectrum", "command": "nearfold study spectrum", "rows": []}))
+    assert cli.main(["study", "page", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and "does not say its preset" in line and "its command writes it anew" in line

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from nearfold._torchvision import load
+from nearfold.look import mixing_matrix
 from nearfold.lower import inductor
-from nearfold.mixing import mixing_matrix
 from nearfold.nn import (
     ACmix2d,
     BlockAttention2d,

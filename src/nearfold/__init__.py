@@ -10,10 +10,9 @@ nearest(9, cosine) | ranked | kernel
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
-
 if TYPE_CHECKING:
-    from nearfold.mixing import mixing_matrix
+    from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
+    from nearfold.look import mixing_matrix
     from nearfold.recognise import complexity, describe
     from nearfold.surgery.convert import convert
     from nearfold.surgery.rule import Rule
@@ -52,20 +51,25 @@ _PACKAGES = [
     "testing",
     "train",
 ]
-_FUNCTIONS = {
+_NAMES = {
+    "CATALOGUE": "grammar",
+    "NotationError": "grammar",
+    "Operation": "grammar",
     "Rule": "surgery",
     "SpectrumSchedule": "surgery",
     "complexity": "recognise",
     "convert": "surgery",
     "describe": "recognise",
-    "mixing_matrix": "mixing",
+    "mixing_matrix": "look",
+    "parse": "grammar",
+    "preset": "grammar",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load a part of the library at its first use: ``import nearfold`` alone stays light."""
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"nearfold.{_FUNCTIONS[name]}"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"nearfold.{_NAMES[name]}"), name)
     if name in _PACKAGES:
         return importlib.import_module(f"nearfold.{name}")
     raise AttributeError(f"module 'nearfold' has no attribute {name!r}")
@@ -73,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Everything that `__getattr__` finds, too: so that a prompt completes it."""
-    return sorted({*globals(), *_PACKAGES, *_FUNCTIONS})
+    return sorted({*globals(), *_PACKAGES, *_NAMES})

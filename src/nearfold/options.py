@@ -1,18 +1,96 @@
-"""Types of the command line's options: each says the range it takes. And what went wrong, in one line."""
+"""The command line: its parser, types of options that each say the range they take, and errors in one line.
+
+Loads nothing else of the package: `nearfold --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 MANY = 1_000_000_000
 """More than anybody has of anything that is counted here."""
 PIXELS = 1 << 16
 """The longest side of an image, and the greatest number of channels."""
+
+Fill = str | Callable[["Parser"], None]
+"""What a command adds to its parser: a function, or a module with EXAMPLES, ``arguments(parser)`` and ``run(args)``,
+which returns the exit code; a group of commands has no ``run``."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which suggests what was meant.
+
+    Args:
+        fill: of a command, asked for when it is the one to be read.
+        options: of an ArgumentParser.
+    """
+
+    def __init__(self, *, fill: Fill | None = None, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._fill = fill
+
+    def add_commands(self, title: str, metavar: str, commands: Mapping[str, tuple[str, Fill]]) -> None:
+        """Add commands: their names, with a summary each and what fills their parsers."""
+        group = self.add_subparsers(title=title, metavar=metavar, required=True)
+        for name, (summary, fill) in commands.items():
+            group.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", fill=fill)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As always, but what is not known is an error of the command that it was given to."""
+        fill, self._fill = self._fill, None
+        if isinstance(fill, str):
+            module = importlib.import_module(fill)
+            self.epilog = module.EXAMPLES
+            module.arguments(self)
+            if hasattr(module, "run"):
+                self.set_defaults(command=module.run)
+        elif fill is not None:
+            fill(self)
+        if self._subparsers is None and args is not None:  # of a group, what follows is for its commands
+            self._require_known(args)
+        namespace, extras = super().parse_known_args(args, namespace)
+        if extras:
+            self.error(f"unrecognized arguments: {' '.join(extras)}")
+        return namespace, extras
+
+    def _require_known(self, args: Sequence[str]) -> None:
+        """Say that an option is not known before its value is taken for something, or another is found missing."""
+        known = self._option_string_actions
+        for arg in args:
+            if arg == "--":
+                return
+            name = arg.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                self.error(f"unrecognized arguments: {arg}{meant(name, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += meant(str(value), map(str, action.choices or ()))
+            raise
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and end with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {line(message)} (see {self.prog} --help)\n")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The known name that is spelled most alike, as a question; nothing where none is close.
+
+    >>> meant("trian", ["train", "models"]), meant("zzz", ["train"])
+    ('; did you mean train?', '')
+    """
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")

@@ -1,7 +1,8 @@
-"""The catalogue as a table: one row an operator, one column a word, so that rows differ where operators do."""
+"""`nearfold ops`: the catalogue as a table, one row an operator, one column a word: rows differ where operators do."""
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
@@ -11,6 +12,21 @@ from nearfold.lower import Explanation, explain
 
 WIDTHS = (23, 43, 12, 31, 4)  # name, path, shape, weight, C_D; the backend follows
 HEAD = ("", "PATH: where to look", "SHAPE: form", "WEIGHT: what to value", "C_D", "runs on")
+EXAMPLES = """\
+examples:
+  nearfold ops
+  nearfold ops swin deformable mamba convnn"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="operators to say more about")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, or all about some operators: the exit code."""
+    print("\n\n".join(card(name) for name in args.names) if args.names else table())
+    return 0
 
 
 def table() -> str:

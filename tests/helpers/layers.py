@@ -37,7 +37,7 @@ IMAGES = {
     "ConvNN2d blend": lambda **k: ConvNN2d(4, 6, 5, similarity="blend(0.3)", candidates="grid(3)", **k),
     "ConvNN2d window": lambda **k: ConvNN2d(4, 6, 5, similarity="euclidean", candidates="window(3)", **k),
     "BranchingConv2d": lambda **k: BranchingConv2d(4, 6, 3, 5, 0.5, **k),
-    "BranchingConv2d groups": lambda **k: BranchingConv2d(4, 8, (3, 1), 5, 0.25, groups=2, dilation=2, mix=False, **k),
+    "BranchingConv2d groups": lambda **k: BranchingConv2d(4, 8, (3, 1), 5, 0.25, groups=2, mix=False, **k),
     "ACmix2d": lambda **k: ACmix2d(4, 8, 7, 3, 2, **k),
     "ACmix2d dilated": lambda **k: ACmix2d(4, 8, (3, 5), 5, 4, dilation=2, **k),
     "DeformConv2d": lambda **k: DeformConv2d(4, 6, **k),

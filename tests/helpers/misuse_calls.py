@@ -244,6 +244,36 @@ def tokens(rng):
 # ---- the same of the compiled module's functions, which also take where the results go, and threads ------------------
 
 
+def right_neighbors(rng, name):
+    """Of a whole layer of nearest neighbours, forward or backward."""
+    B, H, E, C, k = rng.randint(1, 2), rng.randint(1, 2), rng.randint(1, 9), rng.randint(1, 8), rng.randint(2, 5)
+    grid = [rng.randint(1, 5) for _ in range(rng.randint(1, 3))]
+    N, dtype, backward = math.prod(grid), rng.choice((torch.float32, torch.float64)), name.endswith("backward")
+    own, weighted, C = not backward and rng.random() < 0.5, rng.random() < 0.5, C * H
+    G = rng.choice([d for d in range(1, C + 1) if C % d == 0])
+    weight = numbers(dtype, G * rng.randint(1, 4), C // G, k) if rng.random() < 0.6 else None
+    O = C if weight is None else len(weight)
+    query, key = numbers(dtype, B, H * E, *grid), numbers(dtype, B, H * E, *grid)
+    places = torch.arange(0, N, 2) if not backward and rng.random() < 0.4 else None
+    M = N if places is None else len(places)
+    index, alpha = torch.randint(-2, N, (B, H, M, k)), numbers(dtype, B, H, M, k) if weighted else None
+    rows = [M] if places is not None else grid
+    maps = {"query": query, "key": key, "value": numbers(dtype, B, C, *grid), "weight": weight}
+    scale = 0.5 if weighted else None
+    if not backward:
+        a = maps | {"bias": numbers(dtype, O), "places": places, "heads": H, "groups": G, "k": k}
+        a |= {"metric": rng.randint(0, 2), "unit": rng.random() < 0.5, "squared": True, "own": own, "scale": scale}
+        out = numbers(dtype, B, M, O).transpose(1, 2).unflatten(2, rows)
+        return a | {"to_index": torch.zeros_like(index), "to_alpha": alpha, "to_out": out}
+    a = {"grad": numbers(dtype, B, O, *grid)} | maps | {"heads": H, "groups": G, "metric": rng.randint(0, 2)}
+    slopes = {"d_query": numbers(dtype, B, M, H * E), "d_key": numbers(dtype, B, N, H * E)}
+    slopes = slopes if weighted else dict.fromkeys(slopes)
+    slopes |= {"d_value": numbers(dtype, B, N, C), "d_weight": None if weight is None else torch.zeros_like(weight)}
+    return (
+        a | {"squared": True, "scale": scale, "index": index, "alpha": alpha} | slopes | {"d_bias": numbers(dtype, O)}
+    )
+
+
 def raw(name):
     """Arguments of one function of the module."""
 
@@ -270,6 +300,8 @@ def raw(name):
             entries = {"entries": a.pop("entries")}
             into = {f"d_{n}": None if a[n] is None else like(a[n]) for n in ("value", "alpha", "weight")}
             return a | into | threads | entries
+        if name.startswith("neighbors"):
+            return right_neighbors(rng, name) | threads
         if name == "scan":
             a = right_scan(rng)
             y, states = (numbers(a["u"].dtype, *shape) for shape in scanned(a))

@@ -294,16 +294,16 @@ def test_readers():
 
 
 def test_serves(monkeypatch):
-    serves = triton_aggregate.serves
+    refusal = triton_aggregate.refusal
     value, index, alpha, weight, groups, entries = make(CASES[0])
-    assert serves(value, index, alpha, weight, groups, entries) == ""
-    assert "float64" in serves(value.double(), index, None, None, 1)
-    assert "dtypes" in serves(value, index, alpha.half(), None, 1)
-    assert "devices" in serves(value, index.to("meta"), alpha, None, 1)
-    assert "CUDA" in serves(value.to("meta"), index.to("meta"), None, None, 1)
-    assert "entries=64" in serves(value, index, alpha, None, 1, 64)
+    assert refusal(value, index, alpha, weight, groups, entries) == ""
+    assert "float64" in refusal(value.double(), index, None, None, 1)
+    assert "dtypes" in refusal(value, index, alpha.half(), None, 1)
+    assert "devices" in refusal(value, index.to("meta"), alpha, None, 1)
+    assert "CUDA" in refusal(value.to("meta"), index.to("meta"), None, None, 1)
+    assert "entries=64" in refusal(value, index, alpha, None, 1, 64)
     monkeypatch.setattr(triton_aggregate, "LIMIT", 30)
-    assert "32 bits" in serves(value, index, None, torch.randn(2, 5, 3), 1)
+    assert "32 bits" in refusal(value, index, None, torch.randn(2, 5, 3), 1)
 
 
 def test_variants_are_what_is_launched():

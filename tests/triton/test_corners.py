@@ -153,11 +153,11 @@ def test_it_says_what_it_does_not_serve():
     frame = FRAMES["image"]
     offset, mask = operands(frame)
     assert mask is not None
-    assert kernels.serves(offset, mask, frame) == "" == kernels.serves(offset.half(), None, frame)
-    assert "torch.float64" in kernels.serves(offset.double(), None, frame)
-    assert "torch.float16" in kernels.serves(offset, mask.half(), frame)
-    assert "meta" in kernels.serves(offset.to("meta"), None, frame)
-    assert "28 bits" in kernels.serves(offset, mask, Frame([2**14] * 2, *list(vars(frame).values())[1:]))
+    assert kernels.refusal(offset, mask, frame) == "" == kernels.refusal(offset.half(), None, frame)
+    assert "torch.float64" in kernels.refusal(offset.double(), None, frame)
+    assert "torch.float16" in kernels.refusal(offset, mask.half(), frame)
+    assert "meta" in kernels.refusal(offset.to("meta"), None, frame)
+    assert "28 bits" in kernels.refusal(offset, mask, Frame([2**14] * 2, *list(vars(frame).values())[1:]))
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.corners(offset.double(), None, frame, offset, offset)
     with pytest.raises(NotImplementedError, match="float64"):

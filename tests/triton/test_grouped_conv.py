@@ -157,12 +157,12 @@ def test_it_says_what_it_does_not_serve():
     case = CASES["acmix"]
     maps, weight = operands(case)
     rest = case[6:10]
-    assert kernels.serves(maps, weight, *rest) == "" == kernels.serves([m.half() for m in maps], weight.half(), *rest)
-    assert "torch.float64" in kernels.serves([m.double() for m in maps], weight.double(), *rest)
-    assert "torch.float16" in kernels.serves([maps[0].half(), *maps[1:]], weight, *rest)
-    assert "meta" in kernels.serves([m.to("meta") for m in maps], weight.to("meta"), *rest)
+    assert kernels.refusal(maps, weight, *rest) == "" == kernels.refusal([m.half() for m in maps], weight.half(), *rest)
+    assert "torch.float64" in kernels.refusal([m.double() for m in maps], weight.double(), *rest)
+    assert "torch.float16" in kernels.refusal([maps[0].half(), *maps[1:]], weight, *rest)
+    assert "meta" in kernels.refusal([m.to("meta") for m in maps], weight.to("meta"), *rest)
     wide = [torch.empty(1).expand(1, 2, 3, 2**14, 2**14)] * 3
-    assert "32 bits" in kernels.serves(wide, weight, *rest[:3], [2**14, 2**14])
+    assert "32 bits" in kernels.refusal(wide, weight, *rest[:3], [2**14, 2**14])
     wide = [m.double() for m in maps]
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.grouped_conv(wide, weight, *case[6:])

@@ -235,14 +235,14 @@ def test_what_it_serves():
     case = CASES["plain"]
     query, key, value, _ = case.operands()
     window = case.arguments()[:5]
-    assert kernels.serves(query, key, value, *window, "dot") == ""
-    assert "float64" in kernels.serves(query.double(), key.double(), value.double(), *window, "dot")
-    assert "bfloat16" in kernels.serves(query, key, value.bfloat16(), *window, "dot")
-    assert "cosine" in kernels.serves(query, key, value, *window, "cosine")
-    assert "nothing" in kernels.serves(query[:0], key[:0], value[:0], *window, "dot")
+    assert kernels.refusal(query, key, value, *window, "dot") == ""
+    assert "float64" in kernels.refusal(query.double(), key.double(), value.double(), *window, "dot")
+    assert "bfloat16" in kernels.refusal(query, key, value.bfloat16(), *window, "dot")
+    assert "cosine" in kernels.refusal(query, key, value, *window, "cosine")
+    assert "nothing" in kernels.refusal(query[:0], key[:0], value[:0], *window, "dot")
     wide = value[:, :, :1].expand(-1, -1, 257, -1, -1)
-    assert "257" in kernels.serves(query, key, wide, *window, "dot")
+    assert "257" in kernels.refusal(query, key, wide, *window, "dot")
     huge = [t[..., :1, :1].expand(*t.shape[:3], 2**16, 2**16) for t in (query, key, value)]
-    assert "32 bits" in kernels.serves(*huge, *window, "dot")
+    assert "32 bits" in kernels.refusal(*huge, *window, "dot")
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.local_attention(query.double(), key.double(), value.double(), *case.arguments())

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nearfold.kernels import scan_torch
-from nearfold.kernels.triton.scan import _after, scan, scan_backward, serves
+from nearfold.kernels.triton.scan import _after, refusal, scan, scan_backward
 from nearfold.testing import poisoned_empties
 
 # what numpy says of infinities, in the interpreter
@@ -247,12 +247,12 @@ def test_empty(shape):
 
 def test_it_says_what_it_does_not_serve():
     values = operands(1, 2, 3, 3)
-    assert serves(*values) == "" == serves(*(x.bfloat16() for x in values))
+    assert refusal(*values) == "" == refusal(*(x.bfloat16() for x in values))
     wide = [x.double() for x in values]
-    assert "torch.float64" in serves(*wide)
-    assert "torch.float16" in serves(values[0], values[1].half(), *values[2:])
+    assert "torch.float64" in refusal(*wide)
+    assert "torch.float16" in refusal(values[0], values[1].half(), *values[2:])
     long = torch.empty(1, device="meta").expand(1, 2**31, 1)
-    assert "32 bits" in serves(long, long, values[2], long, long)
+    assert "32 bits" in refusal(long, long, values[2], long, long)
     with pytest.raises(NotImplementedError, match="not float32, bfloat16 or float16 alike"):
         scan(*wide)
     with pytest.raises(NotImplementedError, match="not float32, bfloat16 or float16 alike"):

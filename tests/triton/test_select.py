@@ -243,13 +243,13 @@ def test_equal_inputs_have_equal_results():
 
 def test_what_is_not_served_says_why():
     x = torch.ones(1, 1, 4, 2)
-    assert kernels.serves(x, x, 3, "dot", ANY, [4]) == ""
-    assert "gram" in kernels.serves(x, x, 3, "gram", ANY, [4])
-    assert "chebyshev" in kernels.serves(x, x, 3, "chebyshev", ANY, [4])
-    assert "float64" in kernels.serves(x.double(), x.double(), 3, "dot", ANY, [4])
-    assert "1000" in kernels.serves(x, x, 1000, "dot", ANY, [4])
-    assert "axes" in kernels.serves(x, x, 3, "dot", [0, 1, 1], [2, 2, 2, 2, 2])
-    assert kernels.serves(x, x, 3, "dot", ANY, [2, 2, 2, 2, 2]) == ""
+    assert kernels.refusal(x, x, 3, "dot", ANY, [4]) == ""
+    assert "gram" in kernels.refusal(x, x, 3, "gram", ANY, [4])
+    assert "chebyshev" in kernels.refusal(x, x, 3, "chebyshev", ANY, [4])
+    assert "float64" in kernels.refusal(x.double(), x.double(), 3, "dot", ANY, [4])
+    assert "1000" in kernels.refusal(x, x, 1000, "dot", ANY, [4])
+    assert "axes" in kernels.refusal(x, x, 3, "dot", [0, 1, 1], [2, 2, 2, 2, 2])
+    assert kernels.refusal(x, x, 3, "dot", ANY, [2, 2, 2, 2, 2]) == ""
     with pytest.raises(NotImplementedError, match="gram"):
         kernels.select(x, x, 3, "gram", False, *where(4, 4), ANY, False, 0.0)
 
@@ -304,11 +304,11 @@ def test_bins_with_nan_infinity_and_few_keys():
 
 def test_when_bins_are_of_use():
     x = torch.ones(1, 1, 2048, 2, dtype=torch.bfloat16)
-    assert kernels.serves_binned(x, x, 9, "dot") == ""
-    assert "euclidean" in kernels.serves_binned(x, x, 9, "euclidean")
-    assert "float32" in kernels.serves_binned(x.float(), x.float(), 9, "dot")
-    assert "40" in kernels.serves_binned(x, x, 40, "cosine")
-    assert "100" in kernels.serves_binned(x, x[:, :, :100], 9, "dot")
+    assert kernels.refusal_binned(x, x, 9, "dot") == ""
+    assert "euclidean" in kernels.refusal_binned(x, x, 9, "euclidean")
+    assert "float32" in kernels.refusal_binned(x.float(), x.float(), 9, "dot")
+    assert "40" in kernels.refusal_binned(x, x, 40, "cosine")
+    assert "100" in kernels.refusal_binned(x, x[:, :, :100], 9, "dot")
     with pytest.raises(NotImplementedError, match="euclidean"):
         kernels.select_binned(x, x, 3, "euclidean", False, *where(2048, 2048), ANY, False, 0.0)
 

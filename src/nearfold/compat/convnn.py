@@ -22,8 +22,8 @@ from nearfold.grammar.words import (
     Softmax,
     Window,
 )
-from nearfold.nn.layers import ConvNN1d, ConvNN2d
 from nearfold.nn.mixer import Mixer
+from nearfold.nn.shuffle import Shuffled
 
 
 def _convnn_path(c: Config, ndim: int) -> tuple[Nearest, Ranked | Box, bool]:
@@ -104,19 +104,10 @@ def convnn(ndim: int) -> Callable[[Config, State], Conversion]:
         path, shape, coordinates = _convnn_path(c, ndim)
         shuffle = c.choose("shuffle_pattern", {"NA": "none", "B": "before", "A": "after", "BA": "both"})
         scale = int(c["shuffle_scale"])
-        layer = (ConvNN1d, ConvNN2d)[ndim - 1](
-            c["in_channels"],
-            c["out_channels"],
-            c["K"],
-            padding=path.padding,
-            similarity=path.similarity,
-            candidates=path.candidates,
-            kernel=Dense(coordinates=coordinates),
-            shape=shape,
-            shuffle=shuffle,
-            shuffle_scale=scale,
-            bias="conv1d_layer.bias" in state,
-        )
+        layer = Shuffled(
+            Basic(path, shape, Weight(kernel=Dense(coordinates=coordinates))), c["in_channels"], c["out_channels"],
+            ndim=ndim, bias="conv1d_layer.bias" in state, shuffle=shuffle, shuffle_scale=scale,
+        )  # fmt: skip
 
         def mapping(s: State) -> State:
             return {name: s[f"conv1d_layer.{name}"] for name in ("weight", "bias") if f"conv1d_layer.{name}" in s}

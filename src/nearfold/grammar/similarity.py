@@ -189,7 +189,7 @@ class Scaled(Similarity):
         q_BHNe, k_BHNe, scale = self.embed_differences(q_BHNd, k_BHNd, place, params)
         q_BHNe = q_BHNe * scale
         if self.relative:  # q_i . p_i is the same for every key
-            own_BHN1 = (q_BHNe * self._position(place, params, q_BHNe)).sum(-1, keepdim=True)
+            own_BHN1 = (q_BHNe * self.position(place, params, q_BHNe)).sum(-1, keepdim=True)
             q_BHNe = torch.cat([q_BHNe, own_BHN1], -1)
             k_BHNe = torch.cat([k_BHNe, torch.ones_like(k_BHNe[..., :1])], -1)
         return q_BHNe, k_BHNe
@@ -203,12 +203,12 @@ class Scaled(Similarity):
             q_BHNd, k_BHNd = rotated(q_BHNd, place, self.rotary), rotated(k_BHNd, place, self.rotary)
         if self.relative:
             # features and positions swapped: for keys by planes the gradient's sum over batch and heads is then fast
-            p_dN = self._position(place, params, k_BHNd).neg().T
+            p_dN = self.position(place, params, k_BHNd).neg().T
             k_BHNd = (k_BHNd.transpose(2, 3) + p_dN).transpose(2, 3)
         return q_BHNd, k_BHNd, scale
 
-    def _position(self, place: Place, params: dict[str, Tensor], like: Tensor) -> Tensor:
-        """p (N, d), in the dtype of ``like``."""
+    def position(self, place: Place, params: dict[str, Tensor], like: Tensor) -> Tensor:
+        """ACmix's learned map of the coordinates, p (N, d), in the dtype of ``like``."""
         weight_da = params["position_weight"]
         return F.linear(place.unit().to(weight_da.dtype), weight_da, params.get("position_bias")).to(like.dtype)
 

@@ -68,7 +68,7 @@ def _on_gpu(
     kernels = cuda.kernels("aggregate", value, index, alpha, weight)
     if kernels is None or value.numel() * index.numel() == 0:
         return None
-    return None if kernels.serves(value, index, alpha, weight, groups, entries) else kernels
+    return None if kernels.refusal(value, index, alpha, weight, groups, entries) else kernels
 
 
 def served(value: Tensor, *others: Tensor | None) -> bool:

@@ -55,7 +55,7 @@ def _served(offset: Tensor, mask: Tensor | None) -> bool:
 def _on_gpu(offset: Tensor, mask: Tensor | None, frame: Frame, grad: Tensor | None = None) -> ModuleType | None:
     """The Triton kernels, where they can compute this."""
     kernels = cuda.kernels("corners", offset, mask, grad)
-    return None if kernels is None or kernels.serves(offset, mask, frame) else kernels
+    return None if kernels is None or kernels.refusal(offset, mask, frame) else kernels
 
 
 def _outputs(offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def _on_gpu(
     """The Triton kernels, where they can compute this."""
     kernels = cuda.kernels("grouped_conv", weight, *maps, *grad)
     read = [*maps, *(g.transpose(1, 2) for g in grad)]
-    return None if kernels is None or kernels.serves(read, weight, stride, dilation, before, out) else kernels
+    return None if kernels is None or kernels.refusal(read, weight, stride, dilation, before, out) else kernels
 
 
 def _served(*tensors: Tensor) -> bool:

@@ -118,7 +118,7 @@ def _on_gpu(
     kernels = cuda.kernels("local_attention", query, key, value, grad)
     if kernels is None:
         return None
-    no = kernels.serves(
+    no = kernels.refusal(
         query, key, value, window.size, window.stride, window.dilation, window.before, window.reflect, metric
     )
     return None if no else kernels

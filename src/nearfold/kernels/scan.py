@@ -98,7 +98,7 @@ def selective_scan(
     """
     _require(u, delta, A, B, C)
     kernels = cuda.kernels("scan", u, delta, A, B, C)
-    if kernels is not None and not kernels.serves(u, delta, A, B, C):
+    if kernels is not None and not kernels.refusal(u, delta, A, B, C):
         with torch.cuda.device_of(u):
             found: tuple[Tensor, Tensor] = kernels.scan(u, delta, A, B, C, keep)
         return found
@@ -133,7 +133,7 @@ def selective_scan_backward(
     _require(u, delta, A, B, C)
     _require_backward(grad, u, A, states)
     kernels = cuda.kernels("scan", grad, u, delta, A, B, C, states)
-    if kernels is not None and not kernels.serves(u, delta, A, B, C):
+    if kernels is not None and not kernels.refusal(u, delta, A, B, C):
         with torch.cuda.device_of(u):
             made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.scan_backward(grad, u, delta, A, B, C, states)
         return made

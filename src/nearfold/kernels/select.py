@@ -138,8 +138,8 @@ def _exact(
     positions = math.prod(grid)
     arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
     kernels = cuda.kernels("select", query, key)
-    if kernels is not None and query.numel() * key.numel() and not kernels.serves(query, key, k, metric, rule, grid):
-        if cuda.search() == "bins" and not kernels.serves_binned(query, key, k, metric):
+    if kernels is not None and query.numel() * key.numel() and not kernels.refusal(query, key, k, metric, rule, grid):
+        if cuda.search() == "bins" and not kernels.refusal_binned(query, key, k, metric):
             score, index, _ = kernels.select_binned(*arguments)
         else:
             score, index = kernels.select(*arguments)
@@ -219,7 +219,7 @@ def select_backward(
     if (
         kernels is not None
         and query.numel() * key.numel()
-        and not kernels.serves(query, key, index.shape[3], metric, [0, -1, 1], [1])
+        and not kernels.refusal(query, key, index.shape[3], metric, [0, -1, 1], [1])
     ):
         made: tuple[Tensor, Tensor] = kernels.select_backward(
             grad, query, key, index, metric, squared, deterministic=cuda.deterministic()

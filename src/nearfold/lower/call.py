@@ -5,6 +5,7 @@ Shape legend: B batch, C channels, H heads, d features of a head, N positions (p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,10 @@ class Call:
         else:
             query = split_heads(self.query, self.heads).to(dtype)
         return query, query if self.key is self.query else split_heads(self.key, self.heads).to(dtype), place
+
+
+Run = Callable[[Call], Tensor]
+"""What a backend does with a call: (B, O, *out_grid)."""
 
 
 def count_positions(grid: tuple[int, ...]) -> int:

@@ -1,81 +1,146 @@
-"""Run an operation: combinators here, `Basic` operations on the backend that `lower` chose."""
+"""Run an operation: combinators here, `Basic` operations on the backend that `lower` chose.
+
+All that follows from sizes is settled in a step, made once; calling it is tensor work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold._kept import once
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.lower.call import Call, pointwise, project
+from nearfold.lower.call import Call, Run, pointwise, project
 from nearfold.lower.extent import narrowed
-from nearfold.lower.frame import frame
+from nearfold.lower.frame import Frame, frame
 from nearfold.lower.geometry import crop, pads_input
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
 
-Run = Callable[[Call], Tensor]
+Choose = Callable[[Basic, Frame], Run]
+Given = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""What a call brings beside x: (draw, context, mask), each as in `execute`."""
+Body = Callable[[dict[str, Tensor], Tensor, Given, dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step is made for: channels in and out, the grid, the grid of a second input or (), and whether it draws."""
+
+    channels: int
+    out_channels: int
+    grid: tuple[int, ...]
+    source: tuple[int, ...] = ()
+    drawing: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation for some sizes: ``run`` (parameters, x, given, projections shared by a sum) -> (B, O, *out_grid)."""
+
+    out_grid: tuple[int, ...]
+    run: Body
 
 
 def execute(
     op: Operation,
     params: dict[str, Tensor],
     x: Tensor,
-    choose: Callable[[Basic], Run],
+    choose: Choose,
     draw: Tensor | None = None,
-    shared: dict[str, Tensor] | None = None,
     out_channels: int | None = None,
     context: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
-    ``shared`` holds projections already made by an enclosing sum, ``out_channels`` is O (default C), ``context`` the
-    input that `cross` paths read, ``mask`` the keys that each query may read.
+    ``choose`` says what runs each `Basic` operation, ``out_channels`` is O (default C), ``draw`` (seed, draws) of random
+    candidates, ``context`` the input that `cross` paths read, ``mask`` the keys that each query may read.
     """
-    out_channels = x.shape[1] if out_channels is None else out_channels
+    C = x.shape[1]
+    source = () if context is None else tuple(context.shape[2:])
+    sizes = Sizes(C, C if out_channels is None else out_channels, tuple(x.shape[2:]), source, draw is not None)
+    return step(op, sizes, choose).run(params, x, (draw, context, mask), {})
+
+
+def step(op: Operation, sizes: Sizes, choose: Choose) -> Step:
+    """An operation, settled for these sizes.
+
+    Raises:
+        ValueError: where its parts have different output grids, or a window does not fit.
+    """
     if isinstance(op, Basic):
-        return _basic(op, params, x, choose, draw, shared or {}, context, mask)
-    if isinstance(op, Branch):
-        sides = zip((op.first, op.second), op.shares(out_channels), op.inputs(x.shape[1]), strict=True)
-        made = [
-            execute(part, operand(params, i), x[:, read], choose, draw, None, channels, context, mask)
-            for i, (part, channels, read) in enumerate(sides)
-            if channels
-        ]
-        _same_grid(op, [m.shape[2:] for m in made])
-        y = torch.cat(made, 1) if len(made) > 1 else made[0]
-        return pointwise(y, params["mix_weight"], params.get("mix_bias")) if op.mix else y
+        return _basic(op, sizes, choose)
+    return _branch(op, sizes, choose) if isinstance(op, Branch) else _sum(op, sizes, choose)
+
+
+def _branch(op: Operation, sizes: Sizes, choose: Choose) -> Step:
+    assert isinstance(op, Branch)
+    sides = zip((op.first, op.second), op.shares(sizes.out_channels), op.inputs(sizes.channels), strict=True)
+    parts = []
+    for i, (part, made, read) in enumerate(sides):
+        if made:
+            channels = len(range(sizes.channels)[read])
+            parts.append((i, read, step(part, Sizes(channels, made, sizes.grid, sizes.source, sizes.drawing), choose)))
+    out_grid, split, mix = _one_grid(op, [part for _, _, part in parts]), op.split, op.mix
+
+    def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
+        each = [part.run(operand(params, i), x[:, read] if split else x, given, {}) for i, read, part in parts]
+        y = torch.cat(each, 1) if len(each) > 1 else each[0]
+        return pointwise(y, params["mix_weight"], params.get("mix_bias"), True) if mix else y
+
+    return Step(out_grid, run)
+
+
+def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     assert isinstance(op, Sum)
-    # a projection hoisted into the sum is computed once, for every operand that asks for it
-    bordered, planes, contextual = _shared_by(op, tuple(x.shape[2:]))
-    shared = {
-        c: pointwise(x, params[f"{LETTERS[c]}_weight"], params.get(f"{LETTERS[c]}_bias"), planes)
-        for c in "qkv"
-        if f"{LETTERS[c]}_weight" in params and not bordered and not (contextual and c != "q")
-    }
-    rates = iter(params["rates"].unbind()) if "rates" in params else iter(())
-    total: Tensor | None = None
-    for i, (rate, term) in enumerate(op.terms):
-        mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
-        y = execute(term, operand(params, i), x, choose, draw, mine, out_channels, context, mask)
-        if rate is not None:
-            y = y * (next(rates).to(y.dtype) if isinstance(rate, str) else rate)
-        if total is not None:
-            _same_grid(op, [total.shape[2:], y.shape[2:]])
-        total = y if total is None else total + y
-    assert total is not None
-    return total
+    parts = [step(term, sizes, choose) for _, term in op.terms]
+    rates = [rate for rate, _ in op.terms]
+    out_grid = _one_grid(op, parts)
+    # a projection hoisted into the sum is computed once, for every operand that asks for it, unless one projects its own
+    # padded input; keys and values of a second input are each operand's own
+    bordered = any(pads_input(part, sizes.grid) for part in op.parts)
+    hoisted = [] if bordered else ["q"] if op.needs_context else ["q", "k", "v"]
+    planes = all(meaning(part.path).planes for part in op.parts)
+
+    def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
+        made = _hoisted([c for c in hoisted if f"{LETTERS[c]}_weight" in params], params, x, planes)
+        learned = iter(params["rates"].unbind()) if "rates" in params else iter(())
+        total: Tensor | None = None
+        for i, (rate, part) in enumerate(zip(rates, parts, strict=True)):
+            mine = {c: t for c, t in made.items() if f"{i}.{LETTERS[c]}_weight" not in params}
+            y = part.run(operand(params, i), x, given, mine)
+            if rate is not None:
+                y = y * (next(learned).to(y.dtype) if isinstance(rate, str) else rate)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    return Step(out_grid, run)
 
 
-@once
-def _shared_by(op: Sum, grid: tuple[int, ...]) -> tuple[bool, bool, bool]:
-    """Of a sum: whether some operand projects its own padded input, all are windows, and some reads a context."""
-    bordered = any(pads_input(part, grid) for part in op.parts)
-    return bordered, all(meaning(part.path).planes for part in op.parts), op.needs_context
+def _hoisted(letters: list[str], params: dict[str, Tensor], x: Tensor, planes: bool) -> dict[str, Tensor]:
+    """The projections of a sum, by their letters: as maps they are one product."""
+    weights = [params[f"{LETTERS[c]}_weight"] for c in letters]
+    biases = [params.get(f"{LETTERS[c]}_bias") for c in letters]
+    alike = len({b is None for b in biases}) == 1
+    if len(letters) > 1 and planes and alike and x.is_contiguous():
+        bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
+        y = pointwise(x, torch.cat(weights), bias, True)
+        return dict(zip(letters, y.split([len(w) for w in weights], 1), strict=True))
+    each = (pointwise(x, w, b, planes) for w, b in zip(weights, biases, strict=True))
+    return dict(zip(letters, each, strict=True))
+
+
+def _one_grid(op: Operation, parts: list[Step]) -> tuple[int, ...]:
+    grids = [part.out_grid for part in parts]
+    if any(g != grids[0] for g in grids):
+        sizes = " and ".join(map(str, grids))
+        raise ValueError(f"the parts must have one output grid, got {sizes} (do their strides agree?): {op}")
+    return grids[0]
 
 
 def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:
@@ -86,43 +151,40 @@ def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:
     return each.reshape(B, N, C // groups * heads).transpose(1, 2).unflatten(2, y.shape[2:])
 
 
-def _same_grid(op: Operation, grids: list[torch.Size]) -> None:
-    if any(g != grids[0] for g in grids):
-        sizes = " and ".join(str(tuple(g)) for g in grids)
-        raise ValueError(f"the parts must have one output grid, got {sizes} (do their strides agree?): {op}")
+def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
+    assert isinstance(op, Basic)
+    at = frame(op, sizes.grid, sizes.source if op.cross else (), sizes.drawing)
+    backend, projections, heads, ndim = choose(op, at), op.weight.projections, op.weight.heads, len(at.grid)
+    planes, cross = meaning(op.path).planes, op.cross
 
+    def alone(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
+        """With nothing around the backend."""
+        return backend(Call(at, params, x, None, None, x, given[0], given[2]))
 
-def _basic(
-    op: Basic,
-    params: dict[str, Tensor],
-    x: Tensor,
-    choose: Callable[[Basic], Run],
-    draw: Tensor | None,
-    shared: dict[str, Tensor],
-    context: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    if op.cross and context is None:
-        raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
-    read = context if op.cross and context is not None else x
-    at = frame(op, tuple(x.shape[2:]), tuple(read.shape[2:]) if op.cross else (), draw is not None)
-    if at.added:
-        x = read = F.pad(x, at.added)
-    projections = op.weight.projections
+    def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
+        draw, context, mask = given
+        if cross and context is None:
+            raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
+        read = context if cross and context is not None else x
+        if at.added:
+            x = read = F.pad(x, at.added)
 
-    def projected(letter: str) -> Tensor:
-        if letter in projections and letter in shared:
-            y = shared[letter]
-        else:
-            y = project(op, letter, params, x if letter == "q" else read)
-        return y if letter == "q" or at.kv is None else _shared_heads(y, at.kv, op.weight.heads)
+        def projected(letter: str) -> Tensor:
+            if letter in projections and letter in shared:
+                y = shared[letter]
+            else:
+                y = project(op, letter, params, x if letter == "q" else read)
+            return y if letter == "q" or at.kv is None else _shared_heads(y, at.kv, heads)
 
-    query = projected("q") if at.features else None
-    key = (query if at.same else projected("k")) if at.features else None
-    own = narrowed(op, at.op, params, len(at.grid))
-    y = choose(op)(Call(at, own, projected("v"), query, key, x, draw, mask))
-    if at.inner:
-        y = crop(y, [0] * len(at.inner), at.inner)
-    if "o" in projections:
-        y = pointwise(y, params["out_weight"], params.get("out_bias"), meaning(op.path).planes)
-    return y
+        query = projected("q") if at.features else None
+        key = (query if at.same else projected("k")) if at.features else None
+        own = narrowed(op, at.op, params, ndim)
+        y = backend(Call(at, own, projected("v"), query, key, x, draw, mask))
+        if at.inner:
+            y = crop(y, [0] * ndim, at.inner)
+        if "o" in projections:
+            y = pointwise(y, params["out_weight"], params.get("out_bias"), planes)
+        return y
+
+    plain = not (projections or at.added or at.features or cross or at.kv) and at.op is op
+    return Step(at.inner or at.out_grid, alone if plain else run)

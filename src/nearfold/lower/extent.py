@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nearfold._kept import once
 from nearfold.grammar import Basic, Operation
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import bias_reach
@@ -27,6 +28,7 @@ def narrowed(op: Basic, fitted: Basic, params: dict[str, Tensor], ndim: int) -> 
     return params
 
 
+@once
 def unfilled(op: Operation, grid: tuple[int, ...], context: tuple[int, ...] | None = None) -> list[str]:
     """One sentence for every `nearest` that asks for more slots than there are positions to fill them.
 

@@ -199,15 +199,10 @@ class KernelMeaning(Meaning):
         bias = call.params.get("bias")
         return y if bias is None or not with_bias else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
 
-    def mixed(self, call: Call) -> tuple[Tensor, int] | None:
-        """The kernel of every input (B|1, O, C / groups, S), and its groups; None without one."""
-        found = self.weight(call)
-        return None if found is None else (found[0].flatten(2)[None], found[1])
-
     def blocks(self, call: Call) -> Tensor | None:
-        """`mixed` by groups of the output's channels (B|1, G, O / G, C / groups, S); None without one."""
-        found = self.mixed(call)
-        return None if found is None else found[0].unflatten(1, (found[1], -1))
+        """The kernel of every input by groups of channels (B|1, G, O / G, C / G, S); None without one."""
+        found = self.weight(call)
+        return None if found is None else found[0].flatten(2).unflatten(0, (found[1], -1))[None]
 
     def made(self, call: Call) -> int:
         """Output channels, before an output projection."""

@@ -15,8 +15,9 @@ from nearfold.grammar import Basic, Operation, parse
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
-from nearfold.lower.call import Call
-from nearfold.lower.execute import execute
+from nearfold.lower.call import Run
+from nearfold.lower.execute import Sizes, Step, step
+from nearfold.lower.frame import Frame
 from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -54,12 +55,6 @@ def lower(facts: Facts, backend: str = "auto") -> str:
     return backend
 
 
-def _masked(backend: str) -> str:
-    if backend not in ("auto", "sdpa", "oracle"):
-        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
-    return "oracle" if backend == "auto" else backend
-
-
 def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None) -> None:
     for part in op.parts:
         if not (meaning(part.path).takes_mask(part) and meaning(part.weight.rho).takes_mask):
@@ -74,16 +69,51 @@ def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None
         )
 
 
-def runner(name: str) -> Callable[[Call], Tensor]:
-    """The function behind a backend's name."""
-    return oracle.run if name == "oracle" else BACKENDS[name].run
+def _run(name: str, at: Frame) -> Run:
+    """What a backend runs on this frame: some settle more of it beforehand, in `prepare`."""
+    module = oracle if name == "oracle" else BACKENDS[name]
+    prepare: Callable[[Frame], Run] | None = getattr(module, "prepare", None)
+    run: Run = module.run if prepare is None else prepare(at)
+    return run
+
+
+def _masked(facts: Facts, backend: str) -> str:
+    """The backend that runs an operation with a mask."""
+    if backend not in ("auto", "sdpa", "oracle"):
+        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
+    if backend == "auto":
+        return "sdpa" if sdpa.supports(facts).ok else "oracle"
+    return backend
 
 
 @once
-def _chosen(
-    op: Basic, ndim: int, dtype: torch.dtype, device: str, grad: bool, backend: str
-) -> Callable[[Call], Tensor]:
-    return runner(lower(Facts(op, ndim, dtype, device, grad), backend))
+def planned(
+    op: Operation,
+    tail: tuple[int, ...],
+    out_channels: int,
+    source: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    grad: bool,
+    backend: str,
+    drawing: bool,
+    masked: bool,
+) -> Step:
+    """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: the second input's grid, or ().
+
+    Raises:
+        ValueError: where the input is none for the operation.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"x must be floating point, got {dtype}; convert it with x.float()")
+    if min(tail) == 0:
+        raise ValueError(f"x must have channels and positions, got {tuple(tail)} after the batch axis")
+
+    def choose(basic: Basic, at: Frame) -> Run:
+        facts = Facts(basic, len(tail) - 1, dtype, device, grad)
+        return _run(_masked(facts, backend) if masked else lower(facts, backend), at)
+
+    return step(op, Sizes(tail[0], out_channels, tuple(tail[1:]), tuple(source), drawing), choose)
 
 
 def operation(given: Operation | str) -> Operation:
@@ -118,42 +148,54 @@ def apply(
         mask: bool (B|1, H|1, N, N'), True where a query may read a key: a slot that it forbids is not valid. For paths
             `all` and `nearest`; the latter then runs on the oracle.
     """
-    op = operation(op)
     require_tensors(x=x)
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, channels, *grid), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}; convert it with x.float()")
-    if min(x.shape[1:]) == 0:
-        raise ValueError(f"x must have channels and positions, got shape {tuple(x.shape)}")
+    made = x.shape[1] if out_channels is None else out_channels
+    return run(operation(op), params, x, made, backend, draw, context, mask)
+
+
+def run(
+    op: Operation,
+    params: dict[str, Tensor],
+    x: Tensor,
+    out_channels: int,
+    backend: str = "auto",
+    draw: Tensor | None = None,
+    context: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `apply`, of an `Operation` on a tensor."""
     if torch.compiler.is_dynamo_compiling():
         from nearfold.lower.inductor import repaired  # it brings torch's compiler in, which takes a second
 
         repaired()
-    ndim, dtype, device, grad = x.dim() - 2, x.dtype, x.device.type, torch.is_grad_enabled()
-
-    def choose(basic: Basic) -> Callable[[Call], Tensor]:
-        if mask is None:
-            return _chosen(basic, ndim, dtype, device, grad, backend)
-        facts = Facts(basic, ndim, dtype, device, grad)
-        return runner("sdpa" if backend == "auto" and sdpa.supports(facts).ok else _masked(backend))
-
     if mask is not None:
         require_tensors(mask=mask)
         _require_mask(op, mask, x, context)
-
     if context is not None:
-        require_tensors(context=context)
-        if not op.needs_context:
-            raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
-        if (
-            context.dim() < 3
-            or context.shape[0] != x.shape[0]
-            or context.dtype != x.dtype
-            or min(context.shape[1:]) == 0
-        ):
-            raise ValueError(
-                "context must be (B, C, *grid) with the batch and dtype of x, got "
-                f"{tuple(context.shape)} {context.dtype} next to {tuple(x.shape)} {x.dtype}"
-            )
-    return execute(op, params, x, choose, draw, out_channels=out_channels, context=context, mask=mask)
+        _require_context(op, context, x)
+    found = planned(
+        op,
+        x.shape[1:],
+        out_channels,
+        () if context is None else context.shape[2:],
+        x.dtype,
+        x.device.type,
+        torch.is_grad_enabled(),
+        backend,
+        draw is not None,
+        mask is not None,
+    )
+    return found.run(params, x, (draw, context, mask), {})
+
+
+def _require_context(op: Operation, context: Tensor, x: Tensor) -> None:
+    require_tensors(context=context)
+    if not op.needs_context:
+        raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
+    if context.dim() < 3 or context.shape[0] != x.shape[0] or context.dtype != x.dtype or min(context.shape[1:]) == 0:
+        raise ValueError(
+            "context must be (B, C, *grid) with the batch and dtype of x, got "
+            f"{tuple(context.shape)} {context.dtype} next to {tuple(x.shape)} {x.dtype}"
+        )

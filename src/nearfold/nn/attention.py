@@ -42,8 +42,8 @@ class _Neighborhood(Mixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
-        window = Window(kernel_size, near, dilation=dilation, mode="inside", step=step)
+        similarity = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
+        window = Window(kernel_size, similarity, dilation=dilation, mode="inside", step=step)
         shape: Shape = Box() if isinstance(causal_axes, tuple) and not causal_axes else Causal(causal_axes)
         operation = Basic(window, shape, Weight(Softmax(heads=num_heads)))
         super().__init__(operation, channels, ndim=self._ndim, bias=bias, backend=backend)
@@ -129,8 +129,8 @@ class BlockAttention2d(Mixer):
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
-        operation = Basic(Block(block_size, near, shift, padded), Box(), Weight(Softmax(heads=num_heads)))
+        similarity = Scaled(bias="table" if flag("relative_bias", relative_bias) else "none")
+        operation = Basic(Block(block_size, similarity, shift, padded), Box(), Weight(Softmax(heads=num_heads)))
         super().__init__(operation, channels, bias=bias, backend=backend)
 
 

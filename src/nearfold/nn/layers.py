@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor, fx
-
-from nearfold._numbers import integer
 from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.notation import parse_word
 from nearfold.grammar.similarity import Scaled, Similarity
@@ -23,47 +19,32 @@ from nearfold.grammar.words import (
     Ranked,
     Rho,
     Row,
-    Shape,
     Softmax,
     Window,
 )
 from nearfold.nn.mixer import Mixer, TokenMixer
+from nearfold.nn.shuffle import Shuffled
 
 RHOS = ("softmax", "identity", "inverse", "mean", "ones")
-SHUFFLES = ("none", "before", "after", "both")
 
 
-def _nearest(
-    k: int,
-    similarity: str | Similarity,
-    candidates: str | Candidates,
-    rho: str | Rho,
-    kernel: str | Kernel | None,
-    *,
-    include_self: bool | float = False,
-    shape: str | Shape = "ranked",
-    stride: int | tuple[int, ...] = 1,
-    padding: int = 0,
-    recall: float = 1.0,
-) -> Basic:
-    """One k-nearest-neighbour operation from the arguments the layers share."""
-    path = Nearest(
-        k,
-        parse_word("similarity", similarity),
-        parse_word("candidates", candidates),
-        include_self=include_self,
-        stride=stride,
-        padding=padding,
-        recall=recall,
-    )
-    weight = Weight(parse_word("rho", rho), None if kernel in (None, "none") else parse_word("kernel", kernel))
-    return Basic(path, parse_word("shape", shape), weight)
+def _nearest(k: int, similarity: str | Similarity, candidates: str | Candidates, weight: Weight, **path: Any) -> Basic:
+    """One k-nearest-neighbour operation from the arguments the layers share; ``path``: others of `Nearest`."""
+    nearest = Nearest(k, parse_word("similarity", similarity), parse_word("candidates", candidates), **path)
+    return Basic(nearest, Ranked(), weight)
 
 
-class _ConvNN(Mixer):
+class _ConvNN(Shuffled):
     """ConvNN over any grid; see `ConvNN2d`."""
 
     _ndim = 2
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "rho": 'Mixer("nearest(9, cosine, self) | ranked | softmax(project=none)*kernel", 64)',
+        "kernel": 'Mixer("nearest(9, cosine, self) | ranked | separable", 64)',
+        "shape": 'Mixer("nearest(9, cosine, self) | box | kernel", 64)',
+        "include_self": 'Mixer("nearest(9, cosine) | ranked | kernel", 64)',
+        "recall": 'Mixer("nearest(9, cosine, self, recall=0.95) | ranked | kernel", 64)',
+    }
 
     def __init__(
         self,
@@ -77,90 +58,16 @@ class _ConvNN(Mixer):
         bias: bool = True,
         similarity: str | Similarity = "cosine",
         candidates: str | Candidates = "all",
-        rho: str | Rho = "ones",
-        kernel: str | Kernel = "kernel",
-        shape: str | Shape = "ranked",
-        include_self: bool = True,
-        recall: float = 1.0,
         shuffle: str = "none",
         shuffle_scale: int = 2,
         backend: str = "auto",
     ) -> None:
-        if shuffle not in SHUFFLES:
-            raise ValueError(f"shuffle must be one of {', '.join(SHUFFLES)}, got {shuffle!r}")
-        shuffle_scale = integer("shuffle_scale", shuffle_scale, most=2**10)
-        in_channels, out_channels = integer("in_channels", in_channels), integer("out_channels", out_channels)
-        groups = integer("groups", groups)
-        if groups != 1:
-            if kernel not in ("kernel", "separable"):
-                raise ValueError(
-                    f"groups={groups} goes with kernel='kernel' or 'separable', got kernel={str(kernel)!r}"
-                )
-            kernel = WORDS["kernel"][kernel](groups=groups)  # type: ignore[call-arg, assignment]
-        weigh: Any = parse_word("rho", rho)
-        if weigh.project is None and weigh.default_projections:
-            weigh = replace(weigh, project="none")
-        many = shuffle_scale**self._ndim
-        operation = _nearest(
-            k,
-            similarity,
-            candidates,
-            weigh,
-            kernel,
-            include_self=include_self,
-            shape=shape,
-            stride=stride,
-            padding=padding,
-            recall=recall,
-        )
+        weight = Weight(kernel=Dense(groups))
+        operation = _nearest(k, similarity, candidates, weight, include_self=True, stride=stride, padding=padding)
         super().__init__(
-            operation,
-            in_channels * (many if shuffle in ("before", "both") else 1),
-            out_channels * (many if shuffle in ("after", "both") else 1),
-            ndim=self._ndim,
-            bias=bias,
-            backend=backend,
-        )
-        self.in_channels, self.out_channels = in_channels, out_channels  # as seen from outside the shuffling
-        self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
-
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
-        if isinstance(x, fx.Proxy):
-            return self._leaf(x, context, mask)
-        self._require(x)
-        y = self._run(self.prepare(x), context, mask)
-        return _shuffle(y, self.shuffle_scale) if self.shuffle in ("after", "both") else y
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Unshuffled, where the layer does that first."""
-        if self.shuffle not in ("before", "both"):
-            return x
-        if any(n % self.shuffle_scale for n in x.shape[2:]):
-            raise ValueError(
-                f"shuffle={self.shuffle!r} needs grid sizes divisible by shuffle_scale={self.shuffle_scale}, "
-                f"got {tuple(x.shape[2:])}; pad the input first"
-            )
-        return _unshuffle(x, self.shuffle_scale)
-
-
-def _unshuffle(x: Tensor, scale: int) -> Tensor:
-    """Space to channels: nn.PixelUnshuffle on images, alike on volumes; on sequences the ConvNN code's flat reshape."""
-    if x.dim() == 4:
-        return F.pixel_unshuffle(x, scale)
-    if x.dim() == 5:
-        cut = x.reshape(*x.shape[:2], *(m for n in x.shape[2:] for m in (n // scale, scale)))
-        return cut.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-    return x.reshape(x.shape[0], x.shape[1] * scale, -1)
-
-
-def _shuffle(x: Tensor, scale: int) -> Tensor:
-    if x.dim() == 4:
-        return F.pixel_shuffle(x, scale)
-    if x.dim() == 5:
-        cut = x.unflatten(1, (-1, scale, scale, scale)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return cut.reshape(*cut.shape[:2], *(n * scale for n in x.shape[2:]))
-    return x.reshape(x.shape[0], x.shape[1] // scale, -1)
+            operation, in_channels, out_channels, ndim=self._ndim, bias=bias, backend=backend, shuffle=shuffle,
+            shuffle_scale=shuffle_scale,
+        )  # fmt: skip
 
 
 class ConvNN2d(_ConvNN):
@@ -177,18 +84,13 @@ class ConvNN2d(_ConvNN):
         similarity: notation of a similarity: cosine, euclidean, dot, scaled, position, blend(0.35),
             cosine(coordinates) ...
         candidates: all, random(64), grid(8), window(7).
-        rho: ones, identity, softmax, inverse; with heads: softmax(heads=4); with projections, which are left out
-            unless they are asked for: softmax(heads=4, project=qkv).
-        kernel: kernel, depthwise, separable, kernel(coordinates).
-        shape: ranked (slots by similarity) or box (slots in raster order).
-        include_self: the position itself is slot 0.
-        recall: below 1, an approximate search is enough that is expected to find this share of the neighbours.
         shuffle: none, before, after or both: pixel-unshuffle before, pixel-shuffle after.
         shuffle_scale: its factor.
         backend: "auto", or a backend's name.
 
-    The defaults are the public ConvNN layer's (arXiv 2511.14137): no projections, cosine, the position itself in
-    slot 0, rho = 1, a dense kernel (out_channels, in_channels, k) with bias.
+    It is the public ConvNN layer's operation (arXiv 2511.14137): no projections, the position itself in slot 0, rho
+    = 1, a dense kernel (out_channels, in_channels, k) with bias: `nearest(9, cosine, self) | ranked | kernel`. Other
+    weights and slots are said to `Mixer` by an operation.
 
     >>> import torch
     >>> ConvNN2d(16, 32, k=9)(torch.randn(1, 16, 8, 8)).shape
@@ -272,11 +174,12 @@ def _attention(
 ) -> Basic:
     if rho not in RHOS:
         raise ValueError(f"rho must be one of {', '.join(RHOS)}, got {rho!r}")
-    weight = WORDS["rho"][rho](heads=num_heads, project="qkvo")  # type: ignore[call-arg]
+    weigh = WORDS["rho"][rho](heads=num_heads, project="qkvo")  # type: ignore[call-arg]
+    assert isinstance(weigh, Rho)
     if kernel == "kernel":
         kernel = Dense(groups=num_heads)  # heads stay apart, as in attention
-    assert isinstance(weight, Rho)
-    return _nearest(k, similarity, candidates, weight, kernel, include_self=include_self, recall=recall)
+    weight = Weight(weigh, None if kernel in (None, "none") else parse_word("kernel", kernel))
+    return _nearest(k, similarity, candidates, weight, include_self=include_self, recall=recall)
 
 
 class KVTAttention(TokenMixer):
@@ -319,8 +222,6 @@ class BranchingConv2d(Mixer):
         k: neighbours of ConvNN.
         ratio: 0 (convolution) to 1 (ConvNN).
         stride: outputs on a strided grid.
-        padding: border of zero candidates for ConvNN; the convolution always keeps the size.
-        dilation: of the convolution.
         groups: of both kernels.
         bias: learned biases.
         similarity: as in `ConvNN2d`.
@@ -333,6 +234,13 @@ class BranchingConv2d(Mixer):
     torch.Size([1, 32, 8, 8])
     """
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "padding": 'Mixer("branch(0.5, nearest(9, cosine, self, padding=1) | ranked | kernel, '
+        'window(3) | box | kernel, mix)", 64)',
+        "dilation": 'Mixer("branch(0.5, nearest(9, cosine, self) | ranked | kernel, '
+        'window(3, dilation=2) | box | kernel, mix)", 64)',
+    }
+
     def __init__(
         self,
         in_channels: int,
@@ -342,8 +250,6 @@ class BranchingConv2d(Mixer):
         ratio: float = 0.5,
         *,
         stride: int | tuple[int, int] = 1,
-        padding: int = 0,
-        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
         similarity: str | Similarity = "cosine",
@@ -351,18 +257,10 @@ class BranchingConv2d(Mixer):
         mix: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = _nearest(
-            k,
-            similarity,
-            candidates,
-            "ones",
-            Dense(groups),
-            include_self=True,
-            stride=stride,
-            padding=padding,
-        )
-        window = Basic(Window(kernel_size, stride=stride, dilation=dilation), Box(), Weight(kernel=Dense(groups)))
-        operation = Branch(ratio, near, window, mix)
+        weight = Weight(kernel=Dense(groups))
+        convnn = _nearest(k, similarity, candidates, weight, include_self=True, stride=stride)
+        window = Basic(Window(kernel_size, stride=stride), Box(), weight)
+        operation = Branch(ratio, convnn, window, mix)
         super().__init__(operation, in_channels, out_channels, bias=bias, backend=backend)
 
 
@@ -400,6 +298,6 @@ class BranchingAttention(TokenMixer):
         mix: bool = True,
         backend: str = "auto",
     ) -> None:
-        near = _attention(num_heads, k, similarity, candidates, "softmax", kernel, False)
+        sparse = _attention(num_heads, k, similarity, candidates, "softmax", kernel, False)
         dense = Basic(All(), Row(), Weight(Softmax(heads=num_heads)))
-        super().__init__(Branch(ratio, near, dense, mix), embed_dim, bias=bias, backend=backend)
+        super().__init__(Branch(ratio, sparse, dense, mix), embed_dim, bias=bias, backend=backend)

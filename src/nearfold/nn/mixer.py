@@ -6,18 +6,20 @@ import difflib
 import inspect
 import math
 import warnings
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from nearfold._kept import once
 from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
-from nearfold.lower.plan import apply
 from nearfold.lower.plan import operation as as_operation
+from nearfold.lower.plan import run
 from nearfold.nn.draws import Draws
 
 
@@ -49,6 +51,18 @@ def register_dotted(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     module.register_parameter(attribute, nn.Parameter(tensor))
+
+
+@once
+def _route(name: str) -> tuple[list[str], str]:
+    """The modules on the way to a parameter of this dotted name, and what it is called in the last one."""
+    *path, attribute = name.split(".")
+    return path, attribute
+
+
+def _searches(op: Operation) -> bool:
+    """Whether some part of an operation searches."""
+    return any(part.path.searches for part in op.parts)
 
 
 def _draws(op: Operation) -> bool:
@@ -100,13 +114,20 @@ class Mixer(nn.Module):
     """
 
     sampler: Tensor | None
-    _said: tuple[int, ...] = ()  # the last grid on which what cannot be filled was looked for
+    _told = False  # whether it was said already that not all slots can be filled
+    _seen: tuple[Any, ...] = ()  # the shape and dtype that `_require` has found to be right
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # what a layer has no argument for: the operation that says it
     takes_one = False  # whether inputs without a batch axis are taken: where it stands for a layer that takes them
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
         """Before anything is made: an argument that the layer does not have is an error that names the one meant."""
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         for name in named:
+            if name in cls.elsewhere:
+                raise TypeError(
+                    f"{cls.__name__} has no argument {name!r}: say it to Mixer by an operation, such as "
+                    f"{cls.elsewhere[name]}"
+                )
             if name not in known:
                 meant = [s for s in MEANT.get(name, ()) if s in known] or difflib.get_close_matches(name, known, 1)
                 hint = f"; here it is {meant[0]}" if meant else ""
@@ -137,6 +158,7 @@ class Mixer(nn.Module):
         )
         self._between = (self.in_channels, self.out_channels, self.ndim, flag("bias", bias), self.context_channels)
         self._specs = self._stored = parameters(self.operation, *self._between)
+        self._searches = _searches(self.operation)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
         self.register_buffer("sampler", _new_sampler() if _draws(self.operation) else None)
@@ -158,11 +180,11 @@ class Mixer(nn.Module):
 
     def _tensor(self, name: str) -> Tensor:
         owner: nn.Module = self
-        *path, attribute = name.split(".")
+        path, attribute = _route(name)
         for part in path:
             owner = owner._modules[part]  # type: ignore[assignment]
-        tensor: Tensor = getattr(owner, attribute)
-        return tensor
+        tensor = owner._parameters.get(attribute)
+        return getattr(owner, attribute) if tensor is None else tensor  # one that is computed: pruned, parametrized
 
     def parameters_of(self, operation: Operation) -> dict[str, Parameter]:
         """What another operation between the same channels would own.
@@ -232,7 +254,7 @@ class Mixer(nn.Module):
                 )
         if _draws(op) and self.sampler is None:
             raise ValueError(f"{op} draws candidates, and the layer has no sampler: call reserve({str(op)!r}) first")
-        self.operation, self._specs = op, specs
+        self.operation, self._specs, self._searches = op, specs, _searches(op)
 
     def _like(self, tensor: Tensor) -> Tensor:
         own = next(self.parameters(), tensor)
@@ -265,13 +287,9 @@ class Mixer(nn.Module):
         """Once for a layer: that it asks for more neighbours than there are."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a look at the sizes would tie the graph to them
             return
-        grid = tuple(x.shape[2:])
-        if self._said in (grid, (0,)):
-            return
-        self._said = grid
-        found = unfilled(self.operation, grid, None if context is None else tuple(context.shape[2:]))
+        found = unfilled(self.operation, x.shape[2:], None if context is None else context.shape[2:])
         if found:
-            self._said = (0,)
+            self._told = True
             warnings.warn("; ".join(found), stacklevel=3)
 
     def _leaf(self, x: fx.Proxy, *others: Any) -> Any:
@@ -292,16 +310,20 @@ class Mixer(nn.Module):
             raise ValueError(
                 f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
             )
-        self._say(x, context)
+        if self._searches and not self._told:
+            self._say(x, context)
         draw = None
-        if self.sampler is not None and self.training:
+        if self.training and self.sampler is not None:
             draw = self._draws.next(self.sampler)
-        return apply(
-            self.operation, self.tensors(), x, out_channels=self.made_channels, backend=self.backend, draw=draw,
-            context=context, mask=mask,
-        )  # fmt: skip
+        params = self.tensors()
+        self._require_dtype(x, params)
+        return run(self.operation, params, x, self.made_channels, self.backend, draw, context, mask)
 
     def _require(self, x: Tensor) -> None:
+        """ValueError where x is no input of this layer."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and isinstance(x, Tensor) and (x.shape, x.dtype) == self._seen:
+            return
         require_tensors(x=x)
         if x.dim() != self.ndim + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("HWD"[: self.ndim]) if self.ndim > 1 else "N"
@@ -309,12 +331,16 @@ class Mixer(nn.Module):
                 f"x must be (B, {self.in_channels}, {axes}) for this layer (in_channels={self.in_channels}, "
                 f"ndim={self.ndim}), got shape {tuple(x.shape)}"
             )
-        self._require_dtype(x)
+        self._require_dtype(x, self.tensors())
+        if not compiling:
+            self._seen = (x.shape, x.dtype)
 
-    def _require_dtype(self, x: Tensor) -> None:
-        own = next((self._tensor(name).dtype for name in self._specs), x.dtype)
+    def _require_dtype(self, x: Tensor, params: dict[str, Tensor]) -> None:
+        own = next(iter(params.values()), x).dtype
+        if own == x.dtype:
+            return
         kind = x.device.type
-        if own != x.dtype and x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+        if x.is_floating_point() and (kind == "meta" or not torch.is_autocast_enabled(kind)):
             raise ValueError(
                 f"x is {x.dtype}, but the layer's parameters are {own}; convert one with .to(dtype) or use autocast"
             )

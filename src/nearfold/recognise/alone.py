@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import Box, Dense, Depthwise, Ones, Window
-from nearfold.recognise.foreign import GLOBAL_MEAN, Found, count, plain, window
+from nearfold.recognise.foreign import GLOBAL_MEAN, Match, count, plain, window
 from nearfold.recognise.trial import copied, quiet
 
 TRIED = "tried alone"
@@ -26,7 +26,7 @@ SCALES = (3.0, 0.1)  # of the numbers in a map
 CLOSE = 1e-10  # of what is as large as one, in float64
 
 
-def tried(module: nn.Module) -> Found | str | None:
+def tried(module: nn.Module) -> Match | str | None:
     """What a layer was seen to be: `TRIED` where it is pointwise; None where none of the trials fits.
 
     >>> tried(nn.Softplus()), tried(nn.Softmax(dim=-1))
@@ -49,7 +49,7 @@ def tried(module: nn.Module) -> Found | str | None:
                 p.add_(0.1 + 0.4 * torch.rand(p.shape, generator=generator, dtype=p.dtype))
         if _acts_alone(alone, generator) or _embeds(alone, generator):
             return TRIED
-        return next((found for trial in TRIALS if (found := trial(alone, generator))), None)
+        return next((match for trial in TRIALS if (match := trial(alone, generator))), None)
 
 
 # --- pointwise
@@ -131,7 +131,7 @@ def _embeds(module: nn.Module, generator: torch.Generator) -> bool:
 # --- statistics
 
 
-def _statistics(module: nn.Module, generator: torch.Generator) -> Found | None:
+def _statistics(module: nn.Module, generator: torch.Generator) -> Match | None:
     """Whether a position depends on the others, and by means alone: of each channel, and of its square.
 
     The others are mirrored, each channel by itself, so that their values change and these two means do not.
@@ -156,7 +156,7 @@ def _statistics(module: nn.Module, generator: torch.Generator) -> Found | None:
         if passed:
             what = "of the map, and of its square" if squares else "of the map"
             note = f"the mean {what}, by which every position is then changed alone"
-            return Found(GLOBAL_MEAN, scaffold="a norm counts 0", axis=axis, note=note, followed=True)
+            return Match(GLOBAL_MEAN, scaffold="a norm counts 0", axis=axis, note=note, followed=True)
     return None
 
 
@@ -214,7 +214,7 @@ class _Convolutions(TorchDispatchMode):
         return made
 
 
-def _convolution(module: nn.Module, generator: torch.Generator) -> Found | None:
+def _convolution(module: nn.Module, generator: torch.Generator) -> Match | None:
     """Whether it is one convolution of its input with a kernel that is made of its own parameters.
 
     The kernel of one run, and torch's convolution with it, must make what the layer makes of other inputs.
@@ -253,7 +253,7 @@ def _convolves(call: tuple[Any, ...], pads: list[int], x: Tensor, y: Tensor) -> 
     return made.shape == y.shape and bool((made - y).abs().max() <= CLOSE * (1 + y.abs().max()))
 
 
-def _convolved(module: nn.Module, seen: list[tuple[Any, ...]], ndim: int) -> Found | None:
+def _convolved(module: nn.Module, seen: list[tuple[Any, ...]], ndim: int) -> Match | None:
     (_, weight, _, stride, padding, dilation, transposed, _, groups), _ = seen[0]
     if transposed or any(not torch.equal(weight, call[1]) for call, _ in seen):
         return None
@@ -274,13 +274,13 @@ def _convolved(module: nn.Module, seen: list[tuple[Any, ...]], ndim: int) -> Fou
     if not any(p.shape == weight.shape and torch.equal(p, weight) for p in module.parameters(recurse=False)):
         notes.append("its kernel is made of its own parameters, the same for every input")
     op = Basic(path, Box(), Weight(kernel=Depthwise() if each else Dense(groups)))
-    return Found(op, note="; ".join(notes), followed=not (even or same))
+    return Match(op, note="; ".join(notes), followed=not (even or same))
 
 
 # --- a finer map
 
 
-def _nearest(module: nn.Module, generator: torch.Generator) -> Found | None:
+def _nearest(module: nn.Module, generator: torch.Generator) -> Match | None:
     """Whether it makes a finer map of the same values: each output is the input at its own place, rounded down."""
     passed = False
     for grid in ((7,), (5, 6), (3, 4, 5)):
@@ -302,8 +302,8 @@ def _nearest(module: nn.Module, generator: torch.Generator) -> Found | None:
     if not passed:
         return None
     note = "each output is one position of a coarser map"
-    return Found(Basic(Window(1), Box(), Weight(Ones())), scaffold="a copy counts 0", note=note, followed=True)
+    return Match(Basic(Window(1), Box(), Weight(Ones())), scaffold="a copy counts 0", note=note, followed=True)
 
 
-Trial = Callable[[nn.Module, torch.Generator], Found | None]
+Trial = Callable[[nn.Module, torch.Generator], Match | None]
 TRIALS: tuple[Trial, ...] = (_convolution, _nearest, _statistics)

@@ -35,7 +35,7 @@ from nearfold.recognise.checked import (
     require_alike,
     signature,
 )
-from nearfold.recognise.foreign import Found, Unsaid
+from nearfold.recognise.foreign import Match, Unsaid
 from nearfold.recognise.layouts import (
     CAUSAL,
     CONTEXTS,
@@ -74,7 +74,7 @@ class Attention:
     returns: int = 0
     added: bool = False
 
-    def found(self, module: nn.Module) -> Found:
+    def match(self, module: nn.Module) -> Match:
         """For `describe`."""
         maps = [tuple(member(module, name).parameters()) for name in self.layout.maps]
         biases = [b for b in (getattr(module, f"{c}_bias", None) for c in "qv") if isinstance(b, nn.Parameter)]
@@ -84,7 +84,7 @@ class Attention:
             notes.append("queries and keys are made of the input plus the positions that the caller gives")
         if self.layout.norm:
             notes.append("the input is added to its output, and a norm follows")
-        return Found(self.operation, generating, axis=-1, note="; ".join(notes))
+        return Match(self.operation, generating, axis=-1, note="; ".join(notes))
 
     def call(self, module: nn.Module, x: Tensor) -> dict[str, Any]:
         """What its caller gives with x (B, N, D), by name: rotary positions, and the mask of a causal layer."""
@@ -121,11 +121,11 @@ def why_not(module: nn.Module) -> str | None:
     >>> why_not(nn.Linear(3, 3))
     """
     try:
-        found = attention_of(module)
+        attention = attention_of(module)
     except Unsaid as why:
         return str(why)
     named = "att" in type(module).__name__.lower() and not isinstance(module, nn.MultiheadAttention)
-    return "called attention, and no rule for this class" if found is None and named else None
+    return "called attention, and no rule for this class" if attention is None and named else None
 
 
 def _first(owners: tuple[Any, ...], names: tuple[str, ...], kind: Any) -> Any:
@@ -211,13 +211,13 @@ def _operation(
         Softmax(heads, scale=factor, project=None if layout.out else "qkv", kv=None if shared == heads else shared)
     )
     rotary, added = _rotary(core, config, arguments, features)
-    near, causal = Scaled(rotary=rotary), _is_causal(core, config, cross)
+    similarity, causal = Scaled(rotary=rotary), _is_causal(core, config, cross)
     window = _sliding(core, config)
     if window is not None:
         if not causal:
             raise Unsaid(f"no word for a window of {window} that its caller's mask makes")
-        return Basic(Window(window, near), Causal(), weight), added
-    return Basic(All(near), Causal() if causal else Row(), weight), added
+        return Basic(Window(window, similarity), Causal(), weight), added
+    return Basic(All(similarity), Causal() if causal else Row(), weight), added
 
 
 def _is_causal(core: nn.Module, config: Any, cross: bool) -> bool:
@@ -353,12 +353,12 @@ FILLED: dict[str, Callable[[int], Any]] = {
 def _call(arguments: dict[str, inspect.Parameter], op: Basic, features: int, x: Tensor) -> dict[str, Any]:
     N = x.shape[1]
     given: dict[str, Any] = {}
-    near = op.path.similarity
+    similarity = op.path.similarity
     if op.shape.causal and "attention_mask" in arguments:
         hidden = ~visible(op, N, x.device)
         given["attention_mask"] = torch.zeros(1, 1, N, N, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
-    if near.rotary and "position_embeddings" in arguments:
-        given["position_embeddings"] = rotary_embeddings(near.rotary, features, N, x)
+    if similarity.rotary and "position_embeddings" in arguments:
+        given["position_embeddings"] = rotary_embeddings(similarity.rotary, features, N, x)
     for name, parameter in list(arguments.items())[1:]:
         if name in FILLED:
             given[name] = FILLED[name](N)

@@ -26,30 +26,30 @@ from nearfold.grammar.words import (
     Table,
     Window,
 )
-from nearfold.recognise.foreign import RULES, Found, Ints, Rule, Unsaid, count, crossed, plain, window
+from nearfold.recognise.foreign import RULES, Ints, Match, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
 WIDE = "on maps with sides of a block or more"
 
 
-def shifted_block(m: Any, size: Ints, shift: Ints, padded: bool = True) -> Found:
+def shifted_block(m: Any, size: Ints, shift: Ints, padded: bool = True) -> Match:
     """Attention in blocks with Swin's relative bias."""
     path = Block(plain(size), Scaled(bias="table"), shift=plain(shift), padded=padded)
-    return Found(Basic(path, Box(), Weight(Softmax(m.num_heads))), count(m), axis=-1, note="" if padded else CUT)
+    return Match(Basic(path, Box(), Weight(Softmax(m.num_heads))), count(m), axis=-1, note="" if padded else CUT)
 
 
-def _swin(m: Any) -> Found:
+def _swin(m: Any) -> Match:
     return shifted_block(m, tuple(m.window_size), tuple(m.shift_size))
 
 
-def _window_attention(m: Any) -> Found:
+def _window_attention(m: Any) -> Match:
     return shifted_block(m, tuple(m.window_size), 0, padded=False)
 
 
-def _patch_merging(m: Any) -> Found:
+def _patch_merging(m: Any) -> Match:
     norm = "" if m.norm.normalized_shape[0] != m.reduction.in_features else "; a norm of the four comes first"
     path = Window(2, stride=2, padding=0)
-    return Found(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
+    return Match(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
 
 
 BLOCK_RULES: dict[str, Rule] = {
@@ -64,12 +64,12 @@ BLOCK_RULES: dict[str, Rule] = {
 # --- layers whose meaning is with their parent: child name to what it is
 
 
-def _timm_swin_block(m: Any) -> dict[str, Found]:
+def _timm_swin_block(m: Any) -> dict[str, Match]:
     shift = tuple(m.shift_size)  # it shifts the map before it pads it: no block is then a block of the padded map
     return {"attn": shifted_block(m.attn, tuple(m.window_size), shift, padded=not any(shift))}
 
 
-def token_table(*layers: nn.Linear) -> Found:
+def token_table(*layers: nn.Linear) -> Match:
     """One or more nn.Linear over positions, with activations between: one operation.
 
     >>> print(token_table(nn.Linear(49, 96), nn.Linear(96, 49)).operation)
@@ -78,18 +78,18 @@ def token_table(*layers: nn.Linear) -> Found:
     inputs, outputs = layers[0].in_features, layers[-1].out_features
     table = Table(inputs, None if outputs == inputs else outputs)
     note = "" if len(layers) == 1 else f"{len(layers)} tables with an activation between"
-    return Found(Basic(All(), Row(), Weight(table)), axis=-1, note=note)
+    return Match(Basic(All(), Row(), Weight(table)), axis=-1, note=note)
 
 
-def _timm_mixer_block(m: Any) -> dict[str, Found]:
+def _timm_mixer_block(m: Any) -> dict[str, Match]:
     return {"mlp_tokens": token_table(m.mlp_tokens.fc1, m.mlp_tokens.fc2)}
 
 
-def _timm_res_block(m: Any) -> dict[str, Found]:
+def _timm_res_block(m: Any) -> dict[str, Match]:
     return {"linear_tokens": token_table(m.linear_tokens)}
 
 
-def deformable(m: Any, parent: nn.Module) -> Found:
+def deformable(m: Any, parent: nn.Module) -> Match:
     """A DeformConv2d, with the sibling convolutions that make its offsets and mask: known by their channels."""
     size = tuple(m.kernel_size)
     slots = math.prod(size)
@@ -103,14 +103,14 @@ def deformable(m: Any, parent: nn.Module) -> Found:
     chosen = nets.get(3) or (nets.get(2, []) + nets.get(1, []) if nets.get(2) else [])
     if any(len(some) > 1 for some in nets.values()) or not chosen:
         op = Basic(plan, Box(), Weight(kernel=kernel))
-        return Found(op, note="offsets are given from outside; what makes them is not among its siblings")
+        return Match(op, note="offsets are given from outside; what makes them is not among its siblings")
     rho = Ones() if len(chosen) == 1 and not nets.get(3) else Modulated()
     op = Basic(plan, Box(), Weight(rho, kernel))
     makers = "offsets" if rho == Ones() else "offsets and mask"
-    return Found(op, count(*chosen), nets=tuple(chosen), note=f"{makers} from {len(chosen)} sibling convolution")
+    return Match(op, count(*chosen), nets=tuple(chosen), note=f"{makers} from {len(chosen)} sibling convolution")
 
 
-def deformable_children(m: nn.Module) -> dict[str, Found]:
+def deformable_children(m: nn.Module) -> dict[str, Match]:
     """Every DeformConv2d among the children, by name."""
     return {name: deformable(child, m) for name, child in m.named_children() if is_deformable(child)}
 
@@ -121,18 +121,18 @@ def is_deformable(module: nn.Module) -> bool:
     return (own.__module__, own.__qualname__) == ("torchvision.ops.deform_conv", "DeformConv2d")
 
 
-def _hugging_face_swin(m: Any) -> dict[str, Found]:
+def _hugging_face_swin(m: Any) -> dict[str, Match]:
     path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size, padded=True)
     op = Basic(path, Box(), Weight(Softmax(m.attention.num_attention_heads)))
-    return {"attention": Found(op, count(m.attention), axis=-1, note=WIDE)}
+    return {"attention": Match(op, count(m.attention), axis=-1, note=WIDE)}
 
 
-def _pooling_head(m: Any) -> dict[str, Found]:
+def _pooling_head(m: Any) -> dict[str, Match]:
     return {"attention": crossed(RULES[MULTIHEAD](m.attention))}
 
 
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
-PARENTS: dict[str, Callable[[Any], dict[str, Found]]] = {
+PARENTS: dict[str, Callable[[Any], dict[str, Match]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
     "timm.models.mlp_mixer.MixerBlock": _timm_mixer_block,
     "timm.models.mlp_mixer.ResBlock": _timm_res_block,
@@ -144,10 +144,10 @@ PARENTS: dict[str, Callable[[Any], dict[str, Found]]] = {
 }
 
 
-# --- what only a call shows: replaces what was found, from (module, found, positional and named arguments)
+# --- what only a call shows: replaces the match, from (module, match, positional and named arguments)
 
 
-def _multihead_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _multihead_call(m: Any, match: Match, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Match:
     given = (
         dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
         | kwargs
@@ -155,18 +155,18 @@ def _multihead_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[st
     if any(given.get(name) is not None for name in ("key_padding_mask", "attn_mask")) or given.get("is_causal"):
         raise Unsaid("it is called with a mask")
     if given["key"] is given["query"]:
-        return found
-    return crossed(found)
+        return match
+    return crossed(match)
 
 
-def _swin_call(m: Any, found: Found, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _swin_call(m: Any, match: Match, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Match:
     x = args[0] if args else kwargs["x"]
     grid = x.shape[1:3]  # a block that covers the padded map is not shifted
     shift = tuple(0 if size >= n else s for n, size, s in zip(grid, m.window_size, m.shift_size, strict=True))
     return shifted_block(m, tuple(m.window_size), shift)
 
 
-AT_CALL: dict[str, Callable[[Any, Found, tuple[Any, ...], dict[str, Any]], Found]] = {
+AT_CALL: dict[str, Callable[[Any, Match, tuple[Any, ...], dict[str, Any]], Match]] = {
     MULTIHEAD: _multihead_call,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin_call,
 }

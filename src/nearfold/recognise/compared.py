@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import All, Row, Softmax
-from nearfold.recognise.foreign import Found
+from nearfold.recognise.foreign import Match
 from nearfold.recognise.operators import Call, entries, follow, rule_of, tensors, views
 from nearfold.recognise.operators.axes import SOFTMAXES
 from nearfold.recognise.place import SHIFT, Place, number, varies
@@ -50,13 +50,13 @@ class Compared:
     through: frozenset[str] = frozenset()
     parts: set[str] = field(default_factory=set, compare=False)
 
-    def found(self, generating: int) -> Found:
+    def match(self, generating: int) -> Match:
         """For `describe`."""
         notes = ["seen in the run", *sorted(self.more)]
         if self.few:
             notes.append(f"for {self.few} of its positions")
         op = Basic(All(cross=self.cross), Row(), Weight(Softmax(self.heads)))
-        return Found(op, generating, axis=-1, note="; ".join(notes))
+        return Match(op, generating, axis=-1, note="; ".join(notes))
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ class Comparisons:
 
     def _pass_on(self, call: Call) -> None:
         """The result of an attention under another shape."""
-        found = [self.spent[t] for t in tensors(call.given) if t in self.spent]
-        if found and rule_of(call) in (views.viewed, entries.same):
+        spent = [self.spent[t] for t in tensors(call.given) if t in self.spent]
+        if spent and rule_of(call) in (views.viewed, entries.same):
             for made in call.made:
-                self.spent[made] = found[0]
+                self.spent[made] = spent[0]
 
     def _begun(self, call: Call, frame: Frame) -> _Pairs | None:
         """A product of queries and keys: of positions along its rows, and positions along its columns."""

@@ -1,6 +1,6 @@
 """Rules: what a layer of torch, torchvision, timm or transformers is, as an Operation.
 
-A rule reads attributes and answers with `Found`, or raises `Unsaid` with the reason: nothing is guessed. Classes are
+A rule reads attributes and answers with `Match`, or raises `Unsaid` with the reason: nothing is guessed. Classes are
 matched by their qualified name, so that none of these libraries is imported, and a subclass only as long as it keeps
 its base's forward.
 """
@@ -29,7 +29,7 @@ class Unsaid(ValueError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """A layer, said in the words.
 
     Attributes:
@@ -49,11 +49,11 @@ class Found:
     axis: int = 1
     nets: tuple[nn.Module, ...] = ()
     note: str = ""
-    beside: tuple[tuple[str, Found | None], ...] = ()
+    beside: tuple[tuple[str, Match | None], ...] = ()
     followed: bool = False
 
 
-Rule = Callable[[nn.Module], Found]
+Rule = Callable[[nn.Module], Match]
 
 
 def count(*modules: nn.Module) -> int:
@@ -110,24 +110,24 @@ def window(size: Ints, stride: Ints, dilation: Ints, padding: Ints | str, mode: 
     return Window(plain(size), stride=plain(stride), dilation=plain(dilation), padding=padding, mode=mode)
 
 
-def _conv(m: nn.Module) -> Found:
+def _conv(m: nn.Module) -> Match:
     assert isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if m.padding_mode not in ("zeros", "reflect"):
         raise Unsaid(f"no word for padding_mode={m.padding_mode}")
     path = window(m.kernel_size, m.stride, m.dilation, m.padding, m.padding_mode)
     each = m.groups == m.in_channels == m.out_channels > 1
-    return Found(Basic(path, Box(), Weight(kernel=Depthwise() if each else Dense(m.groups))))
+    return Match(Basic(path, Box(), Weight(kernel=Depthwise() if each else Dense(m.groups))))
 
 
-def _transposed(m: nn.Module) -> Found:
+def _transposed(m: nn.Module) -> Match:
     raise Unsaid("spreads every input over a window of outputs; the words say what an output reads")
 
 
-def _recurrent(m: nn.Module) -> Found:
+def _recurrent(m: nn.Module) -> Match:
     raise Unsaid("a recurrence that is not linear; scan | causal | selective is")
 
 
-def _mean_pool(m: nn.Module) -> Found:
+def _mean_pool(m: nn.Module) -> Match:
     assert isinstance(m, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
     size = _axes(m.kernel_size, m.kernel_size if isinstance(m.kernel_size, tuple) else (0,) * int(type(m).__name__[-2]))
     divisor = getattr(m, "divisor_override", None)
@@ -138,23 +138,23 @@ def _mean_pool(m: nn.Module) -> Found:
     fixed = divisor or (math.prod(size) if counts else None)
     notes = [f"divided by {fixed}" + ", as if the zeros around the map were positions" * (not divisor)] if fixed else []
     op = Basic(path, Box(), Weight(Ones() if fixed else Mean()))
-    return _ceiled(m, Found(op, scaffold=_shrinking(m.stride), note="; ".join(notes)))
+    return _ceiled(m, Match(op, scaffold=_shrinking(m.stride), note="; ".join(notes)))
 
 
-def _ceiled(m: Any, found: Found) -> Found:
+def _ceiled(m: Any, match: Match) -> Match:
     """The same with ceil_mode, if it is on: a last window that the border cuts."""
     if not m.ceil_mode:
-        return found
+        return match
     note = "where its windows leave a rest of the map, one more window that the border cuts (ceil_mode)"
-    return dataclasses.replace(found, note="; ".join(filter(None, (found.note, note))), followed=True)
+    return dataclasses.replace(match, note="; ".join(filter(None, (match.note, note))), followed=True)
 
 
-def _max_pool(m: nn.Module) -> Found:
+def _max_pool(m: nn.Module) -> Match:
     assert isinstance(m, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d)
     if m.return_indices:
         raise Unsaid("no word for return_indices")
     path = window(m.kernel_size, m.stride, m.dilation, m.padding)
-    return _ceiled(m, Found(Basic(path, Box(), Weight(Max())), scaffold=_shrinking(m.stride)))
+    return _ceiled(m, Match(Basic(path, Box(), Weight(Max())), scaffold=_shrinking(m.stride)))
 
 
 POOLING = "pooling that shrinks the map counts 0"
@@ -167,50 +167,50 @@ def _shrinking(stride: Ints) -> str:
 GLOBAL_MEAN = Basic(All(), Row(), Weight(Mean()))
 
 
-def _adaptive_mean(m: nn.Module) -> Found:
+def _adaptive_mean(m: nn.Module) -> Match:
     if any(n != 1 for n in _axes(m.output_size, m.output_size)):  # type: ignore[arg-type]
         raise Unsaid(f"no word for bins whose size follows from the input's (output_size={m.output_size})")
-    return Found(GLOBAL_MEAN, scaffold=POOLING, note="one output for the map")
+    return Match(GLOBAL_MEAN, scaffold=POOLING, note="one output for the map")
 
 
-def _fast_mean(m: nn.Module) -> Found:
+def _fast_mean(m: nn.Module) -> Match:
     axis = -1 if tuple(getattr(m, "dim", (2, 3))) == (1, 2) else 1  # channels last
-    return Found(GLOBAL_MEAN, scaffold=POOLING, axis=axis, note="one output for the map")
+    return Match(GLOBAL_MEAN, scaffold=POOLING, axis=axis, note="one output for the map")
 
 
-def attention_rule(heads: int, *modules: nn.Module, project: str | None = None, note: str = "") -> Found:
+def attention_rule(heads: int, *modules: nn.Module, project: str | None = None, note: str = "") -> Match:
     """Self-attention over all positions, made by these layers.
 
     >>> print(attention_rule(2, nn.Linear(4, 12), nn.Linear(4, 4)).operation)
     all | row | softmax(heads=2)
     """
     op = Basic(All(), Row(), Weight(Softmax(heads, project=project)))
-    return Found(op, count(*modules), axis=-1, note=note)
+    return Match(op, count(*modules), axis=-1, note=note)
 
 
-def _multihead(m: nn.Module) -> Found:
+def _multihead(m: nn.Module) -> Match:
     assert isinstance(m, nn.MultiheadAttention)
     if m.bias_k is not None or m.bias_v is not None or m.add_zero_attn:
         raise Unsaid("no word for the extra positions of add_bias_kv and add_zero_attn")
     if m.kdim != m.vdim:
         raise Unsaid(f"no word for keys of {m.kdim} and values of {m.vdim} channels")
-    found = attention_rule(m.num_heads, m, note="self-attention without a mask, unless the caller gives one")
-    return found if m.kdim == m.embed_dim else crossed(found)
+    match = attention_rule(m.num_heads, m, note="self-attention without a mask, unless the caller gives one")
+    return match if m.kdim == m.embed_dim else crossed(match)
 
 
-def crossed(found: Found) -> Found:
+def crossed(match: Match) -> Match:
     """The same attention with keys and values of another input."""
-    assert isinstance(found.operation, Basic)
-    op = dataclasses.replace(found.operation, path=All(cross=True))
-    return dataclasses.replace(found, operation=op, note="keys and values of another input")
+    assert isinstance(match.operation, Basic)
+    op = dataclasses.replace(match.operation, path=All(cross=True))
+    return dataclasses.replace(match, operation=op, note="keys and values of another input")
 
 
-def _mixer(m: nn.Module) -> Found:
+def _mixer(m: nn.Module) -> Match:
     assert isinstance(m, Mixer)
     own = sum(t.numel() for name, t in m.tensors().items() if generates(m.operation, name))
     shuffled = getattr(m, "shuffle", "none")
     note = "" if shuffled == "none" else f"on the pixel-unshuffled map (shuffle={shuffled})"
-    return Found(m.operation, own, axis=-1 if isinstance(m, TokenMixer) else 1, note=note)
+    return Match(m.operation, own, axis=-1 if isinstance(m, TokenMixer) else 1, note=note)
 
 
 _TORCH = "torch.nn.modules"

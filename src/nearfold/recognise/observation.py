@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nearfold.recognise.compared import Compared
-from nearfold.recognise.foreign import Found
+from nearfold.recognise.foreign import Match
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Observation:
         fields: behind the layer, as they are printed.
         linears: what lies along the last axis of an nn.Linear's input: channels, positions, all (every position
             and channel, flattened) or both (positions that were gathered).
-        calls: what a call replaces: another `Found`, or the reason why there is none.
+        calls: what a call replaces: another `Match`, or the reason why there is none.
         glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name, and
             how often.
         compared: attention that such a forward was seen to be made of; its operations are no glue.
@@ -32,7 +32,7 @@ class Observation:
     flops: dict[str, int] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
     linears: dict[str, str] = field(default_factory=dict)
-    calls: dict[str, Found | str] = field(default_factory=dict)
+    calls: dict[str, Match | str] = field(default_factory=dict)
     glue: dict[str, Counter[str]] = field(default_factory=dict)
     compared: dict[str, Compared] = field(default_factory=dict)
     means: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from nearfold.grammar.words import All, Window
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.compared import Comparisons
 from nearfold.recognise.field import through
-from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.foreign import Match, Unsaid, names_of
 from nearfold.recognise.observation import Frame, Observation
 from nearfold.recognise.operators import EMPTY, Call, follow
 from nearfold.recognise.place import (
@@ -117,12 +117,12 @@ class _Watch(TorchDispatchMode):
         self.root = twins[model]
         self.by_module = {twins[layer.modules[0]]: layer for layer in layers}
         self.known = {
-            twins[module] for layer in layers if layer.found and not layer.found.followed for module in layer.modules
+            twins[module] for layer in layers if layer.match and not layer.match.followed for module in layer.modules
         }
         self.followed = {
-            twins[module] for layer in layers if layer.found and layer.found.followed for module in layer.modules
+            twins[module] for layer in layers if layer.match and layer.match.followed for module in layer.modules
         }
-        self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.found and not layer.listed}
+        self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.match and not layer.listed}
         self.names = {twins[module]: name for name, module in model.named_modules()}
         self.folded: set[str] = set()
         self.places, self.solid = WeakIdKeyDictionary(), WeakIdKeyDictionary()
@@ -183,30 +183,30 @@ class _Watch(TorchDispatchMode):
             if is_linear(module):
                 self._look(layer.name, given[0])
             for name in names_of(module):
-                if layer.found is not None and name in AT_CALL:
+                if layer.match is not None and name in AT_CALL:
                     try:
-                        self.seen.calls[layer.name] = AT_CALL[name](module, layer.found, args, kwargs)
+                        self.seen.calls[layer.name] = AT_CALL[name](module, layer.match, args, kwargs)
                     except Unsaid as why:
                         self.seen.calls[layer.name] = str(why)
-            found = self.seen.calls.get(layer.name, layer.found)
-            if isinstance(found, Found) and _folds(module, found, given[0]):
+            match = self.seen.calls.get(layer.name, layer.match)
+            if isinstance(match, Match) and _folds(module, match, given[0]):
                 note = "parts of the map are folded into the batch; it looks within each of them"
-                self.seen.calls[layer.name] = dataclasses.replace(found, note=note)
+                self.seen.calls[layer.name] = dataclasses.replace(match, note=note)
                 self.folded.add(layer.name)
-            if isinstance(found, Found):
-                self._ordered(given[0], found)
+            if isinstance(match, Match):
+                self._ordered(given[0], match)
         place = self.place(given[0]) if given else None
         position = None if place is None or place.wild else place.position
         self.stack.append(Frame(module, self.counter.get_total_flops(), given, position))
 
-    def _ordered(self, x: Tensor, found: Found) -> None:
+    def _ordered(self, x: Tensor, match: Match) -> None:
         """Note where a container rearranged the positions that a layer is about to read."""
         place = self.place(x)
         if place is None or place.wild or x.dim() < 3:
             return
-        axis = found.axis % x.dim()
+        axis = match.axis % x.dim()
         dims = [d for d in range(1, x.dim()) if d != axis]
-        windows = any(isinstance(part.path, Window) for part in found.operation.parts)
+        windows = any(isinstance(part.path, Window) for part in match.operation.parts)
         if gathered(place.position, axis) or (windows and not orderly(least_position(place, axis), dims)):
             self._note("a rearrangement of positions")
 
@@ -232,26 +232,26 @@ class _Watch(TorchDispatchMode):
             return
         place = self.place(made[0])
         if place is not None and made[0].dim():
-            found = self.seen.calls.get(name, layer and layer.found)
-            self.seen.fields[name] = text(place, found.axis if isinstance(found, Found) else -1)
+            match = self.seen.calls.get(name, layer and layer.match)
+            self.seen.fields[name] = text(place, match.axis if isinstance(match, Match) else -1)
 
     def _behind(self, layer: Layer, given: list[Tensor], places: list[Place], made: list[Tensor]) -> None:
         """Places of what a layer that is known has made."""
         y, x = made[0], given[0]
-        found = self.seen.calls.get(layer.name, layer.found)
+        match = self.seen.calls.get(layer.name, layer.match)
         main = self.place(x)
-        if not isinstance(found, Found) or layer.name in self.folded:
-            place = unknown(places[0], y.shape, found.axis if isinstance(found, Found) else None)
+        if not isinstance(match, Match) or layer.name in self.folded:
+            place = unknown(places[0], y.shape, match.axis if isinstance(match, Match) else None)
         else:
             like = [p for p in places if p.position.dim() == len(x.shape)]
-            looks = all(isinstance(part.path, All) for part in found.operation.parts)
+            looks = all(isinstance(part.path, All) for part in match.operation.parts)
             if main is None or looks:
                 main = join([over(p, range(p.position.dim())) for p in like], x.dim()) if like else unknown(
                     places[0], x.shape)  # fmt: skip
             if getattr(layer.modules[0], "shuffle", "none") != "none" and not looks:
                 main = dataclasses.replace(main, kind="?")
-            place = renumbered(through(main, found.operation, x.shape, y.shape, found.axis), y.shape, found.axis)
-            if one_position(found):
+            place = renumbered(through(main, match.operation, x.shape, y.shape, match.axis), y.shape, match.axis)
+            if one_position(match):
                 self.comparisons.alike(main, place)
                 self.comparisons.through(x, y, layer.name)
         self._put(y, place)
@@ -278,32 +278,32 @@ class _Watch(TorchDispatchMode):
         if place is None:
             return
         kind = self.seen.linears.get(name, "channels")
-        found = over(place, (x.dim() - 1,))
+        behind = over(place, (x.dim() - 1,))
         if kind == "channels":
             self.comparisons.through(x, y, name)
         else:
-            found = settled(found)
+            behind = settled(behind)
         if kind == "positions":  # hidden tokens are along the last axis, the channels stay where they were
             rows = [d for d in range(x.dim()) if varies(place.position, (d,))]
-            self._put(y, dataclasses.replace(found, position=number(y.shape, rows) + stage()))
+            self._put(y, dataclasses.replace(behind, position=number(y.shape, rows) + stage()))
         else:
             if place.wild:
-                found = renumbered(found, y.shape, -1)
-            self._put(y, dataclasses.replace(found, channel=number(y.shape, (-1,)), masked=False))
+                behind = renumbered(behind, y.shape, -1)
+            self._put(y, dataclasses.replace(behind, channel=number(y.shape, (-1,)), masked=False))
 
     # --- tensors
 
     def place(self, t: Tensor) -> Place | None:
         """Where a tensor comes from; unknown where something else has written to its memory since."""
-        found = self.places.get(t)
+        place = self.places.get(t)
         if self.written:
             when, writer = self.written.get(t.untyped_storage()._cdata, (0, t))
             if writer is not t and self.placed.get(t, 0) < when:
-                source = found or self.places[writer]
+                source = place or self.places[writer]
                 return unknown(source, t.shape)
-        if self.lost and found is not None and found.kind != "?":
-            return dataclasses.replace(found, kind="?")
-        return found
+        if self.lost and place is not None and place.kind != "?":
+            return dataclasses.replace(place, kind="?")
+        return place
 
     def escaped(self, name: str, args: tuple[Any, ...]) -> None:
         """Note that values that depend on the input are looked at."""
@@ -345,15 +345,15 @@ class _Watch(TorchDispatchMode):
                     self.solid[t] = True
             return
         if name in EMPTY:  # filled: it depends on nothing any more, if it is all of its memory
-            found = [unknown(next(iter(places.values())), t.shape) for t in made]
+            behind = [unknown(next(iter(places.values())), t.shape) for t in made]
             self.comparisons.forget(made)
         else:
             call = Call(name, func, given, lambda t: places.get(id(t)), lambda t: id(t) in solid, made)
-            found = follow(call)
+            behind = follow(call)
             if call.mixes:
-                self._mixed(name, found[0], call)
+                self._mixed(name, behind[0], call)
             self._compare(call)
-        for t, place in zip(made, found, strict=True):
+        for t, place in zip(made, behind, strict=True):
             was = places.get(id(t))
             if inplace and (was is None or not same(was, place)):
                 self.clock += 1
@@ -376,9 +376,9 @@ class _Watch(TorchDispatchMode):
         if done is None or frame.compared:
             return
         frame.compared = True
-        found, explained = done
-        before = self.seen.compared.setdefault(name, found)
-        if before == found:
+        compared, explained = done
+        before = self.seen.compared.setdefault(name, compared)
+        if before == compared:
             for owner, operator in explained:
                 self.seen.glue.get(owner, Counter())[operator.removeprefix("_")] -= 1
 
@@ -423,8 +423,8 @@ def least_position(place: Place, axis: int) -> Tensor:
     return place.position.narrow(axis, 0, 1)
 
 
-def _folds(module: nn.Module, found: Found, x: Tensor) -> bool:
+def _folds(module: nn.Module, match: Match, x: Tensor) -> bool:
     """Whether a layer that looks everywhere is given several parts of the one input as a batch."""
     batch = 1 if isinstance(module, nn.MultiheadAttention) and not module.batch_first else 0
-    everywhere = any(isinstance(part.path, All) for part in found.operation.parts)
+    everywhere = any(isinstance(part.path, All) for part in match.operation.parts)
     return everywhere and x.dim() > 2 and x.shape[batch] != 1

@@ -11,11 +11,11 @@ from torch import nn
 
 from nearfold.recognise.blocks import PARENTS, token_table
 from nearfold.recognise.compared import Compared
-from nearfold.recognise.foreign import Found, count
+from nearfold.recognise.foreign import Match, count
 from nearfold.recognise.observation import Observation
 from nearfold.recognise.observe import observe
 from nearfold.recognise.pointwise import is_elementwise, is_linear
-from nearfold.recognise.walk import Layer, of_found, walk, with_halves
+from nearfold.recognise.walk import Layer, of_match, walk, with_halves
 
 SEEN = "seen in the run"
 GLUED = frozenset(PARENTS)  # containers whose own forward a rule explains
@@ -58,20 +58,20 @@ def _with_attention(
     """The layers, and what the run showed to be attention and nothing else; the maps that it is made of are its own."""
     by_name = {layer.name: layer for layer in layers}
     often = Counter(map(owner, seen.compared))
-    found = {}
+    attentions = {}
     for name, compared in seen.compared.items():
         layer = by_name.get(owner(name))
         if owner(name) not in glue and often[owner(name)] == 1 and (layer is None or layer.reason):
-            found[owner(name)] = compared
-    parts = {part: name for name, one in found.items() for part in one.parts if _is_part(by_name.get(part), one)}
+            attentions[owner(name)] = compared
+    parts = {part: name for name, one in attentions.items() for part in one.parts if _is_part(by_name.get(part), one)}
     said: set[str] = set()
     for layer in layers:
-        around = [up for up in _upwards(layer.name) if up in found]
+        around = [up for up in _upwards(layer.name) if up in attentions]
         for name in around:
             if name not in said:
                 said.add(name)
-                yield _attention(model, name, found[name], by_name, parts)
-        if layer.name not in found and layer.name not in parts:
+                yield _attention(model, name, attentions[name], by_name, parts)
+        if layer.name not in attentions and layer.name not in parts:
             yield dataclasses.replace(layer, within=True) if around else layer
 
 
@@ -79,7 +79,7 @@ def _is_part(layer: Layer | None, compared: Compared) -> bool:
     """Whether a layer is one of the maps around an attention, or its softmax."""
     if layer is None:
         return False
-    map_ = is_linear(layer.modules[0]) or (layer.found is not None and layer.pointwise)
+    map_ = is_linear(layer.modules[0]) or (layer.match is not None and layer.pointwise)
     return map_ or (layer.name in compared.through and bool(layer.reason))
 
 
@@ -88,7 +88,7 @@ def _attention(
 ) -> Layer:
     module, layer = model.get_submodule(name), by_name.get(name)
     if layer is not None and not layer.listed:
-        return of_found(name, (module,), compared.found(count(module)))
+        return of_match(name, (module,), compared.match(count(module)))
     own = sum(p.numel() for p in module.parameters(recurse=False))
     generating = own + sum(count(model.get_submodule(part)) for part, its in parts.items() if its == name)
     below = f"{name}." if name else ""
@@ -97,7 +97,7 @@ def _attention(
         for other in by_name
         if other.startswith(below) and other != name and other not in parts
     )
-    return of_found(name, (module,), dataclasses.replace(compared.found(generating), beside=beside))
+    return of_match(name, (module,), dataclasses.replace(compared.match(generating), beside=beside))
 
 
 def _upwards(name: str) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _mixing(calls: set[str]) -> str:
 
 def _as_seen(layer: Layer, seen: Observation, glue: dict[str, set[str]]) -> Layer | None:
     """What a run adds to a layer without an operation: whether it mixed positions. None: only its parts are left."""
-    if layer.found is not None or layer.name in seen.calls or is_linear(layer.modules[0]):
+    if layer.match is not None or layer.name in seen.calls or is_linear(layer.modules[0]):
         return layer
     if layer.name in glue:
         if layer.reason and not layer.reason.startswith(("no rule", "owns", "called")):  # a rule says more
@@ -125,12 +125,12 @@ def _as_seen(layer: Layer, seen: Observation, glue: dict[str, set[str]]) -> Laye
 
 def _as_called(layer: Layer, seen: Observation) -> Layer:
     new = seen.calls.get(layer.name)
-    if isinstance(new, Found):
-        return of_found(layer.name, layer.modules, new)
+    if isinstance(new, Match):
+        return of_match(layer.name, layer.modules, new)
     if new is not None:
-        return dataclasses.replace(layer, found=None, reason=new, counted=0.0)
+        return dataclasses.replace(layer, match=None, reason=new, counted=0.0)
     if layer.pointwise and seen.linears.get(layer.name) == "both":
-        return dataclasses.replace(layer, found=None, reason="reads positions that its container gathered", counted=0.0)
+        return dataclasses.replace(layer, match=None, reason="reads positions that its container gathered", counted=0.0)
     return layer
 
 
@@ -144,7 +144,7 @@ def _with_tables(layers: list[Layer], seen: Observation) -> list[Layer]:
         if run:
             linears = [layer.modules[0] for layer in run]
             name = run[0].name if len(run) == 1 else _joined([layer.name for layer in run])
-            out.append(of_found(name, tuple(linears), token_table(*linears)))  # type: ignore[arg-type]
+            out.append(of_match(name, tuple(linears), token_table(*linears)))  # type: ignore[arg-type]
         out.extend(between)
         run.clear()
         between.clear()

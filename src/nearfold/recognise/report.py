@@ -31,7 +31,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Row:
+class DescribedLayer:
     """One layer that is said in the words.
 
     Attributes:
@@ -99,7 +99,7 @@ class Complexity:
     c_d: float
     c_p: float
     alpha: float
-    rows: tuple[Row, ...]
+    rows: tuple[DescribedLayer, ...]
     unknown: tuple[Strange, ...]
 
     @property
@@ -149,7 +149,7 @@ class Description:
 
     title: str
     input_size: tuple[int, ...] | None
-    rows: tuple[Row, ...]
+    rows: tuple[DescribedLayer, ...]
     pointwise: dict[str, int]
     unknown: tuple[Strange, ...]
     notes: tuple[str, ...]
@@ -245,7 +245,7 @@ def describe(
         raise ValueError(f"give input_size or inputs, not both; got {input_size=} and inputs={list(inputs)}")
     layers, seen = layers_of(model, input_size, inputs)
     names = {module: name for name, module in model.named_modules()}
-    rows = tuple(_row(layer, seen, names) for layer in layers if layer.found)
+    rows = tuple(_row(layer, seen, names) for layer in layers if layer.match)
     rows += tuple(_mean_row(model, name, *mean) for name, mean in (seen.means if seen else {}).items())
     unknown = tuple(map(_strange, filter(_reason, layers)))
     plain = Counter(_label(layer) for layer in layers if layer.pointwise)
@@ -266,37 +266,37 @@ def _shown(inputs: dict[str, Any] | None) -> list[str]:
     return [", ".join(f"{name} {shape}" for name, shape in given.items())] if given else []
 
 
-def _totals(rows: tuple[Row, ...], unknown: tuple[Strange, ...], alpha: float) -> Complexity:
+def _totals(rows: tuple[DescribedLayer, ...], unknown: tuple[Strange, ...], alpha: float) -> Complexity:
     return Complexity(sum(row.c_d for row in rows), sum(row.c_p for row in rows), alpha, rows, unknown)
 
 
 def _said(layer: Layer) -> bool:
-    return layer.found is not None
+    return layer.match is not None
 
 
 def _reason(layer: Layer) -> bool:
     return bool(layer.reason)
 
 
-def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, str] | None = None) -> Row:
-    assert layer.found is not None
+def _row(layer: Layer, seen: Observation | None = None, names: dict[nn.Module, str] | None = None) -> DescribedLayer:
+    assert layer.match is not None
     flops, own = None, [(names or {}).get(module, "") for module in layer.modules]
     if seen is not None and not layer.within and any(name in seen.flops for name in own):
         flops = sum(seen.flops.get(name, 0) for name in own)
-    beside = [layer.modules[0].get_submodule(name) for name, _ in layer.found.beside]
+    beside = [layer.modules[0].get_submodule(name) for name, _ in layer.match.beside]
     reached = [seen.fields[name] for name in own if seen and name in seen.fields]
-    return Row(
-        layer.name, layer.kind, layer.found.operation, layer.mixes, layer.counted,
-        layer.found.generating / MILLION, count(*layer.modules) - count(*beside), flops,
+    return DescribedLayer(
+        layer.name, layer.kind, layer.match.operation, layer.mixes, layer.counted,
+        layer.match.generating / MILLION, count(*layer.modules) - count(*beside), flops,
         reached[0] if reached else "", layer.note,
     )  # fmt: skip
 
 
-def _mean_row(model: nn.Module, name: str, field: str, share: str) -> Row:
+def _mean_row(model: nn.Module, name: str, field: str, share: str) -> DescribedLayer:
     """A container whose own forward takes the mean over positions: the pooling before a classifier, or of a gate."""
     kind = type(model.get_submodule(name)).__name__
     note = "; ".join(filter(None, ("a mean over positions in its own forward", share, POOLING)))
-    return Row(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, field, note)
+    return DescribedLayer(name, kind, GLOBAL_MEAN, True, 0.0, 0.0, 0, 0, field, note)
 
 
 def _strange(layer: Layer) -> Strange:
@@ -304,9 +304,9 @@ def _strange(layer: Layer) -> Strange:
 
 
 def _label(layer: Layer) -> str:
-    if layer.found and layer.found.followed:
-        return f"{layer.kind} ({layer.found.note})"
-    if layer.found:
+    if layer.match and layer.match.followed:
+        return f"{layer.kind} ({layer.match.note})"
+    if layer.match:
         return f"{layer.kind} 1x1 (C_D {layer.counted:g} each)"
     return f"{layer.kind} ({layer.note})" if layer.note in (SEEN, TRIED) else layer.kind
 

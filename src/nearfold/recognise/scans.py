@@ -24,7 +24,7 @@ from nearfold.recognise.checked import (
     require_alike,
     signature,
 )
-from nearfold.recognise.foreign import Found, Unsaid, count
+from nearfold.recognise.foreign import Match, Unsaid, count
 
 MEMBERS = ("in_proj", "conv1d", "out_proj", "A_log", "D")
 NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
@@ -39,7 +39,7 @@ def is_scan(module: nn.Module) -> bool:
     return all(getattr(module, name, None) is not None for name in MEMBERS) and isinstance(module.conv1d, nn.Conv1d)
 
 
-def scan_of(module: nn.Module) -> Found | None:
+def scan_of(module: nn.Module) -> Match | None:
     """What a module is as a selective state space; None where it does not look like one.
 
     Raises:
@@ -50,10 +50,10 @@ def scan_of(module: nn.Module) -> Found | None:
     return remembered(_READ, signature(module), lambda: _read(module))
 
 
-_READ: dict[Any, Found | str] = {}
+_READ: dict[Any, Match | str] = {}
 
 
-def _read(module: Any) -> Found:
+def _read(module: Any) -> Match:
     one = getattr(module, "x_proj", None) is not None
     operation, notes = _first(module) if one else _second(module)
     width = module.in_proj.in_features
@@ -71,8 +71,8 @@ def _read(module: Any) -> Found:
     made = 0 if one else width * (2 * _groups(module) * path.state + module.A_log.shape[0])
     generating = count(*makers) + sum(p.numel() for p in own) + made
     short = Basic(Window(module.conv1d.kernel_size[0]), Causal(), Weight(kernel=Depthwise()))
-    beside = (("in_proj", None), ("out_proj", None), ("conv1d", Found(short)))
-    return Found(operation, generating, axis=-1, note="; ".join(notes), beside=beside)
+    beside = (("in_proj", None), ("out_proj", None), ("conv1d", Match(short)))
+    return Match(operation, generating, axis=-1, note="; ".join(notes), beside=beside)
 
 
 def _first(m: Any) -> tuple[Basic, list[str]]:

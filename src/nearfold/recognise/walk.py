@@ -16,7 +16,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.recognise.alone import TRIED, tried
 from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
-from nearfold.recognise.foreign import RULES, Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.foreign import RULES, Match, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.layouts import CROSS
 from nearfold.recognise.pointwise import (
     gathers_statistics,
@@ -38,7 +38,7 @@ class Layer:
     Attributes:
         name: dotted.
         modules: the layer itself; more than one where several make one operation.
-        found: what it is in the words; None: pointwise without a word, or unknown.
+        match: what it is in the words; None: pointwise without a word, or unknown.
         reason: why it is unknown; empty otherwise.
         counted: its share in the model's C_D.
         note: what the words leave open, why it counts what it counts, or how it is known.
@@ -48,7 +48,7 @@ class Layer:
 
     name: str
     modules: tuple[nn.Module, ...]
-    found: Found | None = None
+    match: Match | None = None
     reason: str = ""
     counted: float = 0.0
     note: str = ""
@@ -63,37 +63,37 @@ class Layer:
     @property
     def pointwise(self) -> bool:
         """Whether it reads one position for each it makes."""
-        return not self.reason and (self.found is None or one_position(self.found))
+        return not self.reason and (self.match is None or one_position(self.match))
 
     @property
     def mixes(self) -> bool:
         """Whether it is known, and reads other positions."""
-        return self.found is not None and not one_position(self.found)
+        return self.match is not None and not one_position(self.match)
 
 
-def one_position(found: Found) -> bool:
+def one_position(match: Match) -> bool:
     """Whether an operation is a window of a single position: a 1x1 convolution."""
-    path = found.operation.path if isinstance(found.operation, Basic) else None
+    path = match.operation.path if isinstance(match.operation, Basic) else None
     return path is not None and meaning(path).table and all_ones(getattr(path, "size", 0))
 
 
 def walk(model: nn.Module) -> list[Layer]:
     """The layers of a model in the order in which they are registered; a shared one once.
 
-    >>> [layer.found and str(layer.found.operation) for layer in walk(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))]
+    >>> [layer.match and str(layer.match.operation) for layer in walk(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))]
     ['window(3, padding=0) | box | kernel', None]
     """
     return with_halves(list(_visit(model, "", None, set(), set())))
 
 
-def of_found(name: str, modules: tuple[nn.Module, ...], found: Found) -> Layer:
+def of_match(name: str, modules: tuple[nn.Module, ...], match: Match) -> Layer:
     """A layer that can be said, and what it counts."""
-    note = "; ".join(filter(None, (found.note, found.scaffold)))
-    return Layer(name, modules, found, counted=0.0 if found.scaffold else c_d(found.operation), note=note)
+    note = "; ".join(filter(None, (match.note, match.scaffold)))
+    return Layer(name, modules, match, counted=0.0 if match.scaffold else c_d(match.operation), note=note)
 
 
 def _visit(
-    module: nn.Module, name: str, given: Found | Unsaid | None, seen: set[nn.Module], parts: set[nn.Module]
+    module: nn.Module, name: str, given: Match | Unsaid | None, seen: set[nn.Module], parts: set[nn.Module]
 ) -> Iterator[Layer]:
     """The layers of one module; ``parts`` are those that belong to a layer elsewhere."""
     if module in seen or module in parts:
@@ -102,16 +102,16 @@ def _visit(
     try:
         if isinstance(given, Unsaid):
             raise given
-        found = given or _found(module)
+        match = given or _matched(module)
     except Unsaid as why:
         yield Layer(name, (module,), reason=str(why))
         return
-    if found is not None:
-        for child_name, part in found.beside:
+    if match is not None:
+        for child_name, part in match.beside:
             child = module.get_submodule(child_name)
             for layer in _visit(child, f"{name}.{child_name}".lstrip("."), part, seen, parts):
                 yield dataclasses.replace(layer, within=True)
-        yield of_found(name, (module, *found.nets), found)
+        yield of_match(name, (module, *match.nets), match)
         return
     if gathers_statistics(module):
         yield _alone(module, name, "no word for statistics over positions")
@@ -129,7 +129,7 @@ def _visit(
     if strange:
         yield Layer(name, (module,), reason=f"owns {', '.join(strange)}; its parts are listed", listed=True)
     overrides = _overrides(module)
-    parts |= {net for found in overrides.values() if isinstance(found, Found) for net in found.nets}
+    parts |= {net for match in overrides.values() if isinstance(match, Match) for net in match.nets}
     below: list[Layer] = []
     for child_name, child in children:
         below += _visit(child, f"{name}.{child_name}".lstrip("."), overrides.get(child_name), seen, parts)
@@ -140,13 +140,13 @@ def _visit(
 
 def _alone(module: nn.Module, name: str, otherwise: str) -> Layer:
     """A layer in no table, as it was seen to be alone."""
-    found = tried(module)
-    if isinstance(found, Found):
-        return of_found(name, (module,), found)
-    return Layer(name, (module,), note=TRIED) if found else Layer(name, (module,), reason=otherwise)
+    match = tried(module)
+    if isinstance(match, Match):
+        return of_match(name, (module,), match)
+    return Layer(name, (module,), note=TRIED) if match else Layer(name, (module,), reason=otherwise)
 
 
-def _found(module: nn.Module) -> Found | None:
+def _matched(module: nn.Module) -> Match | None:
     if uninitialized(module) and not list(module.children()):
         raise Unsaid("lazy, and not initialised yet")
     if is_deformable(module):
@@ -156,24 +156,24 @@ def _found(module: nn.Module) -> Found | None:
         if rule is not None:
             return rule(module)
         attention = attention_of(module)
-        return attention.found(module) if attention else scan_of(module)
+        return attention.match(module) if attention else scan_of(module)
     except AttributeError as error:
         raise Unsaid(f"its attributes are not those of the version that the rule was written for: {error}") from error
 
 
-def _overrides(module: nn.Module) -> dict[str, Found | Unsaid]:
-    found: dict[str, Found | Unsaid] = dict(deformable_children(module))
+def _overrides(module: nn.Module) -> dict[str, Match | Unsaid]:
+    overrides: dict[str, Match | Unsaid] = dict(deformable_children(module))
     for name, child in module.named_children():
         if name in CROSS:
             try:
                 if attention := attention_of(child, cross=True):
-                    found[name] = attention.found(child)
+                    overrides[name] = attention.match(child)
             except Unsaid as why:
-                found[name] = why
+                overrides[name] = why
     for name in names_of(module):
         if name in PARENTS:
-            found |= PARENTS[name](module)
-    return found
+            overrides |= PARENTS[name](module)
+    return overrides
 
 
 def with_halves(layers: list[Layer]) -> list[Layer]:
@@ -195,7 +195,7 @@ def with_halves(layers: list[Layer]) -> list[Layer]:
 
 
 def _is_depthwise(layer: Layer) -> bool:
-    op = layer.found.operation if layer.found else None
+    op = layer.match.operation if layer.match else None
     plain = isinstance(op, Basic) and isinstance(op.path, Window) and meaning(op.weight.rho).first == 1
     return plain and layer.mixes and op.weight.kernel == Depthwise()  # type: ignore[union-attr]
 
@@ -206,4 +206,4 @@ def _is_half(layer: Layer, first: Layer) -> bool:
     module, channels = layer.modules[0], getattr(first.modules[0], "out_channels", None)
     if is_linear(module):
         return module.in_features == channels
-    return layer.found is not None and getattr(module, "groups", 1) == 1 and module.in_channels == channels
+    return layer.match is not None and getattr(module, "groups", 1) == 1 and module.in_channels == channels

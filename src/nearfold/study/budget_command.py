@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from nearfold.study.sweep import Images, Measured, Sweep
     from nearfold.train import ImageData
 
-SUMMARY = "how few positions a trained model's attention needs: its accuracy against its latency over k"
 EXAMPLES = """\
 examples:
   nearfold budget my_model.py:trained --data path/to/images
@@ -31,7 +30,7 @@ trained model, or a folder that a nearfold network's save_pretrained left."""
 TOLERANCE = 1.0
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `nearfold budget`."""
     parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME, path/to/file.py:factory, a folder")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="images, as for `nearfold train`")
@@ -48,7 +47,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--std", type=_numbers, metavar="A,B", help="or the training images')")
     parser.add_argument("--device", default="cpu", metavar="D", help="where it runs (default: cpu)")
-    parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -180,25 +178,26 @@ def report(found: Sweep, keep: float, machine: str) -> list[str]:
         keep: the share of accuracy that may go.
         machine: what it was measured on.
     """
-    from nearfold.study.table import text_table
+    from nearfold.study.document import Cell, Table
 
     layers = ", ".join(f"{name} ({n} positions)" for name, n in found.layers[:3])
     layers += f" and {len(found.layers) - 3} more" if len(found.layers) > 3 else ""
-    header = ("k", "layers", "accuracy %", "change, points", "ms", "times as fast", "quartiles")
-    lines = [
+    head = ("k", "layers", "accuracy %", "change, points", "ms", "times as fast", "quartiles")
+    texts = [
         (
             str(m.setting.k), m.setting.where, f"{100 * m.accuracy:.1f}", _change(m), f"{m.latency_ms:.2f}",
             f"{m.faster[1]:.2f}", f"{m.faster[0]:.2f} to {m.faster[2]:.2f}",
         )
         for m in found.found
     ]  # fmt: skip
+    table = Table("settings", head, [list(map(Cell, line)) for line in texts], left=(0, 1))
     befores = [m.before_ms for m in found.found]
     before = f"{min(befores):.2f} to {max(befores):.2f}" if befores else "not timed"
     return [
         f"attention: {layers}",
         f"as it was: {100 * found.accuracy:.1f} % of {found.images} images, {before} ms a call of {found.batch}",
         "",
-        text_table(header, lines),
+        table.text(head),
         "",
         f"Accuracy and its change with 95 % intervals are on {found.images} held-out images that chose nothing. "
         f"Latency: median of calls in turn with the model as it was, on {machine}; it holds for "

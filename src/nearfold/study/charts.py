@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import COSTS, complexity, front, scores
 from nearfold.study.compare import accuracy, differences, points
-from nearfold.study.document import Chart
+from nearfold.study.document import Chart, first, seeds
 from nearfold.study.labels import Point, log_axis, name_points
-from nearfold.study.plots import THEME, new_figure, plain, svg
+from nearfold.study.looks import Looks, picture
+from nearfold.study.plots import FAMILIES, THEME, new_figure, plain, svg
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import Estimate
 
@@ -107,15 +108,8 @@ def _two_panels(
         below.axhline(0, color=THEME["edge"], lw=1)
         for d in differences(rows, reference):
             e = d.estimate
-            bars = below.errorbar(
-                places[d.row.trial.labels[axis]],
-                100 * e.mean,
-                yerr=_arms(e),
-                fmt="D",
-                ms=5.5,
-                color=OURS,
-                capsize=3,
-            )
+            place = places[d.row.trial.labels[axis]]
+            bars = below.errorbar(place, 100 * e.mean, yerr=_arms(e), fmt="D", ms=5.5, color=OURS, capsize=3)
             tips.add(bars, f"{d.row.title}: {points(e)}; adjusted p = {d.p:.3g}")
     for _, found in theirs:
         for value in (value for value in found if value in places):
@@ -129,12 +123,16 @@ def _two_panels(
     return figure
 
 
-def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
-    values = [100 * v for v in row.values(measure).values()]
-    e = row.estimate(measure)
-    axes.plot([place] * len(values), values, "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(place, 100 * e.mean, yerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {e.n} seeds")
+def _mean(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips, *, across: bool = False) -> None:
+    """A row's mean with its interval, and its seeds, upward or across, at a place on the other axis."""
+    e, values = row.estimate(measure), [100 * v for v in row.values(measure).values()]
+    dots, spot = [(place, value) for value in values], (place, 100 * e.mean)
+    if across:
+        dots, spot = [(y, x) for x, y in dots], spot[::-1]
+    arms: dict[str, Any] = {"xerr" if across else "yerr": _arms(e)}
+    axes.plot(*zip(*dots, strict=True), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
+    bars = axes.errorbar(*spot, **arms, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
+    tips.add(bars, f"{row.title}, {measure.replace('_', ' ')}: {accuracy(e)}, {seeds(e.n)}")
 
 
 def _beside(axes: Axes, place: float, title: str, values: Sequence[float], tips: Tips) -> None:
@@ -158,20 +156,10 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
     charts = []
     for name, rows in results.panels.items():
         ranked = sorted(rows, key=lambda row: row.estimate("gap_last").mean)
-
-        def bars(tips: Tips, ranked: Sequence[Row] = ranked) -> Figure:
-            figure = new_figure(9.2, 1.2 + 0.36 * len(ranked))
-            axes = figure.subplots()
-            for place, row in enumerate(ranked):
-                _across(axes, place, row, "gap_last", OURS if row.memorised else THEIRS, tips)
-            axes.set_yticks(range(len(ranked)), [plain(row.title) for row in ranked])
-            axes.invert_yaxis()
-            axes.set_xlabel("train minus test accuracy of the last weights, points (less is better)")
-            return figure
-
+        label = "train minus test accuracy of the last weights, points (less is better)"
         charts.append(
             _chart(
-                bars,
+                partial(_bars, ranked, {"gap_last": label}, lambda row: OURS if row.memorised else THEIRS),
                 f"{name}: gaps",
                 f"{name}. Diamonds: means over seeds with 95 % intervals; dots: single seeds. Gray: operators that "
                 "did not memorise their images with every seed, whose gaps are not comparable.",
@@ -191,12 +179,17 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
     return charts
 
 
-def _across(axes: Axes, place: float, row: Row, measure: str, colour: str, tips: Tips) -> None:
-    values = [100 * v for v in row.values(measure).values()]
-    e = row.estimate(measure)
-    axes.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-    bars = axes.errorbar(100 * e.mean, place, xerr=_arms(e), fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-    tips.add(bars, f"{row.title}: {accuracy(e)}, {e.n} seeds")
+def _bars(rows: Sequence[Row], measures: Mapping[str, str], colour: Callable[[Row], str], tips: Tips) -> Figure:
+    """A line for every row, in as many columns as there are measures: label by name."""
+    figure = new_figure(9.2, 1.2 + 0.36 * len(rows))
+    columns = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, (measure, label) in zip(columns, measures.items(), strict=True):
+        for place, row in enumerate(rows):
+            _mean(axes, place, row, measure, colour(row), tips, across=True)
+        axes.set_xlabel(label)
+    columns[0].set_yticks(range(len(rows)), [plain(row.title) for row in rows])
+    columns[0].invert_yaxis()
+    return figure
 
 
 def _against_complexity(rows: Sequence[Row], tips: Tips) -> Figure:
@@ -222,82 +215,137 @@ def _point(row: Row, x: float, e: Estimate, colour: str = THEME["ink"]) -> Point
 
 def _ranking(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """Accuracy and score of every operator, by score."""
-    charts = []
-    for name, rows in results.panels.items():
-
-        def bars(tips: Tips, rows: Sequence[Row] = rows) -> Figure:
-            table = scores(rows)
-            figure = new_figure(9.2, 1.4 + 0.25 * len(table))
-            left, right = figure.subplots(1, 2, sharey=True)
-            for place, s in enumerate(table):
-                _across(left, place, s.row, "test_accuracy", OURS, tips)
-                bar = right.barh(place, s.score, color=OURS, height=0.6)
-                tips.add(bar[0], f"{s.row.title}: score {s.score:.0f}, tier {s.tier}, Omega {s.omega:.3g}")
-                right.annotate(
-                    f"{s.score:.0f} {s.tier}",
-                    (s.score, place),
-                    xytext=(4, -3),
-                    textcoords="offset points",
-                    fontsize=7.5,
-                )
-            left.set_yticks(range(len(table)), [plain(s.row.title) for s in table], fontsize=8.5)
-            left.invert_yaxis()
-            left.set_xlabel("test accuracy, %")
-            right.set_xlabel("score = 100 accuracy / (1 + Omega)")
-            right.margins(x=0.15)
-            return figure
-
-        charts.append(
-            _chart(
-                bars,
-                f"{name}: scores",
-                f"{name}. By score, best first. Left: test accuracy, means with 95 % intervals over seeds. Right: "
-                "GWO's score and tier.",
-            )
+    return [
+        _chart(
+            partial(_scores, rows),
+            f"{name}: scores",
+            f"{name}. By score, best first. Left: test accuracy, means with 95 % intervals over seeds. Right: "
+            "GWO's score and tier.",
         )
-    return charts
+        for name, rows in results.panels.items()
+    ]
+
+
+def _scores(rows: Sequence[Row], tips: Tips) -> Figure:
+    table = scores(rows)
+    figure = new_figure(9.2, 1.4 + 0.25 * len(table))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, s in enumerate(table):
+        _mean(left, place, s.row, "test_accuracy", OURS, tips, across=True)
+        bar = right.barh(place, s.score, color=OURS, height=0.6)
+        tips.add(bar[0], f"{s.row.title}: score {s.score:.0f}, tier {s.tier}, Omega {s.omega:.3g}")
+        text = f"{s.score:.0f} {s.tier}"
+        right.annotate(text, (s.score, place), xytext=(4, -3), textcoords="offset points", fontsize=7.5)
+    left.set_yticks(range(len(table)), [plain(s.row.title) for s in table], fontsize=8.5)
+    left.invert_yaxis()
+    left.set_xlabel("test accuracy, %")
+    right.set_xlabel("score = 100 accuracy / (1 + Omega)")
+    right.margins(x=0.15)
+    return figure
+
+
+AXES = {
+    "latency_ms": "milliseconds for one image, forward",
+    "flops": "FLOPs for one image, forward",
+    "peak_memory_mib": "MiB, most in one training step",
+    "images_per_second": "images per second, forward and backward",
+}
+"""What is written along a cost; of the last, more is better."""
 
 
 def _costs(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """Accuracy against latency, FLOPs and memory, with the Pareto fronts."""
-    units = {"latency_ms": "milliseconds for one image, forward", "flops": "FLOPs for one image, forward",
-             "peak_memory_mib": "MiB, most in one training step"}  # fmt: skip
-    charts = []
+    return [
+        _chart(
+            partial(_against_cost, there, cost, lambda row: OURS, front(there, cost)),
+            f"{name}: {text}",
+            f"{name}: test accuracy against {text}, means with 95 % intervals over seeds. Green: "
+            "settings that no other one beats in held-out accuracy at that cost or less. "
+            "Names where there is room; every point says its own when pointed at.",
+        )
+        for name, rows in results.panels.items()
+        if (there := [row for row in rows if row.cost])
+        for cost, text in COSTS.items()
+    ]
+
+
+def _against_cost(
+    rows: Sequence[Row], cost: str, colour: Callable[[Row], str], best: Sequence[Row], tips: Tips
+) -> Figure:
+    """Test accuracy against a cost; the best ones, joined by a line, in another colour."""
+    figure = new_figure(9.2, 3.9)
+    axes = figure.subplots()
+    named = []
+    for row in rows:
+        e, x, own = row.estimate("test_accuracy"), row.cost[cost], FRONT if row in best else colour(row)
+        spot = axes.errorbar(x, 100 * e.mean, yerr=_arms(e), fmt="D" if row in best else "o", ms=6, color=own, lw=1)
+        tips.add(spot, f"{row.title}: {accuracy(e)}, {x:.4g} {AXES[cost]}")
+        named.append(_point(row, x, e, own))
+    line = [(row.cost[cost], 100 * row.estimate("test_accuracy").mean) for row in best]
+    if line:
+        axes.plot(*zip(*line, strict=True), color=FRONT, lw=1)
+    axes.set(xlabel=f"{AXES[cost]} (log scale)", ylabel="test accuracy, %")
+    log_axis(axes, [row.cost[cost] for row in rows])
+    axes.margins(y=0.12)
+    name_points(axes, named, line)
+    return figure
+
+
+def family(results: Results, row: Row) -> str:
+    """The name of a row's colour, by its family; empty where it has none."""
+    name = results.study.families.get(row.trial.labels[results.study.axis])
+    return "" if name is None else FAMILIES[name][1]
+
+
+def _colour(results: Results, row: Row) -> str:
+    return THEME[family(results, row) or "blue"]
+
+
+def legend(results: Results) -> str:
+    """What the colours of the families mean."""
+    there = [name for name in FAMILIES if name in results.study.families.values()]
+    return first(", ".join(f"{FAMILIES[name][1]} {FAMILIES[name][0]}" for name in there)) + "."
+
+
+def _spectrum(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """Accuracy and gap in the order of the study, then accuracy against what it costs, coloured by family."""
+    charts, colour = [], partial(_colour, results)
+    measures = {"test_accuracy": "test accuracy, %", "gap": "train minus test accuracy, points"}
     for name, rows in results.panels.items():
+        caption = (
+            f"{name}, along the spectrum: from space (top) to features, then operators that do both. Diamonds: means "
+            f"over seeds with 95 % intervals; dots: single seeds. {legend(results)} Left: right is better. Right: the "
+            "further right, the more the network knows about its training images that it cannot use on new ones."
+        )
+        charts.append(_chart(partial(_bars, rows, measures, colour), f"{name}: along the spectrum", caption))
         there = [row for row in rows if row.cost]
-        for cost, text in COSTS.items():
+        for cost, what, better in (("flops", "FLOPs", "left"), ("images_per_second", "speed", "right")):
+            caption = (
+                f"{name}: accuracy against {what}: better is up, and {better}. Means with 95 % intervals over seeds. "
+                f"{legend(results)} The orders by FLOPs and by speed need not agree: sorting similarities and "
+                "gathering neighbours take time, but count hardly any FLOPs."
+            )
             if there:
-                charts.append(
-                    _chart(
-                        partial(_one_cost, there, cost, units[cost]),
-                        f"{name}: {text}",
-                        f"{name}: test accuracy against {text}, means with 95 % intervals over seeds. Green: "
-                        "settings that no other one beats in held-out accuracy at that cost or less. "
-                        "Names where there is room; every point says its own when pointed at.",
-                    )
-                )
+                drawn = partial(_against_cost, there, cost, colour, ())
+                charts.append(_chart(drawn, f"{name}: accuracy against {what}", caption))
     return charts
 
 
-def _one_cost(rows: Sequence[Row], cost: str, unit: str, tips: Tips) -> Figure:
-    figure = new_figure(9.2, 3.9)
-    axes = figure.subplots()
-    best = front(rows, cost)
-    for row in rows:
-        e, colour = row.estimate("test_accuracy"), FRONT if row in best else OURS
-        spot = axes.errorbar(
-            row.cost[cost], 100 * e.mean, yerr=_arms(e), fmt="D" if row in best else "o", ms=6, color=colour, lw=1
-        )
-        tips.add(spot, f"{row.title}: {accuracy(e)}, {row.cost[cost]:.4g} {unit}")
-    line = [(row.cost[cost], 100 * row.estimate("test_accuracy").mean) for row in best]
-    axes.plot(*zip(*line, strict=True), color=FRONT, lw=1)
-    axes.set(xlabel=f"{unit} (log scale)", ylabel="test accuracy, %")
-    log_axis(axes, [row.cost[cost] for row in rows])
-    axes.margins(y=0.12)
-    test = [(row, row.cost[cost], row.estimate("test_accuracy")) for row in rows]
-    named = [_point(row, x, e, FRONT if row in best else OURS) for row, x, e in test]
-    name_points(axes, named, line)
-    return figure
+def looks(results: Results, seen: Looks) -> Chart:
+    """Where every setting looks."""
+    by_title = {row.title: _colour(results, row) for row in results.rows}
+    colours = [by_title.get(look.title, THEME["ink"]) for look in seen.found]
+    label = "Where each operator looks"
+    caption = (
+        f"{label}. One test image ({seen.label}), one output position (blue square), and how much the first mixing "
+        "layer of each trained network (seed 0) reads every position for it: the redder the more, each panel scaled to "
+        "its own maximum. A position counts by its attention weight times the size of its kernel slot; the operands of "
+        "a branch or sum by the energy of what they make. Above each panel: the effective number of positions read "
+        "(exponential of the entropy), and their mean distance from the square in positions of the grid. The layer "
+        "sees the image through the stem, so one position stands for a small neighbourhood of pixels. One image and "
+        "one position illustrate; they prove nothing."
+    )
+    return Chart(svg(lambda: picture(seen, colours), label), label, caption)
 
 
 CHARTS: dict[str, Callable[[Results, Sequence[Points]], list[Chart]]] = {
@@ -305,5 +353,6 @@ CHARTS: dict[str, Callable[[Results, Sequence[Points]], list[Chart]]] = {
     "gaps": _gaps,
     "ranking": _ranking,
     "costs": _costs,
+    "spectrum": _spectrum,
 }
 """Figures by the name that a study gives."""

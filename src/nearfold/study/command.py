@@ -1,4 +1,4 @@
-"""`nearfold study list`, `run`, `page` and `budget`."""
+"""`nearfold study list`, `run`, `page` and `budget`, and what they and `nearfold study spectrum` share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nearfold.study.catalogue import PRESETS, STUDIES, find
 from nearfold.study.engine import Engine, work_through
 from nearfold.study.grid import Study
 from nearfold.study.plan import Plan, plan
-from nearfold.study.record import Record
 from nearfold.study.results import Results
 from nearfold.study.store import write_each
 from nearfold.train.files import inside
@@ -110,27 +109,42 @@ def show(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """`nearfold study run`."""
-    from nearfold.study.files import leave
-
     planned = _plan(args)
     theirs = [] if args.authors is None else read(args.authors, planned.study.authors)
     ours = _folder(args.out, planned.study)
+    return carry_out(planned, _engine(args, planned.study), ours, _said(args), theirs, retry=args.retry)
+
+
+def carry_out(
+    planned: Plan, engine: Engine, ours: Path, said: str, theirs: Sequence[Points] = (), *, retry: bool = False
+) -> int:
+    """Do the runs that are left, write what has finished, and say what it comes to.
+
+    Args:
+        planned: the study.
+        engine: who does the runs.
+        ours: folder of the report.
+        said: the command that makes the same study elsewhere.
+        theirs: the authors' runs.
+        retry: do runs again that failed before.
+
+    Returns:
+        The exit code: 1 where a run has failed.
+    """
+    from nearfold.study.files import gather, leave
+    from nearfold.study.page import printed
+
     try:
-        work_through(planned.runs, planned.place, _engine(args, planned.study), retry=args.retry)
+        work_through(planned.runs, planned.place, engine, retry=retry)
     finally:  # also when interrupted: what has finished is worth a report
         results = planned.results
         if results.rows:
-            print("\n" + "\n".join(map(str, leave(_record(args, planned, results, theirs), ours))))
+            record = gather(planned, said, theirs)
+            paths = leave(record, ours)
+            print(f"\n{printed(record)}\n\n" + "\n".join(map(str, paths)))
     for label, error in results.failures:
         print(f"nearfold: failed: {label}: {error}", file=sys.stderr)
     return 1 if results.failures else 0
-
-
-def _record(args: argparse.Namespace, planned: Plan, results: Results, theirs: Sequence[Points]) -> Record:
-    from nearfold.study.publish import environment
-
-    device = planned.study.trials[0].recipe.device
-    return Record(results, planned.facts, _said(args), environment(device), planned.missing, theirs)
 
 
 def draw(args: argparse.Namespace) -> int:

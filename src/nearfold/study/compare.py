@@ -8,30 +8,18 @@ estimated from all settings of the data set (`statistics.between`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
+from nearfold.study.document import first, names, seeds
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import LEVEL, Estimate, between, holm, paired
-from nearfold.study.table import names, seeds
 
 MEASURE = "test_accuracy"
 
 
-class Titled(Protocol):
-    """What is compared: it has a title."""
-
-    @property
-    def title(self) -> str:
-        """Of the setting."""
-
-
-R = TypeVar("R", bound=Titled)
-
-
 @dataclass(frozen=True)
-class Difference(Generic[R]):
+class Difference:
     """A row against the reference of its data set.
 
     Attributes:
@@ -40,7 +28,7 @@ class Difference(Generic[R]):
         p: Holm's adjusted p among the rows of the data set.
     """
 
-    row: R
+    row: Row
     estimate: Estimate
     p: float
 
@@ -50,28 +38,19 @@ class Difference(Generic[R]):
         return self.p < 1 - LEVEL
 
 
-def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference[Row]]:
-    """Every other row of a data set against the reference, in the order of the rows.
+def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
+    """Every other row of a data set against the reference, in the order of the rows, corrected for their number.
 
-    Gaps are compared where both have memorised.
+    Gaps of the last weights are compared where both have memorised.
     """
     if measure == "gap_last":
         rows = [row for row in rows if row.memorised and reference.memorised]
     others = [row for row in rows if row is not reference and row.results.keys() & reference.results.keys()]
-    return compared([(row, row.values(measure)) for row in others], reference.values(measure))
-
-
-def compared(rows: Sequence[tuple[R, Mapping[int, float]]], reference: Mapping[int, float]) -> list[Difference[R]]:
-    """Shares by seed against those of a reference, paired by seed, corrected for their number.
-
-    Args:
-        rows: what is compared and its share by seed; each has a seed that the reference has.
-        reference: share by seed.
-    """
-    spread = between([reference, *(values for _, values in rows)])
-    estimates = [paired(values, reference, spread).cut(-1.0, 1.0) for _, values in rows]
+    spread = between([row.values(measure) for row in (reference, *others)])
+    base = reference.values(measure)
+    estimates = [paired(row.values(measure), base, spread).cut(-1.0, 1.0) for row in others]
     adjusted = holm([found.p for found in estimates])
-    return [Difference(row, found, p) for (row, _), found, p in zip(rows, estimates, adjusted, strict=True)]
+    return [Difference(row, found, p) for row, found, p in zip(others, estimates, adjusted, strict=True)]
 
 
 def against_reference(results: Results) -> list[str]:
@@ -94,7 +73,7 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     return text + verdict(differences(rows, reference), reference)
 
 
-def verdict(found: Sequence[Difference], reference: Titled) -> str:
+def verdict(found: Sequence[Difference], reference: Row) -> str:
     """What the comparisons with a reference come to, in a sentence."""
     if not found:
         return "Nothing to compare it with."
@@ -119,7 +98,7 @@ def verdict(found: Sequence[Difference], reference: Titled) -> str:
     if single:
         told = "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in single)
         parts.append(f"with one seed, so without an interval: {told}")
-    return "; ".join(parts)[:1].upper() + "; ".join(parts)[1:] + "."
+    return first("; ".join(parts)) + "."
 
 
 def _these(titles: Sequence[str]) -> str:
@@ -134,10 +113,11 @@ def accuracy(e: Estimate) -> str:
 
     >>> accuracy(Estimate(0.9, 0.88, 0.92, 5, 0.0)), accuracy(Estimate(0.9, math.nan, math.nan, 1, math.nan))
     ('90.0 % (88.0 to 92.0)', '90.0 %')
+    >>> accuracy(Estimate(0.01, -0.01, 0.03, 5, 0.2))
+    '1.0 % (−1.0 to 3.0)'
     """
-    if math.isnan(e.low):
-        return f"{100 * e.mean:.1f} %"
-    return f"{100 * e.mean:.1f} % ({100 * e.low:.1f} to {100 * e.high:.1f})"
+    text = f"{100 * e.mean:.1f} %" + ("" if math.isnan(e.low) else f" ({100 * e.low:.1f} to {100 * e.high:.1f})")
+    return text.replace("-", "−")
 
 
 def points(e: Estimate) -> str:

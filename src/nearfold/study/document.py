@@ -1,4 +1,4 @@
-"""What the pages of all studies are made of: templates that escape whatever they are given, and the tables in them.
+"""What a study's page and texts are made of: templates that escape whatever they are given, tables, numbers as words.
 
 A page is one HTML document that asks for nothing outside itself, for a screen of any width, light or dark, and for
 print. Names of data, labels and stored results come from anywhere, so no text reaches a page but through a template
@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
     from markupsafe import Markup
 
 
@@ -36,13 +36,6 @@ class Cell(NamedTuple):
     code: bool = False
 
 
-class Line(NamedTuple):
-    """A line of a table, shaded where it is the best."""
-
-    cells: Sequence[Cell]
-    best: bool = False
-
-
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -50,7 +43,7 @@ class Table:
     Attributes:
         caption: above it.
         head: of its columns.
-        lines: of its body.
+        lines: of its body, a cell for every column.
         heads: the column that says what a line is about.
         left: the columns that lean left.
         sorts: whether a click on a column's head sorts.
@@ -58,10 +51,48 @@ class Table:
 
     caption: str
     head: Sequence[str]
-    lines: Sequence[Line]
+    lines: Sequence[Sequence[Cell]]
     heads: int = 0
     left: Sequence[int] = (0,)
     sorts: bool = False
+
+    def text(self, only: Sequence[str]) -> str:
+        """Aligned columns for a terminal.
+
+        Args:
+            only: heads of the columns to show; those that the table has not are left out.
+
+        >>> print(Table("", ("a", "n"), [[Cell("x"), Cell("10")], [Cell("yy"), Cell("9")]]).text(("a", "n")))
+        a    n
+        --  --
+        x   10
+        yy   9
+        """
+        there, lines = self._columns(only)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
+        lean = [str.ljust if i in self.left else str.rjust for i in there]
+        return "\n".join(
+            "  ".join(to(cell, width) for to, cell, width in zip(lean, line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def markdown(self, only: Sequence[str]) -> str:
+        """Columns in Markdown, the caption as the head of the first.
+
+        Args:
+            only: as in `text`.
+        """
+        there, lines = self._columns(only)
+        lines = [[markdown(text) for text in line] for line in [[self.caption, *lines[0][1:]], *lines[1:]]]
+        lines.insert(1, ["---" if i in self.left else "---:" for i in there])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def _columns(self, only: Sequence[str]) -> tuple[list[int], list[list[str]]]:
+        """Which columns these are, and their texts, the heads first."""
+        there = [self.head.index(head) for head in only if head in self.head]
+        lines = [self.head, *([cell.text for cell in line] for line in self.lines)]
+        return there, [[line[i] for i in there] for line in lines]
 
 
 @dataclass(frozen=True)
@@ -74,12 +105,12 @@ class Chart:
 
 
 @functools.cache
-def _templates() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+def _environment() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    folder = Path(__file__).parent / "templates"
+    folder = files("nearfold.study") / "templates"
     return Environment(
-        loader=FileSystemLoader(folder),
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -87,14 +118,19 @@ def _templates() -> Environment:
     )
 
 
-def render(template: str, **view: Any) -> str:
+def template(name: str) -> Template:
+    """One of the folder `templates`, which comes with the package in whatever form it is installed."""
+    return _environment().get_template(name)
+
+
+def render(name: str, **view: Any) -> str:
     """A page from a template of the folder `templates`.
 
-    >>> page = render("study.html.jinja", title="what a template needs and is not given is an error")
+    >>> render("study.html.jinja", title="what a template needs and is not given is an error")
     Traceback (most recent call last):
     jinja2.exceptions.UndefinedError: 'study' is undefined
     """
-    page = _templates().get_template(template).render(view)
+    page = template(name).render(view)
     return page.encode("utf-8", "backslashreplace").decode()  # names of files may hold what is not Unicode
 
 
@@ -108,3 +144,43 @@ def markdown(text: str) -> str:
         text = text.replace(character, "\\" + character)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+
+
+def seeds(n: int) -> str:
+    """A number of seeds.
+
+    >>> seeds(1), seeds(5)
+    ('1 seed', '5 seeds')
+    """
+    return f"{n} seed" if n == 1 else f"{n} seeds"
+
+
+def names(titles: Sequence[str]) -> str:
+    """Titles as a list in a sentence.
+
+    >>> names(["a", "b", "c"])
+    'a, b and c'
+    """
+    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]
+
+
+def first(text: str) -> str:
+    """A text as the beginning of a sentence.
+
+    >>> first("self-attention is best")
+    'Self-attention is best'
+    """
+    return text[:1].upper() + text[1:]
+
+
+def count(value: float) -> str:
+    """A large number in three digits.
+
+    >>> count(950), count(12_345), count(1_234_567)
+    ('950', '12.3k', '1.23M')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}{unit}"
+    return f"{value:.0f}"

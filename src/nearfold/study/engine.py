@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import time
 import traceback
@@ -14,6 +15,7 @@ from nearfold._images import first_line
 from nearfold.study.grid import Run
 from nearfold.study.store import Store
 from nearfold.study.tasks import TASKS, Place
+from nearfold.train import Recipe
 
 POLL_SECONDS = 2.0
 """How often to look whether a run that somebody else does has finished."""
@@ -94,7 +96,8 @@ def work_through(
         f"{len(runs) - len(open_runs)} of {len(runs)} runs have finished before, {len(todo)} to do; results in "
         f"{place.root}" + (f"; {left_alone} failed before and are left: --retry does them again" if left_alone else "")
     )
-    clock = _Clock(todo)
+    measured = [(run, result) for run in runs if run.alone and (result := store.load(run.config)) is not None]
+    clock = _Clock(todo, measured, getattr(engine, "jobs", None))
     for alone in (True, False):
         left = [run for run in todo if run.alone is alone]
         while left:
@@ -111,18 +114,33 @@ def work_through(
 
 
 class _Clock:
-    """Says how far it is, and how long it will take by the runs that have ended."""
+    """Says how far it is, and how long it will take.
 
-    def __init__(self, todo: Sequence[Run]) -> None:
-        self._began = time.perf_counter()
+    A run takes as long as those of its group did. Where none of them has ended, it takes as long as others of its task,
+    in proportion to its epochs and images and to the speed that was measured of its network. How many are done side by
+    side the engine says, or it shows as they end.
+    """
+
+    def __init__(self, todo: Sequence[Run], measured: Sequence[tuple[Run, dict[str, Any]]], jobs: int | None) -> None:
         self._left = list(todo)
         self._total = len(todo)
-        self._seconds: dict[str, list[float]] = {}
+        self._jobs = jobs
+        self._began: float | None = None
+        self._groups: dict[str, list[float]] = {}
+        self._ended: dict[str, list[tuple[Run, float]]] = {}
+        self._speeds: dict[str, float] = {}
+        for run, result in measured:
+            self._measure(run, result)
 
     def line(self, outcome: Outcome) -> str:
         self._left.remove(outcome.run)
         if outcome.seconds:
-            self._seconds.setdefault(outcome.run.group, []).append(outcome.seconds)
+            if self._began is None and not outcome.run.alone:
+                self._began = time.perf_counter() - outcome.seconds
+            self._groups.setdefault(outcome.run.group, []).append(outcome.seconds)
+            self._ended.setdefault(outcome.run.config["task"], []).append((outcome.run, outcome.seconds))
+        if outcome.result is not None:
+            self._measure(outcome.run, outcome.result)
         done = self._total - len(self._left)
         rest = self._rest()
         ending = f"   about {duration(rest)} left" if self._left and rest else ""
@@ -130,15 +148,46 @@ class _Clock:
         width = len(str(self._total))
         return f"[{done:{width}}/{self._total}] {outcome.run.label}: {what}  {outcome.seconds:.1f} s{ending}"
 
+    def _measure(self, run: Run, result: dict[str, Any]) -> None:
+        if run.config["task"] == "cost":
+            self._speeds[_network(run)] = result["images_per_second"]
+
     def _rest(self) -> float:
-        """Seconds still to go: the work left by the seconds of its group, at the rate work was done so far."""
-        known = {group: statistics.fmean(seconds) for group, seconds in self._seconds.items()}
-        if not known:
+        """Seconds still to go; 0 where it cannot be said."""
+        known = {group: statistics.fmean(seconds) for group, seconds in self._groups.items()}
+        factors = {  # of the seconds that runs were expected to take
+            task: sum(seconds for _, seconds in ended) / sum(self._expected(run) for run, _ in ended)
+            for task, ended in self._ended.items()
+        }
+        if self._speeds:
+            factors.setdefault("train", 1.0)
+        if not all(run.group in known or run.config["task"] in factors for run in self._left):
             return 0.0
-        usual = statistics.fmean(known.values())
-        work_done = sum(sum(seconds) for seconds in self._seconds.values())
-        work_left = sum(known.get(run.group, usual) for run in self._left)
-        return (time.perf_counter() - self._began) * work_left / work_done
+        seconds = {True: 0.0, False: 0.0}
+        for run in self._left:
+            took = known.get(run.group) or factors[run.config["task"]] * self._expected(run)
+            seconds[run.alone] += took
+        return seconds[True] + seconds[False] / self._side_by_side()
+
+    def _side_by_side(self) -> float:
+        """How many runs are done at a time."""
+        if self._jobs is not None or self._began is None:
+            return min(self._jobs or 1, len(self._left)) or 1
+        done = sum(took for ended in self._ended.values() for run, took in ended if not run.alone)
+        return done / (time.perf_counter() - self._began)
+
+    def _expected(self, run: Run) -> float:
+        """Seconds of a run by the speed that was measured of its network or of others; else what is in proportion."""
+        if run.config["task"] != "train":
+            return 1.0
+        usual = statistics.fmean(self._speeds.values()) if self._speeds else 1.0
+        images = run.config["data"]["fingerprint"]["train"][0]
+        return Recipe.from_dict(run.config["recipe"]).epochs * images / self._speeds.get(_network(run), usual)
+
+
+def _network(run: Run) -> str:
+    """What a measurement and the training of the same network on the same data have in common."""
+    return json.dumps([run.config["network"], run.config["data"]], sort_keys=True)
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nearfold.study import page
-from nearfold.study.compare import MEASURE, accuracy, differences, points
+from nearfold.study.authors import Points
 from nearfold.study.document import markdown
 from nearfold.study.headline import verdict
+from nearfold.study.looks import see
+from nearfold.study.measure import environment
+from nearfold.study.plan import Plan
 from nearfold.study.record import RUN, Record
 from nearfold.study.results import Results
 from nearfold.study.store import write_each
+
+
+def gather(planned: Plan, command: str, theirs: Sequence[Points] = ()) -> Record:
+    """What has finished of a study.
+
+    Args:
+        planned: the study.
+        command: what makes it elsewhere.
+        theirs: the authors' runs.
+
+    Raises:
+        ValueError: no run has finished.
+    """
+    results = planned.results
+    if not results.rows:
+        raise ValueError(f"no run under {planned.place.root} has finished: there is nothing to report")
+    there = environment(planned.study.trials[0].recipe.device)
+    return Record(results, planned.facts, command, there, planned.missing, theirs, see(planned))
 
 
 def leave(record: Record, folder: Path) -> list[Path]:
@@ -44,41 +64,23 @@ def views(record: Record, folder: Path) -> dict[Path, Callable[[], str]]:
     """What makes summary.md and report.html, by their paths."""
     return {
         folder / "summary.md": lambda: summary(record.results),
-        folder / "report.html": lambda: page.html(
-            record.results,
-            facts=record.facts,
-            command=record.command,
-            environment=record.environment,
-            authors=record.authors,
-            missing=record.missing,
-        ),
+        folder / "report.html": lambda: page.html(record),
     }
 
 
+COLUMNS = (
+    "setting", "test acc. %", "train acc. %", "gap, points", "difference, points", "adjusted p", "seeds", "parameters",
+    "FLOPs/image", "images/s", "peak MiB",
+)  # fmt: skip
+"""Of the summary."""
+
+
 def summary(results: Results) -> str:
-    """The answer and the table, in Markdown."""
+    """The answer and the tables, in Markdown."""
     study = results.study
-    texts = [f"**{markdown(verdict(results))}**", study.question, f"Published: {study.claim}", *page.answer(results)]
-    lines = [f"# {markdown(study.title)}", ""]
-    lines += [line for i, text in enumerate(texts) for line in (text if i == 0 else markdown(text), "")]
-    measure = study.measure
-    for name, rows in results.panels.items():
-        reference = results.reference(rows)
-        against = {d.row.title: d for d in differences(rows, reference, measure)} if reference is not None else {}
-        lines += [
-            f"| {markdown(name)} | {'gap' if measure != MEASURE else 'test accuracy'} | less the reference's | "
-            "adjusted p | seeds |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for row in rows:
-            d = against.get(row.title)
-            difference = ("", "") if d is None else (points(d.estimate), "" if math.isnan(d.p) else f"{d.p:.3g}")
-            lines.append(
-                f"| {markdown(row.title)} | {accuracy(row.estimate(measure))} | {' | '.join(difference)} | "
-                f"{len(row.results)} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+    texts = [study.question, f"Published: {study.claim}", *page.answer(results)]
+    lines = [f"# {markdown(study.title)}", f"**{markdown(verdict(results))}**", *map(markdown, texts)]
+    return "\n\n".join([*lines, *(table.markdown(COLUMNS) for table in page.tables(results))])
 
 
 def _csv(results: Results) -> str:

@@ -78,12 +78,12 @@ class Forest:
 def round_ticks(low: float, high: float) -> list[float]:
     """Two to five round numbers, the first and last of which enclose everything.
 
-    >>> round_ticks(-1.3, 3.8), round_ticks(90.2, 98.7), round_ticks(5.0, 5.0)
+    >>> round_ticks(-1.3, 3.8), round_ticks(90.2, 98.7), round_ticks(5.0, 5.0 + 1e-15)
     ([-2.0, 0.0, 2.0, 4.0], [90.0, 92.5, 95.0, 97.5, 100.0], [4.0, 4.5, 5.0, 5.5, 6.0])
     """
-    span = high - low or 2.0
-    low, high = (low, high) if high > low else (low - 1, high + 1)
-    power = 10.0 ** math.floor(math.log10(span / 4))
+    if high - low < 1e-6:  # what equal numbers differ by is no span to divide
+        low, high = low - 1, high + 1
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
     for step in (power, 2 * power, 2.5 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         if last - first <= 4:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import nearfold
 from nearfold.grammar import parse
 from nearfold.study.measure import machine
+from nearfold.study.plots import FAMILIES
 from nearfold.train import Recipe
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ class Trial:
         """The labels, without the data set."""
         return ", ".join(shown(axis, value) for axis, value in self.labels.items() if axis != "data")
 
+    @property
+    def panel(self) -> str:
+        """The data set, as labelled: what is compared with each other has the same."""
+        return str(self.labels.get("data", self.data.name))
+
 
 def shown(axis: str, value: Label) -> str:
     """A label as text: a number with its axis, a word by itself.
@@ -123,6 +129,9 @@ class Study:
         measure: what is compared: a name that `nearfold.study.results.Row.values` takes.
         verdict: from the results to the sentence that stands first; None: `headline.verdict` says what the comparisons
             with the reference come to.
+        limits: from the results to sentences on what may be concluded, before those that are said of every study.
+        families: by value of `axis`, a key of `nearfold.study.plots.FAMILIES`, by which marks are coloured.
+        looks: whether the weights of seed 0 are kept, to show where every setting looks; networks are ``"spectrum"``.
     """
 
     name: str
@@ -142,6 +151,9 @@ class Study:
     figure: str = "settings"
     measure: str = "test_accuracy"
     verdict: Callable[[Results], str] | None = None
+    limits: Callable[[Results], list[str]] | None = None
+    families: Mapping[Label, str] = field(default_factory=dict)
+    looks: bool = False
 
     def reference_on(self, data: str) -> Label:
         """What the settings on a data set, as labelled, are compared with."""
@@ -157,6 +169,12 @@ class Study:
         for trial in self.trials:
             if self.axis not in trial.labels:
                 raise ValueError(f"study {self.name!r}: the trial {dict(trial.labels)} has no label {self.axis!r}")
+            if self.looks and (network := trial.network.get("name")) != "spectrum":
+                raise ValueError(f"study {self.name!r}: looks=True wants networks called 'spectrum', got {network!r}")
+        if unknown := set(self.families.values()) - set(FAMILIES):
+            raise ValueError(
+                f"study {self.name!r}: families must be among {', '.join(FAMILIES)}; got {', '.join(sorted(unknown))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,9 +212,8 @@ def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool
         "data": changed(trial.data, Data(trial.data.name)) | {"name": trial.data.name, "fingerprint": fingerprint},
         "recipe": changed(trial.recipe, Recipe()) | {"seed": seed},
     }
-    data = trial.labels.get("data", trial.data.name)
-    label = f"{trial.title} ({data}), seed {seed}"
-    return Run(config, label, group=f"{trial.title} {data}", keep_weights=keep_weights)
+    label = f"{trial.title} ({trial.panel}), seed {seed}"
+    return Run(config, label, group=f"{trial.title} {trial.panel}", keep_weights=keep_weights)
 
 
 def costing(trial: Trial, fingerprint: Config) -> Run:
@@ -209,8 +226,7 @@ def costing(trial: Trial, fingerprint: Config) -> Run:
         "recipe": {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device},
         "machine": machine(trial.recipe.device),
     }
-    label = f"{trial.title} ({trial.labels.get('data', trial.data.name)}), cost"
-    return Run(config, label, group="cost", alone=True)
+    return Run(config, f"{trial.title} ({trial.panel}), cost", group="cost", alone=True)
 
 
 def changed(settings: Recipe | Data, usual: Recipe | Data) -> dict[str, Any]:

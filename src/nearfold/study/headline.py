@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nearfold.study.compare import MEASURE, Difference, differences
+from nearfold.study.document import first, names, seeds
 from nearfold.study.results import Results
-from nearfold.study.table import names
+from nearfold.study.statistics import sampling
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def verdict(results: Results) -> str:
     if results.study.verdict is not None:
         return results.study.verdict(results)
     if results.study.measure == MEASURE:
-        return headline(panels(results))
+        return headline(panels(results), what="operators" if results.study.axis == "operator" else "settings")
     return headline(panels(results), GAP, "settings that memorised their images")
 
 
@@ -84,7 +85,7 @@ def headline(asked: Sequence[Panel], words: Words = ACCURACY, what: str = "setti
         told = [clause if len(asked) == 1 else f"{names(where)}: {clause}" for clause, where in clauses.items()]
     widest = unseen(asked)
     text = "; ".join(told) + (f" (less than about {widest:.1f} points cannot be seen)." if widest else ".")
-    return text[:1].upper() + text[1:] if len(asked) == 1 else text
+    return first(text) if len(asked) == 1 else text
 
 
 def _clause(panel: Panel, words: Words, what: str) -> str:
@@ -130,30 +131,30 @@ def unseen(asked: Sequence[Panel]) -> float:
 
 def limits(results: Results, facts: Sequence[str]) -> list[str]:
     """What a reader may conclude from a study, and what not."""
-    first = results.study.trials[0]
-    texts = [
-        f"What is said holds for what was run: {_network(first.network)}, {_seeds(results)}, and these images. "
-        + " ".join(facts)
-    ]
+    study = results.study
+    counts = {len(row.results) for row in results.rows}
+    many = seeds(max(counts)) if len(counts) == 1 else f"{min(counts)} to {seeds(max(counts))}"
+    texts = [] if study.limits is None else study.limits(results)
+    texts.append(
+        f"What is said holds for what was run: one kind of network ({study.trials[0].network['name']}), {many}, and "
+        f"these images. {' '.join(facts)}"
+    )
     if widest := unseen(panels(results)):
         texts.append(
             f"“Not found” is not “equal”: with these seeds a difference of less than about {widest:.1f} points "
             "cannot be seen. The intervals are over seeds; that other test images would give other numbers is not in "
             "them."
         )
-    if results.study.preset == "cpu":
+    for name, rows in results.panels.items():
+        if n := results.tested.get(name):
+            p = max(row.estimate(MEASURE).mean for row in rows)
+            texts.append(
+                f"One of the {n:,} test images of {name} is {100 / n:.2f} points, and another test set of that size "
+                f"would move an accuracy of {100 * p:.1f} % by about {100 * sampling(p, n):.1f} points."
+            )
+    if study.preset == "cpu":
         texts.append(
             "The preset is cpu: a small network, few images, minutes of training. A result that was published at "
             "another size is neither confirmed nor refuted by it."
         )
     return texts
-
-
-def _network(network: Mapping[str, object]) -> str:
-    return f"one kind of network ({network['name']})"
-
-
-def _seeds(results: Results) -> str:
-    counts = {len(row.results) for row in results.rows}
-    low, high = min(counts), max(counts)
-    return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
 
-SIZE = 8.5
+SIZE, ROOM = 8.5, 3
+"""Of the letters, in points; around a name, in pixels."""
 
 
 class Point(NamedTuple):
@@ -57,7 +58,7 @@ def name_points(axes: Axes, points: Sequence[Point], line: Sequence[tuple[float,
         trial = axes.annotate(p.name, (p.x, p.y), fontsize=SIZE)
         size = trial.get_window_extent(renderer)
         trial.remove()
-        for box in _places(px, py, 1.06 * size.width + 2, size.height + 2):  # the reader's font may be wider than ours
+        for box in _places(px, py, 1.06 * size.width + 2 * ROOM, size.height + 2 * ROOM):  # fonts differ
             near = max(box.x0 - px, px - box.x1, box.y0 - py, py - box.y1) < 12
             leader = [] if near else _boxes((px, py), ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
@@ -68,7 +69,7 @@ def name_points(axes: Axes, points: Sequence[Point], line: Sequence[tuple[float,
         named.append(box)
         taken += leader
         axes.annotate(
-            p.name, (p.x, p.y), xytext=((box.x0 + 1 - px) * scale, (box.y0 + 1 - py) * scale),
+            p.name, (p.x, p.y), xytext=((box.x0 + ROOM - px) * scale, (box.y0 + ROOM - py) * scale),
             textcoords="offset points", fontsize=SIZE, color=p.colour,
             arrowprops=None if near else {"arrowstyle": "-", "color": "#888888", "lw": 0.7, "shrinkB": 3},
         )  # fmt: skip
@@ -78,7 +79,7 @@ def _places(px: float, py: float, width: float, height: float) -> Iterator[Bbox]
     """Where a name of a size in pixels may stand, the nearest to its point first."""
     from matplotlib.transforms import Bbox
 
-    for radius in range(9, 140, 6):
+    for radius in range(7, 140, 6):
         for degrees in (0, 180, 45, -45, 135, -135, 90, -90, 20, -20, 160, -160):
             angle = math.radians(degrees)
             cx = px + math.cos(angle) * (radius + width / 2)

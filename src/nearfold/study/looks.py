@@ -1,17 +1,21 @@
-"""Where each operator looks: one image, one position, and what the first mixing layer reads for it."""
+"""Where each setting looks: one image, one position, and what the first mixing layer reads for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nearfold.lower import looks
+from nearfold.look import looks
 from nearfold.models import SpectrumNet
+from nearfold.study.plan import Plan
 from nearfold.study.plots import THEME, new_figure, plain
+from nearfold.study.store import Store
+from nearfold.study.tasks import build, load, source_of
+from nearfold.train import ImageData, load_weights, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """What one operator reads for one output position.
+    """What one setting reads for one output position.
 
     Attributes:
-        title: the operator.
+        title: of the setting.
         weights: (h, w), non-negative, sums to 1: how much it reads each position of its grid.
         at: the position (row, column) on that grid.
     """
@@ -54,6 +58,100 @@ class Look:
         return float((torch.hypot(*torch.broadcast_tensors(rows, columns)) * self.weights.double()).sum())
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What the networks of a study read of one test image.
+
+    Attributes:
+        image: (C, H, W) uint8.
+        label: what is on it, and of which data set it is.
+        found: one a setting, in the order of the study.
+        missing: settings of which there is none, and why.
+    """
+
+    image: Tensor
+    label: str
+    found: Sequence[Look]
+    missing: Sequence[tuple[str, str]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As `from_json` reads it: a text for every row of a grid, so that a reader sees the grid."""
+        return {
+            "label": self.label,
+            "image": [_lines(channel, "d") for channel in self.image],
+            "found": [
+                {"setting": look.title, "at": list(look.at), "weights": _lines(look.weights, ".3g")}
+                for look in self.found
+            ],
+            "missing": [list(pair) for pair in self.missing],
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Looks:
+        """What `to_json` wrote, or anybody else.
+
+        Raises:
+            ValueError: an image or weights are none.
+
+        >>> Looks.from_json({"label": "a 4", "image": [["0 256"]], "found": [], "missing": []})
+        Traceback (most recent call last):
+        ValueError: an image must be rows of numbers from 0 to 255, as many in each
+        """
+        channels = [_grid(channel, 255.0, "an image") for channel in content["image"]]
+        if len({channel.shape for channel in channels}) != 1:
+            raise ValueError("an image must have channels of one size")
+        found = [_look(entry) for entry in content["found"]]
+        missing = [(str(title), str(why)) for title, why in content["missing"]]
+        return cls(torch.stack(channels).to(torch.uint8), str(content["label"]), found, missing)
+
+
+def _look(entry: Mapping[str, Any]) -> Look:
+    weights = _grid(entry["weights"], 1.0, "weights")
+    row, column = entry["at"]
+    if not (row in range(weights.shape[0]) and column in range(weights.shape[1]) and weights.sum() > 0):
+        raise ValueError(f"weights must not all be 0, and be read at a position of theirs, got {entry['at']}")
+    return Look(str(entry["setting"]), weights / weights.sum(), (int(row), int(column)))
+
+
+def _lines(grid: Tensor, form: str) -> list[str]:
+    return [" ".join(format(value, form) for value in row) for row in grid.tolist()]
+
+
+def _grid(lines: Sequence[str], most: float, what: str) -> Tensor:
+    rows = [[float(value) for value in line.split()] for line in lines]
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or 0 in widths or not all(0 <= value <= most for row in rows for value in row):
+        raise ValueError(f"{what} must be rows of numbers from 0 to {most:g}, as many in each")
+    return torch.tensor(rows)
+
+
+def see(planned: Plan) -> Looks | None:
+    """What the networks of seed 0 read of the first test image, by the weights that their runs left.
+
+    Args:
+        planned: a study; of its data sets the first is shown.
+
+    Returns:
+        None where the study shows none, or its data are not held in memory.
+    """
+    first = planned.study.trials[0].data
+    data = load(source_of(first.name, planned.place.sources), first)
+    if not (planned.study.looks and isinstance(data, ImageData)):
+        return None
+    image, found, missing = data.test.images[0], [], []
+    for index, trial in enumerate(planned.study.trials):
+        if trial.data != first:
+            continue
+        model = build(trial.network, data)
+        assert isinstance(model, SpectrumNet), trial
+        try:
+            load_weights(model, Store(planned.place.root).weights_path(planned.training[index, 0].config))
+            found.append(first_look(model, prepare(image[None], data), image, trial.title))
+        except ValueError as error:  # weights deleted or broken, or an operator that cannot say: told in place
+            missing.append((trial.title, str(error)))
+    return Looks(image, f"class {data.classes[int(data.test.labels[0])]} of {data.name}", found, missing)
+
+
 def interesting_position(image: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
     """The (row, column) on `grid`, off its border, around which the image (C, H, W) varies most.
 
@@ -79,7 +177,7 @@ def first_look(model: SpectrumNet, x: Tensor, image: Tensor, title: str) -> Look
         model: the trained network.
         x: the image as the network gets it, (1, C, H, W).
         image: the same image as stored, (C, H, W) uint8, which decides the position.
-        title: name of the operator.
+        title: of the setting.
     """
     mixer = model.mixers[0]
     seen: list[Tensor] = []
@@ -96,18 +194,17 @@ def first_look(model: SpectrumNet, x: Tensor, image: Tensor, title: str) -> Look
     return Look(title, weights, at)
 
 
-def picture(image: Tensor, found: Sequence[Look], colours: Sequence[str]) -> Figure:
-    """The image with the position marked, then one panel an operator: the image, and what is read on top.
+def picture(seen: Looks, colours: Sequence[str]) -> Figure:
+    """The image with the position marked, then one panel a setting: the image, and what is read on top.
 
     Args:
-        image: (C, H, W) uint8.
-        found: one look an operator.
+        seen: at least one look.
         colours: of the title of each panel.
     """
     from matplotlib.colors import ListedColormap
 
     ink = ListedColormap(["#b3123a"])  # how much is read is how much ink there is
-    columns = 5
+    image, found, columns = seen.image, seen.found, 5
     lines = -(-(len(found) + 1) // columns)
     figure = new_figure(9.2, 2.15 * lines)
     panels: list[Any] = list(figure.subplots(lines, columns, squeeze=False).flat)

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import nearfold
+
 STEPS, SECONDS = 20, 2.0
 """Timed steps at most, and for how long; the median counts."""
 
@@ -61,6 +63,21 @@ def machine(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Machine and versions, by name.
+
+    Args:
+        device: that the networks ran on, as in `nearfold.train.Recipe`.
+    """
+    return {
+        "nearfold": nearfold.__version__,
+        "PyTorch": torch.__version__,
+        "Python": platform.python_version(),
+        "processor": f"{machine('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        **({"GPU": machine(device)} if device != "cpu" and torch.cuda.is_available() else {}),
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

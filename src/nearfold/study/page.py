@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
-from nearfold.study.authors import Points
 from nearfold.study.catalogue.readings import scores
-from nearfold.study.charts import draw
+from nearfold.study.charts import draw, family, legend, looks
 from nearfold.study.compare import MEASURE, Difference, accuracy, against_reference, differences, points, signed
-from nearfold.study.document import Cell, Line, Table, render
+from nearfold.study.document import Cell, Table, count, render, seeds
 from nearfold.study.forest import Forest, Mark, ends, interval
 from nearfold.study.headline import limits, verdict
+from nearfold.study.record import Record
 from nearfold.study.results import Results, Row
-from nearfold.study.table import count, seeds
 
 
 def answer(results: Results) -> list[str]:
@@ -21,47 +21,54 @@ def answer(results: Results) -> list[str]:
     return (results.study.answer or against_reference)(results)
 
 
-def html(
-    results: Results,
-    *,
-    facts: Sequence[str],
-    command: str,
-    environment: Mapping[str, str],
-    authors: Sequence[Points] = (),
-    missing: Sequence[str] = (),
-) -> str:
+def html(record: Record) -> str:
     """The page as one HTML document.
 
     Args:
-        results: of the study; at least one row.
-        facts: sentences about the data.
-        command: what makes the same page elsewhere.
-        environment: machine and versions, by name.
-        authors: their runs, drawn behind.
-        missing: data sets of the study that were not given.
+        record: of a study; at least one row.
     """
+    results, seen = record.results, record.looks
     study = results.study
+    charts = draw(results, record.authors)
     return render(
         "study.html.jinja",
         title=study.title,
         study=study,
         seeds=seeds(study.seeds),
         verdict=verdict(results),
-        unfinished=_unfinished(results, missing),
+        unfinished=_unfinished(results, record.missing),
         forests=[_forest(name, rows, results) for name, rows in results.panels.items()],
-        limits=limits(results, facts),
+        limits=limits(results, record.facts),
         asked=[study.question, f"What was published: {study.claim}"],
         answer=answer(results),
-        charts=draw(results, authors),
-        tables=[_table(name, rows, results) for name, rows in results.panels.items()],
-        protocol=_protocol(results, facts),
+        charts=[*charts, looks(results, seen)] if seen is not None and seen.found else charts,
+        unseen=[f"{title}: {why}" for title, why in seen.missing] if seen is not None else [],
+        tables=tables(results),
+        protocol=_protocol(results, record.facts),
         failures=results.failures,
         networks=_networks(results),
         runs=_runs(results),
         finished=results.finished,
-        command=command,
-        environment=environment,
+        command=record.command,
+        environment=record.environment,
     )
+
+
+SHORT = ("setting", "test acc. %", "difference, points", "gap, points", "seeds", "FLOPs/image", "images/s")
+"""Columns for a terminal."""
+
+
+def printed(record: Record) -> str:
+    """The verdict, a table for every data set and what may be concluded, for a terminal."""
+    results = record.results
+    told = (verdict(results), *limits(results, record.facts))
+    found = [f"{table.caption}\n{table.text(SHORT)}" for table in tables(results)]
+    return "\n\n".join([*found, *(textwrap.fill(text, 110) for text in told)])
+
+
+def tables(results: Results) -> list[Table]:
+    """All that is said of every setting, a table for every data set."""
+    return [_table(name, rows, results) for name, rows in results.panels.items()]
 
 
 def _unfinished(results: Results, missing: Sequence[str]) -> str:
@@ -90,27 +97,26 @@ def _forest(name: str, rows: Sequence[Row], results: Results) -> Forest:
     gap = study.measure != MEASURE
     what = "train minus test accuracy" if gap else "test accuracy"
     marks = []
-    for row in sorted(rows, key=lambda r: r.cost["latency_ms"]) if _timed(rows) and study.figure == "costs" else rows:
+    timed = study.figure == "costs" and all(row.cost for row in rows)
+    for row in sorted(rows, key=lambda r: r.cost["latency_ms"]) if timed else rows:
         title = f"{row.title} ({row.cost['latency_ms']:.2g} ms)" if row.cost and study.figure == "costs" else row.title
         if row is reference:
             e = row.estimate(study.measure)
             marks.append(Mark(title, 0.0, None, None, accuracy(e).partition(" (")[0], "reference", colour="gray"))
         elif row.title in found:
-            marks.append(_against(found[row.title], title, -1 if gap else 1))
+            marks.append(_against(found[row.title], title, -1 if gap else 1, family(results, row)))
     return Forest(
         f"{name}: {what} less that of {reference.title}, points",
         "points",
-        f"Circles: mean differences to {reference.title}, paired by seed, with 95 % intervals. Filled, green for the "
-        "better and orange for the worse: found, after correction for the number of comparisons."
+        f"Circles: mean differences to {reference.title}, paired by seed, with 95 % intervals. Filled"
+        + ("" if study.families else ", green for the better and orange for the worse")
+        + ": found, after correction for the number of comparisons."
+        + (f" {legend(results)}" if study.families else "")
         + (" Only operators that memorised their images with every seed are compared." if gap else "")
         + (" In the order of the latency of one image." if study.figure == "costs" else ""),
         marks,
         zero=0.0,
     )
-
-
-def _timed(rows: Sequence[Row]) -> bool:
-    return all(row.cost for row in rows)
 
 
 def _alone(row: Row, measure: str) -> Mark:
@@ -123,9 +129,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _against(d: Difference, title: str, wanted: int) -> Mark:
+def _against(d: Difference, title: str, wanted: int, colour: str) -> Mark:
     e = d.estimate
-    colour = "blue" if not d.found else "green" if wanted * e.mean > 0 else "orange"
+    colour = colour or ("blue" if not d.found else "green" if wanted * e.mean > 0 else "orange")
     return Mark(title, 100 * e.mean, *ends(e), signed(e.mean), interval(e, signed), found=d.found, colour=colour)
 
 
@@ -177,15 +183,16 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> Table:
         return lambda row: Cell(f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
 
     columns: dict[str, Callable[[Row], Cell]] = {
-        "setting": lambda row: Cell(row.title),
+        "setting": lambda row: Cell(row.title, dot=family(results, row)),
         "test acc. %": share(f"test_accuracy{last}"),
         "held-out acc. %": share("val_accuracy"),
         "train acc. %": share(f"train_accuracy{last}"),
+        "gap, points": share(f"gap{last}"),
     }
     if study.measure != MEASURE:
-        columns |= {"gap, points": share(study.measure), "epochs": number("epochs", 1)}
+        columns |= {"epochs": number("epochs", 1)}
     columns |= {
-        f"{'accuracy' if study.measure == MEASURE else 'gap'} less the reference's, points": less,
+        "difference, points": less,
         "adjusted p": adjusted,
         "seeds": lambda row: Cell(str(len(row.results)), len(row.results)),
     }
@@ -201,10 +208,11 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> Table:
             "parameters": cost("parameters", count),
             "FLOPs/image": cost("flops", count),
             "latency, ms": cost("latency_ms", "{:.2f}".format),
+            "images/s": cost("images_per_second", count),
             "peak MiB": cost("peak_memory_mib", "{:.1f}".format),
         }
     columns["s a run"] = number("seconds", 0)
-    lines = [Line([cell(row) for cell in columns.values()]) for row in rows]
+    lines = [[cell(row) for cell in columns.values()] for row in rows]
     return Table(name, list(columns), lines, sorts=True)
 
 
@@ -213,13 +221,11 @@ def _runs(results: Results) -> Table:
         return Cell(f"{100 * value:.2f}", value)
 
     lines = [
-        Line(
-            [
-                Cell(row.title), Cell(name), Cell(str(seed), seed),
-                *(share(r[f"{part}_accuracy"]) for part in ("val", "test", "train")),
-                Cell(str(r["best_epoch"])), Cell(str(r["epochs"])), Cell(f"{r['seconds']:.1f}", r["seconds"]),
-            ]
-        )
+        [
+            Cell(row.title), Cell(name), Cell(str(seed), seed),
+            *(share(r[f"{part}_accuracy"]) for part in ("val", "test", "train")),
+            Cell(str(r["best_epoch"])), Cell(str(r["epochs"])), Cell(f"{r['seconds']:.1f}", r["seconds"]),
+        ]
         for name, rows in results.panels.items()
         for row in rows
         for seed, r in row.results.items()
@@ -232,5 +238,5 @@ def _networks(results: Results) -> Table:
     def network(row: Row) -> str:
         return ", ".join(f"{name}={value}" for name, value in row.trial.network.items())
 
-    lines = [Line([Cell(row.title), Cell(network(row), kind="left wide", code=True)]) for row in results.rows]
+    lines = [[Cell(row.title), Cell(network(row), kind="left wide", code=True)] for row in results.rows]
     return Table("The networks", ("setting", "network"), lines, left=(0, 1))

@@ -25,6 +25,7 @@ class Plan:
         costs: by index of the trial.
         place: where the runs leave their results.
         facts: a sentence about every data set.
+        tested: number of test images, by data set as labelled.
     """
 
     study: Study
@@ -33,6 +34,7 @@ class Plan:
     costs: dict[int, Run]
     place: Place
     facts: tuple[str, ...]
+    tested: dict[str, int]
 
     @property
     def runs(self) -> list[Run]:
@@ -45,7 +47,7 @@ class Plan:
     @property
     def results(self) -> Results:
         """What the store has now."""
-        return collect(self.study, self.training, self.costs, Store(self.place.root))
+        return collect(self.study, self.training, self.costs, Store(self.place.root), self.tested)
 
 
 def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False, workers: int = 0) -> Plan:
@@ -79,13 +81,14 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
         _try(trial, datas[trial.data])
     study = replace(study, trials=trials)
     runs = {
-        (index, seed): training(trial, seed, prints[trial.data])
+        (index, seed): training(trial, seed, prints[trial.data], keep_weights=study.looks and seed == 0)
         for index, trial in enumerate(trials)
         for seed in range(study.seeds)
     }
     costs = {i: costing(trial, prints[trial.data]) for i, trial in enumerate(trials)} if study.cost else {}
     facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
-    return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable, workers), facts)
+    tested = {trial.panel: _sizes(datas[trial.data])["test"] for trial in trials}
+    return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable, workers), facts, tested)
 
 
 def _load(trial: Trial, sources: Sources) -> ImageData | StreamData:
@@ -100,12 +103,16 @@ def _try(trial: Trial, data: ImageData | StreamData) -> None:
         raise ValueError(f"{trial.title}: {error}") from error
 
 
+def _sizes(data: ImageData | StreamData) -> dict[str, int]:
+    splits = data.splits if isinstance(data, StreamData) else {"train": data.train, "val": data.val, "test": data.test}
+    return {name: len(split) for name, split in splits.items()}
+
+
 def _fact(data: ImageData | StreamData, trial: Trial) -> str:
     height, width = data.size
-    splits = data.splits if isinstance(data, StreamData) else {"train": data.train, "val": data.val, "test": data.test}
-    train, val, test = (len(splits[name]) for name in ("train", "val", "test"))
+    sizes = _sizes(data)
     subset = "" if trial.data.limit is None else ": a subset, the same for all seeds"
     return (
-        f"{trial.data.name}: images of {height} x {width} pixels, {len(data.classes)} classes; {train:,} to "
-        f"train on, {val:,} held out to choose epochs and settings, {test:,} to test{subset}."
+        f"{trial.data.name}: images of {height} x {width} pixels, {len(data.classes)} classes; {sizes['train']:,} to "
+        f"train on, {sizes['val']:,} held out to choose epochs and settings, {sizes['test']:,} to test{subset}."
     )

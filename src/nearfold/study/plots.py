@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
-
-from nearfold.study.labels import Point, log_axis, name_points
-from nearfold.study.table import Row, mean, spread
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -28,7 +25,7 @@ FAMILIES = {
     "features": ("looks in features", "orange"),
     "both": ("both at once", "green"),
 }
-"""Where an operator stands on the spectrum: what the legend says, and its colour in `THEME`."""
+"""Where an operator stands between space and features: what a legend says, and its colour in `THEME`."""
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -100,74 +97,3 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def along_spectrum(rows: Sequence[Row]) -> Figure:
-    """Test accuracy and train-test gap of every operator, in the order of the spectrum, with error bars."""
-    figure = new_figure(9.2, 1.3 + 0.34 * len(rows))
-    axes = figure.subplots(1, 2, sharey=True)
-    places = range(len(rows))
-    panels: tuple[tuple[str, float, Callable[[Row], tuple[float, ...]]], ...] = (
-        ("test accuracy, %", 0.0, lambda row: row.test),
-        ("train minus test accuracy, points", -100.0, lambda row: row.gap),
-    )
-    for axis, (label, least, values_of) in zip(axes, panels, strict=True):
-        for place, row in zip(places, rows, strict=True):
-            values = [100 * v for v in values_of(row)]
-            colour = _colour(row)
-            axis.plot(values, [place] * len(values), "o", ms=3.2, color=colour, alpha=0.45, mew=0)
-            arms = _arms(values, least)
-            axis.errorbar(mean(values), place, xerr=arms, fmt="D", ms=5.5, color=colour, capsize=3, lw=1.4)
-        axis.set_xlabel(label)
-        axis.margins(y=0.5 / max(len(rows), 1))
-    axes[1].axvline(0, color=THEME["edge"], lw=0.9)
-    axes[0].set_yticks(list(places), [plain(row.title) for row in rows])
-    axes[0].invert_yaxis()
-    _legend(figure, rows)
-    return figure
-
-
-def against_cost(rows: Sequence[Row]) -> Figure:
-    """Test accuracy against FLOPs per image, and against images per second, both on a log axis."""
-    figure = new_figure(9.2, 8.0)
-    axes = figure.subplots(2, 1, sharey=True)
-    panels: tuple[tuple[str, Callable[[Row], float]], ...] = (
-        ("FLOPs per image, forward (log scale): less is better", lambda row: row.flops),
-        (
-            "images per second, forward and backward (log scale): more is better",
-            lambda r: r.images_per_second,
-        ),
-    )
-    for axis, (label, cost) in zip(axes, panels, strict=True):
-        for row in rows:
-            values = [100 * v for v in row.test]
-            axis.errorbar(
-                cost(row), mean(values), yerr=_arms(values),
-                fmt="o", ms=6, color=_colour(row), capsize=2.5, lw=1.0, elinewidth=0.8,
-            )  # fmt: skip
-        log_axis(axis, list(map(cost, rows)))
-        axis.set(xlabel=label, ylabel="test accuracy, %")
-        axis.margins(y=0.15)
-    _legend(figure, rows)
-    for axis, (_, cost) in zip(axes, panels, strict=True):
-        centres = [(row, 100 * mean(row.test), 100 * (spread(row.test) or 0)) for row in rows]
-        name_points(axis, [Point(cost(r), y, y - sd, y + sd, plain(r.title), _colour(r)) for r, y, sd in centres])
-    return figure
-
-
-def _arms(values: Sequence[float], least: float = 0.0) -> list[list[float]] | None:
-    """One standard deviation to each side, at most to what a percentage can be; one seed has none."""
-    sd = spread(values)
-    return None if sd is None else [[min(sd, mean(values) - least)], [min(sd, 100 - mean(values))]]
-
-
-def _colour(row: Row) -> str:
-    return THEME[FAMILIES[row.family][1]]
-
-
-def _legend(figure: Figure, rows: Sequence[Row]) -> None:
-    from matplotlib.lines import Line2D
-
-    used = [family for family in FAMILIES if any(row.family == family for row in rows)]
-    handles = [Line2D([], [], marker="o", ls="", color=THEME[FAMILIES[f][1]], label=FAMILIES[f][0]) for f in used]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(used), frameon=False)

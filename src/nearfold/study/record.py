@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nearfold.study.authors import Points
-from nearfold.study.checked import FIELDS, checked
-from nearfold.study.grid import Data, Study, Trial
-from nearfold.study.results import Results, Row, panel
+from nearfold.study.checked import COUNT, FIELDS, checked
+from nearfold.study.grid import Data, Label, Study, Trial
+from nearfold.study.looks import Looks
+from nearfold.study.results import Results, Row, together
 from nearfold.train import Recipe
 
 RUN = (
@@ -34,6 +35,7 @@ class Record:
         environment: machine and versions, by name.
         missing: data sets that nobody pointed to.
         authors: their runs, drawn behind.
+        looks: where every setting looks; None: it is not shown.
     """
 
     results: Results
@@ -42,6 +44,7 @@ class Record:
     environment: Mapping[str, str]
     missing: Sequence[str] = ()
     authors: Sequence[Points] = ()
+    looks: Looks | None = None
 
     def to_json(self, answer: Sequence[str], verdict: str) -> str:
         """The record as JSON, with its answer for who reads it without the study."""
@@ -57,7 +60,9 @@ class Record:
             "environment": dict(self.environment),
             "facts": list(self.facts),
             "missing": list(self.missing),
+            "reference": study.reference,
             "seeds": study.seeds,
+            "tested": dict(results.tested),
             "planned": results.planned,
             "finished": results.finished,
             "failures": [{"run": label, "error": error} for label, error in results.failures],
@@ -76,6 +81,7 @@ class Record:
                 }
                 for row in results.rows
             ],
+            **({} if self.looks is None else {"looks": self.looks.to_json()}),
         }
         return json.dumps(content, indent=1) + "\n"
 
@@ -94,7 +100,10 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error})") from error
     for name in ("study", "preset"):
         if not isinstance(content, dict) or not isinstance(content.get(name), str):
-            raise ValueError(f"{path} is not what `nearfold study run` leaves: it does not say its {name}")
+            raise ValueError(
+                f"{path} is not what a study leaves: it does not say its {name}; if an older nearfold left it, its "
+                "command writes it anew from the finished runs"
+            )
     return content
 
 
@@ -120,26 +129,28 @@ def _record(content: Mapping[str, Any], study: Study) -> Record:
     rows = [_row(entry, study) for entry in _of(content, "rows", list)]
     if not rows:
         raise ValueError("rows is empty: no run had finished")
-    rows = [replace(r, beside=[other for other in rows if other is not r and panel(other) == panel(r)]) for r in rows]
     seeds = _of(content, "seeds", int) if "seeds" in content else max(max(row.results) + 1 for row in rows)
     planned = _of(content, "planned", int)
-    study = replace(study, preset=content["preset"], trials=[row.trial for row in rows], seeds=seeds)
+    reference = _label("reference", content.get("reference", study.reference))
+    study = replace(
+        study, preset=content["preset"], trials=[row.trial for row in rows], seeds=seeds, reference=reference
+    )
     failures = [(str(f["run"]), str(f["error"])) for f in _of(content, "failures", list)]
     return Record(
-        Results(study, rows, planned, failures),
+        Results(study, together(rows), planned, failures, _tested(content.get("tested", {}))),
         _texts(content.get("facts", [])),
         _of(content, "command", str),
         {str(name): str(value) for name, value in _of(content, "environment", dict).items()},
         _texts(content.get("missing", [])),
         [_points(entry) for entry in content.get("authors", [])],
+        Looks.from_json(_of(content, "looks", dict)) if "looks" in content else None,
     )
 
 
 def _row(entry: Mapping[str, Any], study: Study) -> Row:
     labels = _of(entry, "labels", dict)
     for axis, value in labels.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError(f"label {axis!r} must be a number or a text, got {value!r}")
+        _label(f"label {axis!r}", value)
     if study.axis not in labels:
         raise ValueError(f"a row has no label {study.axis!r}, by which the study {study.name!r} compares")
     known = {field.name for field in fields(Data)}
@@ -157,6 +168,18 @@ def _row(entry: Mapping[str, Any], study: Study) -> Row:
         raise ValueError(f"{labels} has no run")
     cost = _of(entry, "cost", dict)
     return Row(trial, results, checked(cost, "cost") if cost else {})
+
+
+def _label(name: str, value: Any) -> Label:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{name} must be a number or a text, got {value!r}")
+    return value
+
+
+def _tested(found: Any) -> dict[str, int]:
+    if not isinstance(found, dict) or not all(COUNT.fits(n) and n for n in found.values()):
+        raise ValueError(f"tested must be a whole number of at least 1 for every data set, got {repr(found)[:60]}")
+    return found
 
 
 def _points(entry: Mapping[str, Any]) -> Points:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nearfold.study.grid import Run, Study, Trial
@@ -75,12 +75,14 @@ class Results:
         rows: with at least one finished run.
         planned: runs of the grid.
         failures: label and error of runs that failed and have not succeeded since.
+        tested: number of test images, by data set as labelled; empty where it is not known.
     """
 
     study: Study
     rows: Sequence[Row]
     planned: int
     failures: Sequence[tuple[str, str]]
+    tested: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def finished(self) -> int:
@@ -92,20 +94,27 @@ class Results:
         """The rows of every data set, in the study's order."""
         found: dict[str, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(panel(row), []).append(row)
+            found.setdefault(row.trial.panel, []).append(row)
         return found
 
     def reference(self, rows: Sequence[Row]) -> Row | None:
         """The row that the others of a panel are compared with."""
-        return next((r for r in rows if r.trial.labels[self.study.axis] == self.study.reference_on(panel(r))), None)
+        axis, against = self.study.axis, self.study.reference_on
+        return next((row for row in rows if row.trial.labels[axis] == against(row.trial.panel)), None)
 
 
-def panel(row: Row) -> str:
-    """The data set of a row, as labelled."""
-    return str(row.trial.labels.get("data", row.trial.data.name))
+def together(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each knowing those beside it on its data set."""
+    return [replace(r, beside=[o for o in rows if o is not r and o.trial.panel == r.trial.panel]) for r in rows]
 
 
-def collect(study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[int, Run], store: Store) -> Results:
+def collect(
+    study: Study,
+    runs: Mapping[tuple[int, int], Run],
+    costs: Mapping[int, Run],
+    store: Store,
+    tested: Mapping[str, int] | None = None,
+) -> Results:
     """Read what a store has of a study.
 
     Args:
@@ -113,6 +122,7 @@ def collect(study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[in
         runs: its training runs by (index of the trial, seed).
         costs: its cost runs by index of the trial.
         store: where results lie.
+        tested: as in `Results`.
     """
     rows = []
     for index, trial in enumerate(study.trials):
@@ -124,10 +134,6 @@ def collect(study: Study, runs: Mapping[tuple[int, int], Run], costs: Mapping[in
         cost = store.load(costs[index].config) if index in costs else None
         if results:
             rows.append(Row(trial, results, cost or {}))
-    rows = [
-        replace(row, beside=[other for other in rows if other is not row and panel(other) == panel(row)])
-        for row in rows
-    ]
     errors = ((run.label, store.failure(run.config)) for run in [*costs.values(), *runs.values()])
     failures = [(label, error) for label, error in errors if error is not None]
-    return Results(study, rows, len(runs), failures)
+    return Results(study, together(rows), len(runs), failures, tested or {})

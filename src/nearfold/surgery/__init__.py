@@ -12,13 +12,15 @@
 
 from nearfold.surgery.carry import Carried, carry
 from nearfold.surgery.convert import convert
-from nearfold.surgery.report import Report, Row
+from nearfold.surgery.report import LayerOutcome, Report
 from nearfold.surgery.rule import Rule
 from nearfold.surgery.save import load_converted, save_converted
 from nearfold.surgery.schedule import SpectrumSchedule
 from nearfold.surgery.sites import Site
 
+Row = LayerOutcome  # its name before
+
 __all__ = [
-    "Carried", "Report", "Row", "Rule", "Site", "SpectrumSchedule", "carry", "convert", "load_converted",
-    "save_converted",
+    "Carried", "LayerOutcome", "Report", "Row", "Rule", "Site", "SpectrumSchedule", "carry", "convert",
+    "load_converted", "save_converted",
 ]  # fmt: skip

@@ -17,16 +17,18 @@ from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import Carried, carry
 from nearfold.surgery.obstacles import made_of
 from nearfold.surgery.proof import Proof, prove
-from nearfold.surgery.report import Change, Row
+from nearfold.surgery.report import Change, LayerOutcome
 from nearfold.surgery.rule import Rule
 from nearfold.surgery.schedule import changed
 from nearfold.surgery.sites import Site
 
 
-def row_of(name: str, module: nn.Module, status: str, reason: str, site: Site | None = None, **more: Any) -> Row:
+def row_of(
+    name: str, module: nn.Module, status: str, reason: str, site: Site | None = None, **more: Any
+) -> LayerOutcome:
     """A row of the report."""
     operation = str(site.operation) if site else ""
-    return Row(name, type(module).__name__, status, operation, reason=reason, parameters=count(module), **more)
+    return LayerOutcome(name, type(module).__name__, status, operation, reason=reason, parameters=count(module), **more)
 
 
 def change(site: Site, rule: Rule, given: bool) -> Change:

@@ -12,9 +12,9 @@ from torch import nn
 
 from nearfold._numbers import shown
 from nearfold.surgery.build import change, row_of
-from nearfold.surgery.observe import Seen, call_of, confirm, observe
 from nearfold.surgery.report import Change, Report, few
 from nearfold.surgery.rule import Rule, looks_like
+from nearfold.surgery.runs import Seen, call_of, confirm, watched
 from nearfold.surgery.sites import Site, at, sites
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -75,11 +75,11 @@ def convert(
 
 def _convert(model: nn.Module, rules: list[Rule], input_size: tuple[int, ...] | None, inputs: Any) -> Report:
     call = call_of(model, input_size, inputs)
-    found = list(sites(model))
-    seen = observe(model, [s for s in found if isinstance(s, Site)], call) if call else Seen()
+    entries = list(sites(model))
+    seen = watched(model, [s for s in entries if isinstance(s, Site)], call) if call else Seen()
     changes: list[Change] = []
     matched = [False] * len(rules)
-    for entry in found:
+    for entry in entries:
         if not isinstance(entry, Site):
             asking = [i for i, rule in enumerate(rules) if rule.asks_for(entry.name, entry.module)]
             if asking and entry.known:
@@ -96,7 +96,7 @@ def _convert(model: nn.Module, rules: list[Rule], input_size: tuple[int, ...] | 
         changes.append(change(site, rules[rule], call is not None))
     unused = tuple(rule for rule, hit in zip(rules, matched, strict=True) if not hit)
     if len(unused) == len(rules):
-        raise ValueError(f"no layer matches {unused[0]}; {_there(found, unused[0])}")
+        raise ValueError(f"no layer matches {unused[0]}; {_there(entries, unused[0])}")
     report = Report(model, tuple(changes), seen.flops, unused=tuple(map(str, unused)))
     try:
         if call is None:
@@ -137,9 +137,9 @@ def _require(model: nn.Module, rules: list[Rule]) -> None:
         raise ValueError(f"rules must be one Rule or several, such as Rule({NEAREST!r}), got {shown(given)}")
 
 
-def _there(found: list[Any], rule: Rule) -> str:
+def _there(entries: list[Any], rule: Rule) -> str:
     """What is there instead, and why it was not taken."""
-    wanted = [e for e in found if rule.kind in (None, _kind(e))] or found
+    wanted = [e for e in entries if rule.kind in (None, _kind(e))] or entries
     if not wanted:
         return "the model has no layer that mixes positions"
     reasons: dict[str, list[str]] = {}
@@ -152,7 +152,7 @@ def _there(found: list[Any], rule: Rule) -> str:
     there = [f"{few(some)} ({reason})" for reason, some in list(reasons.items())[:6]]
     more = f" and {len(reasons) - 6} other kinds" if len(reasons) > 6 else ""
     text = (
-        f"{'there is' if wanted is not found or rule.kind is None else f'no {what} is known; there is'} "
+        f"{'there is' if wanted is not entries or rule.kind is None else f'no {what} is known; there is'} "
         + "; ".join(there)
     )
     return text + more + (f"; close to its name: {', '.join(close)}" if close else "")

@@ -182,11 +182,11 @@ def tracked(module: nn.Module) -> Iterator[None]:
 
 def made_of(tensor: Tensor) -> set[Tensor]:
     """The parameters that a tensor was made of under `tracked`."""
-    found: set[Tensor] = set()
+    variables: set[Tensor] = set()
     todo = [tensor.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None:
-            found |= {node.variable} if hasattr(node, "variable") else set()
+            variables |= {node.variable} if hasattr(node, "variable") else set()
             todo += [following for following, _ in node.next_functions]
-    return found
+    return variables

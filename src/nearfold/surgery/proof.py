@@ -53,10 +53,10 @@ def budget(dtype: torch.dtype) -> float:
 
 def tensors(output: Any) -> list[Tensor]:
     """The tensors of a model's output, whatever holds them."""
-    found = tree_leaves(output)
-    if any(not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") for leaf in found):
-        found = [t for leaf in found for t in ([leaf] if isinstance(leaf, Tensor) else tree_leaves(vars_of(leaf)))]
-    return [t for t in found if isinstance(t, Tensor)]
+    leaves = tree_leaves(output)
+    if any(not isinstance(leaf, Tensor) and hasattr(leaf, "__dict__") for leaf in leaves):
+        leaves = [t for leaf in leaves for t in ([leaf] if isinstance(leaf, Tensor) else tree_leaves(vars_of(leaf)))]
+    return [t for t in leaves if isinstance(t, Tensor)]
 
 
 def vars_of(value: Any) -> Any:
@@ -94,15 +94,15 @@ def prove(site: Site, new: nn.Module, limit: int | None = None) -> Proof:
         old64, new64 = (_exactly(module) for module in (site.place, new))
     except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
         return Proof(missing=[f"a comparison: it cannot be copied ({_first(error)})"])
-    found = Proof()
+    proof = Proof()
     generator = torch.Generator().manual_seed(SEED)
     last: Trial | None = None
     for trial in site.trials(generator, old64, limit):
-        _compare(found, old64, new64, trial, trial.what)
+        _compare(proof, old64, new64, trial, trial.what)
         last = last if trial.what else trial
-    if last is not None and not found.unlike:
-        _compare(found, old64.train(), new64.train(), last, "dropout in training")
-    return found
+    if last is not None and not proof.unlike:
+        _compare(proof, old64.train(), new64.train(), last, "dropout in training")
+    return proof
 
 
 def _exactly(module: nn.Module) -> nn.Module:
@@ -112,17 +112,17 @@ def _exactly(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).to("cpu", torch.float64).eval()
 
 
-def _compare(found: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: str) -> None:
+def _compare(proof: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: str) -> None:
     wanted, refused = _run(old, trial)
     if refused:  # no call of the old layer
         return
     made, refused = _run(new, trial)
     if refused:
         if what:
-            found.missing.append(what)
-            found.raising.append(what)
+            proof.missing.append(what)
+            proof.raising.append(what)
         else:
-            found.broken.append(f"does not run on {_shape(trial)}: {refused}")
+            proof.broken.append(f"does not run on {_shape(trial)}: {refused}")
         return
     off = max(itertools.starmap(difference, zip(made, wanted, strict=False)), default=float("inf"))
     allowed = BUDGET[torch.float64]
@@ -130,17 +130,17 @@ def _compare(found: Proof, old: nn.Module, new: nn.Module, trial: Trial, what: s
         allowed = BUDGET[torch.float32]
     if off > allowed:
         if what:
-            found.missing.append(what)
+            proof.missing.append(what)
         else:
-            found.unlike = found.unlike or (
+            proof.unlike = proof.unlike or (
                 f"its output grid is another: {tuple(made[0].shape)}, and was {tuple(wanted[0].shape)}"
                 if off == float("inf") and made and made[0].shape != wanted[0].shape
                 else f"its output differs by {off:.1g} on {_shape(trial)}"
             )
         return
-    if len(made) != len(wanted) and "attention weights" not in found.missing:
-        found.missing.append("attention weights")
-    found.compared += not what
+    if len(made) != len(wanted) and "attention weights" not in proof.missing:
+        proof.missing.append("attention weights")
+    proof.compared += not what
 
 
 def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
@@ -156,11 +156,11 @@ def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
 class _Widths(TorchDispatchMode):
     """Whether anything was computed in less than float64."""
 
-    found = False
+    narrow = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.found |= any(isinstance(t, Tensor) and t.dtype in NARROW for t in tree_leaves(made))
+        self.narrow |= any(isinstance(t, Tensor) and t.dtype in NARROW for t in tree_leaves(made))
         return made
 
 
@@ -168,7 +168,7 @@ def _rounds(old: nn.Module, trial: Trial) -> bool:
     """Whether a layer computes in float32 even where it is in float64, as eager attention of transformers does."""
     with _Widths() as widths:
         _run(old, trial)
-    return widths.found
+    return widths.narrow
 
 
 def _first(error: Exception) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearfold.mixing import evaluating
+from nearfold.look.derivative import evaluating
 from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import GRADES
 from nearfold.surgery.proof import difference, tensors
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layer.
+class LayerOutcome:
+    """What became of one layer.
 
     Attributes:
         name: dotted.
@@ -50,7 +50,7 @@ class Row:
 class Change:
     """A row, the layer it is about, what stands in its place, and whether the two were compared."""
 
-    row: Row
+    row: LayerOutcome
     old: nn.Module
     new: nn.Module | None = None
     proven: bool = False
@@ -75,7 +75,7 @@ class Report:
         self.difference_seen: float | None = None
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[LayerOutcome, ...]:
         """One a layer that mixes positions, in the model's order."""
         return tuple(
             replace(c.row, flops=self._before.get(c.row.name), flops_after=self._after.get(c.row.name))
@@ -83,7 +83,7 @@ class Report:
         )
 
     @property
-    def replaced(self) -> tuple[Row, ...]:
+    def replaced(self) -> tuple[LayerOutcome, ...]:
         """The rows of the layers that were replaced."""
         return tuple(row for row in self.rows if row.status == "replaced")
 
@@ -114,7 +114,7 @@ class Report:
         """Call layers (default: every one) approximate that are not exact after all."""
         chosen = {row.name for row in self.replaced} if names is None else set(names)
 
-        def weaker(row: Row) -> Row:
+        def weaker(row: LayerOutcome) -> LayerOutcome:
             if row.name not in chosen or row.grade != "exact":
                 return row
             return replace(row, grade="approximate", reason="; ".join(filter(None, (row.reason, note))))
@@ -210,7 +210,7 @@ class Report:
         return text + ("; exact" if self.replaced and self.exact else "")
 
 
-def _counts(row: Row) -> tuple[str, str]:
+def _counts(row: LayerOutcome) -> tuple[str, str]:
     flops = "" if row.flops is None else f"{row.flops:,} -> {row.flops_after or 0:,}"
     return f"{row.parameters:,} -> {row.parameters_after:,}", flops
 

@@ -144,7 +144,7 @@ def _changes(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor])
     """The new layers, as the file has them; nothing is allocated that is not in the weights' file."""
     known = {site.name: site for site in sites(model) if isinstance(site, Site)}
     names = {module: name for name, module in model.named_modules()}
-    found = []
+    changes = []
     for layer in config["layers"]:
         site = known.get(layer["name"])
         if site is None or layer["class"] != type(site.module).__name__:
@@ -176,8 +176,8 @@ def _changes(model: nn.Module, config: dict[str, Any], state: dict[str, Tensor])
             site.name, site.module, "replaced", str(layer["reason"]), site,
             to=str(op), grade=str(layer["grade"]), parameters_after=count(mixer),
         )  # fmt: skip
-        found.append(Change(row, site.place, standing(site, mixer)))
-    return found
+        changes.append(Change(row, site.place, standing(site, mixer)))
+    return changes
 
 
 def _called(site: Site, was: Operation) -> Operation:

@@ -16,7 +16,7 @@ from nearfold.grammar import Basic, Operation
 from nearfold.nn.mixer import Mixer
 from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import PARENTS
-from nearfold.recognise.foreign import Found, Unsaid, names_of, rule_of, uninitialized
+from nearfold.recognise.foreign import Match, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.layouts import CROSS
 from nearfold.recognise.scans import REFUSAL, is_scan
 from nearfold.recognise.walk import ALL_RULES, walk
@@ -65,12 +65,12 @@ class Site:
     def words(self) -> dict[str, str]:
         """What may stand in braces in a rule's notation."""
         path = self.operation.path if isinstance(self.operation, Basic) else None
-        found = {"self": self.operation, "heads": getattr(self.operation, "heads", None)}
+        values = {"self": self.operation, "heads": getattr(self.operation, "heads", None)}
         for name in ("size", "stride", "dilation", "padding"):
-            found[name] = getattr(path, name, None)
+            values[name] = getattr(path, name, None)
         groups = getattr(getattr(getattr(self.operation, "weight", None), "kernel", None), "groups", None)
-        found["groups"] = groups
-        return {name: str(value) for name, value in found.items() if value is not None}
+        values["groups"] = groups
+        return {name: str(value) for name, value in values.items() if value is not None}
 
     @property
     def kernel_size(self) -> int | tuple[int, ...] | None:
@@ -149,7 +149,7 @@ def sites(model: nn.Module) -> Iterator[Site | Obstacle]:
     inside: set[nn.Module] = set()
     around = Surroundings(model)
     others = {layer.modules[0]: layer for layer in walk(model) if layer.mixes or layer.reason}
-    crossed = {m for m, layer in others.items() if layer.found and layer.found.operation.needs_context}
+    crossed = {m for m, layer in others.items() if layer.match and layer.match.operation.needs_context}
     for name, module in model.named_modules():
         if module in inside:
             continue
@@ -196,7 +196,7 @@ class Known(NamedTuple):
     """
 
     part: str
-    find: Callable[[Any], Found]
+    find: Callable[[Any], Match]
     read: Callable[[Any], Source]
     ran: bool = False
 
@@ -213,7 +213,7 @@ def _rule(module: nn.Module, at: str) -> Known | None:
     if rule_of(module, ALL_RULES) is None:
         attention = attention_of(module, cross=at.rpartition(".")[2] in CROSS)
         if attention is not None:
-            return Known("", attention.found, functools.partial(attention_source, read=attention), ran=True)
+            return Known("", attention.match, functools.partial(attention_source, read=attention), ran=True)
     return None
 
 
@@ -222,7 +222,7 @@ def _derived(module: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}" in SOURCES for cls in type(module).__mro__)
 
 
-def _inside(block: str, part: str, module: Any) -> Found:
+def _inside(block: str, part: str, module: Any) -> Match:
     return PARENTS[block](module)[part]
 
 
@@ -230,7 +230,7 @@ def _site(
     name: str,
     module: nn.Module,
     place: nn.Module,
-    find: Callable[[Any], Found],
+    find: Callable[[Any], Match],
     read: Callable[[Any], Source],
     around: Surroundings,
     ran: bool,

@@ -70,21 +70,21 @@ def _conv(m: Any) -> Source:
 
 
 def _named(heads: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    found = {}
+    named = {}
     for name, linear in heads.items():
-        found[f"{name}_weight"] = linear.weight
+        named[f"{name}_weight"] = linear.weight
         if linear.bias is not None:
-            found[f"{name}_bias"] = linear.bias
-    return found
+            named[f"{name}_bias"] = linear.bias
+    return named
 
 
 def _packed(weight: Tensor, bias: Tensor | None, out: nn.Linear) -> dict[str, Tensor]:
     """Query, key and value that lie in one matrix; biases for all maps or none, as our layers have them."""
     names = ("query", "key", "value")
-    found = {f"{n}_weight": w for n, w in zip(names, weight.chunk(3), strict=True)} | _named({"out": out})
+    named = {f"{n}_weight": w for n, w in zip(names, weight.chunk(3), strict=True)} | _named({"out": out})
     if bias is not None:
-        found |= {f"{n}_bias": b for n, b in zip(names, bias.chunk(3), strict=True)}
-    return found
+        named |= {f"{n}_bias": b for n, b in zip(names, bias.chunk(3), strict=True)}
+    return named
 
 
 def _dropped(rate: float) -> str:

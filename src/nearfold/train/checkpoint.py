@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from nearfold.train.feed import Streamed
 
 POINTER = "checkpoint.json"
+MADE_FROM = "network"
+"""The aspect of a run that not every checkpoint has."""
 FOLDERS = ("checkpoint-a", "checkpoint-b")
 _FORMAT = 3  # raise it when the content of a checkpoint changes
 _FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata")
@@ -145,6 +147,8 @@ def read(out: Path, identity: dict[str, Any], team: Team) -> Saved | None:
         return None
     content = _pointer(path)
     for aspect, wanted in identity.items():
+        if aspect == MADE_FROM and aspect not in content.identity:  # of a run of which it was not said
+            continue
         saved = content.identity.get(aspect, {})
         differing = [
             f"{name} is {wanted.get(name)!r}, was {saved.get(name)!r}"

@@ -166,11 +166,7 @@ def load_data(
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
             raise ValueError(f"{name} must be None or an integer of at least 1; got {most!r}")
     limits = {"train": limit, "test": limit if test_limit is None else test_limit}
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
-    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1):
-        raise ValueError(f"image_size must be None or an integer of at least 1; got {image_size!r}")
-
+    require_views(validation, image_size, sizes_may_stay=True)
     if source == "digits":
         if label_column is not None:
             raise ValueError(f"label_column={label_column!r} is for parquet and tar files: digits have one label each")
@@ -182,9 +178,6 @@ def load_data(
         return ImageData("digits", tuple(map(str, range(10))), **chosen)
 
     folder = Path(source)
-    if not folder.is_dir():
-        problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {problem}: pass 'digits', or a folder with train-*.parquet or train/CLASS/*.png")
     found = open_source(folder, label_column)
     labels = {name: records.labels for name, records in found.splits.items()}
     picks = _pick(labels, limits, validation, seed)
@@ -194,6 +187,17 @@ def load_data(
         for (name, (origin, rows)), pixels in zip(picks.items(), images, strict=True)
     }
     return ImageData(folder.resolve().name, found.classes, **chosen)
+
+
+def require_views(validation: float, image_size: int | None, *, sizes_may_stay: bool = False) -> None:
+    """ValueError for a share of validation images, or a size of images, that cannot be."""
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
+    if image_size is None and sizes_may_stay:
+        return
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+        wanted = "None or an integer" if sizes_may_stay else "an integer"
+        raise ValueError(f"image_size must be {wanted} of at least 1; got {image_size!r}")
 
 
 @functools.cache

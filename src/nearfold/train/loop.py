@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,7 @@ def fit(
     parallel: str = "ddp",
     compile: bool = False,
     workers: int = 0,
+    made_from: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train a model, keep the weights that do best on the validation images, then test them once.
 
@@ -109,9 +110,9 @@ def fit(
             there with the selected weights, in evaluation mode. Normalisation is done here, not by it.
         data: What to train, validate and test on. In memory, they are copied to the device whole.
         recipe: How to train.
-        out: Folder for ``recipe.json``, ``metrics.jsonl``, the checkpoint (``checkpoint.json`` and the folder that it
-            names), and, at the end, ``weights.safetensors`` (the selected weights) and ``result.json``; None: nothing
-            is written. One run at a time may use it.
+        out: Folder for ``recipe.json``, ``network.json`` (`made_from`), ``metrics.jsonl``, the checkpoint
+            (``checkpoint.json`` and the folder that it names), and, at the end, ``weights.safetensors`` (the selected
+            weights) and ``result.json``; None: nothing is written. One run at a time may use it.
         resume: Go on from the checkpoint in `out`, to the very weights that an undisturbed run reaches
             (to the bit on a CPU with as many threads and processes); without a checkpoint, start. The number of
             processes and `parallel` may be others than before.
@@ -127,6 +128,8 @@ def fit(
             until the end.
         compile: Train by torch.compile; evaluation runs the model as it is.
         workers: Processes that read ahead, for each training process, of data that are not in memory.
+        made_from: What the model was made from, as JSON can hold it: kept in ``network.json``, and what a run that is
+            resumed must be made from too; None: nothing is said.
 
     Returns:
         The measurements; see :class:`Result`.
@@ -165,13 +168,15 @@ def fit(
         at_end.callback(trainer.feed.close)
         identity: dict[str, Any] = {}
         if out is not None:
-            identity = _identity(data, recipe, schedule)
+            identity = _identity(data, recipe, schedule, made_from)
             saved = checkpoint.read(out, identity, team)
             if saved is not None:
                 trainer.restore(saved)
         team.wait()  # nobody writes before everybody has read
         if out is not None and team.leads:
             _write_json(out / "recipe.json", recipe.to_dict())
+            if made_from is not None:
+                _write_json(out / "network.json", dict(made_from))
 
         run = trainer.run
         run.starts.append(run.step)
@@ -224,10 +229,17 @@ def fit(
     return result
 
 
-def _identity(data: ImageData | Streamed, recipe: Recipe, schedule: SpectrumSchedule | None) -> dict[str, Any]:
+def _identity(
+    data: ImageData | Streamed,
+    recipe: Recipe,
+    schedule: SpectrumSchedule | None,
+    made_from: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a run is, by aspect, as JSON gives it back."""
     plan = {} if schedule is None else schedule.plan
     identity: dict[str, Any] = {"recipe": recipe.to_dict(), "data set": checkpoint.fingerprint(data), "schedule": plan}
+    if made_from is not None:
+        identity[checkpoint.MADE_FROM] = dict(made_from)
     as_read: dict[str, Any] = json.loads(json.dumps(identity))
     return as_read
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nearfold import _torchvision
 from nearfold._images import picture
-from nearfold.train.data import TEST_SHARE, share_of_each
+from nearfold.train.data import TEST_SHARE, require_views, share_of_each
 from nearfold.train.distributed import Team
 from nearfold.train.feed import TRAIN_IMAGES_EVALUATED, Batches, global_batch
 from nearfold.train.listing import Read, Records, Source
@@ -152,10 +152,7 @@ def open_data(
         >>> data.classes, {name: len(share) for name, share in data.splits.items()}
         (('cat', 'dog'), {'train': 14, 'val': 2, 'test': 4})
     """
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be an integer of at least 1; got {image_size!r}")
-    if not 0 < validation < 1:
-        raise ValueError(f"validation must be a share between 0 and 1, both excluded; got {validation!r}")
+    require_views(validation, image_size)
     folder = Path(source)
     found = open_source(folder, label_column)
     splits = _splits(folder, found, validation, seed)

@@ -240,19 +240,24 @@ inline void slot_rows(const Reader<T> &read, int64_t b, int64_t m0, int64_t n, i
 
 // ---- a dense kernel -------------------------------------------------------------------------------------------------
 
-// Kernel (O, c, S) -> by group and panel of output columns (S * c, width), zero beyond the group's columns.
+constexpr int64_t packed_together = 16;  // channels whose numbers are read in one go
+
+// Kernel (O, c, S) -> by group and panel of output columns (S * c, width), zero beyond the group's columns. A row of the
+// kernel is read as it lies: what is written in between stays in the cache.
 template <class T>
 void pack_forward(const AggregateArgs<T> &a, T *to) {
     const Reader<T> read(a);
     const int64_t c = read.group_channels, o = read.group_out, size = packed_size<T>(a.S * c, o);
-    parallel(a.threads, a.G * a.S, [&](int64_t item, int) {
-        const int64_t g = item / a.S, s = item % a.S;
-        for (int64_t o0 = 0; o0 < o; o0 += tile_columns<T>) {
-            const int64_t width = panel_width<T>(o, o0);
-            T *panel = to + g * size + a.S * c * o0 + s * c * width;
-            for (int64_t i = 0; i < c; ++i)
-                for (int64_t j = 0; j < width; ++j)
-                    panel[i * width + j] = o0 + j < o ? a.weight[((g * o + o0 + j) * c + i) * a.S + s] : T(0);
+    const int64_t panels = ceil_div(o, tile_columns<T>), parts = ceil_div(c, packed_together);
+    parallel(a.threads, a.G * panels * parts, [&](int64_t item, int) {
+        const int64_t g = item / (panels * parts), o0 = item / parts % panels * tile_columns<T>;
+        const int64_t i0 = item % parts * packed_together, i1 = smaller(i0 + packed_together, c);
+        const int64_t width = panel_width<T>(o, o0);
+        T *panel = to + g * size + a.S * c * o0;
+        for (int64_t j = 0; j < width; ++j) {
+            const T *from = o0 + j < o ? a.weight + ((g * o + o0 + j) * c + i0) * a.S : nullptr;
+            for (int64_t i = i0; i < i1; ++i)
+                for (int64_t s = 0; s < a.S; ++s) panel[(s * c + i) * width + j] = from ? *from++ : T(0);
         }
     });
 }
@@ -334,6 +339,75 @@ int dense_forward(const AggregateArgs<T> &a) {
             if (is_lost(read, b, m0 + i))
                 fill(a.out + (b * a.M + m0 + i) * a.O, a.O, std::numeric_limits<T>::quiet_NaN());
     });
+    return ok;
+}
+
+// For a few outputs it costs more to pack the kernel than to multiply with it: what each of them reads is laid out as a
+// row of the kernel is (c, S), and rows are multiplied where they lie.
+constexpr int64_t few = 50;
+constexpr int few_rows = 4, few_reads = vector_bytes == 64 ? 4 : 2;  // sums that are kept in registers together
+
+template <class T>
+void lay_out(const Reader<T> &read, const Segment *segments, int64_t count, int64_t b, int64_t m, int64_t row, int64_t rows,
+             T *to) {
+    const AggregateArgs<T> &a = read.a;
+    const int64_t c = read.group_channels;
+    for (int64_t q = 0; q < count; ++q) {
+        const Segment seg = segments[q];
+        const Slots<T> slots(read, b, m, seg.head);
+        T *group = to + (seg.group * rows + row) * c * a.S + (seg.first - seg.group * c) * a.S;
+        for (int64_t s = 0; s < a.S; ++s) {
+            const int64_t at = slots.at(s);
+            const T alpha = slots.alpha(s), none = alpha == alpha ? T(0) : alpha;  // NaN is the output's
+            const T *value = at < 0 ? nullptr : read.value(b, at) + seg.first;
+            for (int64_t i = 0; i < seg.size; ++i) group[i * a.S + s] = value ? alpha * value[i] : none;
+        }
+    }
+}
+
+template <class T>
+int few_forward(const AggregateArgs<T> &a) {
+    const Reader<T> read(a);
+    const int64_t K = read.group_channels * a.S, o = read.group_out, outputs = a.B * a.M;
+    const int64_t rows = round_up(outputs, few_reads), blocks = ceil_div(o, few_rows);
+    const Scratch laid(a.G * rows * K * sizeof(T)), segment_memory((a.H + a.G) * sizeof(Segment));
+    if (!laid.ok() || !segment_memory.ok()) return out_of_memory;
+    Segment *segments = segment_memory.at<Segment>();
+    const int64_t count = segments_of(a.C, a.H, a.G, segments);
+    parallel(a.threads, rows, [&](int64_t row, int) {
+        if (row < outputs) return lay_out(read, segments, count, row / a.M, row % a.M, row, rows, laid.at<T>());
+        for (int64_t g = 0; g < a.G; ++g) fill(laid.at<T>() + (g * rows + row) * K, K, T(0));
+    });
+    parallel(a.threads, a.G * blocks, [&](int64_t item, int) {
+        const int64_t g = item / blocks, o0 = item % blocks * few_rows, n = smaller<int64_t>(few_rows, o - o0);
+        const T *kernel[few_rows];
+        for (int64_t j = 0; j < few_rows; ++j) kernel[j] = a.weight + (g * o + o0 + smaller(j, n - 1)) * K;
+        for (int64_t r0 = 0; r0 < rows; r0 += few_reads) {
+            const T *reads = laid.at<T>() + (g * rows + r0) * K;
+            Vec<T> acc[few_rows][few_reads] = {};
+            T rest[few_rows][few_reads] = {};
+            int64_t e = 0;
+            for (; e + lanes<T> <= K; e += lanes<T>) {
+                Vec<T> x[few_reads];
+#pragma GCC unroll 4
+                for (int r = 0; r < few_reads; ++r) x[r] = load<T>(reads + r * K + e);
+#pragma GCC unroll 4
+                for (int j = 0; j < few_rows; ++j) {
+                    const Vec<T> w = load<T>(kernel[j] + e);
+#pragma GCC unroll 4
+                    for (int r = 0; r < few_reads; ++r) acc[j][r] = fused<T>(w, x[r], acc[j][r]);
+                }
+            }
+            for (; e < K; ++e)
+                for (int j = 0; j < few_rows; ++j)
+                    for (int r = 0; r < few_reads; ++r) rest[j][r] += kernel[j][e] * reads[r * K + e];
+            for (int64_t j = 0; j < n; ++j)
+                for (int64_t r = 0; r < smaller<int64_t>(few_reads, outputs - r0); ++r)
+                    a.out[(r0 + r) * a.O + g * o + o0 + j] = sum<T>(acc[j][r]) + rest[j][r];
+        }
+    });
+    for (int64_t row = 0; row < outputs; ++row)
+        if (is_lost(read, row / a.M, row % a.M)) fill(a.out + row * a.O, a.O, std::numeric_limits<T>::quiet_NaN());
     return ok;
 }
 
@@ -868,7 +942,8 @@ template <class T>
 int aggregate(const AggregateArgs<T> &a) {
     const int status = check_index(a);
     if (status != ok) return status;
-    return Reader<T>(a).dense() ? dense_forward(a) : attend_forward(a);
+    if (!Reader<T>(a).dense()) return attend_forward(a);
+    return a.B * a.M <= few && a.entries == 1 ? few_forward(a) : dense_forward(a);
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "local.h"
+#include "neighbors.h"
 #include "scan.h"
 
 namespace nearfold {
@@ -114,6 +115,10 @@ struct Engine {
     int (*softmax_double)(const SoftmaxArgs<double> &);
     int (*softmax_backward_float)(const SoftmaxBackwardArgs<float> &);
     int (*softmax_backward_double)(const SoftmaxBackwardArgs<double> &);
+    int (*neighbors_float)(const NeighborsArgs<float> &);
+    int (*neighbors_double)(const NeighborsArgs<double> &);
+    int (*neighbors_backward_float)(const NeighborsBackwardArgs<float> &);
+    int (*neighbors_backward_double)(const NeighborsBackwardArgs<double> &);
     int (*local_float)(const LocalArgs<float> &);
     int (*local_double)(const LocalArgs<double> &);
     int (*local_backward_float)(const LocalBackwardArgs<float> &);

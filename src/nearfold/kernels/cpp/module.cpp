@@ -370,6 +370,7 @@ NB_MODULE(_engine, m) {
     m.def("thread_source", [] { return std::string(nearfold::thread_source()); }, "Where threads come from.");
     nearfold::bind<float>(m);
     nearfold::bind<double>(m);
+    nearfold::bind_neighbors(m);
     nearfold::bind_local(m);
     nearfold::bind_corners(m);
     nearfold::bind_scan(m);

@@ -12,6 +12,7 @@ namespace nearfold {
 
 const Engine *chosen_engine();
 void bind_local(nanobind::module_ &m);  // module_local.cpp
+void bind_neighbors(nanobind::module_ &m);  // module_neighbors.cpp
 void bind_corners(nanobind::module_ &m);  // module_corners.cpp
 void bind_scan(nanobind::module_ &m);   // module_scan.cpp
 

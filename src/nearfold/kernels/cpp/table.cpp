@@ -16,6 +16,10 @@ int softmax_float(const SoftmaxArgs<float> &);
 int softmax_double(const SoftmaxArgs<double> &);
 int softmax_backward_float(const SoftmaxBackwardArgs<float> &);
 int softmax_backward_double(const SoftmaxBackwardArgs<double> &);
+int neighbors_float(const NeighborsArgs<float> &);
+int neighbors_double(const NeighborsArgs<double> &);
+int neighbors_backward_float(const NeighborsBackwardArgs<float> &);
+int neighbors_backward_double(const NeighborsBackwardArgs<double> &);
 int local_float(const LocalArgs<float> &);
 int local_double(const LocalArgs<double> &);
 int local_backward_float(const LocalBackwardArgs<float> &);
@@ -54,6 +58,10 @@ extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
     NEARFOLD_ISA::softmax_double,
     NEARFOLD_ISA::softmax_backward_float,
     NEARFOLD_ISA::softmax_backward_double,
+    NEARFOLD_ISA::neighbors_float,
+    NEARFOLD_ISA::neighbors_double,
+    NEARFOLD_ISA::neighbors_backward_float,
+    NEARFOLD_ISA::neighbors_backward_double,
     NEARFOLD_ISA::local_float,
     NEARFOLD_ISA::local_double,
     NEARFOLD_ISA::local_backward_float,

@@ -642,7 +642,7 @@ def _dense_weight_kernel(
     tl.store(into, acc, mask=ok_k[:, None] & ok_o[None, :])
 
 
-def serves(
+def refusal(
     value: Tensor, index: Tensor, alpha: Tensor | None, weight: Tensor | None, groups: int, entries: int = 1
 ) -> str:
     """Why these operands cannot be computed here; empty where they can."""

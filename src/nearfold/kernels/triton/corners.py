@@ -214,7 +214,7 @@ def _backward_kernel(
     tl.store(into + (A - 1) * M, of_x.to(d_offset.dtype.element_ty), mask=ok)
 
 
-def serves(offset: Tensor, mask: Tensor | None, frame: Frame) -> str:
+def refusal(offset: Tensor, mask: Tensor | None, frame: Frame) -> str:
     """Why these operands cannot be computed here; empty where they can."""
     there = [t for t in (offset, mask) if t is not None]
     if offset.dtype not in DTYPES or any(t.dtype != offset.dtype for t in there):
@@ -253,9 +253,9 @@ def corners(
         block: outputs of a program, a power of two.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(offset, mask, frame):
+    if why := refusal(offset, mask, frame):
         raise NotImplementedError(why)
     P, S, axes, M = offset.shape
     if share.numel() == 0:
@@ -279,9 +279,9 @@ def corners_backward(
     The other arguments are those of `corners`. Nothing is added up by several programs.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(offset, mask, frame):
+    if why := refusal(offset, mask, frame):
         raise NotImplementedError(why)
     P, S, axes, M = offset.shape
     d_offset = offset.new_empty(offset.shape)

@@ -293,7 +293,7 @@ def _weight_kernel(
     tl.store(into + o[:, None] * R + c[None, :], acc, mask=(o < W)[:, None] & (c < R)[None, :])
 
 
-def serves(
+def refusal(
     maps: Sequence[Tensor], weight: Tensor, stride: list[int], dilation: list[int], before: list[int], out: list[int]
 ) -> str:
     """Why these operands cannot be computed here; empty where they can."""
@@ -429,9 +429,9 @@ def grouped_conv(
     """`nearfold.kernels.grouped_conv.grouped_conv`; ``block`` is the number of positions of a program.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(maps, weight, stride, dilation, before, out):
+    if why := refusal(maps, weight, stride, dilation, before, out):
         raise NotImplementedError(why)
     B, G, _, *grid = maps[0].shape
     y = weight.new_empty(B, weight.shape[1], G, *out)
@@ -462,10 +462,10 @@ def grouped_conv_backward(
     makes weight's gradient is split so that about ``programs`` programs share it.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
     out, upper = list(grad.shape[3:]), grad.transpose(1, 2)
-    if why := serves([*maps, upper], weight, stride, dilation, before, out):
+    if why := refusal([*maps, upper], weight, stride, dilation, before, out):
         raise NotImplementedError(why)
     d_maps = [torch.empty_like(m) for m in maps]
     B, G, _, *grid = maps[0].shape

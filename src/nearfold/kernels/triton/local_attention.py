@@ -37,7 +37,7 @@ FEWEST = 8  # BM
 DOT, DISTANCE, SQUARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-def serves(
+def refusal(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -697,9 +697,9 @@ def local_attention(
         block: outputs of a program, a power of two; by default what suits the device.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(query, key, value, size, stride, dilation, before, reflect, metric):
+    if why := refusal(query, key, value, size, stride, dilation, before, reflect, metric):
         raise NotImplementedError(why)
     window = Window(size, stride, dilation, before, reflect)
     B, H, e, *out = query.shape
@@ -749,9 +749,9 @@ def local_attention_backward(
     needed anyway. The other arguments are those of `local_attention`.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(query, key, value, size, stride, dilation, before, reflect, metric):
+    if why := refusal(query, key, value, size, stride, dilation, before, reflect, metric):
         raise NotImplementedError(why)
     window = Window(size, stride, dilation, before, reflect)
     B, H, e, *out = query.shape

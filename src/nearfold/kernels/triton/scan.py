@@ -34,7 +34,7 @@ UNKNOWN = ("g_stride_c", "u_stride_c", "d_stride_c")
 STAGES = tl.constexpr(4)
 
 
-def serves(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
+def refusal(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
     """Why `scan` and `scan_backward` cannot run on these arguments; empty where they can."""
     if u.dtype not in DTYPES or any(x.dtype != u.dtype for x in (delta, A, B, C)):
         found = ", ".join(str(x.dtype) for x in (u, delta, A, B, C))
@@ -363,9 +363,9 @@ def scan(
         block_s: states of a program, a power of two; by default what fits the registers.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(u, delta, A, B, C):
+    if why := refusal(u, delta, A, B, C):
         raise NotImplementedError(why)
     batch, N, channels = u.shape
     S, K = A.shape[1], triton.cdiv(N, chunk)
@@ -442,9 +442,9 @@ def scan_backward(
         block_s: states of a program, likewise.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
-    if why := serves(u, delta, A, B, C):
+    if why := refusal(u, delta, A, B, C):
         raise NotImplementedError(why)
     if u.numel() == 0:
         of_u, of_delta, of_A, of_B, of_C = (x.new_zeros(x.shape) for x in (u, delta, A, B, C))

@@ -43,7 +43,7 @@ LOST = tl.constexpr(names.LOST)
 LAST = tl.constexpr(2**31 - 1)  # above every index
 
 
-def serves(query: Tensor, key: Tensor, k: int, metric: str, rule: list[int], grid: list[int]) -> str:
+def refusal(query: Tensor, key: Tensor, k: int, metric: str, rule: list[int], grid: list[int]) -> str:
     """Why `select` and `select_backward` cannot run on these arguments; empty where they can."""
     if metric not in METRICS:
         return f"metric {metric} is not among {', '.join(METRICS)}"
@@ -592,7 +592,7 @@ def _search(
     blocks: tuple[int | None, int | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and indices, and of every problem (P,) how many queries ``bins`` (BM, classes) were not enough for."""
-    if why := serves(query, key, k, metric, rule, grid):
+    if why := refusal(query, key, k, metric, rule, grid):
         raise NotImplementedError(why)
     B, H, M, e = query.shape
     R = key.shape[2]
@@ -677,14 +677,14 @@ def select(
         block_n: keys of a tile, likewise.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
     arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
     return _search(*arguments, None, (block_m, block_n))[:2]
 
 
-def serves_binned(query: Tensor, key: Tensor, k: int, metric: str) -> str:
-    """Why `select_binned` is no use for a search that `serves` allows; empty where it is."""
+def refusal_binned(query: Tensor, key: Tensor, k: int, metric: str) -> str:
+    """Why `select_binned` is no use for a search that `refusal` allows; empty where it is."""
     R = key.shape[2]
     if metric not in DOT_LIKE or query.dtype == torch.float32:
         return f"the scores of {metric} in {query.dtype} take longer than finding the best of them"
@@ -738,7 +738,7 @@ def select_binned(
         scores, indices, and of every problem (B x H,) int32 how many queries were searched again.
     """
     if metric not in DOT_LIKE:
-        raise NotImplementedError(serves_binned(query, key, k, metric))
+        raise NotImplementedError(refusal_binned(query, key, k, metric))
     if key.shape[2] > MOST_TILES * classes:
         raise NotImplementedError(f"{key.shape[2]} keys are more than {MOST_TILES} tiles of {classes}")
     arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
@@ -913,11 +913,11 @@ def select_backward(
         block_m: queries of a program, a power of two.
 
     Raises:
-        NotImplementedError: where `serves` says why.
+        NotImplementedError: where `refusal` says why.
     """
     B, H, M, e = query.shape
     R, k = key.shape[2], index.shape[3]
-    if why := serves(query, key, k, metric, [0, -1, 1], [R]):
+    if why := refusal(query, key, k, metric, [0, -1, 1], [R]):
         raise NotImplementedError(why)
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if query.numel() == 0 or key.numel() == 0 or k == 0:

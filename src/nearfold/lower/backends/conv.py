@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar.words import Experts, Max, Mean, Ones, Shift, Window
+from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
-from nearfold.lower.call import Call, autocast_dtype, is_transformed
+from nearfold.lower.call import Call, Run, autocast_dtype, is_transformed
+from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import WindowGeometry, crop
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
@@ -92,9 +93,9 @@ def _shift(call: Call) -> Tensor:
         made, weight, groups = _mapped(call, torch.cat(maps, 2))
         maps = [made]
     else:
-        found = kernel_weight(call)
-        assert found is not None
-        weight, groups = found
+        shift = call.params["shift_weight"]
+        weight = torch.matmul(call.params["weight"].T, shift.flatten(2)).unflatten(2, geometry.size)
+        groups = weight.shape[0] // kernel.heads
     y = grouped_conv(
         maps,
         weight.to(dtype).unflatten(0, (groups, -1)),
@@ -142,6 +143,26 @@ def _channels_last(call: Call, groups: int, geometry: WindowGeometry) -> bool:
     """Large depthwise kernels on the CPU: oneDNN is 2 to 40 times faster on rows of channels (docs/log.md)."""
     large = call.ndim == 2 and groups == call.value.shape[1] and math.prod(geometry.size) >= LARGE
     return large and call.value.device.type == "cpu"
+
+
+def prepare(at: Frame) -> Run:
+    """What runs on this frame: torch's convolution itself where that is all there is to do."""
+    op, kernel, ndim = at.op, at.op.weight.kernel, len(at.grid)
+    assert isinstance(op.path, Window)
+    geometry = WindowGeometry.of(op, ndim)
+    plain = isinstance(kernel, (Dense, Depthwise)) and getattr(kernel, "coordinates", False) is False
+    even = op.path.mode == "zeros" and geometry.before == geometry.after
+    if not (plain and even and isinstance(op.weight.rho, Ones)) or math.prod(geometry.size) >= LARGE:
+        return run
+    convolve, stride, padding, dilation = _CONV[ndim], geometry.stride, geometry.before, geometry.dilation
+    groups = kernel.groups if isinstance(kernel, Dense) else None
+
+    def convolution(call: Call) -> Tensor:
+        x, weight = call.value, call.params["weight"]
+        y = convolve(x, weight, call.params.get("bias"), stride, padding, dilation, groups or weight.shape[0])
+        return y if y.is_contiguous() or not x.is_contiguous() else y.contiguous()
+
+    return convolution
 
 
 def run(call: Call) -> Tensor:

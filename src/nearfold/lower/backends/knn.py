@@ -9,13 +9,27 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar.operation import Basic
-from nearfold.grammar.words import AllCandidates, Box, Causal, Nearest, Ones, Rho, Softmax
+from nearfold.grammar.similarity import Cosine, Dot, Euclidean, Scaled
+from nearfold.grammar.words import (
+    AllCandidates,
+    Box,
+    Causal,
+    Dense,
+    Depthwise,
+    Nearest,
+    Ones,
+    Ranked,
+    Rho,
+    Softmax,
+)
 from nearfold.kernels import approximate
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, LOST
+from nearfold.kernels.neighbors import Neighbors, neighbors, serves
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
-from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
+from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
+from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
@@ -137,6 +151,65 @@ def _alpha(rho: Rho, score: Tensor | None, at: Tensor) -> Tensor | None:
     if isinstance(rho, Softmax):
         return slot_softmax(score, at, float(rho.scale))
     return alpha_of(rho, score, at >= 0)
+
+
+def prepare(at: Frame) -> Run:
+    """What runs on this frame: one call of the compiled engine where it knows all of the words."""
+    settled = _settled(at)
+    if settled is None:
+        return run
+
+    def whole(call: Call) -> Tensor:
+        value, query, key = call.value, call.query, call.key
+        key = None if key is query else key
+        query = None if query is value and key is None else query
+        operands = (query, key, value, call.params.get("weight"), call.params.get("bias"))
+        if not serves(settled, operands):
+            return run(call)
+
+        def again(query: Tensor | None, key: Tensor | None, value: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            given = {"weight": weight, "bias": bias}
+            params = call.params | {name: tensor for name, tensor in given.items() if tensor is not None}
+            query = value if query is None else query
+            return run(Call(at, params, value, query, query if key is None else key, call.x, call.draw))
+
+        return neighbors(settled, operands, call.query_index() if settled.partial else None, again)
+
+    return whole
+
+
+def _settled(at: Frame) -> Neighbors | None:
+    """The layer as the engine takes it, None where it knows some word only in parts."""
+    op, path, rho, kernel = at.op, at.op.path, at.op.weight.rho, at.op.weight.kernel
+    assert isinstance(path, Nearest)
+    near, own = path.similarity, path.include_self
+    known = (
+        isinstance(near, (Cosine, Dot, Scaled, Euclidean))
+        and not (near.coordinates or near.placed)
+        and isinstance(path.candidates, AllCandidates)
+        and isinstance(op.shape, Ranked)
+        and path.again is None
+        and (own is False or (own is True and path.k > 1))
+        and _recall(op) == 1
+        and (_all_ones(rho) or isinstance(rho, Softmax))
+        and (kernel is None or (isinstance(kernel, (Dense, Depthwise)) and not getattr(kernel, "coordinates", False)))
+    )
+    if not known:
+        return None
+    scale = float(rho.scale) if isinstance(rho, Softmax) else None
+    return Neighbors(
+        path.k,
+        at.heads,
+        0 if isinstance(kernel, Depthwise) else kernel.groups if isinstance(kernel, Dense) else 1,
+        near.reduced,
+        isinstance(near, Cosine),
+        near.squared,
+        own is True,
+        scale,
+        isinstance(near, Scaled),
+        at.padding > 0 or any(s != 1 for s in at.stride),
+        at.out_grid,
+    )
 
 
 def run(call: Call) -> Tensor:

@@ -6,16 +6,19 @@ output grid.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
+from nearfold.grammar.similarity import Place, Scaled
 from nearfold.grammar.words import Softmax, Window
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.local import local_scores, local_sum, shifted
 from nearfold.kernels.local_attention import local_attention
 from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
 from nearfold.lower.bias import has_bias
-from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
+from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
+from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import WindowGeometry
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.verdict import Facts, Verdict
@@ -53,38 +56,60 @@ def _grid_last(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return x.transpose(2, 3).flatten(0, 1).unflatten(2, grid).contiguous()
 
 
-def _attention(call: Call) -> Tensor:
-    """Softmax without a kernel: (B, C, *out)."""
-    rho, path, geometry = call.op.weight.rho, call.op.path, WindowGeometry.of(call.op, call.ndim)
+def prepare(at: Frame) -> Run:
+    """What runs on this frame: softmax without a kernel is one operator, whose window is settled here."""
+    op, rho, path, ndim = at.op, at.op.weight.rho, at.op.path, len(at.grid)
+    if not _one_operator(op, ndim):
+        return run
     assert isinstance(path, Window) and isinstance(rho, Softmax)
-    out, B, heads = call.out_grid, call.value.shape[0], call.heads
+    geometry, near = WindowGeometry.of(op, ndim), path.similarity
+    window = [list(n) for n in (geometry.size, geometry.stride, geometry.dilation, geometry.before)]
+    firsts = zip(geometry.home(), at.out_grid, geometry.stride, strict=True)
+    home = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in firsts]
+    everywhere = geometry.home() == (0,) * ndim and at.out_grid == at.grid and set(geometry.stride) == {1}
+    metric = "dot" if near.reduced in DOT_LIKE else "euclidean"
+    plain = isinstance(near, Scaled) and not (near.coordinates or near.rotary)
+
+    def attention(call: Call) -> Tensor:
+        refuse_derivatives(call)
+        query, key, scale = _planes(call, near) if plain and isinstance(near, Scaled) else _embedded(call)
+        dtype = autocast_dtype(call.value) or call.value.dtype
+        y, _ = local_attention(
+            query if everywhere else query[(..., *home)],
+            key,
+            call.value.unflatten(1, (at.heads, -1)).to(dtype).to(query.dtype),
+            *window,
+            path.mode == "reflect",
+            metric,
+            near.squared,
+            scale * rho.scale,
+        )
+        return y.flatten(1, 2).to(dtype)
+
+    return attention
+
+
+def _planes(call: Call, near: Scaled) -> tuple[Tensor, Tensor, float]:
+    """Query and key (B, H, d, *grid) as they are, but for ACmix's positions; and the factor of their scores."""
+    assert call.query is not None and call.key is not None
+    wide = torch.promote_types(call.value.dtype, torch.float32)
+    query, key = (t.unflatten(1, (call.heads, -1)).to(wide) for t in (call.query, call.key))
+    if near.relative:
+        key = key - near.position(Place(call.padded, key.device, wide), call.params, key).T.unflatten(1, call.grid)
+    return query, key, query.shape[2] ** -0.5
+
+
+def _embedded(call: Call) -> tuple[Tensor, Tensor, float]:
+    """The same of any similarity."""
     query, key, scale = call.embedded_differences()
-    query, key = (
-        t.transpose(2, 3).unflatten(3, call.grid).expand(B, heads, *(-1,) * (1 + call.ndim)) for t in (query, key)
-    )
-    home = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in zip(geometry.home(), out, geometry.stride, strict=True)]
-    dtype = autocast_dtype(call.value) or call.value.dtype
-    y, _ = local_attention(
-        query[(..., *home)],
-        key,
-        call.value.unflatten(1, (heads, -1)).to(dtype).to(query.dtype),
-        list(geometry.size),
-        list(geometry.stride),
-        list(geometry.dilation),
-        list(geometry.before),
-        path.mode == "reflect",
-        "dot" if call.similarity.reduced in DOT_LIKE else "euclidean",
-        call.similarity.squared,
-        scale * rho.scale,
-    )
-    return y.flatten(1, 2).to(dtype)
+    sizes = (call.value.shape[0], call.heads, *(-1,) * (1 + call.ndim))
+    query, key = (t.transpose(2, 3).unflatten(3, call.grid).expand(sizes) for t in (query, key))
+    return query, key, scale
 
 
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
-    if _one_operator(call.op, call.ndim):
-        return _attention(call)
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     out, mode, stride = call.out_grid, op.path.mode, list(geometry.stride)

@@ -50,10 +50,10 @@ class ExpertsMeaning(KernelMeaning):
         y = torch.einsum("beo...,be->bo...", y.unflatten(1, (share_BE.shape[1], -1)), share_BE)
         return super().finish(call, y, with_bias)
 
-    def mixed(self, call: Call) -> tuple[Tensor, int]:
+    def blocks(self, call: Call) -> Tensor:
         weight_OcS, share_BE = call.params["weight"].flatten(2), expert_shares(call)
         weight_EOcS = weight_OcS.unflatten(0, (share_BE.shape[1], -1))
-        return torch.einsum("eocs,be->bocs", weight_EOcS, share_BE.to(weight_OcS.dtype)), 1
+        return torch.einsum("eocs,be->bocs", weight_EOcS, share_BE.to(weight_OcS.dtype))[:, None]
 
     def made(self, call: Call) -> int:
         return call.params["weight"].shape[0] // cast(Experts, call.op.weight.kernel).count

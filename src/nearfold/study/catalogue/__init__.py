@@ -12,6 +12,7 @@ import nearfold.study.catalogue.acmix as acmix
 import nearfold.study.catalogue.budget as budget
 import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
+import nearfold.study.catalogue.spectrum as spectrum
 from nearfold.recognise.command import guarded
 from nearfold.study.catalogue.presets import PRESETS, Preset
 from nearfold.study.grid import Study
@@ -19,7 +20,8 @@ from nearfold.study.grid import Study
 Maker = Callable[[Preset], Study]
 
 STUDIES: dict[str, Maker] = {
-    maker.__name__: maker for maker in (*convnn.STUDIES, *gwo.STUDIES, *acmix.STUDIES, *budget.STUDIES)
+    maker.__name__: maker
+    for maker in (*spectrum.STUDIES, *convnn.STUDIES, *gwo.STUDIES, *acmix.STUDIES, *budget.STUDIES)
 }
 
 

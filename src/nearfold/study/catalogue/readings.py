@@ -13,15 +13,15 @@ import torch
 from nearfold.grammar import parse
 from nearfold.grammar.complexity import c_d
 from nearfold.nn import Mixer
+from nearfold.recognise.report import TIERS
 from nearfold.study.compare import accuracy, differences, points, verdict
+from nearfold.study.document import names, seeds
 from nearfold.study.headline import headline, panels, quoted
 from nearfold.study.results import Results, Row
 from nearfold.study.statistics import pareto
-from nearfold.study.table import names, seeds
 
 COSTS = {"latency_ms": "latency", "flops": "FLOPs", "peak_memory_mib": "memory"}
 UNITS = {"latency_ms": " ms", "flops": "", "peak_memory_mib": " MiB"}
-TIERS = (("S", 1800.0), ("A", 1250.0), ("B", 900.0), ("C", 500.0))
 
 
 def memorise_answer(results: Results) -> list[str]:
@@ -117,7 +117,7 @@ def scores(rows: Sequence[Row]) -> list[Score]:
     for row in rows:
         percent, omega = 100 * row.estimate("test_accuracy").mean, complexity(row)["Omega"]
         score = 100 * percent / (1 + omega)
-        found.append(Score(row, percent, omega, score, next((t for t, least in TIERS if score >= least), "D")))
+        found.append(Score(row, percent, omega, score, next((t for t, least in TIERS.items() if score >= least), "D")))
     return sorted(found, key=lambda s: -s.score)
 
 

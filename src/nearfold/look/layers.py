@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nearfold.grammar import CATALOGUE, Basic, Operation, parse
 from nearfold.grammar.words import Scan
+from nearfold.look.mixing import mixing_matrix
 from nearfold.lower.meaning import meaning
-from nearfold.mixing import mixing_matrix
 from nearfold.nn.mixer import Mixer
 
 FEATURES = (

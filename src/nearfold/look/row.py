@@ -42,7 +42,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
     It sums to one, or to zero where the output is zero. A position's share is |alpha| times the size of the
     kernel's slot, over all heads; the parts of a sum or a branch count by the energy of what each of them makes
     there, times its rate, before any output projection. Random candidates are not drawn. All rows at once, head by
-    head and signed, are `nearfold.mixing.mixing_matrix`.
+    head and signed, are `nearfold.look.mixing_matrix`.
 
     Args:
         layer: a `Mixer`.
@@ -59,7 +59,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
     if layer.operation.needs_context:
         raise ValueError(
             f"{layer.operation}: reads another input, whose positions are not those of x; "
-            "nearfold.mixing.mixing_matrix(layer, x, context=...) says which of them"
+            "nearfold.look.mixing_matrix(layer, x, context=...) says which of them"
         )
     require_tensors(x=x)
     x, at = layer.prepare(x), plain(tuple(at))
@@ -91,7 +91,7 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
         return y
 
     with torch.no_grad():
-        execute(layer.operation, params, x, lambda op: spy, out_channels=layer.made_channels)
+        execute(layer.operation, params, x, lambda *_: spy, out_channels=layer.made_channels)
     return total / total.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))
 
 
@@ -99,11 +99,11 @@ def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[
     """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
     if isinstance(op, Sum):
         own = iter(params["rates"].tolist() if "rates" in params else ())
-        found = []
+        rates = []
         for i, (rate, term) in enumerate(op.terms):
             times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
-            found += [times * r for r in _rates(term, operand(params, i), out_channels)]
-        return found
+            rates += [times * r for r in _rates(term, operand(params, i), out_channels)]
+        return rates
     if isinstance(op, Branch):
         parts = zip((op.first, op.second), op.shares(out_channels), strict=True)
         return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]
@@ -114,9 +114,9 @@ def _share(call: Call, alpha_BHS: Tensor) -> Tensor:
     """Alpha times the root-sum-square of every slot's kernel, per head: (B, H, S)."""
     # max and scan look on their own in every channel: alpha has more heads than the layer
     share = alpha_BHS.expand(call.value.shape[0], max(call.heads, alpha_BHS.shape[1]), -1)
-    found = meaning(call.op.weight.kernel).mixed(call)
-    if found is None:
+    kernel = meaning(call.op.weight.kernel).blocks(call)
+    if kernel is None:
         return share
-    size_BS = found[0].square().sum((1, 2)).sqrt()
+    size_BS = kernel.square().sum((1, 2, 3)).sqrt()
     # a slot at a fractional position reads several entries
     return share * size_BS.repeat_interleave(share.shape[-1] // size_BS.shape[-1], -1)[:, None]

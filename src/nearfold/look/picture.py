@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearfold._images import picture, read_file
 from nearfold.grammar import Operation
-from nearfold.look_layers import SHARPNESS, STEP, Reading, features, read
+from nearfold.look.layers import SHARPNESS, STEP, Reading, features, read
 
 if TYPE_CHECKING:
     import numpy
@@ -68,7 +68,7 @@ def look(
     - what nothing stands for (`table`, the maps of `generated`, learned encodings) stays random, from seed 0;
     - a `table` is made for as many positions as the grid has, and windows for sequences run over the raster order.
 
-    The weights come from `nearfold.mixing.mixing_matrix`, averaged over heads or channels.
+    The weights come from `nearfold.look.mixing_matrix`, averaged over heads or channels.
 
     Args:
         image: a path, ``sample:china.jpg`` or ``sample:flower.jpg`` (scikit-learn's), or an array: (H, W) or
@@ -153,12 +153,12 @@ CELL, PANEL, LINE = 3.5, 2.6, 0.17
 LEFT, RIGHT = 0.5, 0.4  # for the labels of axes
 
 
-def _picture(pixels: Tensor, found: Sequence[Reading], at: tuple[int, int], patch: tuple[int, int]) -> Figure:
+def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], patch: tuple[int, int]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(4, len(found) + 1)
-    cells: list[Reading | None] = [None, *found]
+    columns = min(4, len(readings) + 1)
+    cells: list[Reading | None] = [None, *readings]
     bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     headings = [max(sum(map(len, _heading(reading))) for reading in band if reading is not None) for band in bands]
     tall = PANEL * min(max(pixels.shape[1] / pixels.shape[2], 0.3), 2.0)
@@ -179,7 +179,7 @@ def _picture(pixels: Tensor, found: Sequence[Reading], at: tuple[int, int], patc
             left = LEFT + CELL * column
             panel = place(left, first, PANEL, tall)
             if reading is None:
-                _show_image(panel, pixels, found[0].row, at, patch)
+                _show_image(panel, pixels, readings[0].row, at, patch)
                 continue
             _show_row(panel, place(left + PANEL + 0.07, first, 0.09, tall), pixels, reading, patch)
             _show_matrix(place(left, first + tall + 0.2, PANEL, PANEL), reading)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import Operation
 from nearfold.recognise.blocks import AT_CALL
-from nearfold.recognise.foreign import Found, Unsaid, names_of
+from nearfold.recognise.foreign import Match, Unsaid, names_of
 from nearfold.recognise.trial import copied, quiet, undrawn
 from nearfold.recognise.walk import ALL_RULES
 from nearfold.surgery.proof import SEED, budget, difference, tensors
@@ -112,7 +112,7 @@ class Seen:
     flops: dict[str, int] = field(default_factory=dict)
 
 
-def observe(model: nn.Module, layers: Iterable[Site], call: Call) -> Seen:
+def watched(model: nn.Module, layers: Iterable[Site], call: Call) -> Seen:
     """Run a model once, and watch its layers.
 
     Raises:
@@ -149,8 +149,8 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
         for name in names_of(module):
             if name in AT_CALL and site.source.tokens:  # blocks of a map leave their shift out by themselves
                 with contextlib.suppress(Unsaid):
-                    found: Found = AT_CALL[name](module, ALL_RULES[name](module), args, kwargs)
-                    seen.operations[site.name] = found.operation
+                    match: Match = AT_CALL[name](module, ALL_RULES[name](module), args, kwargs)
+                    seen.operations[site.name] = match.operation
 
     return note
 

@@ -6,10 +6,9 @@ import argparse
 import re
 from pathlib import Path
 
-from nearfold.look import DEFAULT, look
+from nearfold.look.picture import DEFAULT, look
 from nearfold.options import brief, whole
 
-SUMMARY = "draw what operators read of a photograph for one position, and their mixing matrices"
 EXAMPLES = """\
 examples:
   nearfold look sample:china.jpg --at 190,255

@@ -1,0 +1,221 @@
+"""`mixing_matrix`: by how much every output position of a layer reads every input position.
+
+A layer of this library says so itself, from its Selection and its weights; any other is asked by differentiation.
+
+Shape legend: B batch, G groups of channels, H heads, M outputs, N positions, S slots, O output channels, C channels,
+P output channels of a group, c channels that a group reads, L cells (channels of one head in one group).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nearfold.grammar import Branch, Operation, Sum
+from nearfold.look.derivative import differentiated, require_room
+from nearfold.lower import oracle
+from nearfold.lower.call import Call, count_positions
+from nearfold.lower.execute import execute
+from nearfold.lower.meaning import meaning
+from nearfold.lower.parameters import operand
+from nearfold.lower.selection import Selection, select
+from nearfold.lower.weighting import wide_dtype
+from nearfold.nn.mixer import Mixer, TokenMixer
+
+
+def mixing_matrix(
+    layer: nn.Module,
+    x: Tensor,
+    *,
+    context: Tensor | None = None,
+    groups: int = 1,
+    tokens: bool | None = None,
+    limit_gib: float = 4.0,
+) -> Tensor:
+    """The effective matrix (B, G, M, N) by which a layer mixes positions: row m is what output m reads.
+
+    For a `Mixer` (every layer of `nearfold.nn`) it comes from the operation itself, and G depends on the weight:
+
+    - without a kernel it is alpha of every head (of every channel for max; of every channel or head for a scan), and
+      ``matrix @ value`` is what the layer makes of its projected values: exactly, and signed where alpha is;
+    - `depthwise` and `separable`: alpha times the channel's own weight, G channels, exact and signed;
+    - a dense kernel (`kernel`, `experts`, `shift`) has no single number for a pair of positions but a block K of P
+      output by c input channels. The entry is its size, sqrt(sum of K^2 / P): the root mean square of an output
+      channel when position n holds white noise. It is never negative, one for each group (each head for `shift`), and
+      alpha itself where K is alpha times the identity;
+    - `branch`: the groups of its operands side by side;
+    - a sum: the sum of the operands' matrices times their rates, groups repeated to a common number. Where one operand
+      has a dense kernel all of them count by their size (an upper bound; only sizes are known).
+
+    The pointwise maps before (query, key, value) and after (out, the second half of `separable`, a branch's mix) are
+    not part of it, nor are biases. N counts the grid without the border that ``nearest(padding=...)`` adds; where the
+    layer unshuffles its input, both count the unshuffled grid. Random candidates are not drawn: all are searched.
+
+    Zeros that an operation adds around or behind its input (`nearest(padding)`, `block(padded)`) have no column, though
+    a bias on the values makes them count: the rows are then what is left of the sum.
+
+    Any other layer is differentiated: the entry is sqrt(sum over o and c of (dy[o, m] / dx[c, n])^2 / P) over the
+    channels o and c of one of ``groups`` equal groups, or the signed derivative itself where a group is one channel to
+    one channel. For a linear layer this is the definition above; for others it is the matrix around x, with what x
+    changes in the weights included. Pairs of different groups are left out. It runs in evaluation mode, image by
+    image, with O x M backward passes an image, in blocks of bounded memory: slow for large grids.
+
+    Args:
+        layer: a `Mixer`, or a module (B, C, *grid) -> (B, O, *out), or (B, *grid, D) -> (B, *out, D').
+        x: an input of it.
+        context: the second input, for a layer that reads one; N then counts its positions.
+        groups: of channels, for a layer of another library; must divide C and O.
+        tokens: whether the channels come last, for a layer of another library. A 3-D x could be both: say which.
+        limit_gib: refuse matrices larger than this.
+
+    Returns:
+        (B, G, M, N), positions in raster order, float32 at least, without gradients.
+
+    Raises:
+        ValueError: what is not a layer of positions, or a matrix above the limit.
+
+    >>> mean = Mixer("window(3) | box | mean", 4, ndim=1)
+    >>> mixing_matrix(mean, torch.randn(1, 4, 3))[0, 0].mul(6).round().tolist()
+    [[3.0, 3.0, 0.0], [2.0, 2.0, 2.0], [0.0, 3.0, 3.0]]
+    >>> pool = nn.AvgPool1d(3, 1, padding=1, count_include_pad=False)
+    >>> mixing_matrix(pool, torch.randn(1, 1, 3), tokens=False)[0, 0].mul(6).round().tolist()
+    [[3.0, 3.0, 0.0], [2.0, 2.0, 2.0], [0.0, 3.0, 3.0]]
+    """
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"layer must be a module that maps positions to positions, got {type(layer).__name__}")
+    if not isinstance(x, Tensor) or x.dim() < 3 or not x.is_floating_point() or min(x.shape) == 0:
+        shape = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be floating point, (batch, channels, *grid) or (batch, *grid, channels), got {shape}")
+    if isinstance(layer, Mixer):
+        own = isinstance(layer, TokenMixer)
+        if groups != 1 or tokens not in (None, own):
+            raise ValueError(
+                f"groups and tokens are for layers of other libraries; {type(layer).__name__} knows its own (tokens="
+                f"{own}): leave them out"
+            )
+        return _own(layer, x, context, limit_gib)
+    return differentiated(layer, x, context, groups, tokens, limit_gib)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The matrix (B, G, M, N) of one operand; ``exact``: signed and multiplied with values, not a size."""
+
+    matrix: Tensor
+    exact: bool
+
+
+@torch.no_grad()
+def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> Tensor:
+    op = layer.operation
+    if isinstance(layer, TokenMixer):
+        x = layer.prepare(x)
+        context = None if context is None else layer.prepare(context)
+    layer._require(x)
+    x = x if isinstance(layer, TokenMixer) else layer.prepare(x)
+    if context is not None and not op.needs_context:
+        raise ValueError(f"{op}: reads one input; leave context out")
+    if context is not None and (context.dim() < 3 or context.shape[:2] != (x.shape[0], layer.context_channels)):
+        raise ValueError(
+            f"context must have the batch of x and {layer.context_channels} channels, got {tuple(context.shape)}"
+        )
+    parts: list[_Part] = []
+
+    def spy(call: Call) -> Tensor:
+        parts.append(_part(call, limit_gib))
+        return call.value.new_zeros(x.shape[0], meaning(call.op.weight.kernel).made(call), *call.out_grid)
+
+    params = layer.tensors()
+    execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
+    return _combined(op, params, layer.made_channels, iter(parts)).matrix
+
+
+def _part(call: Call, limit_gib: float) -> _Part:
+    """The matrix of one `Basic` operation."""
+    rho, kernel = call.op.weight.rho, meaning(call.op.weight.kernel).blocks(call)
+    heads = meaning(rho).looks(rho, call.heads, call.value.shape[1])
+    groups = heads if kernel is None else kernel.shape[1]
+    shape = (call.value.shape[0], groups, count_positions(call.out_grid), count_positions(call.padded))
+    require_room(str(call.op), shape, wide_dtype(call), limit_gib)
+    chosen = select(call)
+    alpha = oracle.weights(call, chosen)
+    alpha = alpha.expand(shape[0], max(heads, alpha.shape[1]), *alpha.shape[2:])
+    if kernel is None:
+        part = _Part(_scattered(alpha, chosen), True)
+    else:
+        part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
+    border = call.at.padding
+    inner = call.at.inner or call.grid
+    matrix = part.matrix
+    if border or call.at.inner:
+        matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
+    if call.at.inner:
+        outputs = (slice(None), slice(None), *(slice(n) for n in inner))
+        matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
+    return _Part(matrix, part.exact)
+
+
+def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
+    """Numbers of slots -> numbers of positions (B, H, M, N). A row with NaN is NaN: its output would be."""
+    B, H, M, S = alpha_BHMS.shape
+    index = chosen.index
+    if index.shape[1] not in (1, H):  # channels of one head read alike
+        index = index.repeat_interleave(H // index.shape[1], 1)
+    matrix = alpha_BHMS.new_zeros(B, H, M, chosen.positions)
+    matrix.scatter_add_(3, index.expand(B, H, M, S), alpha_BHMS)
+    return matrix.masked_fill_(alpha_BHMS.isnan().any(-1, keepdim=True), float("nan"))
+
+
+def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) -> _Part:
+    """Alpha and a kernel: exact where its blocks are single numbers, their sizes otherwise."""
+    heads, (_, groups, out, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
+    if chosen.entries > 1:
+        kernel_BGPcS = kernel_BGPcS.repeat_interleave(chosen.entries, -1)
+    cells = math.lcm(heads, groups)
+    alpha_BLMS = alpha_BHMS.repeat_interleave(cells // heads, 1)
+    if out * read == 1:
+        return _Part(_scattered(alpha_BLMS * kernel_BGPcS[:, :, 0], chosen), True)
+    # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
+    # is that of R a: S scatters of numbers instead of P c
+    split = cells // groups
+    blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
+    total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
+    for q in range(factor_BLqS.shape[2]):
+        scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
+        total += scattered.square_().unflatten(1, (groups, split)).sum(2)
+    return _Part(total.sqrt_(), False)
+
+
+def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: Iterator[_Part]) -> _Part:
+    """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
+    if isinstance(op, Branch):
+        split = zip((op.first, op.second), op.shares(channels), strict=True)
+        operands = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
+        _same_positions(op, operands)
+        return _Part(torch.cat([m.matrix for m in operands], 1), all(m.exact for m in operands))
+    if not isinstance(op, Sum):
+        return next(parts)
+    own = iter(params["rates"].unbind() if "rates" in params else ())
+    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate, _ in op.terms]
+    operands = [_combined(term, operand(params, i), channels, parts) for i, (_, term) in enumerate(op.terms)]
+    _same_positions(op, operands)
+    exact = all(m.exact for m in operands)
+    groups = math.lcm(*(m.matrix.shape[1] for m in operands))
+    total: Tensor | float = 0.0
+    for rate, part in zip(rates, operands, strict=True):
+        matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * rate
+        total = total + (matrix if exact else matrix.abs())
+    assert isinstance(total, Tensor)
+    return _Part(total, exact)
+
+
+def _same_positions(op: Operation, operands: list[_Part]) -> None:
+    shapes = [tuple(m.matrix.shape[2:]) for m in operands]
+    if len(set(shapes)) > 1:
+        listed = " and ".join(map(str, shapes))
+        raise ValueError(f"the operands mix {listed} positions (outputs, inputs); ask for one operand alone: {op}")

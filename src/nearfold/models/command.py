@@ -1,0 +1,24 @@
+"""`nearfold models`: the networks that have a name, as built and as published."""
+
+from __future__ import annotations
+
+import argparse
+
+from nearfold.models.table import table
+
+EXAMPLES = """\
+examples:
+  nearfold models
+  nearfold models "acmix_*"
+  nearfold models resnet50_hybrid"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to its parser."""
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a shell pattern (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table: the exit code."""
+    print(table(args.pattern))
+    return 0

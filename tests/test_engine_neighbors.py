@@ -1,0 +1,136 @@
+"""A whole layer of nearest neighbours in one call: the truth is what the operators that torch knows give in its place."""
+
+import random
+
+import pytest
+import torch
+from helpers.engine_draws import assert_near, every_set
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from nearfold.grammar import parse
+from nearfold.kernels import engine
+from nearfold.kernels import neighbors as module
+from nearfold.lower.backends import knn
+from nearfold.nn import ConvNN2d, Mixer
+from nearfold.testing import poisoned_empties
+
+SIMILARITIES = ["cosine", "dot", "scaled", "euclidean", "euclidean(squared)"]
+
+
+def draw(rng, dtype):
+    """A layer, an input and a context: heads, groups, borders, strides, and features at other strides."""
+    C, heads = rng.choice([(4, 1), (6, 2), (12, 3), (20, 4), (64, 1)])
+    grid = rng.choice([(1, 1), (7,), (5, 6), (9, 8), (3, 4, 2), (130,)])
+    weighs, kernel = rng.random() < 0.5, rng.choice(["", "kernel", "kernel(groups=2)", "depthwise"])
+    cross, k = rng.random() < 0.2, rng.randint(2, 6)
+    options = [str(k), rng.choice(SIMILARITIES)]
+    if not cross:
+        options += ["self"] * (rng.random() < 0.5)
+        options += [f"padding={rng.randint(1, 2)}"] * (rng.random() < 0.3)
+        options += [f"stride={rng.randint(2, 3)}"] * (rng.random() < 0.3)
+    weighs = weighs or cross
+    projections = "qkv" if cross else rng.choice(["none", "v", "qk", "qkv"])
+    rho = f"softmax(heads={heads}, project={projections})" if weighs else "ones"
+    text = f"nearest({', '.join(options)}{', cross' * cross}) | ranked | {rho}{f'*{kernel}' * bool(kernel)}"
+    layer = Mixer(parse(text), C, ndim=len(grid)).to(dtype)
+    x = torch.randn(rng.randint(1, 3), C, *grid, dtype=dtype)
+    if rng.random() < 0.5:  # positions that are alike, and one that is zero
+        x[..., -1] = x[..., 0]
+        x[..., 0, :] = 0 if len(grid) > 1 else x[..., 0, :]
+    if rng.random() < 0.2:
+        x[0, 0, ..., 0] = float("nan")
+    way = rng.choice(["plain", "last", "sliced", "turned"])
+    if way == "last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif way == "sliced":
+        x = torch.cat([x, x], 1)[:, : x.shape[1]]
+    elif way == "turned" and len(grid) > 1:  # a grid that is not one axis
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    context = torch.randn(x.shape[0], C, 11, dtype=dtype) if cross else None
+    return layer, x, context
+
+
+def results(layer, x, context, grad):
+    given = [x.detach().requires_grad_(), *layer.parameters()]
+    y = layer(given[0], context)
+    slopes = torch.autograd.grad(y, given, grad, allow_unused=True) if grad is not None else []
+    return [y, *(torch.zeros(()) if g is None else g for g in slopes)]
+
+
+@pytest.mark.filterwarnings("ignore:.*slots can be filled")
+@every_set
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_what_the_operators_give(isa, seed, monkeypatch):
+    rng, ran = random.Random(seed), []
+    monkeypatch.setattr(module.engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
+    for case in range(40):
+        torch.manual_seed(100 * seed + case)
+        dtype = rng.choice([torch.float64, torch.float64, torch.float32])
+        layer, x, context = draw(rng, dtype)
+        torch.set_num_threads(rng.randint(1, 2))
+        with engine.forced(isa), poisoned_empties():
+            with torch.no_grad():
+                quiet = layer(x, context)
+            grad = torch.randn_like(quiet)
+            found = results(layer, x, context, grad)
+            with monkeypatch.context() as slow:
+                slow.setattr(knn, "serves", lambda *_: False)
+                wanted = results(layer, x, context, grad)
+        what = f"case {case}: {layer.operation} on {tuple(x.shape)} {x.stride()} {dtype}"
+        assert_near(quiet, wanted[0], what)
+        for f, w in zip(found, wanted, strict=True):
+            assert_near(f, w, what)
+    torch.set_num_threads(2)
+    assert ran.count("neighbors") > 50 and ran.count("neighbors_backward") > 20
+
+
+@pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
+@pytest.mark.parametrize(
+    "operation",
+    ["nearest(4, cosine, self) | ranked | kernel", "nearest(3, scaled) | ranked | softmax(heads=2)*depthwise"],
+)
+def test_gradients_of_gradients(operation, monkeypatch):
+    """By the operators that torch knows, from the same operands."""
+    ran = []
+    monkeypatch.setattr(module.engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
+    layer = Mixer(operation, 4).double()
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+    assert "neighbors" in ran and "neighbors_backward" in ran
+
+
+@pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
+def test_the_gradient_of_many_rows_is_exact():
+    """The bias's gradient adds 20,000 numbers; in float32 one after another it would be off by 1e-4."""
+    layer, x = ConvNN2d(3, 2, 3), torch.randn(2, 3, 100, 100)
+    y = layer(x)
+    grad = torch.rand_like(y)
+    (found,) = torch.autograd.grad(y, [layer.bias], grad)
+    torch.testing.assert_close(found.double(), grad.double().sum((0, 2, 3)), rtol=1e-6, atol=0)
+
+
+def test_who_watches_sees_the_operators():
+    layer, x = ConvNN2d(4, 4, 3), torch.randn(1, 4, 5, 5)
+    with profile() as seen:
+        layer(x)
+    names = {event.name for event in seen.events()}
+    assert {"nearfold::select", "nearfold::aggregate"} <= names
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 25 * (25 * 4 + 3 * 4 * 4)
+    graph = str(make_fx(layer)(x).graph)
+    assert "nearfold.select" in graph and "nearfold.aggregate" in graph
+
+
+@pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
+def test_what_is_kept_for_the_gradient_is_not_changed_in_between():
+    layer, x = ConvNN2d(4, 4, 3), torch.randn(1, 4, 5, 5, requires_grad=True)
+    inner = x * 1
+    y = layer(inner)
+    with torch.no_grad():
+        inner.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
