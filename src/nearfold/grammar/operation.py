@@ -108,6 +108,11 @@ class Operation:
         """The same combination of as many other operations."""
         return self
 
+    @property
+    def rates(self) -> tuple[str | float | None, ...]:
+        """What each operand is multiplied by: a name (learnable), a number, or None (one)."""
+        return (None,) * len(self.operands)
+
     def shares(self, channels: int) -> tuple[int, ...]:
         """How many of so many output channels each operand makes: all of them."""
         return (channels,) * len(self.operands)
@@ -250,7 +255,6 @@ class Sum(Operation):
 
     @property
     def rates(self) -> tuple[str | float | None, ...]:
-        """What each operand is multiplied by."""
         return tuple(rate for rate, _ in self.terms)
 
     def combine(self, operands: tuple[Operation, ...]) -> Operation:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nearfold.grammar import Branch, Operation, Sum
+from nearfold.grammar import Branch, Operation
 from nearfold.look.derivative import differentiated, require_room
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, count_positions
@@ -193,18 +193,16 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
 
 def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: Iterator[_Part]) -> _Part:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
-    if isinstance(op, Branch):
-        split = zip((op.first, op.second), op.shares(channels), strict=True)
-        operands = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
-        _same_positions(op, operands)
-        return _Part(torch.cat([m.matrix for m in operands], 1), all(m.exact for m in operands))
-    if not isinstance(op, Sum):
+    if not op.operands:
         return next(parts)
-    own = iter(params["rates"].unbind() if "rates" in params else ())
-    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate, _ in op.terms]
-    operands = [_combined(term, operand(params, i), channels, parts) for i, (_, term) in enumerate(op.terms)]
+    each = zip(op.operands, op.shares(channels), strict=True)
+    operands = [_combined(term, operand(params, i), made, parts) for i, (term, made) in enumerate(each) if made]
     _same_positions(op, operands)
     exact = all(m.exact for m in operands)
+    if isinstance(op, Branch):
+        return _Part(torch.cat([m.matrix for m in operands], 1), exact)
+    own = iter(params["rates"].unbind() if "rates" in params else ())
+    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate in op.rates]
     groups = math.lcm(*(m.matrix.shape[1] for m in operands))
     total: Tensor | float = 0.0
     for rate, part in zip(rates, operands, strict=True):
