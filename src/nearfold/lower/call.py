@@ -116,7 +116,7 @@ class Call:
         assert self.query is not None and self.key is not None
         query = split_heads(self.query, self.heads)
         key = query if self.key is self.query else split_heads(self.key, self.heads)
-        return query, key, query.shape[-1] ** -0.5 if isinstance(self.similarity, Scaled) else 1.0
+        return query, key, query.shape[-1] ** -0.5 if self.similarity == Scaled() else 1.0
 
     def embedded_differences(self) -> tuple[Tensor, Tensor, float]:
         """As `embedded`, and a factor of the scores, for softmax; views where they can be."""
