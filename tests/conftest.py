@@ -77,10 +77,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_words() -> Iterator[None]:
     """Words that a test makes, and what it registers of them, are gone after it."""
     from nearfold.grammar.word import WORDS
-    from nearfold.lower.weighting import RULES
-    from nearfold.lower.windows import READS
+    from nearfold.lower.meaning import MEANINGS
 
-    known: list[dict[Any, Any]] = [*WORDS.values(), READS, RULES]
+    known: list[dict[Any, Any]] = [*WORDS.values(), MEANINGS]
     before = [dict(table) for table in known]
     yield
     for table, was in zip(known, before, strict=True):

@@ -1,7 +1,6 @@
 """Every lowering equals the oracle: over the hand-written cases, generated operations, sizes and dtypes."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nearfold import CATALOGUE, parse
+from nearfold.grammar.vocabulary import words_in
 from nearfold.grammar.word import WORDS
 from nearfold.kernels import engine
 from nearfold.lower import lower
@@ -117,17 +117,8 @@ def test_generated_in_number(op, grid, seed):
     check_generated(op, grid, seed)
 
 
-def _words(value):
-    """Every word inside an operation, by its class."""
-    if isinstance(value, tuple):
-        return {w for v in value for w in _words(v)}
-    if not dataclasses.is_dataclass(value):
-        return set()
-    return {type(value)} | {w for f in dataclasses.fields(value) for w in _words(getattr(value, f.name))}
-
-
 def test_cases_cover_the_vocabulary():
-    used = _words(tuple(parse(text) for text in CASES.values()))
+    used = {type(word) for text in CASES.values() for word in words_in(parse(text))}
     missing = [cls.word for kind in WORDS.values() for cls in kind.values() if cls not in used]
     assert not missing, f"CASES lacks {missing}"
 

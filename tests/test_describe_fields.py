@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nearfold import parse
 from nearfold.recognise import describe
+from nearfold.recognise.field import through
+from nearfold.recognise.place import begin
 
 SIZE = 24
 C = 4
@@ -268,3 +271,11 @@ def test_what_is_in_a_layer_that_is_unknown_as_a_whole_is_seen(ruled, monkeypatc
     found = describe(Whole(), (C, SIZE, SIZE))
     assert [s.name for s in found.unknown] == ["attention"]
     assert [row.field for row in found.rows] == ["all"]
+
+
+def test_blocks_that_were_cut_before_may_see_more_than_themselves():
+    """A map of three axes in blocks of two: somebody folded its blocks into the batch."""
+    op = parse("block((2, 2)) | box | softmax")
+    folded = through(begin((4, 4, 8), 2), op, (4, 4, 8), (4, 4, 8), 2)
+    assert not folded.exact and not folded.wild and folded.high[0].item() == 3
+    assert through(begin((1, 4, 4, 8), 3), op, (1, 4, 4, 8), (1, 4, 4, 8), 3).exact

@@ -207,3 +207,8 @@ def test_one_position_is_a_linear_map(backend):
     value = layer.value_weight.detach(), layer.value_bias.detach()
     out = layer.out_weight.detach(), layer.out_bias.detach()
     agree(layer, lambda x: F.linear(F.linear(x.flatten(1), *value), *out).view_as(x), x)
+
+
+def test_the_inverse_of_no_distance_is_finite():
+    layer = Mixer("window(1, euclidean) | box | inverse(project=none)", 1, ndim=1)
+    torch.testing.assert_close(layer(torch.ones(1, 1, 3)), torch.full((1, 1, 3), 1e8))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nearfold.grammar import CATALOGUE, Basic, Branch, NotationError, Sum, Weight, parse
 from nearfold.grammar.notation import SHOWN, parse_word
 from nearfold.grammar.similarity import Blend, Cosine, Position, Scaled
+from nearfold.grammar.vocabulary import misuse
 from nearfold.grammar.words import (
     All,
     Box,
@@ -30,6 +31,8 @@ from nearfold.grammar.words import (
     Strided,
     Window,
 )
+
+MISUSE = misuse()
 
 # --- errors point at the place and name the choices
 
@@ -364,3 +367,13 @@ def test_mutated_notation_gives_an_operation_or_a_notation_error(text, edits):
         at = int(where * len(text))
         text = text[:at] + inserted + text[at + removed :]
     check_only_notation_errors(text)
+
+
+# --- every word
+
+
+@pytest.mark.parametrize("text", MISUSE)
+def test_every_word_refuses_what_it_does_not_know_or_go_with(text):
+    with pytest.raises(ValueError) as caught:
+        parse(text)
+    assert MISUSE[text] in str(caught.value)

@@ -16,6 +16,7 @@ from nearfold.lower.call import pointwise
 from nearfold.lower.execute import execute
 from nearfold.lower.geometry import padding_of
 from nearfold.lower.selection import select
+from nearfold.lower.words.experts import expert_shares
 from nearfold.nn import ConvNN2d, KVTAttention, Mixer
 from nearfold.testing import CASES, context_for, forward, make
 
@@ -91,7 +92,7 @@ class Frozen(nn.Module):
         heads = max(self.call.heads, self.alpha.shape[1])
         y = oracle.aggregate(value, self.chosen, self.alpha, oracle.kernel_weight(self.call), heads)
         if isinstance(kernel, Experts):
-            shares = oracle.expert_shares(self.call)[self.b]
+            shares = expert_shares(self.call)[self.b]
             y = torch.einsum("beom,e->bom", y.unflatten(1, (kernel.count, -1)), shares)
         return y
 
@@ -278,3 +279,12 @@ def test_one_position_counts_the_size_of_every_slot(weight):
             torch.stack([size, -size]).view(2, 1, 3).expand_as(layer.weight[:2]).repeat(len(layer.weight) // 2, 1, 1)
         )
     torch.testing.assert_close(looks(layer, x, (1,))[0], torch.tensor([1.0, 2.0, 5.0, 0, 0]) / 8)
+
+
+def test_acmixs_convolution_is_told_head_by_head():
+    """As its output lies, unless that stays in the order of the grouped convolution: then by dimension of a head."""
+    x = torch.randn(1, 8, 3, 3, dtype=torch.float64)
+    by_head, _ = make("window(3) | box | shift(2)", (3, 3))
+    by_dimension, _ = make("window(3) | box | shift(2, interleaved)", (3, 3))
+    assert mixing_matrix(by_head, x).shape == (1, 2, 9, 9)
+    assert mixing_matrix(by_dimension, x).shape == (1, 4, 9, 9)

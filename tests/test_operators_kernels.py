@@ -142,10 +142,21 @@ def test_cross_scan_is_the_sum_of_four():
 
 def test_a_snake_never_jumps():
     from nearfold.grammar.words import Scan
-    from nearfold.lower.orders import scan_order
+    from nearfold.lower.words.scan import scan_order
 
     for grid in ((4, 5), (3, 4, 2), (2, 3, 3)):
         order = scan_order(Scan(1, "snake"), grid, torch.device("cpu"))
         at = torch.stack(torch.unravel_index(order, grid), 1)
         assert (at.diff(dim=0).abs().sum(1) == 1).all()
         assert sorted(order.tolist()) == list(range(math.prod(grid)))
+
+
+def test_a_new_state_space_starts_as_mambas():
+    """arXiv 2312.00752: A = -1 .. -state in every channel, a skip of one, steps between 0.001 and 0.1."""
+    layer = Mixer("scan(state=4) | causal | selective", 8, ndim=1)
+    close(layer.A_log.exp(), torch.arange(1.0, 5.0).expand(8, 4))
+    one = Mixer("scan(state=4) | causal | selective(heads=2)", 8, ndim=1)
+    close(one.A_log.exp(), torch.arange(1.0, 3.0))
+    for made, bias in ((layer, layer.dt_proj_bias), (one, one.dt_bias)):
+        assert (made.D == 1).all()
+        assert F.softplus(bias).min() >= 0.001 and F.softplus(bias).max() <= 0.1

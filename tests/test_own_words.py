@@ -8,11 +8,20 @@ import pytest
 import torch
 
 from nearfold import parse, testing
-from nearfold.extend import Path, Rho, Similarity, register_path, register_rho
+from nearfold.extend import (
+    KernelMeaning,
+    Path,
+    PathMeaning,
+    Rho,
+    RhoMeaning,
+    Similarity,
+    register,
+    register_path,
+    register_rho,
+)
 from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.word import WORDS
 from nearfold.grammar.words import Softmax, Window
-from nearfold.lower.windows import READS
 from nearfold.nn import Mixer
 
 
@@ -80,7 +89,7 @@ def test_what_a_path_reads_is_checked(words):
         r"got torch.int64 \(3, 2\)": lambda *a: tuple(t[1:] for t in before(*a)),
     }
     for why, reads in wrong.items():
-        READS[path] = reads
+        register_path(path, reads)
         with pytest.raises(ValueError, match=why):
             layer(x)
 
@@ -108,3 +117,24 @@ def test_only_words_from_outside_are_registered(words):
     for given in (Softmax, path, Rho):
         with pytest.raises(ValueError, match="rho"):
             register_rho(given, lambda rho, score, valid: score)
+
+
+def test_a_word_without_a_meaning_says_so(own_words):
+    @dataclass(frozen=True)
+    class Unsaid(Path):
+        word = "unsaid"
+        shapes = ("box",)
+
+    op = parse("unsaid | box | mean")
+    with pytest.raises(ValueError, match="path unsaid has no meaning yet: register one for Unsaid"):
+        Mixer(op, 4)
+
+
+def test_a_meaning_is_of_the_words_kind(words):
+    path, rho = words
+    for word, meaning in ((path, RhoMeaning()), (rho, PathMeaning()), (rho, KernelMeaning()), (Window, PathMeaning())):
+        with pytest.raises(ValueError, match=r"must be a class with a word|is the library's own"):
+            register(word, meaning)
+    for meaning in (None, PathMeaning, "table"):
+        with pytest.raises(ValueError, match="meaning must be an object of a class that derives from PathMeaning"):
+            register(path, meaning)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from nearfold import parse
+from nearfold.grammar import vocabulary, words
 from nearfold.grammar.similarity import Scaled, Similarity
 from nearfold.grammar.word import WORDS
-from nearfold.grammar.words import Path, Size
+from nearfold.grammar.words import Size
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def own_path(own_words):
     """A path of somebody else's, registered for one test."""
 
     @dataclass(frozen=True)
-    class Ring(Path):
+    class Ring(words.Path):
         word = "ring"
         shapes = ("box",)
         rhos = ("softmax", "mean")
@@ -61,3 +63,8 @@ def test_equal_operations_have_one_hash_here_and_after_a_pickle():
         assert twin == op and hash(twin) == hash(op)
     fixed = parse("nearest(4, dot, self=1) | ranked | softmax*depthwise")
     assert fixed != op and fixed.path != op.path
+
+
+def test_the_page_of_words_is_what_the_words_say():
+    page = Path(__file__).parent.parent / "docs" / "words.md"
+    assert page.read_text() == vocabulary.page(), "python -m nearfold.grammar.vocabulary > docs/words.md"

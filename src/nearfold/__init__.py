@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
     from nearfold.look import mixing_matrix
     from nearfold.recognise import complexity, describe
-    from nearfold.surgery import Rule, SpectrumSchedule, convert
+    from nearfold.surgery.convert import convert
+    from nearfold.surgery.rule import Rule
+    from nearfold.surgery.schedule import SpectrumSchedule
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The conformance suite: every lowering equals the oracle, forward and every gradient.
 
 Shipped with the package, so that a new lowering, similarity or path is tested without touching a test file:
-`CASES` spans the vocabulary by hand, `operations` draws from the registry, `conform` compares one backend with
+`CASES` are the words' own examples, `operations` draws from the registry, `conform` compares one backend with
 the oracle, `check_*` test what else a layer promises. Needs the extra `dev` for the generated part only.
 
 The oracle shares small parts with the backends (embeddings, geometry, rho): those are held against torch's own layers
@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
-from nearfold.grammar.similarity import Blend, Similarity
-from nearfold.grammar.word import WORDS
-from nearfold.grammar.words import ORDERS, Candidates, Nearest, Table
+from nearfold.grammar import Basic, Operation, Weight, parse
+from nearfold.grammar.similarity import Similarity
+from nearfold.grammar.vocabulary import cases, words_in
+from nearfold.grammar.word import WORDS, Word
+from nearfold.grammar.words import ORDERS, Candidates
+from nearfold.lower.meaning import meaning
 from nearfold.lower.plan import verdicts
 from nearfold.lower.verdict import Facts
 from nearfold.nn.mixer import Mixer
@@ -33,72 +35,7 @@ from nearfold.nn.mixer import Mixer
 # measured over CASES (float32 2e-6, bfloat16 9e-3, float16 1.2e-3) and given a factor of two to four
 BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
-# beyond the catalogue: every similarity, candidate, shape, rho and kernel at least once
-CASES: dict[str, str] = {name: entry.notation for name, entry in CATALOGUE.items()} | {
-    "window_axes": "window((3, 5)) | causal(axes=(1)) | softmax(heads=2)",
-    "window_inside": "window(3, mode=inside, dilation=2, step=2) | box | softmax(heads=2)",
-    "window_inside_causal": "window((3, 5), mode=inside, step=(3, 1)) | causal(axes=(0)) | softmax(heads=2)",
-    "window_inside_kernel": "window(3, mode=inside, stride=2) | box | identity(heads=2)*kernel",
-    "window_table": "window(3, scaled(bias=table), mode=inside, dilation=2) | box | softmax(heads=2, scale=0.5)",
-    "window_alibi": "window(5, scaled(bias=alibi), stride=2) | box | softmax(heads=2)*depthwise",
-    "window_generated": "window(3, stride=2) | box | generated(groups=2, activation=sigmoid)*kernel",
-    "window_mean": "window(3, stride=2) | box | mean(heads=2, project=v)",
-    "window_max": "window((3, 2), stride=2, mode=reflect) | box | max",
-    "window_experts": "window(3, mode=reflect, stride=2) | box | experts(2)",
-    "block_kernel": "block(2, shift=1) | box | mean*kernel",
-    "block_cosine": "block((2, 3), cosine) | box | softmax(heads=2)*separable(groups=2)",
-    "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
-    "deformable_groups": "deformable((3, 2), groups=2, stride=2, padding=1) | box | modulated*kernel(groups=2)",
-    "deformable_bare": "deformable(3, dilation=2) | box | ones(project=v)",
-    "deformable_separable": "deformable(2) | box | modulated*separable(coordinates=fourier)",
-    "scan_heads": "scan(state=5, order=columns, reverse) | causal | selective(heads=2, project=vo)",
-    "scan_rank": "scan(state=3, order=snake, reverse) | causal | selective(rank=3)",
-    "all_table": "all | row | table(42)",
-    "all_linear_causal": "all(elu) | causal | normalized(heads=2)",
-    "all_identity_causal": "all(cosine(coordinates=sinusoidal)) | causal | identity(heads=2)",
-    "all_mean": "all(stride=2) | row | mean",
-    "all_alibi": "all(scaled(bias=alibi), stride=2) | strided(2) | softmax(heads=2)",
-    "all_cross_linear": "all(elu, cross) | row | normalized(heads=2)",
-    "nearest_cross": "nearest(3, cosine, random(4), cross) | ranked | softmax(heads=2, kv=1)*depthwise",
-    "nearest_rotary": "nearest(5, scaled(rotary)) | ranked | softmax(heads=2, kv=1)",
-    "nearest_encoded": "nearest(5, dot(coordinates=learned)) | ranked | softmax*kernel(coordinates=learned)",
-    "nearest_mean": "nearest(4, euclidean) | ranked | mean*kernel",
-    "window_even": "window(2) | box | kernel(groups=2)",
-    "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
-    "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
-    "window_euclidean": "window(3, euclidean, stride=2) | box | softmax(heads=2)*kernel",
-    "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box"
-    " | identity(heads=2)*separable(coordinates)",
-    "window_blend": "window(3, blend(0.5, cosine), padding=0) | box | softmax(heads=2)*depthwise",
-    "window_inverse": "window(3, euclidean(squared)) | box | inverse(project=qkv)",
-    "window_position": "window(3, position) | box | softmax(project=none)",
-    "all_cosine": "all(cosine(coordinates), stride=2) | causal | softmax(heads=2)",
-    "all_euclidean": "all(euclidean) | row | softmax(heads=2)",
-    "all_identity": "all(dot) | strided(3) | identity(heads=2)",
-    "all_ones": "all | row | ones",
-    "nearest_euclidean": "nearest(5, euclidean) | ranked | softmax(heads=2)*separable",
-    "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
-    "nearest_blend": "nearest(50, blend(0.3, cosine), self) | causal | identity(heads=2)*kernel(coordinates)",
-    "nearest_padded": "nearest(50, cosine, padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
-    "nearest_chebyshev": "nearest(7, position(chebyshev), stride=2) | box | softmax(project=none)*depthwise",
-    "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
-    " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
-    "nearest_scaled": "nearest(6, scaled(coordinates), random(9)) | ranked | softmax(heads=2)",
-    "nearest_itself": "nearest(1, self) | ranked | kernel",
-    "nearest_dilated": "nearest(4, position(dilation=2)) | box | depthwise",
-    "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
-    "nearest_middle": "nearest(3, blend(0.7)) | ranked | separable",
-    "nearest_experts": "nearest(3, dot) | box | experts(2)",
-    "nearest_learned": "nearest(4, blend(0.4, learned), self) | ranked | softmax(heads=2)*depthwise",
-    "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
-    "sum_fixed": "0.5*(window(3) | box | depthwise) + (nearest(3, cosine) | ranked | depthwise)",
-    "sum_shift_bias": "a*(block(3, scaled(bias=table), shift=1) | box | softmax(heads=2))"
-    " + b*(window(3, mode=reflect, dilation=2) | box | shift(2, bias))",
-    "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
-    "branch_split": "branch(0.25, nearest(3, cosine) | ranked | kernel, all | row | softmax(heads=2), split, mix)",
-    "branch_nested": "branch(0.25, all | row | softmax(heads=2),"
-    " a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
-}
+CASES = cases()
 GRIDS: tuple[tuple[int, ...], ...] = ((7, 6), (1, 1), (2, 1), (3, 8))
 
 
@@ -171,14 +108,7 @@ def grid_for(op: Operation, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 def fitted(op: Operation, grid: tuple[int, ...]) -> Operation:
     """The operation with its tables made for as many positions as the grid has."""
-    if isinstance(op, Basic):
-        if not isinstance(op.weight.rho, Table):
-            return op
-        return dataclasses.replace(op, weight=Weight(Table(math.prod(grid))))
-    if isinstance(op, Branch):
-        return dataclasses.replace(op, first=fitted(op.first, grid), second=fitted(op.second, grid))
-    assert isinstance(op, Sum)
-    return Sum(tuple((rate, fitted(term, grid)) for rate, term in op.terms))
+    return op.map(lambda part: part.sized(math.prod(grid)))
 
 
 def make(
@@ -265,10 +195,9 @@ def tie_prone(op: Operation) -> bool:
     The zero border of ``padding`` differs in coordinates alone, and mirrored ones are equally far from a query.
     """
     for part in op.parts:
-        if isinstance(part.path, Nearest) and part.path.padding:
-            near = part.path.similarity
-            if getattr(near, "coordinates", False) or (isinstance(near, Blend) and 0 < near.lam < 1):
-                return True
+        near = part.path.similarity
+        if meaning(part.path).border(part) and (near.coordinates or 0 < getattr(near, "lam", 0) < 1):
+            return True
     return False
 
 
@@ -309,7 +238,7 @@ def operations() -> Any:
     """A hypothesis strategy over valid `Basic` operations, drawn from the registry of words."""
     from hypothesis import strategies as st
 
-    def value(hint: Any, name: str) -> Any:
+    def value(cls: type[Word], hint: Any, name: str) -> Any:
         members = typing.get_args(hint) or (hint,)
         for kind, word in (("similarity", Similarity), ("candidates", Candidates)):
             if word in members:
@@ -349,12 +278,14 @@ def operations() -> Any:
             "inputs": st.just(1),  # made to fit by `fitted`
             "outputs": st.none(),
         }
-        return table.get(name, st.booleans())
+        if name in table or bool in members:
+            return table.get(name, st.booleans())
+        return st.sampled_from(_seen(cls, name))  # of a word that this table does not know
 
     def words(kind: str) -> Any:
         def build(cls: type) -> Any:
             hints = typing.get_type_hints(cls)
-            fields = {f.name: value(hints[f.name], f.name) for f in dataclasses.fields(cls)}
+            fields = {f.name: value(cls, hints[f.name], f.name) for f in dataclasses.fields(cls)}
             return st.fixed_dictionaries(fields).map(lambda kwargs: _attempt(cls, **kwargs))
 
         return st.sampled_from(sorted(WORDS[kind].values(), key=lambda c: c.word)).flatmap(build).filter(bool)
@@ -369,6 +300,15 @@ def operations() -> Any:
     kernels = st.one_of(st.none(), words("kernel"))
     parts = st.tuples(words("path"), words("shape"), words("rho"), kernels)
     return parts.map(assemble).filter(lambda op: op is not None)
+
+
+def _seen(cls: type[Word], name: str) -> list[Any]:
+    """The values that an argument has in the word's own examples."""
+    inside = [word for text in cls.examples.values() for word in words_in(parse(text)) if type(word) is cls]
+    values = list(dict.fromkeys(getattr(word, name) for word in inside))
+    if not values:
+        raise ValueError(f"{cls.__name__}.{name}: no values to draw; give {cls.__name__} examples = {{name: notation}}")
+    return values
 
 
 def _attempt(make_it: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

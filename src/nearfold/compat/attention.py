@@ -215,7 +215,7 @@ def branching_attention(c: Config, state: State) -> Conversion:
     near = _convnn_attention_operation(c)
     dense = Basic(All(), Row(), Weight(Softmax(heads=c["num_heads"])))
     layer = TokenMixer(Branch(first / dim, near, dense, mix=True, split=True), dim, bias=True)
-    if layer.operation.shares(dim)[0] != first:  # type: ignore[attr-defined]
+    if layer.operation.shares(dim)[0] != first:
         raise UnsupportedReference(f"{c.layer}: branch_ratio={ratio} of {dim} channels is not a ratio here")
 
     def biased(part: State) -> State:

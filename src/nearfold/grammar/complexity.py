@@ -7,9 +7,9 @@ in docs/complexity.md.
 
 from __future__ import annotations
 
-from nearfold.grammar.operation import Basic, Branch, Operation, Sum
+from nearfold.grammar.operation import Basic, Operation
 from nearfold.grammar.similarity import Similarity
-from nearfold.grammar.words import Deformable, Experts, Generated, Max, Modulated, Nearest, Selective, Shift
+from nearfold.grammar.words import Shift
 
 POINTWISE = "POINTWISE"
 
@@ -47,10 +47,9 @@ def content_share(op: Basic) -> float:
     >>> [content_share(parse(f"{words} | kernel")) for words in ("window(3) | box", "nearest(9, blend(0.25)) | ranked")]
     [0.0, 0.25]
     """
-    dynamic = isinstance(op.weight.rho, (Generated, Max, Modulated, Selective)) or isinstance(op.weight.kernel, Experts)
-    if isinstance(op.path, Deformable) or dynamic:
+    if any(word.dynamic for word in (op.path, op.weight.rho, op.weight.kernel) if word is not None):
         return 1.0
-    compares = op.weight.rho.needs_score or isinstance(op.path, Nearest)
+    compares = op.weight.rho.needs_score or op.path.searches
     return features_share(op.path.similarity) if compares else 0.0
 
 
@@ -65,13 +64,9 @@ def features_share(similarity: Similarity) -> float:
 
 
 def _scores(op: Operation) -> list[dict[str, float]]:
-    if isinstance(op, Sum):
-        return [scores for _, term in op.terms for scores in _scores(term)]
-    if isinstance(op, Branch):
-        sides = [side for side, share in ((op.first, op.ratio), (op.second, 1 - op.ratio)) if share > 0]
-        return [scores for side in sides for scores in _scores(side)] + ([{POINTWISE: 1}] if op.mix else [])
-    assert isinstance(op, Basic)
-    return [op.path.primitives, op.shape.primitives, *_weight_scores(op)]
+    if isinstance(op, Basic):
+        return [op.path.primitives, op.shape.primitives, *_weight_scores(op)]
+    return [scores for operand in op.present for scores in _scores(operand)] + ([{POINTWISE: 1}] if op.mix else [])
 
 
 def _weight_scores(op: Basic) -> list[dict[str, float]]:

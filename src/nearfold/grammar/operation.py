@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from nearfold._numbers import LARGEST, plain, shown
@@ -80,10 +81,46 @@ def hashed_once(cls: type[O]) -> type[O]:
 class Operation:
     """Base of everything the notation can say; `Basic`, `Sum` and `Branch` are the three forms."""
 
+    mix: bool = False  # whether a pointwise map follows the operands
+
+    @property
+    def operands(self) -> tuple[Operation, ...]:
+        """The operations that this one combines, in the order of the notation; none where it combines none."""
+        return ()
+
+    @property
+    def present(self) -> tuple[Operation, ...]:
+        """The operands that make any of the output."""
+        return self.operands
+
+    def map(self, change: Callable[[Basic], Operation]) -> Operation:
+        """The same combination of other `Basic` operations, each made from the one in its place.
+
+        >>> from dataclasses import replace
+        >>> from nearfold import parse
+        >>> op = parse("0.5*(window(3) | box | kernel) + (all | row | mean)")
+        >>> print(op.map(lambda part: replace(part, path=replace(part.path, stride=2))))
+        0.5*(window(3, stride=2) | box | kernel) + (all(stride=2) | row | mean)
+        """
+        return self.combine(tuple(operand.map(change) for operand in self.operands))
+
+    def combine(self, operands: tuple[Operation, ...]) -> Operation:
+        """The same combination of as many other operations."""
+        return self
+
+    @property
+    def rates(self) -> tuple[str | float | None, ...]:
+        """What each operand is multiplied by: a name (learnable), a number, or None (one)."""
+        return (None,) * len(self.operands)
+
+    def shares(self, channels: int) -> tuple[int, ...]:
+        """How many of so many output channels each operand makes: all of them."""
+        return (channels,) * len(self.operands)
+
     @property
     def parts(self) -> tuple[Basic, ...]:
         """Every `Basic` operation inside, in the order of the notation."""
-        raise NotImplementedError
+        return tuple(part for operand in self.operands for part in operand.parts)
 
     @property
     def for_sequences(self) -> bool:
@@ -125,8 +162,7 @@ class Basic(Operation):
         for word in (self.shape, similarity, self.weight.kernel):
             if word is not None:
                 word.require(self)
-        searched = self.path.word == "nearest"  # it compares, whatever its weight does
-        if not searched and not rho.needs_score and similarity != Scaled():
+        if not self.path.searches and not rho.needs_score and similarity != Scaled():
             raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
         if self.cross:
             self._require_cross()
@@ -155,12 +191,25 @@ class Basic(Operation):
         """Whether keys and values come from a second input, the context."""
         return getattr(self.path, "cross", False)
 
+    def sized(self, positions: int) -> Basic:
+        """The operation for a map of so many positions: a table is made for one number of them.
+
+        >>> from nearfold import parse
+        >>> print(parse("all | row | table(9)").sized(16), "and", parse("window(3) | box | kernel").sized(16))
+        all | row | table(16) and window(3) | box | kernel
+        """
+        rho = self.weight.rho.sized(positions)
+        return self if rho is self.weight.rho else replace(self, weight=replace(self.weight, rho=rho))
+
     def __str__(self) -> str:
         return f"{self.path} | {self.shape} | {self.weight}"
 
     @property
     def parts(self) -> tuple[Basic, ...]:
         return (self,)
+
+    def map(self, change: Callable[[Basic], Operation]) -> Operation:
+        return change(self)
 
 
 @hashed_once
@@ -201,8 +250,15 @@ class Sum(Operation):
         )
 
     @property
-    def parts(self) -> tuple[Basic, ...]:
-        return tuple(p for _, op in self.terms for p in op.parts)
+    def operands(self) -> tuple[Operation, ...]:
+        return tuple(term for _, term in self.terms)
+
+    @property
+    def rates(self) -> tuple[str | float | None, ...]:
+        return tuple(rate for rate, _ in self.terms)
+
+    def combine(self, operands: tuple[Operation, ...]) -> Operation:
+        return Sum(tuple(zip(self.rates, operands, strict=True)))
 
 
 @hashed_once
@@ -254,5 +310,13 @@ class Branch(Operation):
         return slice(0, first), slice(first, in_channels)
 
     @property
-    def parts(self) -> tuple[Basic, ...]:
-        return self.first.parts + self.second.parts
+    def operands(self) -> tuple[Operation, ...]:
+        return self.first, self.second
+
+    @property
+    def present(self) -> tuple[Operation, ...]:
+        return tuple(op for op, share in zip(self.operands, (self.ratio, 1 - self.ratio), strict=True) if share > 0)
+
+    def combine(self, operands: tuple[Operation, ...]) -> Operation:
+        first, second = operands
+        return replace(self, first=first, second=second)

@@ -1,10 +1,11 @@
-"""Words for where to look (Path, with the candidates of `nearest`) and for which slots there are (Shape)."""
+"""Words for where to look: paths, and the candidates of `nearest`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided  # noqa: F401  (they were here)
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
 from nearfold.grammar.word import Word, all_ones, as_tuple, check, number, one_of, positive, sizes
 
@@ -22,6 +23,7 @@ class Candidates(Word):
     """The positions among which `nearest` searches."""
 
     kind = "candidates"
+    drawn: ClassVar[bool] = False  # whether they are others at every training step
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Random(Candidates):
     """r positions drawn afresh at every training step, the same for the whole batch; all in evaluation."""
 
     word = "random"
+    examples: ClassVar[dict[str, str]] = {
+        "nearest_scaled": "nearest(6, scaled(coordinates), random(9)) | ranked | softmax(heads=2)",
+    }
+    drawn = True
     r: int
 
     def __post_init__(self) -> None:
@@ -47,6 +53,9 @@ class Grid(Candidates):
     """A fixed grid of r positions per axis, evenly spaced, ``inset`` positions away from the border."""
 
     word = "grid"
+    examples: ClassVar[dict[str, str]] = {
+        "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
+    }
     r: int
     inset: int = 0
 
@@ -77,12 +86,18 @@ class Path(Word):
     shapes: ClassVar[tuple[str, ...]] = ()  # words it goes with; empty: any
     rhos: ClassVar[tuple[str, ...]] = ()
     takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
+    searches: ClassVar[bool] = False  # whether it compares, whatever its weight does
     similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
 
     @property
     def groups_of_channels(self) -> int | None:
         """Groups of channels that look on their own, where the path says so and not the weight."""
         return None
+
+    @property
+    def draws(self) -> bool:
+        """Whether it reads other positions at every training step."""
+        return False
 
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
         """The slot axes of a kernel on so many grid axes; of paths that take one."""
@@ -118,6 +133,15 @@ class Window(Path):
     """
 
     word = "window"
+    examples: ClassVar[dict[str, str]] = {
+        "window_axes": "window((3, 5)) | causal(axes=(1)) | softmax(heads=2)",
+        "window_inside": "window(3, mode=inside, dilation=2, step=2) | box | softmax(heads=2)",
+        "window_inside_causal": "window((3, 5), mode=inside, step=(3, 1)) | causal(axes=(0)) | softmax(heads=2)",
+        "window_inside_kernel": "window(3, mode=inside, stride=2) | box | identity(heads=2)*kernel",
+        "window_even": "window(2) | box | kernel(groups=2)",
+        "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
+        "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
+    }
     primitive = ("STATIC_SLIDING", 1)
     shapes = ("box", "causal")
     size: Size
@@ -149,6 +173,9 @@ class All(Path):
     """Every position; outputs on a strided grid. With ``cross``, every position of the context, another input."""
 
     word = "all"
+    examples: ClassVar[dict[str, str]] = {
+        "all_ones": "all | row | ones",
+    }
     primitive = ("GLOBAL_INDEXED", 1)
     shapes = ("row", "causal", "strided")
     takes_kernel = False
@@ -176,6 +203,11 @@ class Block(Path):
     """
 
     word = "block"
+    examples: ClassVar[dict[str, str]] = {
+        "block_kernel": "block(2, shift=1) | box | mean*kernel",
+        "block_cosine": "block((2, 3), cosine) | box | softmax(heads=2)*separable(groups=2)",
+        "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
+    }
     primitive = ("STATIC_BLOCK", 1)
     shapes = ("box",)
     size: Size
@@ -203,7 +235,13 @@ class Deformable(Path):
     """
 
     word = "deformable"
+    examples: ClassVar[dict[str, str]] = {
+        "deformable_groups": "deformable((3, 2), groups=2, stride=2, padding=1) | box | modulated*kernel(groups=2)",
+        "deformable_bare": "deformable(3, dilation=2) | box | ones(project=v)",
+        "deformable_separable": "deformable(2) | box | modulated*separable(coordinates=fourier)",
+    }
     primitive = ("CONTENT_AWARE", 2)
+    dynamic = True
     shapes = ("box",)
     size: Size
     stride: Size = 1
@@ -247,6 +285,10 @@ class Scan(Path):
     """
 
     word = "scan"
+    examples: ClassVar[dict[str, str]] = {
+        "scan_heads": "scan(state=5, order=columns, reverse) | causal | selective(heads=2, project=vo)",
+        "scan_rank": "scan(state=3, order=snake, reverse) | causal | selective(rank=3)",
+    }
     primitive = ("RECURRENT", 1)
     shapes = ("causal",)
     rhos = ("selective",)
@@ -278,8 +320,16 @@ class Nearest(Path):
     """
 
     word = "nearest"
+    examples: ClassVar[dict[str, str]] = {
+        "nearest_itself": "nearest(1, self) | ranked | kernel",
+        "nearest_padded": "nearest(50, cosine, padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
+        "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
+        " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
+        "nearest_cross": "nearest(3, cosine, random(4), cross) | ranked | softmax(heads=2, kv=1)*depthwise",
+    }
     primitive = ("CONTENT_AWARE", 2)
     shapes = ("ranked", "box", "causal")
+    searches = True
     k: int
     similarity: Similarity = field(default=Cosine(), metadata={"positional": True, "always": True})
     candidates: Candidates = field(default=AllCandidates(), metadata={"positional": True})
@@ -320,6 +370,10 @@ class Nearest(Path):
         return (self.k,)
 
     @property
+    def draws(self) -> bool:
+        return self.candidates.drawn
+
+    @property
     def primitives(self) -> dict[str, float]:
         """Content-aware as far as features decide: none of it by position alone, a share of it in a blend."""
         share = getattr(self.similarity, "lam", 1.0 if self.similarity.uses_features else 0.0)
@@ -336,71 +390,3 @@ class Nearest(Path):
         super().require(op)
         if self.again is not None and getattr(self.similarity, "learned", False):
             raise ValueError(f"again does not go with blend(learned), got {self}")
-
-
-# --- Shape: which slots exist, in which order
-
-
-class Shape(Word):
-    """What form to look for."""
-
-    kind = "shape"
-
-
-@dataclass(frozen=True)
-class Box(Shape):
-    """Slots in raster order of the positions they read."""
-
-    word = "box"
-    primitive = ("DENSE_SQUARE", 1)
-
-
-@dataclass(frozen=True)
-class Ranked(Shape):
-    """Slots by similarity, nearest first."""
-
-    word = "ranked"
-    primitive = ("RANKED", 1)
-
-
-@dataclass(frozen=True)
-class Row(Shape):
-    """One slot for every position of the input."""
-
-    word = "row"
-    primitive = ("FULL_ROW", 1)
-
-
-@dataclass(frozen=True)
-class Causal(Shape):
-    """Only positions up to and including the query, in raster order of the grid or in the order of a scan.
-
-    For a window: up to the query along ``axes`` (0 is the first); it may be left out where there is only one.
-    """
-
-    word = "causal"
-    primitive = ("CAUSAL_1D", 1)
-    axes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        ok = isinstance(self.axes, tuple) and all(type(a) is int and a >= 0 for a in self.axes)
-        check(ok and len(set(self.axes)) == len(self.axes), self, "axes", self.axes, "a tuple of axes, such as (0,)")
-        object.__setattr__(self, "axes", tuple(sorted(self.axes)))
-
-    def require(self, op: Basic) -> None:
-        if self.axes and not isinstance(op.path, Window):
-            raise ValueError(f"causal axes go with path window, got {op.path} | {self}")
-        if isinstance(op.path, Window) and op.path.padding != "same":
-            raise ValueError(f"window | causal pads on the left only; leave padding out, got {op.path}")
-
-
-@dataclass(frozen=True)
-class Strided(Shape):
-    """Only positions a multiple of ``step`` away in raster order (strided sparse attention, arXiv 1904.10509)."""
-
-    word = "strided"
-    primitive = ("STRIDED_ROW", 1)
-    step: int = field(metadata={"most": 2**62})  # no further than the map in any case
-
-    def __post_init__(self) -> None:
-        positive(self, step=self.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nearfold.grammar.similarity import check_coordinates
+from nearfold.grammar.place import check_coordinates
 from nearfold.grammar.word import Word, all_ones, check, number, one_of, positive
 
 if TYPE_CHECKING:
@@ -21,11 +21,16 @@ class Rho(Word):
     paths: ClassVar[tuple[str, ...]] = ()  # paths it goes with; empty: any
     takes_kernel: ClassVar[bool] = True
     heads: int
+    kv: int | None = None  # heads of keys and values, where they are fewer
     project: str | None
 
     def require(self, op: Basic) -> None:
         if not one_of(op.path, self.paths):
             raise ValueError(f"{self.word} goes with path {' or '.join(self.paths)}, got {op.path}")
+
+    def sized(self, positions: int) -> Rho:
+        """The rho for a map of so many positions; itself where any number will do."""
+        return self
 
 
 class _Static(Rho):
@@ -72,6 +77,11 @@ class Identity(_Plain):
     """alpha = score."""
 
     word = "identity"
+    examples: ClassVar[dict[str, str]] = {
+        "window_identity": "window((3, 5), cosine, dilation=2, mode=reflect) | box"
+        " | identity(heads=2)*separable(coordinates)",
+        "all_identity_causal": "all(cosine(coordinates=sinusoidal)) | causal | identity(heads=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
 
@@ -106,6 +116,10 @@ class Inverse(_Plain):
     """alpha = 1 / (distance + 1e-8), distance = -score."""
 
     word = "inverse"
+    examples: ClassVar[dict[str, str]] = {
+        "window_inverse": "window(3, euclidean(squared)) | box | inverse(project=qkv)",
+        "nearest_squared": "nearest(5, euclidean(squared), grid(3)) | box | inverse(heads=2)*kernel(groups=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
 
@@ -117,6 +131,10 @@ class Normalized(_Plain):
     """
 
     word = "normalized"
+    examples: ClassVar[dict[str, str]] = {
+        "all_linear_causal": "all(elu) | causal | normalized(heads=2)",
+        "all_cross_linear": "all(elu, cross) | row | normalized(heads=2)",
+    }
     primitive = ("DYNAMIC_ATTENTION", 2)
 
     def require(self, op: Basic) -> None:
@@ -133,6 +151,11 @@ class Mean(_Plain):
     """alpha = 1 / number of valid slots: average pooling."""
 
     word = "mean"
+    examples: ClassVar[dict[str, str]] = {
+        "window_mean": "window(3, stride=2) | box | mean(heads=2, project=v)",
+        "all_mean": "all(stride=2) | row | mean",
+        "nearest_mean": "nearest(4, euclidean) | ranked | mean*kernel",
+    }
     primitive = ("IDENTITY", 1)
     needs_score = False
     default_projections = ""
@@ -143,6 +166,10 @@ class Max(_Static):
     """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling."""
 
     word = "max"
+    examples: ClassVar[dict[str, str]] = {
+        "window_max": "window((3, 2), stride=2, mode=reflect) | box | max",
+    }
+    dynamic = True
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
     paths = ("window",)
     takes_kernel = False
@@ -161,6 +188,10 @@ class Generated(Rho):
     """
 
     word = "generated"
+    examples: ClassVar[dict[str, str]] = {
+        "window_generated": "window(3, stride=2) | box | generated(groups=2, activation=sigmoid)*kernel",
+    }
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     paths = ("window",)
     needs_score = False
@@ -184,6 +215,7 @@ class Modulated(_Static):
     """alpha = sigmoid of a convolution of the input over the same window: deformable v2 (arXiv 1811.11168)."""
 
     word = "modulated"
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     paths = ("deformable",)
     heads = 1
@@ -198,6 +230,9 @@ class Table(_Static):
     """
 
     word = "table"
+    examples: ClassVar[dict[str, str]] = {
+        "all_table": "all | row | table(42)",
+    }
     primitive = ("SHARED_KERNEL", 1)
     paths = ("all",)
     takes_kernel = False
@@ -216,6 +251,9 @@ class Table(_Static):
         if not all_ones(getattr(op.path, "stride", 1)):
             raise ValueError(f"{self} has a row for every output already; leave stride out, got {op.path}")
 
+    def sized(self, positions: int) -> Rho:
+        return Table(positions)
+
 
 @dataclass(frozen=True)
 class Selective(Rho):
@@ -228,6 +266,7 @@ class Selective(Rho):
     """
 
     word = "selective"
+    dynamic = True
     primitive = ("SELECTIVE", 2)
     paths = ("scan",)
     takes_kernel = False
@@ -305,6 +344,11 @@ class Experts(Kernel):
     """
 
     word = "experts"
+    examples: ClassVar[dict[str, str]] = {
+        "window_experts": "window(3, mode=reflect, stride=2) | box | experts(2)",
+        "nearest_experts": "nearest(3, dot) | box | experts(2)",
+    }
+    dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     count: int
     reduction: int = 4
@@ -331,6 +375,9 @@ class Shift(Kernel):
     """
 
     word = "shift"
+    examples: ClassVar[dict[str, str]] = {
+        "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
+    }
     primitive = ("SHARED_KERNEL", 1)
     heads: int
     interleaved: bool = False

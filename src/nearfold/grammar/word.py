@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nearfold._numbers import LARGEST, MOST, plain, shown
 
@@ -23,6 +23,8 @@ class Word:
     word: ClassVar[str]
     registered: ClassVar[int] = 0  # words so far: what was read before one came, or came anew, is read again
     primitive: ClassVar[tuple[str, float]] = ("", 0)  # what it adds to the descriptive complexity, see `complexity`
+    examples: ClassVar[dict[str, str]] = {}  # notations by name, in which all that it can do is tested
+    dynamic: ClassVar[bool] = False  # whether it makes what a slot reads, or its number, anew for every input
 
     def require(self, op: Basic) -> None:
         """ValueError where the word does not go with the others of an operation."""
@@ -102,6 +104,20 @@ def check(ok: bool, word: Word, name: str, value: object, rule: str) -> None:
     """ValueError naming the word, the argument and its value, unless ``ok``."""
     if not ok:
         raise ValueError(f"{word.word}: {name} must be {rule}, got {name}={shown(value)}")
+
+
+W = TypeVar("W", bound=Word)
+
+
+def with_arguments(word: W, **arguments: Any) -> W:
+    """The same word with other arguments.
+
+    >>> from nearfold.grammar.words import Window
+    >>> print(with_arguments(Window(3, dilation=2), size=5))
+    window(5, dilation=2)
+    """
+    found: W = dataclasses.replace(word, **arguments)  # type: ignore[type-var]
+    return found
 
 
 def one_of(given: Word | None, words: tuple[str, ...]) -> bool:

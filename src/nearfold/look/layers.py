@@ -5,18 +5,19 @@ Shape legend: F features, C channels, h, w the grid of patches, M outputs, N pos
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import CATALOGUE, Basic, Branch, Operation, Sum, Weight, parse
-from nearfold.grammar.words import Dense, Depthwise, Experts, Scan, Separable, Shift, Table
+from nearfold.grammar import CATALOGUE, Basic, Operation, parse
+from nearfold.grammar.words import Scan
 from nearfold.look.mixing import mixing_matrix
+from nearfold.lower.meaning import meaning
 from nearfold.nn.mixer import Mixer
 
 FEATURES = (
@@ -91,7 +92,7 @@ def read(operation: str | Operation, x: Tensor, patch: tuple[int, int]) -> Readi
     if op.needs_context:
         raise ValueError(f"{op}: reads a second input, and there is one image; leave cross out")
     grid = (x.shape[2], x.shape[3])
-    fit = _fitted(op, grid[0] * grid[1])
+    fit = op.map(lambda part: part.sized(grid[0] * grid[1]))
     sequence = fit.for_sequences  # then patches in raster order
     layer = plain_layer(fit, 1 if sequence else 2)
     tiled = x.repeat(1, layer.in_channels // x.shape[1], 1, 1)
@@ -115,16 +116,6 @@ def _named(operation: str | Operation) -> tuple[str, Operation]:
     if isinstance(operation, str):
         operation = parse(operation)
     return next((e.title for e in CATALOGUE.values() if e.operation == operation), ""), operation
-
-
-def _fitted(op: Operation, positions: int) -> Operation:
-    """The operation with its tables made for as many positions."""
-    if isinstance(op, Branch):
-        return dataclasses.replace(op, first=_fitted(op.first, positions), second=_fitted(op.second, positions))
-    if isinstance(op, Sum):
-        return Sum(tuple((rate, _fitted(term, positions)) for rate, term in op.terms))
-    assert isinstance(op, Basic)
-    return dataclasses.replace(op, weight=Weight(Table(positions))) if isinstance(op.weight.rho, Table) else op
 
 
 def plain_layer(op: Operation, ndim: int = 2) -> Mixer:
@@ -152,11 +143,7 @@ def _owners(op: Operation, prefix: str) -> Iterator[tuple[str, Basic]]:
     """The prefix of the parameters' names, and the `Basic` part that owns them."""
     if isinstance(op, Basic):
         yield prefix, op
-        return
-    operands = [term for _, term in op.terms] if isinstance(op, Sum) else []
-    if isinstance(op, Branch):
-        operands = [op.first, op.second]
-    for i, part in enumerate(operands):
+    for i, part in enumerate(op.operands):
         yield from _owners(part, f"{prefix}{i}.")
 
 
@@ -167,8 +154,8 @@ def _set_plain(tensor: Tensor, name: str, owner: Basic | None) -> None:
         tensor.fill_(math.log(math.expm1(STEP)))
     elif name in ("D", "dt_proj_weight", "mask_weight", "position_weight") or name.endswith("bias"):
         tensor.zero_()
-    elif name == "x_proj_weight" and owner is not None and isinstance(owner.path, Scan):
-        state = torch.arange(owner.path.state)
+    elif name == "x_proj_weight" and owner is not None:
+        state = torch.arange(cast(Scan, owner.path).state)
         tensor.zero_()
         for first in (len(tensor) - 2 * len(state), len(tensor) - len(state)):  # B, then C
             tensor[first + state, state % len(FEATURES)] = 1
@@ -181,18 +168,7 @@ def _set_plain(tensor: Tensor, name: str, owner: Basic | None) -> None:
 def _average(weight: Tensor, owner: Basic) -> None:
     """A kernel that averages its slots, channel by channel; next to a rho that weights them, one that adds them."""
     kernel, slots = owner.weight.kernel, weight[0, 0].numel()
-    if isinstance(kernel, Shift):
-        weight.zero_()
-        weight[:, 2 * kernel.heads] = 1 / len(weight)  # columns: query, key, value of every head, all heads alike
-        return
-    each = 1.0 if owner.weight.rho.needs_score else 1 / slots
-    if isinstance(kernel, Depthwise | Separable):
-        weight.fill_(each)
-        return
-    assert isinstance(kernel, Dense | Experts)
-    weight.zero_()
-    out = torch.arange(len(weight))
-    weight[out, out % weight.shape[1]] = each
+    meaning(kernel).fill_plain(kernel, weight, 1.0 if owner.weight.rho.needs_score else 1 / slots)
 
 
 def _slide_uphill(weight: Tensor) -> None:

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nearfold.grammar import Branch, Operation, Sum
-from nearfold.grammar.words import Dense, Experts, Max, Selective, Separable, Shift
+from nearfold.grammar import Branch, Operation
 from nearfold.look.derivative import differentiated, require_room
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.execute import execute
-from nearfold.lower.generated import wide_dtype
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import Selection, select
+from nearfold.lower.weighting import wide_dtype
 from nearfold.nn.mixer import Mixer, TokenMixer
 
 
@@ -127,32 +127,17 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
 
     def spy(call: Call) -> Tensor:
         parts.append(_part(call, limit_gib))
-        return call.value.new_zeros(x.shape[0], _made_channels(call), *call.out_grid)
+        return call.value.new_zeros(x.shape[0], meaning(call.op.weight.kernel).made(call), *call.out_grid)
 
     params = layer.tensors()
     execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
     return _combined(op, params, layer.made_channels, iter(parts)).matrix
 
 
-def _made_channels(call: Call) -> int:
-    """Output channels of a call, before its output projection."""
-    kernel = call.op.weight.kernel
-    if isinstance(kernel, Separable):
-        return call.params["pointwise_weight"].shape[0]
-    if isinstance(kernel, Dense):
-        return call.params["weight"].shape[0]
-    if isinstance(kernel, Experts):
-        return call.params["weight"].shape[0] // kernel.count
-    return call.value.shape[1]
-
-
 def _part(call: Call, limit_gib: float) -> _Part:
     """The matrix of one `Basic` operation."""
-    kernel = kernel_blocks(call)
-    rho, channels = call.op.weight.rho, call.value.shape[1]
-    heads = call.heads
-    if isinstance(rho, Max | Selective):  # these look on their own in every channel, or in heads of another number
-        heads = getattr(rho, "scan_heads", None) or channels
+    rho, kernel = call.op.weight.rho, meaning(call.op.weight.kernel).blocks(call)
+    heads = meaning(rho).looks(rho, call.heads, call.value.shape[1])
     groups = heads if kernel is None else kernel.shape[1]
     shape = (call.value.shape[0], groups, count_positions(call.out_grid), count_positions(call.padded))
     require_room(str(call.op), shape, wide_dtype(call), limit_gib)
@@ -172,23 +157,6 @@ def _part(call: Call, limit_gib: float) -> _Part:
         outputs = (slice(None), slice(None), *(slice(n) for n in inner))
         matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
     return _Part(matrix, part.exact)
-
-
-def kernel_blocks(call: Call) -> Tensor | None:
-    """The kernel as blocks (B|1, G, P, c, S); None without one."""
-    kernel = call.op.weight.kernel
-    weight = oracle.kernel_weight(call)
-    if weight is None:
-        return None
-    weight_OcS, groups = weight[0].flatten(2), weight[1]
-    if isinstance(kernel, Experts):
-        share_BE = oracle.expert_shares(call).to(weight_OcS.dtype)
-        return torch.einsum("eocs,be->bocs", weight_OcS.unflatten(0, (kernel.count, -1)), share_BE)[:, None]
-    weight_GPcS = weight_OcS.unflatten(0, (groups, -1))
-    if isinstance(kernel, Shift) and not kernel.interleaved:
-        # its groups are the dimensions of a head, but its output lies head by head: as attention's does
-        weight_GPcS = weight_GPcS.transpose(0, 1)
-    return weight_GPcS[None]
 
 
 def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
@@ -225,18 +193,16 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
 
 def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: Iterator[_Part]) -> _Part:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
-    if isinstance(op, Branch):
-        split = zip((op.first, op.second), op.shares(channels), strict=True)
-        operands = [_combined(part, operand(params, i), n, parts) for i, (part, n) in enumerate(split) if n]
-        _same_positions(op, operands)
-        return _Part(torch.cat([m.matrix for m in operands], 1), all(m.exact for m in operands))
-    if not isinstance(op, Sum):
+    if not op.operands:
         return next(parts)
-    own = iter(params["rates"].unbind() if "rates" in params else ())
-    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate, _ in op.terms]
-    operands = [_combined(term, operand(params, i), channels, parts) for i, (_, term) in enumerate(op.terms)]
+    each = zip(op.operands, op.shares(channels), strict=True)
+    operands = [_combined(term, operand(params, i), made, parts) for i, (term, made) in enumerate(each) if made]
     _same_positions(op, operands)
     exact = all(m.exact for m in operands)
+    if isinstance(op, Branch):
+        return _Part(torch.cat([m.matrix for m in operands], 1), exact)
+    own = iter(params["rates"].unbind() if "rates" in params else ())
+    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate in op.rates]
     groups = math.lcm(*(m.matrix.shape[1] for m in operands))
     total: Tensor | float = 0.0
     for rate, part in zip(rates, operands, strict=True):

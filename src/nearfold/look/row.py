@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nearfold._numbers import plain
-from nearfold.grammar import Branch, Operation, Sum
+from nearfold.grammar import Operation
 from nearfold.kernels.names import require_tensors
-from nearfold.look.mixing import kernel_blocks
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
 from nearfold.lower.execute import execute
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
 
@@ -97,24 +97,21 @@ def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
 
 def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[float]:
     """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
-    if isinstance(op, Sum):
-        own = iter(params["rates"].tolist() if "rates" in params else ())
-        rates = []
-        for i, (rate, term) in enumerate(op.terms):
-            times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
-            rates += [times * r for r in _rates(term, operand(params, i), out_channels)]
-        return rates
-    if isinstance(op, Branch):
-        parts = zip((op.first, op.second), op.shares(out_channels), strict=True)
-        return [r for i, (part, n) in enumerate(parts) if n for r in _rates(part, operand(params, i), n)]
-    return [1.0]
+    if not op.operands:
+        return [1.0]
+    own, found = iter(params["rates"].tolist() if "rates" in params else ()), []
+    for i, (rate, term, made) in enumerate(zip(op.rates, op.operands, op.shares(out_channels), strict=True)):
+        times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
+        if made:
+            found += [times * r for r in _rates(term, operand(params, i), made)]
+    return found
 
 
 def _share(call: Call, alpha_BHS: Tensor) -> Tensor:
     """Alpha times the root-sum-square of every slot's kernel, per head: (B, H, S)."""
     # max and scan look on their own in every channel: alpha has more heads than the layer
     share = alpha_BHS.expand(call.value.shape[0], max(call.heads, alpha_BHS.shape[1]), -1)
-    kernel = kernel_blocks(call)
+    kernel = meaning(call.op.weight.kernel).blocks(call)
     if kernel is None:
         return share
     size_BS = kernel.square().sum((1, 2, 3)).sqrt()

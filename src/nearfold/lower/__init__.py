@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from nearfold.lower import words  # noqa: F401  (its files say what the words mean)
 from nearfold.lower.explain import Explanation, backend, explain
 from nearfold.lower.parameters import parameters
 from nearfold.lower.plan import apply, lower

@@ -14,15 +14,14 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from nearfold._kept import kept
 from nearfold.grammar import Basic
-from nearfold.grammar.similarity import Dot, Place, Scaled, Similarity
-from nearfold.grammar.words import Grid, Nearest, Random, Window
+from nearfold.grammar.place import Place
+from nearfold.grammar.similarity import Dot, Scaled, Similarity
 from nearfold.kernels import cuda
 from nearfold.kernels.names import LOW
-from nearfold.kernels.sample import draw_positions
 from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import query_index
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS
 
 
@@ -94,16 +93,6 @@ class Call:
         """Positions (M,) of the padded grid that `all` and `nearest` answer for."""
         return query_index(self.grid, self.at.padding, self.stride, self.value.device)
 
-    def candidate_index(self) -> Tensor | None:
-        """Ascending positions (R,) among which `nearest` searches; None for every position."""
-        assert isinstance(self.op.path, Nearest)
-        candidates, total = self.op.path.candidates, count_positions(self.padded)
-        if isinstance(candidates, Random) and self.draw is not None and candidates.r < total:
-            return draw_positions(self.draw, total, candidates.r)
-        if isinstance(candidates, Grid) and not _covers(candidates, self.grid):
-            return _grid_positions(candidates, self.grid, self.at.padding, self.value.device)
-        return None
-
     def embedded(self) -> tuple[Tensor, Tensor]:
         """Query (B|1, H|1, N, e) and key for the similarity's metric, in float32 at least."""
         return self.similarity.embed(*self._features(rows=True), self.params)
@@ -127,7 +116,7 @@ class Call:
         assert self.query is not None and self.key is not None
         query = split_heads(self.query, self.heads)
         key = query if self.key is self.query else split_heads(self.key, self.heads)
-        return query, key, query.shape[-1] ** -0.5 if isinstance(self.similarity, Scaled) else 1.0
+        return query, key, query.shape[-1] ** -0.5 if self.similarity == Scaled() else 1.0
 
     def embedded_differences(self) -> tuple[Tensor, Tensor, float]:
         """As `embedded`, and a factor of the scores, for softmax; views where they can be."""
@@ -159,26 +148,6 @@ def count_positions(grid: tuple[int, ...]) -> int:
     for n in grid:
         total *= n
     return total
-
-
-def _covers(candidates: Grid, grid: tuple[int, ...]) -> bool:
-    """Whether the candidates are as fine as the map on every axis: then all positions are."""
-    return candidates.inset == 0 and all(candidates.r >= n for n in grid)
-
-
-@kept
-def _grid_positions(candidates: Grid, grid: tuple[int, ...], padding: int, device: torch.device) -> Tensor:
-    """Ascending positions of the padded grid among which `nearest` searches."""
-    flat = torch.zeros(1, dtype=torch.long, device=device)
-    for n in grid:
-        inset = min(candidates.inset, (n - 1) // 2)
-        room = n - 2 * inset
-        if candidates.r >= room:
-            axis = torch.arange(inset, inset + room, device=device)
-        else:
-            axis = torch.linspace(inset, inset + room - 1, candidates.r, device=device).long()
-        flat = (flat[:, None] * (n + 2 * padding) + axis + padding).reshape(-1)
-    return flat
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -260,4 +229,4 @@ def project(op: Basic, letter: str, params: dict[str, Tensor], x: Tensor) -> Ten
     if letter not in op.weight.projections:
         return x
     name = LETTERS[letter]
-    return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"), isinstance(op.path, Window))
+    return pointwise(x, params[f"{name}_weight"], params.get(f"{name}_bias"), meaning(op.path).planes)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.words import Window
 from nearfold.lower.call import Call, Run, pointwise, project
 from nearfold.lower.extent import narrowed
 from nearfold.lower.frame import Frame, frame
 from nearfold.lower.geometry import crop, pads_input
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
 
 Choose = Callable[[Basic, Frame], Run]
@@ -104,7 +104,7 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     # padded input; keys and values of a second input are each operand's own
     bordered = any(pads_input(part, sizes.grid) for part in op.parts)
     hoisted = [] if bordered else ["q"] if op.needs_context else ["q", "k", "v"]
-    planes = all(isinstance(part.path, Window) for part in op.parts)
+    planes = all(meaning(part.path).planes for part in op.parts)
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
         made = _hoisted([c for c in hoisted if f"{LETTERS[c]}_weight" in params], params, x, planes)
@@ -155,7 +155,7 @@ def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     assert isinstance(op, Basic)
     at = frame(op, sizes.grid, sizes.source if op.cross else (), sizes.drawing)
     backend, projections, heads, ndim = choose(op, at), op.weight.projections, op.weight.heads, len(at.grid)
-    planes, cross = isinstance(op.path, Window), op.cross
+    planes, cross = meaning(op.path).planes, op.cross
 
     def alone(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
         """With nothing around the backend."""

@@ -11,10 +11,8 @@ import torch
 
 from nearfold._kept import once
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Deformable, Nearest, Shift, Table, Window
-from nearfold.lower.extent import fit
-from nearfold.lower.geometry import WindowGeometry, fill_of, out_grid, padding_of
-from nearfold.lower.parameters import as_tuple, kv_heads
+from nearfold.grammar.word import as_tuple
+from nearfold.lower.meaning import meaning
 
 
 @dataclass(frozen=True)
@@ -52,28 +50,18 @@ class Frame:
     kv: int | None
 
 
-def _outputs(op: Basic, grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The output grid; ValueError where a window does not fit."""
-    if isinstance(op.path, (Window, Deformable)):
-        return WindowGeometry.of(op, len(grid)).output(grid)
-    rho = op.weight.rho
-    if isinstance(rho, Table) and rho.outputs is not None:
-        return (rho.outputs,) if len(grid) == 1 else grid
-    return out_grid(grid, stride)
-
-
 def _reads_features(op: Basic) -> bool:
     """Whether query and key matter: some scores are computed from features, or maps of them are shifted."""
-    if isinstance(op.weight.kernel, Shift):
+    if meaning(op.weight.kernel).reads_features:
         return True
-    scored = isinstance(op.path, Nearest) or op.weight.rho.needs_score
-    return scored and op.path.similarity.uses_features
+    return (op.path.searches or op.weight.rho.needs_score) and op.path.similarity.uses_features
 
 
 @once
 def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bool) -> Frame:
     """The frame of an operation; ``source`` is the grid of the second input, (); ``drawing``: candidates are drawn."""
-    border, fill = padding_of(op), fill_of(op, grid)
+    path, rho = meaning(op.path), meaning(op.weight.rho)
+    border, fill = path.border(op), path.fill(op, grid)
     inner: tuple[int, ...] = ()
     added: tuple[int, ...] = ()
     if border or any(fill):
@@ -82,7 +70,8 @@ def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bo
         inner, grid = grid, tuple(n + end for n, end in zip(grid, fill, strict=True))
     padded = source or tuple(n + 2 * border for n in grid)
     stride = as_tuple(getattr(op.path, "stride", 1), len(grid), "stride")
-    own = op if torch.compiler.is_compiling() else fit(op, grid, padded, drawing)  # a graph holds for other sizes, too
+    # a graph holds for other sizes, too
+    own = op if torch.compiler.is_compiling() else path.fit(op, grid, padded, drawing)
     return Frame(
         op=own,
         grid=grid,
@@ -93,8 +82,8 @@ def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bo
         padding=border,
         padded=padded,
         stride=stride,
-        out_grid=_outputs(own, grid, stride),
+        out_grid=rho.output(own, grid, path.output(own, grid)),
         features=_reads_features(op),
         same=not {"q", "k"} & set(op.weight.projections) and not op.cross,
-        kv=kv_heads(op),
+        kv=op.weight.rho.kv,
     )

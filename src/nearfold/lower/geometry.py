@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nearfold._kept import kept, once
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Block, Causal, Deformable, Nearest, Window
+from nearfold.grammar.word import as_tuple
 from nearfold.kernels.local import pad
-from nearfold.lower.parameters import as_tuple
+from nearfold.lower.meaning import meaning
 
 MOST_SLOTS = 2**24 - 1  # of a window: what the kernels count to
 
@@ -38,15 +38,14 @@ class WindowGeometry:
     @once
     def of(op: Basic, ndim: int) -> WindowGeometry:
         """The geometry of a window operation on ndim axes."""
-        path = op.path
-        assert isinstance(path, (Window, Deformable))
+        path: Any = op.path  # a window, or one whose slots are moved
         size = as_tuple(path.size, ndim, "size")
         if math.prod(size) > MOST_SLOTS:
             raise ValueError(f"{op}: its window has {math.prod(size)} slots on this map; at most {MOST_SLOTS}")
         dilation = as_tuple(path.dilation, ndim, "dilation")
         reach = tuple(d * (s - 1) for s, d in zip(size, dilation, strict=True))
         anchor = tuple(r // 2 for r in reach)
-        if isinstance(op.shape, Causal):
+        if op.shape.causal:
             ends = causal_axes(op, ndim)
             before = tuple(r if a in ends else r // 2 for a, r in enumerate(reach))
             after = tuple(0 if a in ends else r - r // 2 for a, r in enumerate(reach))
@@ -55,7 +54,6 @@ class WindowGeometry:
             before = tuple(r // 2 for r in reach)
             after = tuple(r - b for r, b in zip(reach, before, strict=True))
         else:
-            assert not isinstance(path.padding, str)
             before = after = as_tuple(path.padding, ndim, "padding")
         if op.weight.rho.needs_score and any(b > a for b, a in zip(before, anchor, strict=True)):
             raise ValueError(f"{op}: padding={before} leaves outputs without a query; at most {anchor} here")
@@ -100,20 +98,9 @@ def surely(condition: bool) -> bool:
     return bool(statically_known_true(condition))
 
 
-def block_shift(path: Block, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """By how much blocks are shifted along each axis: not at all where one of them covers the grid.
-
-    >>> from nearfold import parse
-    >>> block_shift(parse("block(7, shift=3) | box | softmax").path, (7, 9))
-    (0, 3)
-    """
-    size, shift = (as_tuple(n, len(grid), name) for n, name in ((path.size, "size"), (path.shift, "shift")))
-    return tuple(s if n > length else 0 for n, length, s in zip(grid, size, shift, strict=True))
-
-
 def causal_axes(op: Basic, ndim: int) -> tuple[int, ...]:
     """The axes along which a window ends at the query."""
-    if not isinstance(op.shape, Causal):
+    if not op.shape.causal:
         return ()
     if not op.shape.axes and ndim > 1:
         raise ValueError(f"{op}: name the axes of the {ndim} that are causal, such as causal(axes=(0,))")
@@ -130,26 +117,13 @@ def crop(x: Tensor, first: Sequence[int], count: Sequence[int], step: Sequence[i
 
 
 def padding_of(op: Basic) -> int:
-    """Zero inputs that `nearest` adds on every side of the grid."""
-    return op.path.padding if isinstance(op.path, Nearest) else 0
-
-
-def fill_of(op: Basic, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Zero inputs that `block` adds behind the end of every axis where it is padded to whole blocks.
-
-    >>> from nearfold import parse
-    >>> fill_of(parse("block(7, padded) | box | softmax"), (7, 9))
-    (0, 5)
-    """
-    path = op.path
-    if not (isinstance(path, Block) and path.padded):
-        return (0,) * len(grid)
-    return tuple(-n % size for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
+    """Zero inputs that a path adds on every side of the grid."""
+    return meaning(op.path).border(op)
 
 
 def pads_input(op: Basic, grid: tuple[int, ...]) -> bool:
     """Whether an operation adds zero inputs, which it projects with the others: it shares no projection then."""
-    return padding_of(op) > 0 or any(fill_of(op, grid))
+    return padding_of(op) > 0 or any(meaning(op.path).fill(op, grid))
 
 
 @kept
@@ -166,8 +140,3 @@ def query_index(grid: tuple[int, ...], padding: int, stride: tuple[int, ...], de
 def all_positions(count: int, device: torch.device) -> Tensor:
     """Positions (count,), all of them."""
     return torch.arange(count, device=device)
-
-
-def out_grid(grid: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """Output grid of `all` and `nearest`: every stride-th position."""
-    return tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))

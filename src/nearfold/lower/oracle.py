@@ -3,7 +3,7 @@
     y_i = sum over slots s of alpha[i, s] * W_s * value[index[i, s]]
 
 Shape legend: B batch, C value channels, H heads, d channels of a head, M outputs, N positions, S slots,
-O output channels, G groups, a grid axes.
+O output channels, G groups.
 """
 
 from __future__ import annotations
@@ -11,100 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.similarity import Place, encode
-from nearfold.grammar.words import Dense, Depthwise, Experts, Separable, Shift
 from nearfold.lower.call import Call
-from nearfold.lower.generated import constant_alpha
+from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.selection import Selection, select
-from nearfold.lower.weighting import alpha_of
-from nearfold.lower.windows import window_index
-
-
-def values(call: Call) -> Tensor:
-    """What the slots read: (B, C, N), with coordinates appended to every head where asked for."""
-    kernel = call.op.weight.kernel
-    if isinstance(kernel, Shift):
-        assert call.query is not None and call.key is not None
-        parts = [t.flatten(2).unflatten(1, (kernel.heads, -1)) for t in (call.query, call.key, call.value)]
-        # group by head dimension, then (query, key, value) x heads: the grouped convolution's layout
-        return torch.stack(parts, 1).flatten(1, 2).transpose(1, 2).flatten(1, 2)
-    value = call.value.flatten(2)
-    coordinates = getattr(kernel, "coordinates", False)
-    if coordinates is not False:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        place = Place(call.padded, value.device, wide)
-        code_pN = encode(coordinates, place, call.params.get("value_encoding_weight")).T.to(value.dtype)
-        heads = value.unflatten(1, (call.heads, -1))
-        value = torch.cat([heads, code_pN.expand(*heads.shape[:2], *code_pN.shape)], 2).flatten(1, 2)
-    return value
-
-
-def kernel_weight(call: Call) -> tuple[Tensor, int] | None:
-    """The kernel as (O, C / groups, *slots) and its groups; None without one. Separable: its depthwise half."""
-    kernel, weight = call.op.weight.kernel, call.params.get("weight")
-    if kernel is None:
-        return None
-    assert weight is not None
-    if isinstance(kernel, Dense):
-        return weight, kernel.groups
-    if isinstance(kernel, Experts):
-        return weight, 1
-    if isinstance(kernel, (Depthwise, Separable)):
-        return weight, weight.shape[0]
-    assert isinstance(kernel, Shift)
-    # k^2 pointwise maps, shifted and summed, are one grouped kernel: sum over maps of shift * map
-    merged = torch.einsum("ot...,tm->om...", call.params["shift_weight"], weight)
-    return merged, merged.shape[0] // kernel.heads
-
-
-def finish(call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
-    """Channel order, pointwise half and bias of the kernel: (B, O, *out) -> (B, O, *out)."""
-    kernel = call.op.weight.kernel
-    if isinstance(kernel, Shift):
-        return shifted_bias(call, kernel, _by_head(y, kernel))
-    bias = call.params.get("bias")
-    if isinstance(kernel, Experts):
-        share_BE = expert_shares(call).to(y.dtype)
-        y = torch.einsum("beo...,be->bo...", y.unflatten(1, (kernel.count, -1)), share_BE)
-    table_bias = call.params.get("table_bias")
-    if table_bias is not None:
-        return y + table_bias.to(y.dtype).reshape(call.out_grid)
-    if isinstance(kernel, Separable):
-        return _pointwise(y, call.params["pointwise_weight"], bias, kernel.groups)
-    return y if bias is None or not with_bias else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
-
-
-def _by_head(y: Tensor, kernel: Shift) -> Tensor:
-    """The grouped convolution's channels (head dimension first), head by head unless they are to stay."""
-    return y if kernel.interleaved else y.unflatten(1, (-1, kernel.heads)).transpose(1, 2).flatten(1, 2)
-
-
-def shifted_bias(call: Call, kernel: Shift, y: Tensor) -> Tensor:
-    """Adds the biases of the maps that were shifted and summed: at the border fewer of them arrive."""
-    bias_t = call.params.get("slot_bias")
-    if bias_t is None:
-        return y
-    arriving_OS = torch.einsum("ots,t->os", call.params["shift_weight"].flatten(2), bias_t)
-    _, valid_MS = window_index(call.op, call.grid, y.device)
-    bias_OM = (arriving_OS @ valid_MS.to(arriving_OS.dtype).T).unflatten(1, call.out_grid)
-    return y + _by_head(bias_OM[None], kernel).to(y.dtype)
-
-
-def expert_shares(call: Call) -> Tensor:
-    """How much of every expert an input gets (B, E)."""
-    kernel = call.op.weight.kernel
-    assert isinstance(kernel, Experts)
-    mean_BC = call.value.flatten(2).mean(-1)
-    hidden = torch.relu(mean_BC @ call.params["router_reduce_weight"].to(mean_BC.dtype).T)
-    logits = hidden @ call.params["router_weight"].to(mean_BC.dtype).T + call.params["router_bias"].to(mean_BC.dtype)
-    return torch.softmax(logits / kernel.temperature, -1)
-
-
-def _pointwise(y: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    rows = y.flatten(2).unflatten(1, (groups, -1))
-    out = torch.einsum("bgcm,goc->bgom", rows, weight.flatten(1).unflatten(0, (groups, -1)))
-    out = out.flatten(1, 2).unflatten(2, y.shape[2:])
-    return out if bias is None else out + bias.view(-1, *(1,) * (y.dim() - 2)).to(out.dtype)
+from nearfold.lower.weighting import alpha_of, constant_alpha
 
 
 def run(call: Call) -> Tensor:

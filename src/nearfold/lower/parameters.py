@@ -17,23 +17,9 @@ from torch import Tensor
 from nearfold._kept import once
 from nearfold._numbers import MOST, integer
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import BANDS, LEARNED, Scaled, encoded_features
+from nearfold.grammar.place import BANDS, LEARNED
 from nearfold.grammar.word import as_tuple
-from nearfold.grammar.words import (
-    Causal,
-    Deformable,
-    Dense,
-    Depthwise,
-    Experts,
-    Generated,
-    Modulated,
-    Nearest,
-    Selective,
-    Separable,
-    Shift,
-    Softmax,
-    Table,
-)
+from nearfold.lower.meaning import Sizes, meaning
 
 MOST_NUMBERS = 2**40  # of one parameter
 MOST_AXES = 8
@@ -54,12 +40,6 @@ class Parameter:
             raise ValueError(
                 f"a parameter of shape {self.shape} would hold {math.prod(self.shape)} numbers; at most {MOST_NUMBERS}"
             )
-
-
-def inner_channels(op: Basic, in_channels: int, out_channels: int) -> int:
-    """Channels of query, key and value after their projections."""
-    own = isinstance(op.weight.kernel, (Dense, Separable, Experts))
-    return out_channels if "v" in op.weight.projections and not own else in_channels
 
 
 def parameters(
@@ -94,7 +74,7 @@ def parameters(
         return _basic(op, in_channels, out_channels, ndim, bias, context_channels)
     if isinstance(op, Branch):
         found: dict[str, Parameter] = {}
-        for i, (operand, channels) in enumerate(zip((op.first, op.second), op.shares(out_channels), strict=True)):
+        for i, (operand, channels) in enumerate(zip(op.operands, op.shares(out_channels), strict=True)):
             if channels:
                 read = op.shares(in_channels)[i] if op.split else in_channels
                 if not read:
@@ -107,7 +87,7 @@ def parameters(
                 found["mix_bias"] = Parameter((out_channels,), "uniform", out_channels)
         return found
     assert isinstance(op, Sum)
-    operands = [parameters(term, in_channels, out_channels, ndim, bias, context_channels) for _, term in op.terms]
+    operands = [parameters(term, in_channels, out_channels, ndim, bias, context_channels) for term in op.operands]
     hoisted = {}
     for name in SHARED:
         owners = [o for o in operands if name in o]
@@ -115,7 +95,7 @@ def parameters(
             hoisted[name] = owners[0][name]
             for o in owners:
                 del o[name]
-    learnable = sum(isinstance(rate, str) for rate, _ in op.terms)
+    learnable = sum(isinstance(rate, str) for rate in op.rates)
     rates = {"rates": Parameter((learnable,), f"constant:{1 / len(op.terms)}")} if learnable else {}
     return rates | hoisted | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
 
@@ -123,17 +103,19 @@ def parameters(
 def _basic(
     op: Basic, in_channels: int, out_channels: int, ndim: int, bias: bool, context_channels: int
 ) -> dict[str, Parameter]:
-    weight, kernel = op.weight, op.weight.kernel
+    weight = op.weight
+    path, rho, own = meaning(op.path), meaning(weight.rho), meaning(weight.kernel)
     for name in ("size", "stride", "dilation", "padding", "step", "shift"):
         if isinstance(value := getattr(op.path, name, None), tuple):
             as_tuple(value, ndim, name)
-    inner = inner_channels(op, in_channels, out_channels)
-    _divides(op, "groups" if isinstance(op.path, Deformable) else "heads", op.heads, inner, "channels of the value")
+    inner = out_channels if "v" in weight.projections and not own.maps_channels else in_channels
+    sizes = Sizes(in_channels, out_channels, inner, ndim, bias)
+    require_divides(op, path.groups, op.heads, inner, "channels of the value")
     found: dict[str, Parameter] = {}
     for letter in weight.projections.replace("o", ""):
         made, read = inner, in_channels
         if letter in "kv":
-            made = inner * (kv_heads(op) or weight.heads) // weight.heads
+            made = inner * (weight.rho.kv or weight.heads) // weight.heads
             read = context_channels if op.cross else in_channels
         found[f"{LETTERS[letter]}_weight"] = Parameter((made, read), "uniform", read)
         if bias:
@@ -142,45 +124,13 @@ def _basic(
         raise ValueError(f"{op}: context_channels={context_channels} need projections of key and value to {inner}")
     if ("q" in weight.projections) != ("k" in weight.projections) and inner != in_channels:
         raise ValueError(f"{op}: query and key have {inner} and {in_channels} channels; project both or none")
-    found |= _compared(op, inner // weight.heads, ndim) | _generating(op, in_channels, inner, ndim, bias)
-    if getattr(op.path.similarity, "relative", False) and weight.rho.needs_score:
+    found |= _compared(op, inner // weight.heads, ndim) | path.parameters(op, sizes) | rho.parameters(op, sizes)
+    if op.path.similarity.relative and weight.rho.needs_score:
         found["position_weight"] = Parameter((inner // weight.heads, ndim), "uniform", ndim)
         found["position_bias"] = Parameter((inner // weight.heads,), "uniform", ndim)
 
-    values, made = inner, inner  # channels the kernel reads, and makes
-    if kernel is not None:
-        slots = op.path.slot_shape(ndim)
-        count = math.prod(slots)
-        if isinstance(kernel, (Dense, Separable)):
-            made = out_channels
-            if kernel.coordinates:
-                values = inner + op.heads * encoded_features(kernel.coordinates, ndim)
-                if kernel.coordinates == "learned":
-                    found["value_encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
-            _divides(op, "groups", kernel.groups, values, "value channels")
-            _divides(op, "groups", kernel.groups, out_channels, "out_channels")
-        if isinstance(kernel, Dense):
-            fan_in = values // kernel.groups * count
-            found["weight"] = Parameter((out_channels, values // kernel.groups, *slots), "uniform", fan_in)
-        elif isinstance(kernel, (Depthwise, Separable)):
-            # next to softmax the kernel starts as ones: exactly k-NN attention
-            plain = "uniform" if not weight.rho.needs_score else "constant:1"
-            found["weight"] = Parameter((values, 1, *slots), plain, count)
-            if isinstance(kernel, Separable):
-                shape = (out_channels, values // kernel.groups, *(1 for _ in slots))
-                found["pointwise_weight"] = Parameter(shape, "uniform", values // kernel.groups)
-        elif isinstance(kernel, Experts):
-            made, hidden = out_channels, max(1, values // kernel.reduction)
-            found["weight"] = Parameter((kernel.count * out_channels, values, *slots), "uniform", values * count)
-            found["router_reduce_weight"] = Parameter((hidden, values), "uniform", values)
-            found["router_weight"] = Parameter((kernel.count, hidden), "uniform", hidden)
-            found["router_bias"] = Parameter((kernel.count,), "constant:0")
-        elif isinstance(kernel, Shift):
-            _divides(op, "heads", kernel.heads, inner, "channels of query, key and value")
-            found["weight"] = Parameter((count, 3 * kernel.heads), "uniform", 3 * kernel.heads)
-            found["shift_weight"] = Parameter((inner, count, *slots), "shift")
-            if kernel.bias:
-                found["slot_bias"] = Parameter((count,), "uniform", 3 * kernel.heads)
+    found |= own.parameters(op, sizes)
+    made = out_channels if own.maps_channels else inner
     last = out_channels if "o" in weight.projections else made
     if last != out_channels:
         raise ValueError(
@@ -191,36 +141,29 @@ def _basic(
         found["out_weight"] = Parameter((out_channels, made), "uniform", made)
         if bias:
             found["out_bias"] = Parameter((out_channels,), "uniform", made)
-    elif bias and kernel is not None and not isinstance(kernel, Shift):
-        kernel_fan = found["pointwise_weight" if isinstance(kernel, Separable) else "weight"].fan_in
-        found["bias"] = Parameter((out_channels,), "uniform", kernel_fan)
+    elif bias and own.bias_of:
+        found["bias"] = Parameter((out_channels,), "uniform", found[own.bias_of].fan_in)
     return found
-
-
-def kv_heads(op: Basic) -> int | None:
-    """Heads of key and value where they are fewer than the queries'."""
-    return op.weight.rho.kv if isinstance(op.weight.rho, Softmax) else None
 
 
 def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
     """What a similarity owns that knows positions; ``head`` features of one head."""
     near, found = op.path.similarity, {}
-    if not (op.weight.rho.needs_score or isinstance(op.path, Nearest)):
+    if not (op.weight.rho.needs_score or op.path.searches):
         return {}
-    if getattr(near, "learned", False):
+    if near.learned:
         lam = near.lam  # type: ignore[attr-defined]
         found["blend_logit"] = Parameter((op.weight.heads,), f"constant:{math.log(lam / (1 - lam))}")
     if near.coordinates == "learned":
         found["encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
-    if isinstance(near, Scaled):
-        if near.rotary and (head < 2 * ndim or head % (2 * ndim)):
-            raise ValueError(
-                f"{op}: rotary turns pairs of features on each of {ndim} axes, so that a head's features must be a "
-                f"multiple of {2 * ndim}, got {head}"
-            )
-        if near.bias == "table":
-            offsets = tuple(2 * n - 1 for n in bias_reach(op, ndim))
-            found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02")
+    if near.rotary and (head < 2 * ndim or head % (2 * ndim)):
+        raise ValueError(
+            f"{op}: rotary turns pairs of features on each of {ndim} axes, so that a head's features must be a "
+            f"multiple of {2 * ndim}, got {head}"
+        )
+    if near.bias == "table":
+        offsets = tuple(2 * n - 1 for n in bias_reach(op, ndim))
+        found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02")
     return found
 
 
@@ -233,7 +176,7 @@ def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
     """
     sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
     steps = as_tuple(getattr(op.path, "step", 1), ndim, "step")
-    ends = (op.shape.axes or (0,)) if isinstance(op.shape, Causal) else ()
+    ends = (op.shape.axes or (0,)) if op.shape.causal else ()
     # queries that share the window of the one in their middle may lie outside it
     return tuple(
         n if axis in ends else max(n, step // 2 + n - n // 2, step - step // 2 + n // 2)
@@ -241,64 +184,16 @@ def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
     )
 
 
-def _generating(op: Basic, in_channels: int, inner: int, ndim: int, bias: bool) -> dict[str, Parameter]:
-    """What makes offsets, masks, kernels and state spaces from the input."""
-    path, rho = op.path, op.weight.rho
-    found = {}
-
-    def linear(name: str, made: int, read: int, tail: tuple[int, ...] = (), init: str = "uniform") -> None:
-        found[f"{name}_weight"] = Parameter((made, read, *tail), init, read)
-        if bias:
-            found[f"{name}_bias"] = Parameter((made,), init, read)
-
-    if isinstance(path, Deformable):
-        if ndim > 3:
-            raise ValueError(f"{op}: deformable goes with one to three grid axes, got ndim={ndim}")
-        slots = as_tuple(path.size, ndim, "size")
-        points = path.groups * math.prod(slots)
-        linear("offset", ndim * points, in_channels, slots, "constant:0")
-        if isinstance(rho, Modulated):
-            linear("mask", points, in_channels, slots, "constant:0")
-    if isinstance(rho, Generated):
-        numbers = math.prod(op.path.slot_shape(ndim)) * rho.heads
-        hidden = max(1, in_channels // rho.reduction) if rho.reduction else in_channels
-        if rho.reduction:
-            linear("reduce", hidden, in_channels)
-        linear("span", numbers, hidden)
-    if isinstance(rho, Table):
-        made = rho.outputs or rho.inputs
-        if made != rho.inputs and ndim != 1:
-            raise ValueError(f"{op}: {made} outputs of {rho.inputs} inputs are for sequences, got ndim={ndim}")
-        linear("table", made, rho.inputs)
-    if isinstance(rho, Selective):
-        found |= _state_space(op, inner)
-    return found
+def linear(
+    name: str, made: int, read: int, bias: bool, tail: tuple[int, ...] = (), init: str = "uniform"
+) -> dict[str, Parameter]:
+    """A map from so many channels to so many, with its bias; ``tail``: the axes of a window."""
+    found = {f"{name}_weight": Parameter((made, read, *tail), init, read)}
+    return found | {f"{name}_bias": Parameter((made,), init, read)} if bias else found
 
 
-def _state_space(op: Basic, channels: int) -> dict[str, Parameter]:
-    """Mamba's parameters in its layout: x_proj makes (dt, B, C)."""
-    rho, state = op.weight.rho, op.path.state  # type: ignore[attr-defined]
-    assert isinstance(rho, Selective)
-    if rho.scan_heads is not None:
-        heads = rho.scan_heads
-        _divides(op, "heads", heads, channels, "channels of the value")
-        return {
-            "x_proj_weight": Parameter((heads + 2 * state, channels), "uniform", channels),
-            "dt_bias": Parameter((heads,), "step"),
-            "A_log": Parameter((heads,), "decay"),
-            "D": Parameter((heads,), "constant:1"),
-        }
-    rank = rho.rank or -(-channels // 16)
-    return {
-        "x_proj_weight": Parameter((rank + 2 * state, channels), "uniform", channels),
-        "dt_proj_weight": Parameter((channels, rank), "uniform", rank),
-        "dt_proj_bias": Parameter((channels,), "step"),
-        "A_log": Parameter((channels, state), "decay"),
-        "D": Parameter((channels,), "constant:1"),
-    }
-
-
-def _divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:
+def require_divides(op: Basic, name: str, parts: int, whole: int, what: str) -> None:
+    """ValueError where channels do not part evenly."""
     if whole % parts:
         raise ValueError(f"{op}: {name}={parts} must divide the {whole} {what}")
 
@@ -328,12 +223,9 @@ def part_of(op: Operation, name: str, tensor: Tensor, shape: tuple[int, ...]) ->
 def _in_second(op: Operation, name: str) -> bool:
     """Whether a parameter belongs to the second operand of a branch; the numbers in names count a sum's terms, too."""
     first, _, rest = name.partition(".")
-    if isinstance(op, Basic) or not first.isdigit():
+    if not first.isdigit() or int(first) >= len(op.operands):
         return False
-    if isinstance(op, Branch):
-        return first == "1" or _in_second(op.first, rest)
-    assert isinstance(op, Sum)
-    return int(first) < len(op.terms) and _in_second(op.terms[int(first)][1], rest)
+    return (first == "1" and isinstance(op, Branch)) or _in_second(op.operands[int(first)], rest)
 
 
 def operand(params: dict[str, Tensor], i: int) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from nearfold._kept import once
 from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
-from nearfold.grammar.words import All, Nearest, Table
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
+from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
@@ -57,9 +57,7 @@ def lower(facts: Facts, backend: str = "auto") -> str:
 
 def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None) -> None:
     for part in op.parts:
-        path = part.path
-        own = isinstance(path, Nearest) and (path.include_self is not False or path.padding > 0)
-        if not isinstance(path, (All, Nearest)) or isinstance(part.weight.rho, Table) or own:
+        if not (meaning(part.path).takes_mask(part) and meaning(part.weight.rho).takes_mask):
             raise ValueError(f"{part}: a mask goes with the paths all and nearest(k), without self, padding and table")
     keys = math.prod((x if context is None else context).shape[2:])
     wanted = (x.shape[0], mask.shape[1] if mask.dim() == 4 else 1, math.prod(x.shape[2:]), keys)

@@ -1,6 +1,6 @@
-"""Which positions the slots of a window, a block or a moved window read. Integers; the meaning, for every backend.
+"""Paths whose slots' positions are whole and follow from the grid alone: a table of integers, for every backend.
 
-Shape legend: M outputs, S slots, o outputs of an axis, s slots of an axis, a grid axes.
+Shape legend: M outputs, S slots, H heads, o outputs of an axis, s slots of an axis, a grid axes.
 """
 
 from __future__ import annotations
@@ -14,76 +14,133 @@ from torch import Tensor
 
 from nearfold._numbers import shown
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Block, Deformable, Path, Window
-from nearfold.kernels.local import reflect
-from nearfold.lower.geometry import WindowGeometry, block_shift, causal_axes
-from nearfold.lower.parameters import as_tuple
+from nearfold.grammar.word import as_tuple
+from nearfold.grammar.words import Path
+from nearfold.lower.bias import alibi, score_bias
+from nearfold.lower.call import Call, count_positions
+from nearfold.lower.meaning import Lengths, PathMeaning, meaning
+from nearfold.lower.parameters import bias_reach
+from nearfold.lower.selection import Selection, metric_scores
 
 Reads = Callable[[Any, tuple[int, ...], torch.device], tuple[Tensor, Tensor]]
-READS: dict[type[Path], Reads] = {}
-"""Paths from outside whose slots follow from the grid alone: (path, grid, device) -> positions (N, S), valid (N, S)."""
+"""(path, grid, device) -> positions (N, S), int64, and which slots are valid (N, S), bool."""
 
 
 def is_table(path: Path) -> bool:
     """Whether the positions of a path's slots are whole and known from the grid alone."""
-    return isinstance(path, (Window, Block)) or type(path) in READS
+    return meaning(path).table
 
 
-def _own_reads(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int) -> tuple[Tensor, Tensor]:
-    """What a path from outside reads, checked."""
-    read = READS[type(op.path)](op.path, grid, device)
-    if not (isinstance(read, tuple) and len(read) == 2 and all(isinstance(t, Tensor) for t in read)):
-        raise ValueError(f"{op.path}: must read a pair of tensors, positions and which are valid, got {shown(read)}")
-    index, valid = read
-    N, given = math.prod(grid), (tuple(index.shape), index.dtype, tuple(valid.shape), valid.dtype)
-    if index.dim() != 2 or given != ((N, index.shape[1]), torch.long, (N, index.shape[1]), torch.bool):
-        raise ValueError(
-            f"{op.path}: must read int64 positions ({N}, slots) and say in bool ({N}, slots) which are valid, got "
-            f"{given[1]} {given[0]} and {given[3]} {given[2]}"
-        )
-    if not torch.compiler.is_compiling() and not index.is_meta:
-        outside = index[valid & ((index < 0) | (index >= N))]
-        if outside.numel():
-            raise ValueError(f"{op.path}: reads position {int(outside[0])} of {N}; say that such a slot is not valid")
-    return index.masked_fill(~valid, missing), valid
+def owns_slots(op: Basic) -> bool:
+    """Whether parameters hold a number for each slot: on the map such a slot costs as much as its numbers do."""
+    return op.weight.kernel is not None or meaning(op.weight.rho).per_slot
 
 
-def axis_reads(op: Basic, grid: tuple[int, ...], axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def axis_reads(op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """One axis: positions read (o, s), which of them are valid (o, s), and the queries' own positions (o,)."""
-    path, n, ndim = op.path, grid[axis], len(grid)
-    if isinstance(path, Block):
-        size, shift = as_tuple(path.size, ndim, "size")[axis], block_shift(path, grid)[axis]
-        home_o = torch.arange(n, device=device)
-        # blocks end at shift, shift + size, ...
-        start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift
-        at_os = start_o[:, None] + torch.arange(size, device=device)
-        return at_os, (at_os >= 0) & (at_os < n), home_o
-    assert isinstance(path, (Window, Deformable))
-    geometry = WindowGeometry.of(op, ndim)
-    size, dilation = geometry.size[axis], geometry.dilation[axis]
-    out = geometry.output(grid)[axis]
-    first_o = torch.arange(out, device=device) * geometry.stride[axis]
-    home_o = first_o + geometry.home()[axis]
-    slot_s = torch.arange(size, device=device) * dilation
-    if isinstance(path, Deformable) or path.mode != "inside":
-        at_os = first_o[:, None] + slot_s - geometry.before[axis]
-        if isinstance(path, Window) and path.mode == "reflect":
-            at_os = reflect(at_os, n)
-        return at_os, (at_os >= 0) & (at_os < n), home_o
-    step = as_tuple(path.step, ndim, "step")[axis]
-    # positions a multiple of the dilation apart are a line of their own, `room` of them
-    phase_o = home_o % dilation
-    place_o = torch.div(home_o, dilation, rounding_mode="floor")
-    room_o = torch.div(n - phase_o + dilation - 1, dilation, rounding_mode="floor")
-    group_o = torch.div(place_o, step, rounding_mode="floor") * step
-    if axis in causal_axes(op, ndim):
-        start_o = torch.minimum(group_o + step, room_o) - size
-        at_os = (start_o[:, None] + torch.arange(size, device=device)) * dilation + phase_o[:, None]
-        return at_os, (at_os >= 0) & (at_os <= home_o[:, None]), home_o
-    leader_o = torch.minimum(group_o + step // 2, room_o - 1)
-    start_o = torch.minimum(leader_o - size // 2, room_o - size).clamp(min=0)
-    at_os = (start_o[:, None] + torch.arange(size, device=device)) * dilation + phase_o[:, None]
-    return at_os, at_os < n, home_o
+    path = meaning(op.path)
+    assert isinstance(path, AxesMeaning)
+    return path.axis(op, grid, axis, device)
+
+
+def window_index(op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
+    """Raster positions (M, S) that the slots read, ``missing`` where they read none, and which read one."""
+    return meaning(op.path).index(op, grid, device, missing)
+
+
+def home_index(op: Basic, grid: Lengths, device: torch.device) -> Tensor:
+    """Raster positions (M,) of the queries."""
+    return meaning(op.path).home(op, grid, device)
+
+
+class TableMeaning(PathMeaning):
+    """A path that is a table."""
+
+    table = True
+
+    def select(self, call: Call) -> Selection:
+        flat_MS, valid_MS = self.index(call.op, call.grid, call.value.device)
+        score = None
+        if call.op.weight.rho.needs_score:
+            q, k = call.embedded()
+            q_M = q[:, :, self.home(call.op, call.grid, call.value.device)]
+            k_MS = k[:, :, flat_MS]
+            score = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS).squeeze(-2)
+            bias = score_bias(call.op, call.params, call.grid, flat_MS, score)
+            score = (score if bias is None else score + bias).masked_fill(~valid_MS, float("-inf"))
+        return Selection(flat_MS[None, None], valid_MS[None, None], score, count_positions(call.grid))
+
+
+class OwnTable(TableMeaning):
+    """A path from outside, by what it reads; outputs lie on the input's grid."""
+
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
+
+    def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
+        read = self.reads(op.path, grid, device)
+        if not (isinstance(read, tuple) and len(read) == 2 and all(isinstance(t, Tensor) for t in read)):
+            raise ValueError(
+                f"{op.path}: must read a pair of tensors, positions and which are valid, got {shown(read)}"
+            )
+        index, valid = read
+        N, given = math.prod(grid), (tuple(index.shape), index.dtype, tuple(valid.shape), valid.dtype)
+        if index.dim() != 2 or given != ((N, index.shape[1]), torch.long, (N, index.shape[1]), torch.bool):
+            raise ValueError(
+                f"{op.path}: must read int64 positions ({N}, slots) and say in bool ({N}, slots) which are valid, got "
+                f"{given[1]} {given[0]} and {given[3]} {given[2]}"
+            )
+        if not torch.compiler.is_compiling() and not index.is_meta:
+            outside = index[valid & ((index < 0) | (index >= N))]
+            if outside.numel():
+                raise ValueError(
+                    f"{op.path}: reads position {int(outside[0])} of {N}; say that such a slot is not valid"
+                )
+        return index.masked_fill(~valid, missing), valid
+
+    def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
+        return torch.arange(math.prod(grid), device=device)
+
+
+class AxesMeaning(TableMeaning):
+    """A table whose slots are a product of axes: a window or a block."""
+
+    def axis(self, op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """One axis: positions read (o, s), which of them are valid (o, s), and the queries' own positions (o,)."""
+        raise NotImplementedError
+
+    def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
+        """As `window_reads` says, by a few operations on as many numbers as there are slots."""
+        at, valid, _ = _axes(op, grid, device)
+        inside = valid[0]
+        for more in valid[1:]:
+            inside = inside & more
+        flat = _raster(at, grid).masked_fill(~inside, missing)
+        ndim = len(grid)
+        shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
+        flat, inside = flat.reshape(shape), inside.reshape(shape)
+        if torch.compiler.is_compiling():
+            # as views, their strides are minima of open sizes, which nothing proves equal
+            whole = torch.contiguous_format
+            return flat.clone(memory_format=whole), inside.clone(memory_format=whole)
+        return flat, inside
+
+    def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
+        return _raster(_axes(op, grid, device)[2], grid).flatten()
+
+    def bias(self, op: Basic, params: dict[str, Tensor], grid: Lengths, query_M: Tensor, like: Tensor) -> Tensor:
+        at_MSa, valid_MS, home_Ma = window_reads(op, grid, like.device)
+        offset_MSa = (home_Ma[:, None] - at_MSa).masked_fill(~valid_MS[..., None], 0)
+        if op.path.similarity.bias == "alibi":
+            wide = torch.promote_types(like.dtype, torch.float32)
+            return alibi(op, offset_MSa.to(wide).square().sum(-1).sqrt()).to(like.dtype)
+        reach = bias_reach(op, len(grid))
+        dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
+        # how far the query lies behind the key, in steps of the dilation, as Swin counts; from no tensor of the
+        # host, which a CUDA graph could not hold
+        behind = [offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(dilations, reach, strict=True))]
+        row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in reach))
+        return params["relative_bias"].to(like.dtype).flatten(1)[:, row_MS]
 
 
 def _axes(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -124,30 +181,3 @@ def _raster(at: list[Tensor], grid: tuple[int, ...]) -> Tensor:
     for n, more in zip(grid[1:], at[1:], strict=True):
         flat = flat * n + more
     return flat
-
-
-def window_index(op: Basic, grid: tuple[int, ...], device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
-    """Raster positions (M, S) that the slots read, ``missing`` where they read none, and which read one.
-
-    As `window_reads` says, by a few operations on as many numbers as there are slots.
-    """
-    if type(op.path) in READS:
-        return _own_reads(op, grid, device, missing)
-    at, valid, _ = _axes(op, grid, device)
-    inside = valid[0]
-    for more in valid[1:]:
-        inside = inside & more
-    flat = _raster(at, grid).masked_fill(~inside, missing)
-    ndim = len(grid)
-    shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
-    flat, inside = flat.reshape(shape), inside.reshape(shape)
-    if torch.compiler.is_compiling():  # as views, their strides are minima of open sizes, which nothing proves equal
-        return tuple(t.clone(memory_format=torch.contiguous_format) for t in (flat, inside))  # type: ignore[return-value]
-    return flat, inside
-
-
-def home_index(op: Basic, grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """Raster positions (M,) of the queries."""
-    if type(op.path) in READS:
-        return torch.arange(math.prod(grid), device=device)
-    return _raster(_axes(op, grid, device)[2], grid).flatten()

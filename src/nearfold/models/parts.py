@@ -6,7 +6,8 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from nearfold.grammar import Basic, Branch, Operation, Sum, parse
+from nearfold.grammar import Basic, Operation, parse
+from nearfold.grammar.word import with_arguments
 from nearfold.nn import Mixer
 
 CONV = "window(3) | box | kernel"
@@ -43,16 +44,13 @@ def with_stride(operation: Operation, stride: int) -> Operation:
     >>> print(with_stride(parse("branch(0.5, nearest(9, cosine) | ranked | kernel, window(3) | box | kernel)"), 2))
     branch(0.5, nearest(9, cosine, stride=2) | ranked | kernel, window(3, stride=2) | box | kernel)
     """
-    if isinstance(operation, Sum):
-        return Sum(tuple((rate, with_stride(term, stride)) for rate, term in operation.terms))
-    if isinstance(operation, Branch):
-        first, second = (with_stride(side, stride) for side in (operation.first, operation.second))
-        return dataclasses.replace(operation, first=first, second=second)
-    assert isinstance(operation, Basic)
-    if not hasattr(operation.path, "stride"):
-        raise ValueError(f"{operation}: path {operation.path.word} has no stride, and this network strides its layers")
-    path = dataclasses.replace(operation.path, stride=stride)  # type: ignore[type-var]
-    return dataclasses.replace(operation, path=path)
+
+    def strided(part: Basic) -> Basic:
+        if not hasattr(part.path, "stride"):
+            raise ValueError(f"{part}: path {part.path.word} has no stride, and this network strides its layers")
+        return dataclasses.replace(part, path=with_arguments(part.path, stride=stride))
+
+    return operation.map(strided)
 
 
 def classifier(features: int, classes: int) -> nn.Module:

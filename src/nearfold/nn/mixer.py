@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from nearfold._kept import once
 from nearfold._numbers import flag, integer, shown
 from nearfold.grammar import Operation
-from nearfold.grammar.words import Nearest, Random
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
@@ -61,14 +60,14 @@ def _route(name: str) -> tuple[list[str], str]:
     return path, attribute
 
 
-def _searching(op: Operation) -> list[Nearest]:
-    """The paths of an operation that search."""
-    return [part.path for part in op.parts if isinstance(part.path, Nearest)]
+def _searches(op: Operation) -> bool:
+    """Whether some part of an operation searches."""
+    return any(part.path.searches for part in op.parts)
 
 
 def _draws(op: Operation) -> bool:
     """Whether an operation draws candidates in training."""
-    return any(isinstance(path.candidates, Random) for path in _searching(op))
+    return any(part.path.draws for part in op.parts)
 
 
 MEANT = {
@@ -159,7 +158,7 @@ class Mixer(nn.Module):
         )
         self._between = (self.in_channels, self.out_channels, self.ndim, flag("bias", bias), self.context_channels)
         self._specs = self._stored = parameters(self.operation, *self._between)
-        self._searches = bool(_searching(self.operation))
+        self._searches = _searches(self.operation)
         for name, spec in self._specs.items():
             register_dotted(self, name, _initial(spec))
         self.register_buffer("sampler", _new_sampler() if _draws(self.operation) else None)
@@ -255,7 +254,7 @@ class Mixer(nn.Module):
                 )
         if _draws(op) and self.sampler is None:
             raise ValueError(f"{op} draws candidates, and the layer has no sampler: call reserve({str(op)!r}) first")
-        self.operation, self._specs, self._searches = op, specs, bool(_searching(op))
+        self.operation, self._specs, self._searches = op, specs, _searches(op)
 
     def _like(self, tensor: Tensor) -> Tensor:
         own = next(self.parameters(), tensor)

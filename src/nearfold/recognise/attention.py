@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Weight
-from nearfold.grammar.similarity import Place, Scaled, angles
+from nearfold.grammar.place import Place, angles
+from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.words import All, Causal, Row, Softmax, Window
+from nearfold.lower.meaning import meaning
 from nearfold.lower.plan import apply
 from nearfold.recognise.checked import (
     BATCH,
@@ -77,7 +79,7 @@ class Attention:
         maps = [tuple(member(module, name).parameters()) for name in self.layout.maps]
         biases = [b for b in (getattr(module, f"{c}_bias", None) for c in "qv") if isinstance(b, nn.Parameter)]
         generating = sum(p.numel() for each in maps for p in each) + sum(b.numel() for b in biases)
-        notes = [NOTE] if self.arguments[1:] and not isinstance(self.operation.shape, Causal) else []
+        notes = [NOTE] if self.arguments[1:] and not self.operation.shape.causal else []
         if self.added:
             notes.append("queries and keys are made of the input plus the positions that the caller gives")
         if self.layout.norm:
@@ -155,7 +157,7 @@ def _read(module: nn.Module, layout: Layout, cross: bool) -> Attention:
     cross = cross or _is_cross(member(module, layout.core), arguments)
     operation, added = _operation(module, layout, config, arguments, cross)
     if cross:
-        if not isinstance(operation.path, All) or operation.path.similarity.placed:
+        if not meaning(operation.path).everywhere or operation.path.similarity.placed:
             raise Unsaid(f"no word for {operation.path} over another input")
         operation = dataclasses.replace(operation, path=All(cross=True), shape=Row())
     return _checked(module, Attention(operation, layout, tuple(arguments), added=added), arguments)
@@ -294,7 +296,7 @@ def visible(op: Basic, positions: int, device: torch.device) -> Tensor:
     """Which keys a query of a causal operation may read (N, N)."""
     at_N = torch.arange(positions, device=device)
     behind_NN = at_N[:, None] - at_N[None]
-    window = op.path.size if isinstance(op.path, Window) else positions
+    window = getattr(op.path, "size", positions)
     assert isinstance(window, int)
     return (behind_NN >= 0) & (behind_NN < window)
 
@@ -352,8 +354,7 @@ def _call(arguments: dict[str, inspect.Parameter], op: Basic, features: int, x: 
     N = x.shape[1]
     given: dict[str, Any] = {}
     similarity = op.path.similarity
-    assert isinstance(similarity, Scaled)
-    if isinstance(op.shape, Causal) and "attention_mask" in arguments:
+    if op.shape.causal and "attention_mask" in arguments:
         hidden = ~visible(op, N, x.device)
         given["attention_mask"] = torch.zeros(1, 1, N, N, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
     if similarity.rotary and "position_embeddings" in arguments:

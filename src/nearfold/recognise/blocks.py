@@ -106,7 +106,7 @@ def deformable(m: Any, parent: nn.Module) -> Match:
         return Match(op, note="offsets are given from outside; what makes them is not among its siblings")
     rho = Ones() if len(chosen) == 1 and not nets.get(3) else Modulated()
     op = Basic(plan, Box(), Weight(rho, kernel))
-    makers = "offsets" if isinstance(rho, Ones) else "offsets and mask"
+    makers = "offsets" if rho == Ones() else "offsets and mask"
     return Match(op, count(*chosen), nets=tuple(chosen), note=f"{makers} from {len(chosen)} sibling convolution")
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nearfold.grammar import Basic, Branch, Operation, Sum
+from nearfold.grammar import Basic, Branch, Operation
 from nearfold.grammar.complexity import features_share
-from nearfold.grammar.words import All, Block, Deformable, Depthwise, Max, Mean, Nearest, Ones, Scan, Window
-from nearfold.lower.parameters import as_tuple
-from nearfold.lower.windows import axis_reads
+from nearfold.grammar.word import as_tuple, with_arguments
+from nearfold.lower.meaning import meaning
+from nearfold.lower.windows import AxesMeaning, axis_reads
 from nearfold.recognise.place import Place, compress, join, least, most, over, settled, unknown, window
 
 
@@ -32,22 +32,17 @@ def through(place: Place, op: Operation, before: Sequence[int], after: Sequence[
     >>> text(place, 1), text(through(place, parse("window(3) | box | kernel"), (1, 1, 5), (1, 1, 5), 1), 1)
     ('3', '7')
     """
-    if isinstance(op, Sum):
-        return join([through(place, term, before, after, axis) for _, term in op.terms], len(after))
-    if isinstance(op, Branch):
-        parts = [o for o, share in ((op.first, op.ratio), (op.second, 1 - op.ratio)) if share]
-        mixed = channels(place, axis % len(before), before, 1, after)  # which channels go where is not followed
-        return join([through(mixed, o, before, after, axis) for o in parts], len(after))
-    assert isinstance(op, Basic)
-    if isinstance(op.path, All | Scan):
+    if not isinstance(op, Basic):
+        if isinstance(op, Branch):  # which channels go where is not followed
+            place = channels(place, axis % len(before), before, 1, after)
+        return join([through(place, operand, before, after, axis) for operand in op.present], len(after))
+    if meaning(op.path).everywhere or place.everywhere:
         return anywhere(place, len(after))
-    if place.everywhere:
-        return anywhere(place, len(after))
-    if isinstance(op.path, Nearest | Deformable):
-        moved = isinstance(op.path, Deformable) or features_share(op.path.similarity) > 0
+    if op.path.searches or op.path.dynamic:
+        moved = op.path.dynamic or features_share(op.path.similarity) > 0
         kind = "any" if moved and place.kind != "?" else "?" if not moved else place.kind
         return replace(anywhere(place, len(after)), kind="any" if moved else kind)
-    if not isinstance(op.path, Window | Block) or len(before) != len(after):
+    if not isinstance(meaning(op.path), AxesMeaning) or len(before) != len(after):
         return unknown(place, after)
     return _windows(place, op, before, after, axis % len(before))
 
@@ -60,16 +55,17 @@ def anywhere(place: Place, dims: int) -> Place:
 
 
 def _windows(place: Place, op: Basic, before: Sequence[int], after: Sequence[int], axis: int) -> Place:
-    if isinstance(op.path, Block) and len(before) == 3 and len(as_tuple(op.path.size, 2, "size")) == 2:
+    if meaning(op.path).pieces and len(before) == 3 and len(op.path.slot_shape(2)) == 2:
         return replace(over(place, (1, 2)), exact=False)  # blocks that were cut before, and folded into the batch
-    alone = isinstance(op.weight.kernel, Depthwise | None) and isinstance(op.weight.rho, Ones | Mean | Max)
+    kernel = meaning(op.weight.kernel)
+    alone = meaning(op.weight.rho).apart and not (kernel.maps_channels or kernel.reads_features)
     place = channels(place, axis, before, before[axis] if alone and not op.weight.projections else 1, after)
     dims = [d for d in range(1, len(before)) if d != axis]
-    if isinstance(op.path, Window) and op.path.mode == "reflect":
-        op = replace(op, path=replace(op.path, mode="zeros"))
+    if getattr(op.path, "mode", "") == "reflect":
+        op = replace(op, path=with_arguments(op.path, mode="zeros"))
     grid = tuple(before[d] for d in dims)
     try:
-        stride = as_tuple(op.path.stride, len(dims), "stride") if isinstance(op.path, Window) else (1,) * len(dims)
+        stride = as_tuple(getattr(op.path, "stride", 1), len(dims), "stride")
         reads = [axis_reads(op, grid, a, torch.device("cpu"))[0] for a in range(len(dims))]
     except (ValueError, IndexError):  # other axes than the map has
         return unknown(place, after)

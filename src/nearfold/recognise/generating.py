@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 
-from nearfold.grammar import Basic, Branch, Operation, Sum, parse
+from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.complexity import content_share
+from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, SHARED, parameters
 
 MILLION = 1e6
-# What these make depends on the input, or it decides how positions compare, whatever the words around them say.
-ALWAYS = (
-    "offset", "mask", "reduce", "span", "router", "router_reduce", "x_proj", "dt_proj", "dt", "A_log",
-    "relative_bias", "position", "encoding", "value_encoding", "blend_logit",
-)  # fmt: skip
+# These decide how positions compare, whatever the words around them say.
+COMPARING = ("relative_bias", "position", "encoding", "blend_logit")
 # These make something only where features are compared or generate: around a static operation they are plain maps.
 PROJECTIONS = tuple(LETTERS.values())
 
@@ -27,11 +25,12 @@ def generates(op: Operation, name: str) -> bool:
     index, dot, rest = name.partition(".")
     if isinstance(op, Basic):
         stem = name.removesuffix("_weight").removesuffix("_bias")
-        return stem in ALWAYS or name in ALWAYS or (stem in PROJECTIONS and content_share(op) > 0)
-    operands = _operands(op)
+        words = (op.path, op.weight.rho, op.weight.kernel)
+        always = COMPARING + tuple(made for word in words for made in meaning(word).generating)
+        return stem in always or name in always or (stem in PROJECTIONS and content_share(op) > 0)
     if dot:
-        return generates(operands[int(index)], rest)
-    return name in SHARED and any(generates(operand, name) for operand in operands)  # never rates and mix
+        return generates(op.operands[int(index)], rest)
+    return name in SHARED and any(generates(operand, name) for operand in op.operands)  # never rates and mix
 
 
 def c_p(
@@ -57,10 +56,3 @@ def c_p(
     op = parse(op) if isinstance(op, str) else op
     specs = parameters(op, in_channels, out_channels, ndim, bias, context_channels)
     return sum(math.prod(spec.shape) for name, spec in specs.items() if generates(op, name)) / MILLION
-
-
-def _operands(op: Operation) -> tuple[Operation, ...]:
-    if isinstance(op, Sum):
-        return tuple(term for _, term in op.terms)
-    assert isinstance(op, Branch)
-    return op.first, op.second

@@ -7,7 +7,7 @@ Shape legend: B batch, N positions, C channels, S numbers of the state, H heads,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,7 @@ def _read(module: Any) -> Match:
     require_alike(y, ours, str(operation))
     makers = [getattr(module, name) for name in ("x_proj", "dt_proj") if getattr(module, name, None) is not None]
     own = [getattr(module, name) for name in ("A_log", "dt_bias") if getattr(module, name, None) is not None]
-    path = operation.path
-    assert isinstance(path, Scan)
+    path = cast(Scan, operation.path)
     made = 0 if one else width * (2 * _groups(module) * path.state + module.A_log.shape[0])
     generating = count(*makers) + sum(p.numel() for p in own) + made
     short = Basic(Window(module.conv1d.kernel_size[0]), Causal(), Weight(kernel=Depthwise()))

@@ -11,7 +11,8 @@ from torch import nn
 from nearfold.grammar import Basic
 from nearfold.grammar.complexity import c_d
 from nearfold.grammar.word import all_ones
-from nearfold.grammar.words import Depthwise, Ones, Window
+from nearfold.grammar.words import Depthwise, Window
+from nearfold.lower.meaning import meaning
 from nearfold.recognise.alone import TRIED, tried
 from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
@@ -73,7 +74,7 @@ class Layer:
 def one_position(match: Match) -> bool:
     """Whether an operation is a window of a single position: a 1x1 convolution."""
     path = match.operation.path if isinstance(match.operation, Basic) else None
-    return isinstance(path, Window) and all_ones(path.size)
+    return path is not None and meaning(path).table and all_ones(getattr(path, "size", 0))
 
 
 def walk(model: nn.Module) -> list[Layer]:
@@ -195,8 +196,8 @@ def with_halves(layers: list[Layer]) -> list[Layer]:
 
 def _is_depthwise(layer: Layer) -> bool:
     op = layer.match.operation if layer.match else None
-    plain = isinstance(op, Basic) and isinstance(op.path, Window) and isinstance(op.weight.rho, Ones)
-    return plain and layer.mixes and isinstance(op.weight.kernel, Depthwise)  # type: ignore[union-attr]
+    plain = isinstance(op, Basic) and isinstance(op.path, Window) and meaning(op.weight.rho).first == 1
+    return plain and layer.mixes and op.weight.kernel == Depthwise()  # type: ignore[union-attr]
 
 
 def _is_half(layer: Layer, first: Layer) -> bool:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Operation
-from nearfold.grammar.paths import All, Nearest, Ranked
-from nearfold.grammar.weights import Softmax
+from nearfold.grammar.word import with_arguments
+from nearfold.grammar.words import All, Nearest, Ranked, Softmax
 from nearfold.study.measure import timed
 from nearfold.study.statistics import Estimate, changed_share
 from nearfold.surgery import Rule, Site, convert
@@ -151,7 +151,7 @@ def _reads(site: Site) -> int | None:
         return None
     if not isinstance(op.path, All | Nearest) or op.path.cross or op.path.stride != 1 or site.positions is None:
         return None
-    return min(op.path.k, site.positions) if isinstance(op.path, Nearest) else site.positions
+    return min(getattr(op.path, "k", site.positions), site.positions)
 
 
 def fewer(op: Operation, k: int) -> Operation:
@@ -160,10 +160,12 @@ def fewer(op: Operation, k: int) -> Operation:
     >>> from nearfold import parse
     >>> str(fewer(parse("all | row | softmax(heads=2)"), 4))
     'nearest(4, scaled) | ranked | softmax(heads=2)'
+    >>> str(fewer(parse("nearest(9, dot) | ranked | softmax"), 4))
+    'nearest(4, dot) | ranked | softmax'
     """
     assert isinstance(op, Basic), op
     path = op.path
-    new = dataclasses.replace(path, k=k) if isinstance(path, Nearest) else Nearest(k, path.similarity)
+    new = with_arguments(path, k=k) if hasattr(path, "k") else Nearest(k, path.similarity)
     return dataclasses.replace(op, path=new, shape=Ranked())
 
 

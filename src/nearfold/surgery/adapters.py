@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Basic, Operation
 from nearfold.grammar.similarity import Scaled
-from nearfold.grammar.words import All, Box, Causal, Nearest, Ranked, Row, Softmax, Window
+from nearfold.grammar.words import All, Nearest, Path, Softmax
+from nearfold.lower.meaning import meaning
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.attention import Attention, rotary_embeddings, visible
 from nearfold.recognise.checked import config_of
@@ -38,11 +39,10 @@ def dense(op: Operation, keys: int) -> bool:
     if not isinstance(op, Basic) or op.weight.kernel is not None:
         return False
     rho, path = op.weight.rho, op.path
-    plain = isinstance(rho, Softmax) and rho == Softmax(rho.heads)
-    if isinstance(path, Nearest):
-        same = path in (Nearest(path.k, Scaled()), Nearest(path.k, Scaled(), cross=True))
-        return plain and same and path.k >= keys and isinstance(op.shape, Ranked | Box)
-    return plain and path in (All(), All(cross=True)) and isinstance(op.shape, Row)
+    every: tuple[Path, ...] = All(), All(cross=True)
+    if (k := getattr(path, "k", 0)) >= keys:
+        every += Nearest(k, Scaled()), Nearest(k, Scaled(), cross=True)
+    return rho == Softmax(rho.heads) and path in every and op.shape.whole
 
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -112,7 +112,7 @@ class CalledAttention(nn.Module):
     def _turns(self, given: dict[str, Any], x: Tensor) -> Tensor | None:
         """Cosines and sines (B, M, 2 d) of the caller's rotary positions, where the old layer used them."""
         near, turns = self.was.path.similarity, given.get("position_embeddings")
-        if turns is None or not isinstance(near, Scaled) or not near.rotary:
+        if turns is None or not near.rotary:
             return None
         return torch.cat([t.expand(x.shape[0], -1, -1) for t in turns], -1)
 
@@ -135,7 +135,6 @@ class CalledAttention(nn.Module):
 
     def _require_positions(self, turns: Tensor, mask: Tensor | None, M: int) -> None:
         """ValueError where what is read does not lie at positions one apart, as the operation has it."""
-        assert isinstance(self.was.path.similarity, Scaled)
         T, d = turns.shape[1], turns.shape[2] // 2
         ours = rotary_embeddings(self.was.path.similarity.rotary, d, T, turns)
         cos, sin = turns[..., :d], turns[..., d:]
@@ -154,7 +153,7 @@ class CalledAttention(nn.Module):
 
     def _mask(self, given: dict[str, Any], M: int, T: int, x: Tensor) -> Tensor | None:
         """What the caller lets the queries read, (B|1, 1, T, T); None where the operation's own shape says it."""
-        causal = isinstance(self.was.shape, Causal)
+        causal = self.was.shape.causal
         mask = next((given[name] for name in MASKS if given.get(name) is not None), None)
         if mask is None:
             asked = given["is_causal"] if given.get("is_causal") is not None else self.is_causal
@@ -177,7 +176,7 @@ class CalledAttention(nn.Module):
                 f"the mask lets a query read more than {self.was} does, which stood here when the layer became "
                 f"{self.mixer.operation}: undo the conversion of this layer"
             )
-        wider = isinstance(self.was.path, Window) and self.mixer.operation != self.was
+        wider = not meaning(self.was.path).everywhere and self.mixer.operation != self.was
         if bool((allowed == rows).all()) and not wider:
             return None
         full = own.expand(*allowed.shape[:2], T, T).clone()

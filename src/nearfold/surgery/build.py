@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import NotationError, Operation
-from nearfold.grammar.words import Nearest
+from nearfold.lower.meaning import meaning
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.foreign import count
 from nearfold.surgery.carry import Carried, carry
@@ -118,12 +119,10 @@ def _short_of(op: Operation, site: Site) -> list[str]:
         return []
     ks = []
     for part in op.parts:
-        if isinstance(part.path, Nearest):
-            there = 1
-            for n in site.grid:
-                there *= n + 2 * part.path.padding
-            if part.path.k > there and not part.weight.rho.needs_score:
-                ks.append(f"k={part.path.k} is more than the {there} positions there are: the other slots stay empty")
+        k, border = getattr(part.path, "k", 0), meaning(part.path).border(part)
+        there = math.prod(n + 2 * border for n in site.grid)
+        if k > there and not part.weight.rho.needs_score:
+            ks.append(f"k={k} is more than the {there} positions there are: the other slots stay empty")
     return ks
 
 

@@ -7,34 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import Blend, Position
-from nearfold.grammar.words import (
-    All,
-    AllCandidates,
-    Block,
-    Box,
-    Causal,
-    Deformable,
-    Dense,
-    Depthwise,
-    Experts,
-    Kernel,
-    Modulated,
-    Nearest,
-    Ones,
-    Ranked,
-    Row,
-    Separable,
-    Softmax,
-    Window,
-)
+from nearfold.grammar.complexity import features_share
+from nearfold.grammar.word import as_tuple
+from nearfold.grammar.words import All, AllCandidates, Dense, Kernel, Nearest, Softmax, Window
 from nearfold.lower.geometry import WindowGeometry
-from nearfold.lower.parameters import SHARED, as_tuple, bias_reach, parameters
+from nearfold.lower.meaning import meaning
+from nearfold.lower.parameters import SHARED, bias_reach, parameters
 
 GRADES = ("exact", "approximate", "new weights")
 LETTERS = ("query", "key", "value", "out")
@@ -84,7 +68,7 @@ class Weights:
         if (first, last) == (0, self.out_channels):
             return self
         kernel = self.operation.weight.kernel
-        if not (isinstance(kernel, Dense) and kernel.groups == 1 and not self.operation.weight.projections):
+        if kernel != Dense() or self.operation.weight.projections:
             return None
         own = {name: t[first:last] for name, t in self.tensors.items()}
         return replace(self, tensors=own, out_channels=last - first)
@@ -114,9 +98,10 @@ def carry(source: Weights, target: Operation) -> Carried:
 
 def _convolves(op: Basic) -> bool:
     """Whether an operation is a convolution."""
-    window = isinstance(op.path, Window) and isinstance(op.shape, Box)
-    plain = isinstance(op.weight.rho, Ones) and isinstance(op.weight.kernel, Dense | Depthwise)
-    return window and plain and not op.weight.projections and not getattr(op.weight.kernel, "coordinates", False)
+    kernel = meaning(op.weight.kernel)
+    maps = kernel.groups(op.weight.kernel, 1) is not None and not kernel.late_bias
+    plain = maps and not op.weight.projections and not getattr(op.weight.kernel, "coordinates", False)
+    return plain and meaning(op.weight.rho).first == 1 and isinstance(op.path, Window) and op.shape.whole
 
 
 # --- combinators
@@ -124,7 +109,7 @@ def _convolves(op: Basic) -> bool:
 
 def _into_sum(source: Weights, target: Sum) -> Carried:
     """One term takes the output over, the others start at rate zero."""
-    found = [carry(source, term) for _, term in target.terms]
+    found = [carry(source, term) for term in target.operands]
     chosen = min(range(len(found)), key=lambda i: GRADES.index(found[i].grade))
     result = replace(found[chosen], tensors={})
     specs = parameters(target, source.in_channels, source.out_channels, source.ndim)
@@ -136,7 +121,7 @@ def _into_sum(source: Weights, target: Sum) -> Carried:
             shared = own not in specs and name in SHARED
             tensors.setdefault(name if shared else own, tensor)
     rates = []
-    for i, (rate, _) in enumerate(target.terms):
+    for i, rate in enumerate(target.rates):
         if isinstance(rate, str):
             rates.append(1.0 if i == chosen else 0.0)
         elif i == chosen and rate not in (None, 1.0):
@@ -153,9 +138,7 @@ def _into_branch(source: Weights, target: Branch) -> Carried:
     tensors: dict[str, Tensor] = {}
     result, first = Carried(grade="exact"), 0
     reads = target.inputs(source.in_channels)
-    for i, (operand, channels) in enumerate(
-        zip((target.first, target.second), target.shares(source.out_channels), strict=True)
-    ):
+    for i, (operand, channels) in enumerate(zip(target.operands, target.shares(source.out_channels), strict=True)):
         if not channels:
             continue
         part = source.rows(first, first + channels)
@@ -176,21 +159,17 @@ def _into_branch(source: Weights, target: Branch) -> Carried:
 
 
 def _from_convolution(source: Weights, target: Basic) -> Carried:
-    rho, paths = target.weight.rho, (Window, Nearest, Deformable)
-    weight = _kernel(source, target.weight.kernel)
-    if weight is None or not isinstance(target.path, paths) or target.weight.projections:
+    rho, kernel = target.weight.rho, target.weight.kernel
+    weight = _kernel(source, kernel)
+    if weight is None or not meaning(target.path).slots or target.weight.projections:
         return Carried()
-    if isinstance(rho, Modulated):
-        weight = weight * 2  # its mask starts at one half
-    moved = _in_slots(source, target, weight)
-    tensors = {"weight": moved}
+    first = meaning(rho).first
+    moved = _in_slots(source, target, weight if first is None else weight / first)
+    tensors = {"weight": moved.repeat(meaning(kernel).copies(kernel), *(1,) * (moved.dim() - 1))}
     if "bias" in source.tensors:
         tensors["bias"] = source.tensors["bias"]
     found = Carried(tensors, "exact")
-    if isinstance(target.weight.kernel, Experts):
-        many = target.weight.kernel.count
-        found = replace(found, tensors=tensors | {"weight": moved.repeat(many, *(1,) * (moved.dim() - 1))})
-    if not isinstance(rho, Ones | Modulated):
+    if first is None:
         found = found.weaker(f"slots are weighted by {rho.word}")
     for note in _differences(source, target):
         found = found.weaker(note)
@@ -200,14 +179,12 @@ def _from_convolution(source: Weights, target: Basic) -> Carried:
 def _kernel(source: Weights, kernel: Kernel | None) -> Tensor | None:
     """The kernel (O, C, S) in the groups of another one; None where they do not go together."""
     own, weight_OCS = source.operation.weight.kernel, source.tensors["weight"].flatten(2)
-    groups = source.in_channels if isinstance(own, Depthwise) else own.groups  # type: ignore[union-attr]
-    if getattr(kernel, "coordinates", False):
+    groups = meaning(own).groups(own, source.in_channels)
+    wanted = meaning(kernel).groups(kernel, source.in_channels)
+    if groups is None or wanted is None or getattr(kernel, "coordinates", False):
         return None
-    if isinstance(kernel, Depthwise):
+    if not meaning(kernel).maps_channels:
         return weight_OCS if groups == source.in_channels == source.out_channels else None
-    if not isinstance(kernel, Dense | Experts):
-        return None
-    wanted = kernel.groups if isinstance(kernel, Dense) else 1
     if groups == wanted:
         return weight_OCS
     if groups % wanted:
@@ -224,12 +201,11 @@ def _kernel(source: Weights, kernel: Kernel | None) -> Tensor | None:
 def _in_slots(source: Weights, target: Basic, weight_OCS: Tensor) -> Tensor:
     """A kernel over the source's window as one over the target's slots."""
     size = as_tuple(source.operation.path.size, source.ndim, "size")  # type: ignore[attr-defined]
-    if isinstance(target.path, Nearest):
-        k = target.path.k
+    wanted = target.path.slot_shape(source.ndim)
+    if meaning(target.path).slots == "rank":
         metric = getattr(target.path.similarity, "metric", "euclidean")
-        order = list(range(math.prod(size))) if isinstance(target.shape, Box) else _by_distance(size, metric)
-        return _fit(weight_OCS[:, :, order], k)
-    wanted = as_tuple(target.path.size, source.ndim, "size")  # type: ignore[attr-defined]
+        order = list(range(math.prod(size))) if target.shape.raster else _by_distance(size, metric)
+        return _fit(weight_OCS[:, :, order], *wanted)
     return _embed(weight_OCS.unflatten(2, size), wanted)
 
 
@@ -259,13 +235,11 @@ def _margins(have: int, want: int) -> tuple[int, int]:
 
 def _differences(source: Weights, target: Basic) -> list[str]:
     """Why a convolution and an operation that has its kernel do not give the same output."""
-    own = source.operation.path
-    assert isinstance(own, Window)
-    if isinstance(target.path, Nearest):
+    own = cast(Window, source.operation.path)
+    if meaning(target.path).slots == "rank":
         return _differences_in_space(source, own, target)
     path, notes = target.path, []
-    assert isinstance(path, Window | Deformable)
-    if not isinstance(target.shape, Box):
+    if not target.shape.whole:
         notes.append(f"shape {target.shape} leaves slots out")
     mode = getattr(path, "mode", "zeros")
     if mode != own.mode:
@@ -293,23 +267,22 @@ def _differences(source: Weights, target: Basic) -> list[str]:
 
 
 def _differences_in_space(source: Weights, own: Window, target: Basic) -> list[str]:
-    path = target.path
-    assert isinstance(path, Nearest)
+    path = cast(Nearest, target.path)
     near, size = path.similarity, as_tuple(own.size, source.ndim, "size")
     dilation = set(as_tuple(own.dilation, source.ndim, "dilation"))
-    if not (isinstance(near, Position) or (isinstance(near, Blend) and near.lam == 0 and not near.unit)):
+    if features_share(near) > 0 or getattr(near, "unit", False):
         return ["neighbours in features, by rank, where there were neighbours in space"]
     side, step = size[0], dilation.pop() if len(dilation) == 1 else 0
     reach = (side - 1) // 2
-    corners = near.metric == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2  # nearer than what is outside
+    corners = near.reduced == "chebyshev" or source.ndim * reach**2 < (reach + 1) ** 2  # nearer than what is outside
     square = len(set(size)) == 1 and side % 2 == 1 and path.k == side**source.ndim and corners
     geometry = WindowGeometry.of(source.operation, source.ndim)
     checks = {
         f"the {path.k} nearest positions are not the window {own}": square
-        and step == getattr(near, "dilation", 1)
-        and isinstance(path.candidates, AllCandidates)
+        and step == near.dilation
+        and path.candidates == AllCandidates()
         and path.recall == 1.0,
-        f"shape {target.shape} leaves slots out": isinstance(target.shape, Ranked | Box),
+        f"shape {target.shape} leaves slots out": target.shape.whole,
         f"the border: padding={reach * step} and zeros make it the same": own.mode == "zeros"
         and path.padding == reach * step
         and set(geometry.before) == set(geometry.after) == {path.padding},
@@ -326,7 +299,7 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     softmax = isinstance(own.weight.rho, Softmax) and rho.needs_score
     if not softmax or set(own.weight.projections) != set(target.weight.projections):
         return Carried()
-    if getattr(rho, "kv", None) != own.weight.rho.kv or own.cross != target.cross:  # type: ignore[attr-defined]
+    if rho.kv != own.weight.rho.kv or own.cross != target.cross:
         return Carried()
     kernel = _plain_kernel(source, target)
     if kernel is None:
@@ -334,51 +307,29 @@ def _from_attention(source: Weights, target: Basic) -> Carried:
     names = [f"{letter}_{part}" for letter in LETTERS for part in ("weight", "bias")]
     found = Carried({n: source.tensors[n] for n in names if n in source.tensors} | kernel, "exact")
     table = source.tensors.get("relative_bias")
-    if (
-        table is not None
-        and _biased(target)
-        and bias_reach(own, table.dim() - 1) == bias_reach(target, table.dim() - 1)
-    ):
-        found = replace(found, tensors=found.tensors | {"relative_bias": table})
+    if table is not None and target.path.similarity.bias == "table":
+        ndim = table.dim() - 1
+        if bias_reach(own, ndim) == bias_reach(target, ndim):
+            found = replace(found, tensors=found.tensors | {"relative_bias": table})
     if rho.heads != own.weight.heads:
         found = found.weaker(f"{rho.heads} heads, and there were {own.weight.heads}")
-    if not isinstance(rho, Softmax) or rho.scale != own.weight.rho.scale:  # type: ignore[attr-defined]
+    if rho != replace(own.weight.rho, heads=rho.heads, project=rho.project):  # type: ignore[type-var]
         found = found.weaker(f"weighted by {rho}, and it was {own.weight.rho}")
     path = target.path
     if path == own.path:
         return found if target.shape == own.shape else found.weaker(f"shape {target.shape}, and it was {own.shape}")
-    nearest = isinstance(path, Nearest) and isinstance(path.candidates, AllCandidates) and path.recall == 1.0
-    near = own.path.similarity
-    everywhere = isinstance(own.path, All) and own.path == All(near, cross=own.cross)
-    alike = isinstance(path, Nearest) and path == Nearest(path.k, near, cross=path.cross)
-    shapes = {Row: (Ranked, Box), Causal: (Causal,)}.get(type(own.shape), ())
-    if nearest and everywhere and alike and isinstance(target.shape, shapes):
-        assert isinstance(path, Nearest)
-        return replace(found, limit=path.k)
+    near, k = own.path.similarity, getattr(path, "k", 0)
+    everywhere = own.path == All(near, cross=own.cross)
+    alike = k > 0 and path == Nearest(k, near, cross=target.cross)
+    shaped = target.shape.causal if own.shape.causal else own.shape.whole and target.shape.whole
+    if everywhere and alike and shaped:
+        return replace(found, limit=k)
     return found.weaker(f"it looks at {path}, and looked at {own.path}")
-
-
-def _biased(op: Basic) -> bool:
-    return isinstance(op.path, Block | Window) and getattr(op.path.similarity, "bias", "none") == "table"
 
 
 def _plain_kernel(source: Weights, target: Basic) -> dict[str, Tensor] | None:
     """A kernel after attention that changes nothing: one in every slot. None where there is no such thing."""
-    kernel = target.weight.kernel
-    if kernel is None:
+    if target.weight.kernel is None:
         return {}
-    if getattr(kernel, "coordinates", False) or not isinstance(kernel, Dense | Depthwise | Separable):
-        return None
     specs = parameters(target, source.in_channels, source.out_channels, source.ndim, bias=False)
-    tensors: dict[str, Tensor] = {}
-    for name in ("weight", "pointwise_weight"):
-        if name in specs:
-            shape = specs[name].shape
-            if isinstance(kernel, Dense) or name == "pointwise_weight":
-                if shape[0] // kernel.groups != shape[1]:  # type: ignore[union-attr]
-                    return None
-                eye = torch.eye(shape[1]).repeat(kernel.groups, 1)  # type: ignore[union-attr]
-                tensors[name] = eye.view(*eye.shape, *(1,) * (len(shape) - 2)).expand(shape)
-            else:
-                tensors[name] = torch.ones(shape)
-    return tensors
+    return meaning(target.weight.kernel).neutral(target, specs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import All, Causal, Row, Softmax, Window
+from nearfold.grammar.words import All, Row, Softmax, Window
 from nearfold.lower.plan import apply
 from nearfold.nn.mixer import TokenMixer
 from nearfold.recognise.attention import visible
@@ -68,7 +68,7 @@ def masked(mixer: TokenMixer, x: Tensor, mask: Tensor | None, added: bool) -> Te
     op = mixer.operation
     if mask is None or not isinstance(op, Basic):
         return mixer(x) if mask is None else mixer(x, mask=mask)
-    if isinstance(op.path, Window) and isinstance(op.shape, Causal) and op.weight.kernel is None:
+    if isinstance(op.path, Window) and op.shape.causal and op.weight.kernel is None:
         op, mask = dataclasses.replace(op, path=All(op.path.similarity)), mask & visible(op, x.shape[1], x.device)
     y = apply(op, mixer.tensors(), x.mT, backend=mixer.backend, mask=mask)
     lost = ~mask.any(-1)

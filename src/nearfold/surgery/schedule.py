@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from nearfold.grammar import Basic, Branch, Operation, Sum
-from nearfold.grammar.similarity import Blend
-from nearfold.grammar.words import All, Block, Nearest, Random, Window
+from nearfold.grammar import Basic, Branch, Operation
+from nearfold.grammar.word import with_arguments
+from nearfold.grammar.words import Random
 from nearfold.nn.mixer import Mixer
 
 Range = tuple[float, float]
@@ -24,27 +24,26 @@ SHAPES: dict[str, Callable[[float], float]] = {
 """From the share of the way that is done, 0 to 1, to the share of the change."""
 
 
-def _blend(op: Basic, lam: float) -> Basic:
-    near, path = op.path.similarity, op.path
-    if not (isinstance(near, Blend) and not near.learned and isinstance(path, Nearest | Window | All | Block)):
-        return op
-    return dataclasses.replace(op, path=dataclasses.replace(path, similarity=dataclasses.replace(near, lam=lam)))
+def _blend(op: Basic, lam: float) -> Basic | None:
+    near = op.path.similarity
+    if not hasattr(near, "lam") or near.learned:
+        return None
+    return dataclasses.replace(op, path=with_arguments(op.path, similarity=with_arguments(near, lam=lam)))
 
 
-def _neighbours(op: Basic, k: float) -> Basic:
-    if not isinstance(op.path, Nearest):
-        return op
-    return dataclasses.replace(op, path=dataclasses.replace(op.path, k=round(k)))
+def _neighbours(op: Basic, k: float) -> Basic | None:
+    return dataclasses.replace(op, path=with_arguments(op.path, k=round(k))) if hasattr(op.path, "k") else None
 
 
-def _candidates(op: Basic, r: float) -> Basic:
-    if not (isinstance(op.path, Nearest) and op.path.candidates.word in ("all", "random")):
-        return op
-    return dataclasses.replace(op, path=dataclasses.replace(op.path, candidates=Random(round(r))))
+def _candidates(op: Basic, r: float) -> Basic | None:
+    found = getattr(op.path, "candidates", None)
+    if found is None or found.word not in ("all", "random"):
+        return None
+    return dataclasses.replace(op, path=with_arguments(op.path, candidates=Random(round(r))))
 
 
-KNOBS: dict[str, Callable[[Basic, float], Basic]] = {"lam": _blend, "k": _neighbours, "candidates": _candidates}
-"""What is changed inside a `Basic` operation; ``ratio`` is a branch's own."""
+KNOBS: dict[str, Callable[[Basic, float], Basic | None]] = {"lam": _blend, "k": _neighbours, "candidates": _candidates}
+"""What is changed inside a `Basic` operation, None where it has no such thing; ``ratio`` is a branch's own."""
 
 
 def changed(op: Operation, **values: float) -> Operation:
@@ -68,26 +67,18 @@ def changed(op: Operation, **values: float) -> Operation:
 
 def has(op: Operation, name: str) -> bool:
     """Whether an operation has a value of this name."""
-    if isinstance(op, Basic):
-        return name in KNOBS and (
-            isinstance(op.path.similarity, Blend) and not op.path.similarity.learned
-            if name == "lam"
-            else isinstance(op.path, Nearest) and (name == "k" or op.path.candidates.word in ("all", "random"))
-        )
-    if isinstance(op, Branch):
-        return name == "ratio" or has(op.first, name) or has(op.second, name)
-    assert isinstance(op, Sum)
-    return any(has(term, name) for _, term in op.terms)
+    if name == "ratio":
+        return isinstance(op, Branch) or any(has(operand, name) for operand in op.operands)
+    return name in KNOBS and any(KNOBS[name](part, 1.0) is not None for part in op.parts)
 
 
 def _changed(op: Operation, name: str, value: float) -> Operation:
-    if isinstance(op, Basic):
-        return KNOBS[name](op, value) if name in KNOBS else op
-    if isinstance(op, Sum):
-        return Sum(tuple((rate, _changed(term, name, value)) for rate, term in op.terms))
-    assert isinstance(op, Branch)
-    inner = {side: _changed(getattr(op, side), name, value) for side in ("first", "second")}
-    return dataclasses.replace(op, **inner, **({"ratio": value} if name == "ratio" else {}))  # type: ignore[arg-type]
+    return _with_ratio(op, value) if name == "ratio" else op.map(lambda part: KNOBS[name](part, value) or part)
+
+
+def _with_ratio(op: Operation, ratio: float) -> Operation:
+    op = op.combine(tuple(_with_ratio(operand, ratio) for operand in op.operands))
+    return dataclasses.replace(op, ratio=ratio) if isinstance(op, Branch) else op
 
 
 class SpectrumSchedule:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.grammar import Operation
-from nearfold.grammar.words import Causal
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.attention import Attention, visible
 from nearfold.recognise.foreign import Unsaid
@@ -182,12 +181,12 @@ def attention_source(m: nn.Module, read: Attention) -> Source:
     core = member(m, read.layout.core)
     rate = next((getattr(core, name) for name in DROPOUTS if hasattr(core, name)), 0.0)
     rate = getattr(rate, "p", rate)
-    causal = isinstance(read.operation.shape, Causal)
+    causal = read.operation.shape.causal
 
     def refuses(op: Operation) -> str:
         if op.needs_context:
             return f"it is called with one input, and {op} reads two"
-        if causal and not all(isinstance(part.shape, Causal) for part in op.parts):
+        if causal and not all(part.shape.causal for part in op.parts):
             return (
                 f"it is causal, and {op} is not: write the shape causal, such as nearest(8, scaled) | causal | softmax"
             )
@@ -204,9 +203,7 @@ def _calls(m: nn.Module, read: Attention, make: Make, n: int) -> Iterator[Trial]
     x = make(2, n, next(iter(read.tensors(m).values())).shape[1])
     given = read.call(m, x)
     yield Trial((x,), given)
-    seen = (
-        _mask(n, n) & visible(read.operation, n, x.device) if isinstance(read.operation.shape, Causal) else _mask(n, n)
-    )
+    seen = _mask(n, n) & visible(read.operation, n, x.device) if read.operation.shape.causal else _mask(n, n)
     if "attention_mask" in read.arguments:
         hidden = torch.zeros(1, 1, n, n, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
         yield Trial((x,), given | {"attention_mask": hidden}, "attention_mask")

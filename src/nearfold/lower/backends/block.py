@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
-from nearfold.grammar.word import all_ones
+from nearfold.grammar.word import all_ones, as_tuple
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.kernels.attention import attention
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.geometry import block_shift, crop, surely
-from nearfold.lower.parameters import as_tuple
+from nearfold.lower.geometry import crop, surely
 from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.words.block import block_shift
 
 NAME = "block"
 

@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Separable, Shift, Window
+from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
 from nearfold.kernels.whole import whole
 from nearfold.kernels.windows import ShiftConv
-from nearfold.lower import oracle
 from nearfold.lower.call import Call, Run, autocast_dtype, is_transformed
 from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import WindowGeometry, crop
+from nearfold.lower.kernel import finish, kernel_weight, values
+from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.windows import window_index
+from nearfold.lower.words.experts import expert_shares
+from nearfold.lower.words.shift import shifted_bias
 
 NAME = "conv"
 LARGE = 25  # slots of a depthwise kernel
@@ -104,7 +107,7 @@ def _shift(call: Call) -> Tensor:
         list(call.out_grid),
         call.op.path.mode == "reflect",
     )
-    return oracle.shifted_bias(call, kernel, (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2))
+    return shifted_bias(call, kernel, (y.transpose(1, 2) if kernel.interleaved else y).flatten(1, 2))
 
 
 def _shifting(at: Frame, geometry: WindowGeometry) -> Run:
@@ -132,7 +135,7 @@ def _experts(call: Call) -> Tensor:
     """Every input's own kernel, mixed from the experts: inputs become groups of one convolution."""
     kernel, geometry = call.op.weight.kernel, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(kernel, Experts) and isinstance(call.op.path, Window)
-    weight, share_BE = call.params["weight"], oracle.expert_shares(call)
+    weight, share_BE = call.params["weight"], expert_shares(call)
     mixed_BOCS = (share_BE.to(weight.dtype) @ weight.unflatten(0, (kernel.count, -1)).flatten(1)).unflatten(
         1, (-1, *weight.shape[1:])
     )
@@ -199,12 +202,12 @@ def run(call: Call) -> Tensor:
     assert isinstance(op.path, Window)
     kernel = op.weight.kernel
     # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
-    more = isinstance(kernel, Shift) or getattr(kernel, "coordinates", False) is not False
-    value = oracle.values(call).unflatten(2, call.grid) if more else call.value
+    more = meaning(kernel).reads_more(kernel)
+    value = values(call).unflatten(2, call.grid) if more else call.value
     if _in_two_steps(call):
         made, weight, groups = _mapped(call, value.unflatten(1, (-1, call.params["weight"].shape[1])))
         value = made.flatten(1, 2)
-    elif (found := oracle.kernel_weight(call)) is not None:
+    elif (found := kernel_weight(call)) is not None:
         weight, groups = found
     else:
         groups = value.shape[1]
@@ -212,7 +215,7 @@ def run(call: Call) -> Tensor:
     padding = geometry.before
     if op.path.mode == "reflect" or geometry.before != geometry.after:
         value, padding = geometry.pad(value, op.path.mode), (0,) * call.ndim
-    later = isinstance(kernel, (Experts, Separable))  # the bias follows what `finish` does
+    later = meaning(kernel).late_bias  # the bias follows what `finish` does
     bias = None if later else call.params.get("bias")
     if _channels_last(call, groups, geometry):
         value = value.contiguous(memory_format=torch.channels_last)
@@ -221,4 +224,4 @@ def run(call: Call) -> Tensor:
     if isinstance(op.weight.rho, Mean):
         _, valid_MS = window_index(op, call.grid, y.device)
         y = y / valid_MS.sum(-1).clamp(min=1).to(y.dtype).unflatten(0, tuple(y.shape[2:]))
-    return oracle.finish(call, y, with_bias=later)
+    return finish(call, y, with_bias=later)

@@ -11,20 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Deformable, Experts, Max, Separable, Shift, Softmax
+from nearfold.grammar.words import Deformable, Experts, Max, Shift, Softmax
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.kernels.weigh import slot_softmax
-from nearfold.lower import oracle
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, autocast_dtype, is_transformed, refuse_derivatives
-from nearfold.lower.deform import moved
-from nearfold.lower.generated import constant_alpha
+from nearfold.lower.kernel import finish, kernel_weight, values
+from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.weighting import alpha_of
+from nearfold.lower.weighting import alpha_of, constant_alpha
 from nearfold.lower.windows import home_index, is_table, window_index
+from nearfold.lower.words.deformable import moved
 
 NAME = "gather"
 
@@ -93,10 +93,11 @@ def run(call: Call) -> Tensor:
     refuse_derivatives(call)
     fractional = isinstance(call.op.path, Deformable)
     index, alpha = _fractional(call) if fractional else _whole(call)
-    kernel = oracle.kernel_weight(call)
+    kernel = kernel_weight(call)
     weight, groups = (None, 1) if kernel is None else (kernel[0].flatten(2), kernel[1])
     dtype = autocast_dtype(call.value) or call.value.dtype
-    plain = oracle.values(call) if getattr(call.op.weight.kernel, "coordinates", False) is not False else None
+    own = call.op.weight.kernel
+    plain = values(call) if meaning(own).reads_more(own) else None
     value = call.rows() if plain is None else plain.transpose(1, 2)
     y = aggregate(
         value.to(dtype).contiguous(),
@@ -107,7 +108,7 @@ def run(call: Call) -> Tensor:
         2**call.ndim if fractional else 1,
     )
     bias = call.params.get("bias")
-    later = isinstance(call.op.weight.kernel, Separable)  # the bias follows its pointwise half
+    later = meaning(call.op.weight.kernel).late_bias  # the bias follows its pointwise half
     if bias is not None and not later:
         y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
-    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=later)
+    return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=later)

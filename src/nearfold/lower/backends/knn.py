@@ -16,13 +16,10 @@ from nearfold.grammar.words import (
     Causal,
     Dense,
     Depthwise,
-    Experts,
     Nearest,
     Ones,
     Ranked,
     Rho,
-    Separable,
-    Shift,
     Softmax,
 )
 from nearfold.kernels import approximate
@@ -32,13 +29,14 @@ from nearfold.kernels.neighbors import Neighbors
 from nearfold.kernels.select import MOST_SLOTS, select, wide, wide_dtype
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.kernels.whole import whole
-from nearfold.lower import oracle
 from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
 from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import all_positions
-from nearfold.lower.selection import rule_of
+from nearfold.lower.kernel import finish, kernel_weight, values
+from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
+from nearfold.lower.words.nearest import candidate_index, rule_of
 
 NAME = "knn"
 
@@ -68,7 +66,7 @@ def _select(call: Call) -> tuple[Tensor | None, Tensor]:
     assert isinstance(path, Nearest)
     query, key, factor = call.compared()
     B, H = query.shape[:2]
-    query_M, key_R = call.query_index(), call.candidate_index()
+    query_M, key_R = call.query_index(), candidate_index(call)
     every = key_R is None
     own = path.include_self is not False
     if key_R is None:
@@ -219,8 +217,8 @@ def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
     weight_word = call.op.weight
-    appended = getattr(weight_word.kernel, "coordinates", False)
-    value = oracle.values(call).transpose(1, 2) if appended else call.rows()
+    appended = meaning(weight_word.kernel).reads_more(weight_word.kernel)
+    value = values(call).transpose(1, 2) if appended else call.rows()
     if torch.compiler.is_compiling():  # drops what nothing reads; a graph that switches gradients does not load again
         score, at = _select(call)
     else:  # under constant alpha nothing flows back through the scores: nothing is kept for it
@@ -230,7 +228,7 @@ def run(call: Call) -> Tensor:
         score, at = _raster(score, at, value.shape[1])
     B, H = value.shape[0], call.heads
     alpha = _alpha(weight_word.rho, score, at)
-    kernel = oracle.kernel_weight(call)
+    kernel = kernel_weight(call)
     weight, groups = (None, 1) if kernel is None else kernel
     auto = autocast_dtype(value)
     dtype = auto or value.dtype
@@ -244,10 +242,10 @@ def run(call: Call) -> Tensor:
         groups,
     )
     bias = call.params.get("bias")
-    plain = not isinstance(weight_word.kernel, (Experts, Separable, Shift))  # those finish with theirs
+    plain = not meaning(weight_word.kernel).late_bias  # those finish with theirs
     if plain and bias is not None:
         y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
-    return oracle.finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)
+    return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)
 
 
 def _slots_last(x: Tensor, B: int, H: int) -> Tensor:

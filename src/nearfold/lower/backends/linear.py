@@ -14,8 +14,8 @@ from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.lower.call import Call, count_positions, split_heads
-from nearfold.lower.generated import require_table
 from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.words.table import require_table
 
 NAME = "linear"
 

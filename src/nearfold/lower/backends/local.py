@@ -18,11 +18,11 @@ from nearfold.kernels.local_attention import local_attention
 from nearfold.kernels.names import DOT_LIKE, INVALID, NORMED
 from nearfold.kernels.whole import whole
 from nearfold.kernels.windows import WindowAttention
-from nearfold.lower import oracle
 from nearfold.lower.bias import has_bias
 from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
 from nearfold.lower.frame import Frame
 from nearfold.lower.geometry import WindowGeometry
+from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 from nearfold.lower.windows import window_index
@@ -147,12 +147,12 @@ def run(call: Call) -> Tensor:
     B, heads = call.value.shape[0], call.heads
     alpha = alpha.unflatten(0, query.shape[:2]).expand(B, heads, *alpha.shape[1:])
     dtype = autocast_dtype(call.value) or call.value.dtype
-    value, alpha = oracle.values(call).to(dtype), alpha.to(dtype)
-    kernel = oracle.kernel_weight(call)
+    value, alpha = values(call).to(dtype), alpha.to(dtype)
+    kernel = kernel_weight(call)
     if kernel is None:
         v = geometry.pad(value.unflatten(2, call.grid), mode).unflatten(1, (heads, -1)).flatten(0, 1)
         y = local_sum(alpha.flatten(0, 1).movedim(-1, 1).contiguous(), v.contiguous(), offsets, stride)
-        return oracle.finish(call, y.unflatten(0, (B, heads)).flatten(1, 2))
+        return finish(call, y.unflatten(0, (B, heads)).flatten(1, 2))
     weight, groups = kernel
     at = index_MS.masked_fill(~valid_MS, INVALID)[None, :, :, None].expand(B, -1, -1, heads)
     alpha_BMSH = alpha.reshape(B, heads, *index_MS.shape).permute(0, 2, 3, 1)
@@ -163,4 +163,4 @@ def run(call: Call) -> Tensor:
         weight.flatten(2).to(weight.dtype if autocast_dtype(call.value) is None else dtype),
         groups,
     )
-    return oracle.finish(call, y.transpose(1, 2).unflatten(2, out))
+    return finish(call, y.transpose(1, 2).unflatten(2, out))

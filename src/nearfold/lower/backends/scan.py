@@ -12,9 +12,8 @@ from nearfold.grammar.words import Scan, Selective
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.lower.call import Call, refuse_derivatives
-from nearfold.lower.generated import state_space
-from nearfold.lower.orders import scan_order
 from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.words.scan import scan_order, state_space
 
 NAME = "scan"
 

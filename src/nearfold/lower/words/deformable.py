@@ -1,4 +1,4 @@
-"""Fractional positions: which neighbours on the grid a moved slot reads, and by how much.
+"""`deformable` and `modulated`: a window whose slots are moved by fractions, and weighed by a mask.
 
 Shape legend: B batch, G groups of channels, M outputs, S slots, E = 2^a corners, a grid axes, `out` the output grid.
 """
@@ -6,19 +6,68 @@ Shape legend: B batch, G groups of channels, M outputs, S slots, E = 2^a corners
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
+from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Deformable, Modulated
 from nearfold.kernels import corners_torch
 from nearfold.kernels.corners_torch import Frame
-from nearfold.lower.call import Call
+from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import WindowGeometry
+from nearfold.lower.meaning import Lengths, PathMeaning, RhoMeaning, Sizes, means
+from nearfold.lower.parameters import Parameter, linear
+from nearfold.lower.selection import Selection
+from nearfold.lower.weighting import wide_dtype
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@means(Deformable)
+class DeformableMeaning(PathMeaning):
+    """A window with moved slots; a slot reads the corners around its place."""
+
+    groups = "groups"
+    slots = "place"
+    generating = ("offset",)
+
+    def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
+        if sizes.ndim > 3:
+            raise ValueError(f"{op}: deformable goes with one to three grid axes, got ndim={sizes.ndim}")
+        return _net(op, sizes, "offset", sizes.ndim)
+
+    def output(self, op: Basic, grid: Lengths) -> Lengths:
+        return WindowGeometry.of(op, len(grid)).output(grid)
+
+    def select(self, call: Call) -> Selection:
+        index, valid, coefficient = sampled(call)
+        return Selection(index, valid, None, count_positions(call.grid), coefficient, 2**call.ndim)
+
+
+@means(Modulated)
+class ModulatedMeaning(RhoMeaning):
+    """A mask from a second net; it is part of the coefficients, which come with the positions."""
+
+    generating = ("mask",)
+    first = 0.5  # the sigmoid of zero
+
+    def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
+        return _net(op, sizes, "mask", 1)
+
+    def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
+        return valid.to(wide_dtype(call))
+
+
+def _net(op: Basic, sizes: Sizes, name: str, numbers: int) -> dict[str, Parameter]:
+    """A convolution of the input over the path's own window that makes so many numbers of every slot; zero at first."""
+    path = cast(Deformable, op.path)
+    slots = as_tuple(path.size, sizes.ndim, "size")
+    made = numbers * path.groups * math.prod(slots)
+    return linear(name, made, sizes.in_channels, sizes.bias, slots, "constant:0")
 
 
 def _over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x: Tensor) -> Tensor:
@@ -42,7 +91,6 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
     float32 at least: in half precision, positions beyond 2048 would be off by whole pixels.
     """
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
-    assert isinstance(op.path, Deformable)
     wide = torch.promote_types(call.value.dtype, torch.float32)
     frame = Frame(
         list(call.grid),
@@ -53,7 +101,7 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
         list(geometry.before),
     )
     slots, outputs = math.prod(frame.size), math.prod(frame.out)
-    modulated = isinstance(op.weight.rho, Modulated)
+    modulated = "mask_weight" in call.params
     made = _over_window(op, call.params, ("offset", "mask") if modulated else ("offset",), call.x).to(wide)
     points = call.heads * slots
     offset = made[:, : points * call.ndim].reshape(-1, slots, call.ndim, outputs)
