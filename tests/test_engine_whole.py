@@ -10,8 +10,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import parse
-from nearfold.kernels import engine
-from nearfold.kernels import whole
+from nearfold.kernels import engine, whole
 from nearfold.nn import ACmix2d, ConvNN2d, Mixer
 from nearfold.testing import poisoned_empties
 

@@ -20,8 +20,10 @@ from nearfold.kernels.whole import Operands
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Its operands: query (B, E, *grid), key (B, E, *grid), both None where they are the value; value (B, C, *grid);
-    weight (O, C / groups, k); bias (O,); places (M,), the positions that are queries where not all are, ascending.
+    """A layer, settled.
+
+    Its operands are query and key (B, E, *grid), both None where they are the value; value (B, C, *grid); weight
+    (O, C / groups, k); bias (O,); places (M,), the positions that are queries where not all are, ascending.
 
     Attributes:
         k: slots; with ``own`` the first is the position itself, which is not searched.

@@ -1,7 +1,7 @@
 """A whole layer in one call of the compiled engine, where what lies between its operators costs more than they do.
 
-What such a layer computes, the operators of this package compute one after another. Those torch knows; this is a shorter
-way for plain CPU tensors where nobody watches. Whoever watches (a compiler, a tracer, a profiler, a counter, a second
+What such a layer computes, the operators of this package compute one after another. Those torch knows; this is a
+shorter way for plain CPU tensors where nobody watches. Whoever watches (a compiler, a tracer, a profiler, a counter, a second
 derivative) sees the operators.
 """
 
@@ -35,7 +35,7 @@ class Layer(Protocol):
 
 
 def whole(layer: Layer, operands: Operands, again: Callable[..., Tensor]) -> Tensor:
-    """The layer on its operands. ``again`` computes the same from the same operands by the operators that torch knows."""
+    """The layer on its operands. ``again`` computes the same from them by the operators that torch knows."""
     if not _serves(operands):
         return again(*operands)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)):
@@ -80,6 +80,6 @@ def _again(again: Callable[..., Tensor], grad: Tensor, operands: Operands, wante
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
         each = [t if t is None or differentiated else t.detach().requires_grad_(t.requires_grad) for t in operands]
-        asked = [t for t, want in zip(each, wanted, strict=True) if want]
+        asked = [t for t, want in zip(each, wanted, strict=True) if want and t is not None]
         slopes = iter(torch.autograd.grad(again(*each), asked, grad, create_graph=differentiated, allow_unused=True))
     return [next(slopes) if want else None for want in wanted]

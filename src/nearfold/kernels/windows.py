@@ -9,6 +9,7 @@ t maps that are shifted, `grid` and `out` one to three axes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from nearfold.kernels.whole import Operands
 
 @dataclass(frozen=True)
 class WindowAttention:
-    """Its operands: query and key (B, E, *grid), value (B, C, *grid), position (d, *grid) or None.
+    """A layer, settled. Its operands: query and key (B, E, *grid), value (B, C, *grid), position (d, *grid) or None.
 
     Attributes:
         heads: groups of channels that attend on their own.
@@ -70,7 +71,7 @@ class WindowAttention:
         d_position = None if position is None else -d_key.unflatten(1, (self.heads, -1)).sum((0, 1))
         if not everywhere:
             steps = zip(self.home, self.out, self.window[1], strict=True)
-            at = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in steps]
+            at: list[Any] = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in steps]
             whole = torch.zeros_like(query, memory_format=torch.contiguous_format)
             whole[(..., *at)] = d_query
             d_query = whole
@@ -79,7 +80,7 @@ class WindowAttention:
 
 @dataclass(frozen=True)
 class ShiftConv:
-    """Its operands: weight (t, 3 * heads), shift (O, t, *size), and three maps (B, O, *grid).
+    """A layer, settled. Its operands: weight (t, 3 * heads), shift (O, t, *size), and three maps (B, O, *grid).
 
     Attributes:
         heads: groups of channels that are mapped alike.

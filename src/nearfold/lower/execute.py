@@ -28,7 +28,7 @@ Body = Callable[[dict[str, Tensor], Tensor, Given, dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step is made for: channels in and out, the grid, the grid of a second input or (), and whether it draws."""
+    """What a step is made for: channels in and out, the grid, that of a second input or (), whether it draws."""
 
     channels: int
     out_channels: int
@@ -57,8 +57,8 @@ def execute(
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
-    ``choose`` says what runs each `Basic` operation, ``out_channels`` is O (default C), ``draw`` (seed, draws) of random
-    candidates, ``context`` the input that `cross` paths read, ``mask`` the keys that each query may read.
+    ``choose`` says what runs each `Basic` operation, ``out_channels`` is O (default C), ``draw`` (seed, draws) of
+    random candidates, ``context`` the input that `cross` paths read, ``mask`` the keys that each query may read.
     """
     C = x.shape[1]
     source = () if context is None else tuple(context.shape[2:])
@@ -100,8 +100,8 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     parts = [step(term, sizes, choose) for _, term in op.terms]
     rates = [rate for rate, _ in op.terms]
     out_grid = _one_grid(op, parts)
-    # a projection hoisted into the sum is computed once, for every operand that asks for it, unless one projects its own
-    # padded input; keys and values of a second input are each operand's own
+    # a projection hoisted into the sum is computed once, for every operand that asks for it, unless one projects its
+    # own padded input; keys and values of a second input are each operand's own
     bordered = any(pads_input(part, sizes.grid) for part in op.parts)
     hoisted = [] if bordered else ["q"] if op.needs_context else ["q", "k", "v"]
     planes = all(meaning(part.path).planes for part in op.parts)

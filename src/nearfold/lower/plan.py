@@ -99,7 +99,7 @@ def planned(
     drawing: bool,
     masked: bool,
 ) -> Step:
-    """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: the second input's grid, or ().
+    """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: a second input's grid, or ().
 
     Raises:
         ValueError: where the input is none for the operation.

@@ -117,7 +117,7 @@ def _shifting(at: Frame, geometry: WindowGeometry) -> Run:
     window = list(geometry.stride), list(geometry.dilation), list(geometry.before)
     layer = ShiftConv(kernel.heads, window, path.mode == "reflect", kernel.interleaved, at.out_grid)
 
-    def once(call: Call) -> Tensor:
+    def at_once(call: Call) -> Tensor:
         if "slot_bias" in call.params or _in_two_steps(call):
             return run(call)
 
@@ -128,7 +128,7 @@ def _shifting(at: Frame, geometry: WindowGeometry) -> Run:
         operands = (call.params["weight"], call.params["shift_weight"], call.query, call.key, call.value)
         return whole(layer, operands, again)
 
-    return once
+    return at_once
 
 
 def _experts(call: Call) -> Tensor:

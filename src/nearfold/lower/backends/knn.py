@@ -160,7 +160,7 @@ def prepare(at: Frame) -> Run:
     if settled is None:
         return run
 
-    def once(call: Call) -> Tensor:
+    def at_once(call: Call) -> Tensor:
         value, query, key = call.value, call.query, call.key
         key = None if key is query else key
         query = None if query is value and key is None else query
@@ -175,7 +175,7 @@ def prepare(at: Frame) -> Run:
 
         return whole(settled, operands, again)
 
-    return once
+    return at_once
 
 
 def _settled(at: Frame) -> Neighbors | None:

@@ -6,6 +6,8 @@ output grid.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,9 +67,9 @@ def prepare(at: Frame) -> Run:
         return run
     assert isinstance(path, Window) and isinstance(rho, Softmax)
     geometry, near = WindowGeometry.of(op, ndim), path.similarity
-    window = [list(n) for n in (geometry.size, geometry.stride, geometry.dilation, geometry.before)]
+    size, stride, dilation, before = map(list, (geometry.size, geometry.stride, geometry.dilation, geometry.before))
     firsts = zip(geometry.home(), at.out_grid, geometry.stride, strict=True)
-    home = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in firsts]
+    home: list[Any] = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in firsts]
     everywhere = geometry.home() == (0,) * ndim and at.out_grid == at.grid and set(geometry.stride) == {1}
     metric = "dot" if near.reduced in DOT_LIKE else "euclidean"
     plain = isinstance(near, Scaled) and not (near.coordinates or near.rotary)
@@ -80,7 +82,10 @@ def prepare(at: Frame) -> Run:
             query if everywhere else query[(..., *home)],
             key,
             call.value.unflatten(1, (at.heads, -1)).to(dtype).to(query.dtype),
-            *window,
+            size,
+            stride,
+            dilation,
+            before,
             path.mode == "reflect",
             metric,
             near.squared,
@@ -90,11 +95,10 @@ def prepare(at: Frame) -> Run:
 
     if not plain:
         return attention
-    layer = WindowAttention(
-        at.heads, list(geometry.home()), tuple(window), path.mode == "reflect", float(rho.scale), at.out_grid
-    )
+    window, reflect = (size, stride, dilation, before), path.mode == "reflect"
+    layer = WindowAttention(at.heads, list(geometry.home()), window, reflect, float(rho.scale), at.out_grid)
 
-    def once(call: Call) -> Tensor:
+    def at_once(call: Call) -> Tensor:
         position = _position(call, near) if isinstance(near, Scaled) and near.relative else None
 
         def again(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None) -> Tensor:
@@ -102,7 +106,7 @@ def prepare(at: Frame) -> Run:
 
         return whole(layer, (call.query, call.key, call.value, position), again)
 
-    return once
+    return at_once
 
 
 def _position(call: Call, near: Scaled) -> Tensor:
