@@ -1,8 +1,8 @@
 """A whole layer in one call of the compiled engine, where what lies between its operators costs more than they do.
 
 What such a layer computes, the operators of this package compute one after another. Those torch knows; this is a
-shorter way for plain CPU tensors where nobody watches. Whoever watches (a compiler, a tracer, a profiler, a counter, a second
-derivative) sees the operators.
+shorter way for plain CPU tensors where nobody watches. Whoever watches (a compiler, a tracer, a profiler, a counter, a
+second derivative) sees the operators.
 """
 
 from __future__ import annotations
