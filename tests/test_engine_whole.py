@@ -7,6 +7,7 @@ import torch
 from helpers.engine_draws import assert_near, every_set
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import parse
@@ -142,6 +143,20 @@ def test_the_gradient_of_many_rows_is_exact():
     grad = torch.rand_like(y)
     (found,) = torch.autograd.grad(y, [layer.bias], grad)
     torch.testing.assert_close(found.double(), grad.double().sum((0, 2, 3)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layer", [ConvNN2d(4, 4, 3), ACmix2d(4, 4)], ids=lambda layer: type(layer).__name__)
+def test_a_checkpointed_layer_has_the_same_gradients(layer):
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    for reentrant in (False, True):
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        found = [x.grad, *(p.grad for p in layer.parameters())]
+        for f, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(f, w, rtol=1e-5, atol=1e-6)
+        x.grad = None
+        layer.zero_grad()
 
 
 def test_who_watches_sees_the_operators():

@@ -66,7 +66,8 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        operands, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing hands each of them out one time only
+        operands, kept = saved[: ctx.count], saved[ctx.count :]
         found = None
         if ctx.ran and not torch.is_grad_enabled() and unwatched((grad, *operands)):
             found = ctx.layer.backward(grad, operands, kept)
