@@ -27,7 +27,7 @@ class Network(nn.Module):
 
     A subclass sets ``num_features`` (channels before the classifier), ``num_classes``, ``head_name`` (the classifier's
     dotted name) and ``feature_info`` (one entry a stage: ``num_chs``, ``reduction``, ``module``), and implements
-    `stages` and `forward_head`; `forward_features` where something stands between the last stage and the head.
+    `stages`; `forward_features` and `forward_head` where more than pooling stands between it and the classifier.
 
     ``architecture`` and ``arguments`` are what `create` made it from; ``pretrained_cfg``, which timm also calls
     ``default_cfg``, is timm's description of its input. Weights start as PyTorch's layers start theirs.
@@ -103,7 +103,9 @@ class Network(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` returned -> (B, num_classes); ``pre_logits``: (B, num_features)."""
-        raise NotImplementedError
+        x = self.pooled(x)
+        out: Tensor = x if pre_logits else self.get_classifier()(x)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_classes)."""

@@ -178,11 +178,6 @@ class ResNet(Network):
             maps.append(x)
         return maps
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = self.pooled(x)
-        return x if pre_logits else self.fc(x)
-
 
 TINY = {"depths": (1, 1, 1, 1), "width": 8}
 TORCHVISION = "torchvision 0.28"

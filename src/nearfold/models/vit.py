@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import TOKENS, Network
-from nearfold.models.parts import require_size
+from nearfold.models.parts import classifier, require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.nn import Mixer, TokenMixer
 
@@ -85,7 +85,7 @@ def token_code(count: int, width: int, like: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """x + layer(norm(x)), then x + MLP(norm(x)); tokens (B, N, D) to the same shape."""
+    """x + layer(norm(x), *more), then x + MLP(norm(x)); tokens (B, N, D) to the same shape."""
 
     def __init__(self, layer: nn.Module, width: int, mlp_ratio: float = 4, eps: float = 1e-5) -> None:
         super().__init__()
@@ -95,9 +95,8 @@ class TransformerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        x = x + self.attention(self.norm1(x), *more)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -146,7 +145,7 @@ class VisionTransformer(Network):
         self.blocks = nn.ModuleList(
             TransformerBlock(token_layer(layer, width, heads, bias=bias), width, mlp_ratio) for _ in range(depth)
         )
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.head = classifier(width, num_classes)
         ends = sorted({-(-depth * (i + 1) // 4) - 1 for i in range(4)})
         self.feature_info = [
             {"num_chs": width, "reduction": patch, "module": f"blocks.{end}", "block": end} for end in ends
@@ -181,14 +180,6 @@ class VisionTransformer(Network):
         for block in self.blocks:
             x = self.run(block, x)
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1 + N, D) to (B, num_classes)."""
-        x = self.pooled(x)
-        if pre_logits:
-            return x
-        out: Tensor = self.head(x)
-        return out
 
 
 PROJECTIONS = tuple(f"{name}_weight" for name in ("query", "key", "value", "out"))
