@@ -76,7 +76,7 @@ def load_checkpoint(
     """
     if network not in NETWORKS:
         raise ValueError(f"network={network!r} is not one of: {', '.join(NETWORKS)}")
-    left = _state(checkpoint)
+    left = tensors_of(checkpoint)
     try:
         plan = NETWORKS[network](left, dict(config or {}))
     except KeyError as missing:
@@ -115,7 +115,12 @@ def _few(names: list[str]) -> str:
     return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
 
 
-def _state(checkpoint: str | Path | Mapping[str, Any]) -> State:
+def tensors_of(checkpoint: str | Path | Mapping[str, Any]) -> State:
+    """The tensors of a checkpoint by name: of a file or its content, a state dict or what holds one.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
     content = _read(Path(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
     for _ in range(8):  # one that holds itself would never end
         if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):

@@ -73,8 +73,8 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
     return text + verdict(differences(rows, reference), reference)
 
 
-def verdict(found: Sequence[Difference], reference: Row) -> str:
-    """What the comparisons with a reference come to, in a sentence."""
+def verdict(found: Sequence[Difference], reference: Row, words: tuple[str, str] = ("better", "worse")) -> str:
+    """What the comparisons with a reference come to, in a sentence; ``words`` for what is above it and below."""
     if not found:
         return "Nothing to compare it with."
     if all(math.isnan(d.p) for d in found):
@@ -84,7 +84,7 @@ def verdict(found: Sequence[Difference], reference: Row) -> str:
     level = [d for d in found if not d.found and not math.isnan(d.p)]
     single = [d for d in found if math.isnan(d.p)]
     parts = []
-    for word, group in (("better", better), ("worse", worse)):
+    for word, group in zip(words, (better, worse), strict=True):
         if group:
             parts.append(
                 f"{word} than {reference.title}: " + "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in group)

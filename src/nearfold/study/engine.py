@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -87,7 +88,7 @@ def work_through(
         retry: do runs again that failed before.
         say: gets one line a run; None: print.
     """
-    say = say or _print
+    say = say or functools.partial(print, flush=True)
     store = Store(place.root)
     open_runs = [run for run in runs if store.load(run.config) is None]
     todo = [run for run in open_runs if retry or store.failure(run.config) is None]
@@ -207,7 +208,3 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

@@ -75,7 +75,7 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     trials = [trial for trial in study.trials if trial.data.name not in missing]
     if not trials:
         source_of(missing[0], sources)  # raises
-    datas = {trial.data: _load(trial, sources) for trial in trials}
+    datas = {trial.data: load(source_of(trial.data.name, sources), trial.data) for trial in trials}
     prints = {data: fingerprint(loaded) for data, loaded in datas.items()}
     for trial in trials:
         _try(trial, datas[trial.data])
@@ -89,10 +89,6 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
     tested = {trial.panel: _sizes(datas[trial.data])["test"] for trial in trials}
     return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable, workers), facts, tested)
-
-
-def _load(trial: Trial, sources: Sources) -> ImageData | StreamData:
-    return load(source_of(trial.data.name, sources), trial.data)
 
 
 def _try(trial: Trial, data: ImageData | StreamData) -> None:

@@ -40,7 +40,9 @@ def memorise_answer(results: Results) -> list[str]:
             )
         reference = results.reference(there)
         if reference is not None:
-            text += "Gaps: " + _smaller(verdict(differences(there, reference, "gap_last"), reference)) + " "
+            text += (
+                "Gaps: " + verdict(differences(there, reference, "gap_last"), reference, ("larger", "smaller")) + " "
+            )
         if len(there) > 3:
             text += _ranks(there) + " "
         if missed:
@@ -52,15 +54,9 @@ def memorise_answer(results: Results) -> list[str]:
     return paragraphs
 
 
-def gap(row: Row) -> str:
+def gap(row: Row, measure: str = "gap_last") -> str:
     """The gap of an operator, in points, with its interval."""
-    return accuracy(row.estimate("gap_last")).replace(" %", " points")
-
-
-def _smaller(sentence: str) -> str:
-    """A verdict on accuracies as one on gaps, where less is better."""
-    swapped = sentence.replace("Better than", "Larger than").replace("better than", "larger than")
-    return swapped.replace("Worse than", "Smaller than").replace("worse than", "smaller than")
+    return accuracy(row.estimate(measure)).replace(" %", " points")
 
 
 def _ranks(rows: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ from nearfold.grammar import CATALOGUE
 from nearfold.models import stem_stride
 from nearfold.study.catalogue.matched import SHAPES
 from nearfold.study.catalogue.presets import Preset
+from nearfold.study.catalogue.readings import gap
 from nearfold.study.compare import accuracy, against_reference, differences, points
 from nearfold.study.document import count, first
 from nearfold.study.grid import Data, Study, Trial
@@ -199,19 +200,16 @@ def _between(rows: Sequence[Row], results: Results) -> str:
 
 
 def _gap(rows: Sequence[Row]) -> str:
-    def gap(row: Row) -> str:
-        return accuracy(row.estimate("gap")).replace(" %", " points")
-
     def train(row: Row) -> float:
         return row.estimate("train_accuracy").mean
 
     ranked = sorted(rows, key=lambda row: row.estimate("gap").mean)
     low, high = ranked[0], ranked[-1]
     if low is high:
-        return f"the gap between train and test accuracy is {gap(low)}."
+        return f"the gap between train and test accuracy is {gap(low, 'gap')}."
     text = (
-        f"the gap between train and test accuracy is smallest for {low.title}, {gap(low)} (train accuracy "
-        f"{100 * train(low):.1f} %), and largest for {high.title}, {gap(high)} ({100 * train(high):.1f} %)."
+        f"the gap between train and test accuracy is smallest for {low.title}, {gap(low, 'gap')} (train accuracy "
+        f"{100 * train(low):.1f} %), and largest for {high.title}, {gap(high, 'gap')} ({100 * train(high):.1f} %)."
     )
     if train(low) < train(high) - 0.01:
         text += (
