@@ -29,11 +29,9 @@ class HasOperation(Protocol):
 
     def prepare(self, x: Tensor) -> Tensor:
         """The operation's input for an input of the layer."""
-        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters by name."""
-        ...
 
 
 def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:

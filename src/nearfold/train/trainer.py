@@ -40,17 +40,9 @@ class _Pending:
 
 
 class Trainer:
-    """Takes the steps of a run.
+    """Takes the steps of a run, whose arguments :func:`nearfold.train.fit` has too.
 
-    Args:
-        model: Moved to the team's device; where it is divided among processes, a copy of it is, until the end.
-        data: Copied there, if they are in memory.
-        recipe: How to train.
-        team: The processes that train together.
-        schedule: Moves layers of the model after every step.
-        parallel: How several processes hold the model: ``"ddp"``, each all of it, or ``"fsdp"``, each a part.
-        compiled: Train by torch.compile.
-        workers: Processes that read ahead, of data that are not in memory.
+    The model is moved to the team's device; where it is divided among processes, a copy of it is, until the end.
 
     Raises:
         ValueError: The batch or the model cannot be shared by the processes.
@@ -374,21 +366,11 @@ class Trainer:
         """Raise a ValueError that names the tensors in which a checkpoint's model differs from this one."""
         here = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         there = {name: tuple(shape) for name, (shape, _) in _under("model", saved.layout).items()}
-        differing = [
-            f"{name} is {here.get(name, 'not there')}, was {there.get(name, 'not there')}"
-            for name in {**there, **here}
-            if here.get(name) != there.get(name)
-        ]
         made_of = saved.facts.get("model")
         if not isinstance(made_of, dict):
             raise saved.unusable("it does not say of which model")
-        differing = differing or [  # shapes first: they say the most
-            f"{name} is {self._made_of.get(name, 'not there')}, was {made_of.get(name, 'not there')}"
-            for name in {**made_of, **self._made_of}
-            if made_of.get(name) != self._made_of.get(name)
-        ]
-        if differing:
-            raise ValueError(checkpoint.of_another("model", saved.path, differing))
+        shapes = checkpoint.differing(here, there)  # first: they say the most
+        checkpoint.require_same("model", saved.path, shapes or checkpoint.differing(self._made_of, made_of))
 
     def _measure(self, model: nn.Module, split: str) -> tuple[float, float]:
         """The mean loss and the accuracy of a model on a split."""
