@@ -21,6 +21,7 @@ from nearfold.models.vgg import VGG
 from nearfold.models.vit import VisionTransformer
 from nearfold.nn import Mixer
 from nearfold.options import line
+from nearfold.surgery.report import few
 
 HOLDERS = ("state_dict", "model", "model_state_dict", "module")
 MAPS = {
@@ -106,13 +107,10 @@ def load_checkpoint(
     missing_ = [name for name in found.missing_keys if not name.startswith(inside)]
     if missing_ or found.unexpected_keys:
         raise ValueError(
-            f"the checkpoint does not fit {network}: missing {_few(missing_)}; unexpected {_few(found.unexpected_keys)}"
+            f"the checkpoint does not fit {network}: missing {few(missing_) or 'nothing'}; unexpected "
+            f"{few(found.unexpected_keys) or 'nothing'}"
         )
     return plan.network
-
-
-def _few(names: list[str]) -> str:
-    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
 
 
 def tensors_of(checkpoint: str | Path | Mapping[str, Any]) -> State:
@@ -129,7 +127,7 @@ def tensors_of(checkpoint: str | Path | Mapping[str, Any]) -> State:
             break
         holder = next((name for name in HOLDERS if isinstance(content.get(name), Mapping)), None)
         if holder is None:
-            raise ValueError(f"the checkpoint holds no state dict; it has: {_few(list(map(str, content)))}")
+            raise ValueError(f"the checkpoint holds no state dict; it has: {few(list(map(str, content)))}")
         content = content[holder]
     else:
         raise ValueError("the checkpoint holds dicts in dicts, and no state dict")

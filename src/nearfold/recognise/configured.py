@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nearfold.options import meant
 
 # Sizes that most configurations have; what a network is made of does not depend on them.
 LAYERS = {
@@ -62,9 +63,8 @@ def _classes(library: ModuleType, name: str) -> tuple[Any, Any]:
         made = made[0] if isinstance(made, tuple) else made
         if made is not None:
             return made, cls
-    close = difflib.get_close_matches(name, [*configs, *(n for n in dir(library) if n.endswith("Model"))], 5, 0.5)
-    hint = f"; close to it: {', '.join(close)}" if close else ""
-    raise ValueError(f"transformers:{name}: no model or configuration of this name{hint}")
+    known = [*configs, *(n for n in dir(library) if n.endswith("Model"))]
+    raise ValueError(f"transformers:{name}: no model or configuration of this name{meant(name, known, 5)}")
 
 
 def _is(cls: Any, base: type) -> bool:

@@ -116,12 +116,9 @@ class _Watch(TorchDispatchMode):
         self.glued = glued
         self.root = twins[model]
         self.by_module = {twins[layer.modules[0]]: layer for layer in layers}
-        self.known = {
-            twins[module] for layer in layers if layer.match and not layer.match.followed for module in layer.modules
-        }
-        self.followed = {
-            twins[module] for layer in layers if layer.match and layer.match.followed for module in layer.modules
-        }
+        said = {twins[module]: layer.match for layer in layers if layer.match for module in layer.modules}
+        self.known = {module for module, match in said.items() if not match.followed}
+        self.followed = said.keys() - self.known
         self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.match and not layer.listed}
         self.names = {twins[module]: name for name, module in model.named_modules()}
         self.folded: set[str] = set()

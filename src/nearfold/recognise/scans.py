@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfold._images import first_line
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import Causal, Depthwise, Scan, Selective, Window
 from nearfold.recognise.checked import (
     BATCH,
     POSITIONS,
-    first_line,
     random_copy,
     remembered,
     require_alike,

@@ -59,7 +59,8 @@ def _on(device: torch.device, inputs: dict[str, Any]) -> Any:
 
 def check_size(input_size: tuple[int, ...] | None) -> None:
     """Raise ValueError unless it is channels and grid."""
-    if not input_size or len(input_size) < 2 or any(type(n) is not int or n < 1 for n in input_size):
+    sized = isinstance(input_size, tuple | list) and len(input_size) >= 2
+    if not sized or any(type(n) is not int or n < 1 for n in input_size or ()):
         raise ValueError(
             f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
         )

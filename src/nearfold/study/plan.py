@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nearfold.options import meant
 from nearfold.study.grid import Run, Study, Trial, costing, training
 from nearfold.study.results import Results, collect
 from nearfold.study.store import Store
@@ -66,10 +66,9 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     """
     names = dict.fromkeys(trial.data.name for trial in study.trials)
     if unknown := [name for name in sources if name not in names]:
-        close = "".join(f", did you mean {name!r}" for name in difflib.get_close_matches(unknown[0], names, n=1))
         raise ValueError(
-            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so{close}; "
-            f"its data sets are {', '.join(names)}"
+            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so; its "
+            f"data sets are {', '.join(names)}{meant(unknown[0], names)}"
         )
     missing = tuple(name for name in names if name != "digits" and name not in sources)
     trials = [trial for trial in study.trials if trial.data.name not in missing]
