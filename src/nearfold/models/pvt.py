@@ -184,12 +184,8 @@ class PyramidVisionTransformer(Network):
             x = self.run(lambda x, block=block: block(x, grid), x)
         return x, grid
 
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """The maps behind the stages, without the last norm and the class token."""
-        return self.stages_and_last(x)[0]
-
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`stages` and `forward_features`."""
+        """The maps behind the stages, without the last norm; the last one's tokens, the class token first."""
         require_size(x, LEAST)
         maps, tokens = [], x
         for i in range(len(self.embeds)):
@@ -197,14 +193,6 @@ class PyramidVisionTransformer(Network):
             x = as_map(tokens, grid)
             maps.append(x)
         return maps, tokens
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's tokens, the class token first: (B, 1 + N, C)."""
-        require_size(x, LEAST)
-        last = len(self.embeds) - 1
-        for i in range(last):
-            x = as_map(*self._stage(i, x))
-        return self._stage(last, x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward_head(self.norm(x), pre_logits)

@@ -158,12 +158,8 @@ class VisionTransformer(Network):
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         return x + token_code(x.shape[1], x.shape[2], x)
 
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """The patches' features behind every quarter of the blocks, as maps."""
-        return self.stages_and_last(x)[0]
-
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`stages` and `forward_features`."""
+        """The patches' features behind every quarter of the blocks, as maps, and all tokens, the class token first."""
         grid = tuple(n // self.patch for n in x.shape[2:])
         ends = {info["block"] for info in self.feature_info}
         x = self.tokens(x)
@@ -173,13 +169,6 @@ class VisionTransformer(Network):
             if i in ends:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
         return maps, x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """All tokens behind the last block, the class token first: (B, 1 + N, D)."""
-        x = self.tokens(x)
-        for block in self.blocks:
-            x = self.run(block, x)
-        return x
 
 
 PROJECTIONS = tuple(f"{name}_weight" for name in ("query", "key", "value", "out"))

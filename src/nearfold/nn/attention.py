@@ -301,7 +301,6 @@ class TokenMLP(nn.Module):
         self.contract = Mixer(Basic(All(), Row(), Weight(Table(hidden, tokens))), 1, ndim=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
         require_tensors(x=x)
         if x.dim() != 3:
             raise ValueError(f"x must be (B, N, D) for this layer, got shape {tuple(x.shape)}")

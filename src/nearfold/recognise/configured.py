@@ -87,8 +87,8 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     main = model.main_input_name
     takes = inspect.signature(model.forward).parameters
     makers = {
-        "pixel_values": _pixels, "input_ids": _ids, "decoder_input_ids": _ids, "input_values": _sound,
-        "input_features": _spectrum,
+        "pixel_values": _pixels, "input_ids": _ids, "decoder_input_ids": _ids, "input_features": _spectrum,
+        "input_values": lambda config: torch.zeros(1, SECONDS),
     }  # fmt: skip
     if main not in makers:
         raise ValueError(f"{type(model).__name__} takes {main}, of which no example can be made")
@@ -108,10 +108,6 @@ def _pixels(config: Any) -> Tensor:
 
 def _ids(config: Any) -> Tensor:
     return torch.arange(3, 3 + TOKENS)[None]
-
-
-def _sound(config: Any) -> Tensor:
-    return torch.zeros(1, SECONDS)
 
 
 def _spectrum(config: Any) -> Tensor:

@@ -68,13 +68,11 @@ def transformers_library() -> ModuleType:
     return import_library("transformers", "transformers")
 
 
-def _from_transformers(name: str) -> nn.Module:
-    return next(configured.models(transformers_library(), name))
-
-
 SOURCES: dict[str, Callable[[str], nn.Module]] = {
-    "timm": _from_timm, "torchvision": _from_torchvision, "transformers": _from_transformers,
-}  # fmt: skip
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "transformers": lambda name: next(configured.models(transformers_library(), name)),
+}
 
 
 def _built(spec: str, name: str, known: list[str], make: Callable[[], Any]) -> Any:

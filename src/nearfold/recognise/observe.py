@@ -204,7 +204,7 @@ class _Watch(TorchDispatchMode):
         axis = match.axis % x.dim()
         dims = [d for d in range(1, x.dim()) if d != axis]
         windows = any(isinstance(part.path, Window) for part in match.operation.parts)
-        if gathered(place.position, axis) or (windows and not orderly(least_position(place, axis), dims)):
+        if gathered(place.position, axis) or (windows and not orderly(place.position.narrow(axis, 0, 1), dims)):
             self._note("a rearrangement of positions")
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -413,11 +413,6 @@ def _apart() -> Iterator[None]:
     """What is done within is no part of the run."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
-
-
-def least_position(place: Place, axis: int) -> Tensor:
-    """Positions, of the first channel."""
-    return place.position.narrow(axis, 0, 1)
 
 
 def _folds(module: nn.Module, match: Match, x: Tensor) -> bool:

@@ -44,17 +44,13 @@ def trial(
             args: tuple[Any, ...] = ()
             if inputs is None:
                 args = (torch.zeros(1, *(input_size or ()), dtype=first.dtype, device=device),)
-            given = _on(device, inputs or {})
+            given = tree_map(lambda t, to=device: t.to(to) if isinstance(t, Tensor) else t, inputs or {})
             with quiet(first.device), torch.no_grad():
                 return run(twin, modules, args, given)
         except Exception as error:
             errors.append(error)
     what = f"an input of size {input_size}" if inputs is None else f"the inputs {', '.join(inputs)}"
     raise ValueError(f"{type(model).__name__} does not run on {what}: {errors[-1]}") from errors[-1]
-
-
-def _on(device: torch.device, inputs: dict[str, Any]) -> Any:
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
 
 
 def check_size(input_size: tuple[int, ...] | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,18 +64,12 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.model, args.weights).to(device)
     images = held_out(model, args)
     _require_fit(model, images, device, f"{args.model} does not take the images of --data {args.data}")
-    found = sweep(
-        model, type(images)(images.x.to(device), images.labels.to(device)), ks=args.k, batch=args.batch, say=_progress
-    )
+    there = type(images)(images.x.to(device), images.labels.to(device))
+    say = functools.partial(print, "measured:", file=sys.stderr)
+    found = sweep(model, there, ks=args.k, batch=args.batch, say=say)
     threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
     print("\n".join(report(found, args.keep / 100, f"{machine(str(device))}{threads}")))
     return 0
-
-
-def _progress(line: str) -> None:
-    import sys
-
-    print(f"measured: {line}", file=sys.stderr)
 
 
 def load(spec: str, weights: Path | None = None) -> nn.Module:

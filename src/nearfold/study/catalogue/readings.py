@@ -205,12 +205,9 @@ def _gains(results: Results) -> list[str]:
     for name, rows in results.panels.items():
         reference = results.reference(rows)
         if reference is not None:
-            paragraphs.append(f"{name}: on test images, {_lower(verdict(differences(rows, reference), reference))}")
+            said = verdict(differences(rows, reference), reference)
+            paragraphs.append(f"{name}: on test images, {said[:1].lower()}{said[1:]}")
     return paragraphs
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:
