@@ -40,9 +40,8 @@ def memorise_answer(results: Results) -> list[str]:
             )
         reference = results.reference(there)
         if reference is not None:
-            text += (
-                "Gaps: " + verdict(differences(there, reference, "gap_last"), reference, ("larger", "smaller")) + " "
-            )
+            found = differences(there, reference, "gap_last")
+            text += f"Gaps: {verdict(found, reference.title, ('larger', 'smaller'))} "
         if len(there) > 3:
             text += _ranks(there) + " "
         if missed:
@@ -140,7 +139,7 @@ def benchmark_answer(results: Results) -> list[str]:
         else:
             text += "Scores: " + ", ".join(f"{s.row.title} {s.score:.0f} ({s.tier})" for s in table) + "."
             reference = results.reference(rows)
-            text += f" {verdict(differences(rows, reference), reference)}" if reference is not None else ""
+            text += f" {verdict(differences(rows, reference), reference.title)}" if reference is not None else ""
         paragraphs.append(text)
     return paragraphs
 
@@ -201,13 +200,8 @@ def budget_answer(results: Results) -> list[str]:
 
 
 def _gains(results: Results) -> list[str]:
-    paragraphs = []
-    for name, rows in results.panels.items():
-        reference = results.reference(rows)
-        if reference is not None:
-            said = verdict(differences(rows, reference), reference)
-            paragraphs.append(f"{name}: on test images, {said[:1].lower()}{said[1:]}")
-    return paragraphs
+    told = {panel.name: verdict(panel.found, panel.reference) for panel in panels(results) if panel.reference}
+    return [f"{name}: on test images, {text[:1].lower()}{text[1:]}" for name, text in told.items()]
 
 
 def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:

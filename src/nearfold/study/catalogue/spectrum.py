@@ -14,6 +14,7 @@ from nearfold.study.catalogue.readings import gap
 from nearfold.study.compare import accuracy, against_reference, differences, points
 from nearfold.study.document import count, first
 from nearfold.study.grid import Data, Study, Trial
+from nearfold.study.headline import panels
 from nearfold.study.results import Results, Row
 from nearfold.train import Recipe
 
@@ -149,18 +150,16 @@ def _limits(results: Results) -> list[str]:
     """What is said of the layer that this project is built around, wherever it was compared."""
     ours = next(stop.title for stop in SPECTRUM if stop.name == "convnn")
     texts = []
-    for name, rows in results.panels.items():
-        reference = results.reference(rows)
-        found = [] if reference is None else differences(rows, reference)
-        for d in (d for d in found if d.row.title == ours and not math.isnan(d.p)):
+    for panel in panels(results):
+        for d in (d for d in panel.found if d.row.title == ours and not math.isnan(d.p)):
             text = (
                 f"{ours}, the layer of nearest neighbours that this project is built around, is "
-                f"{'' if d.found else 'not '}found different from {results.study.reference} on {name}: "
+                f"{'' if d.found else 'not '}found different from {results.study.reference} on {panel.name}: "
                 f"{points(d.estimate)}"
             )
             if not (d.found or d.estimate.low <= 0 <= d.estimate.high):
-                text += f" (taken alone; among {len(found)} comparisons such an interval is to be expected, and it is "
-                text += "not counted)"
+                text += f" (taken alone; among {len(panel.found)} comparisons such an interval is to be expected, and it "
+                text += "is not counted)"
             texts.append(
                 text + ". That is one small network, trained briefly on few small images by one recipe, where every "
                 "operator stands alone in its layer. It does not say how a layer does in a large network, on large "
