@@ -20,10 +20,7 @@ from nearfold.models.vit import TransformerBlock, init_linear
 from nearfold.nn import Mixer
 
 BLOCK = "block({window}, scaled(bias=table), shift={shift}, padded) | box | softmax(heads={heads})"
-LAYERS = {
-    "attention": BLOCK,
-    "acmix": f"a*({BLOCK}) + b*(window(3) | box | shift({{heads}}, bias))",
-}
+LAYERS = {"attention": BLOCK, "acmix": f"a*({BLOCK}) + b*(window(3) | box | shift({{heads}}, bias))"}
 """The layers that have a name, as notation; ``{heads}``, ``{window}`` and ``{shift}`` differ from block to block."""
 
 

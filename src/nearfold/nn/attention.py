@@ -7,19 +7,7 @@ from torch import Tensor, nn
 from nearfold._numbers import flag, integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Elu, Scaled
-from nearfold.grammar.words import (
-    All,
-    Block,
-    Box,
-    Causal,
-    Normalized,
-    Row,
-    Shape,
-    Softmax,
-    Strided,
-    Table,
-    Window,
-)
+from nearfold.grammar.words import All, Block, Box, Causal, Normalized, Row, Shape, Softmax, Strided, Table, Window
 from nearfold.kernels.names import require_tensors
 from nearfold.nn.mixer import Mixer, TokenMixer
 

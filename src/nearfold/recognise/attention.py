@@ -340,11 +340,7 @@ def _checked(module: nn.Module, read: Attention, arguments: dict[str, inspect.Pa
     return dataclasses.replace(read, returns=len(made) if isinstance(made, tuple) else 0)
 
 
-FILLED: dict[str, Callable[[int], Any]] = {
-    "height": lambda n: 1,
-    "width": lambda n: n,
-    "feat_size": lambda n: (1, n),
-}
+FILLED: dict[str, Callable[[int], Any]] = {"height": lambda n: 1, "width": lambda n: n, "feat_size": lambda n: (1, n)}
 """Arguments that say how tokens lie on a map; they change nothing where all of them look at all of them."""
 
 

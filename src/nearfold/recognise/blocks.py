@@ -13,19 +13,7 @@ from torch import nn
 
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Scaled
-from nearfold.grammar.words import (
-    All,
-    Block,
-    Box,
-    Deformable,
-    Dense,
-    Modulated,
-    Ones,
-    Row,
-    Softmax,
-    Table,
-    Window,
-)
+from nearfold.grammar.words import All, Block, Box, Deformable, Dense, Modulated, Ones, Row, Softmax, Table, Window
 from nearfold.recognise.foreign import RULES, Ints, Match, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"

@@ -70,12 +70,7 @@ def failed(run: Run, place: Place, began: float, error: str, trace: str = "") ->
 
 
 def work_through(
-    runs: Sequence[Run],
-    place: Place,
-    engine: Engine,
-    *,
-    retry: bool = False,
-    say: Callable[[str], None] | None = None,
+    runs: Sequence[Run], place: Place, engine: Engine, *, retry: bool = False, say: Callable[[str], None] | None = None
 ) -> None:
     """Do the runs that have not finished; first, here and one after the other, those that must be alone.
 

@@ -27,13 +27,7 @@ from nearfold.train.listing import Read, Records, Source
 from nearfold.train.recipe import Recipe
 from nearfold.train.seeds import generator
 from nearfold.train.sources import open_source
-from nearfold.train.transforms import (
-    IMAGE_AUGMENTATIONS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    evaluation_view,
-    training_view,
-)
+from nearfold.train.transforms import IMAGE_AUGMENTATIONS, IMAGENET_MEAN, IMAGENET_STD, evaluation_view, training_view
 
 _MOST_LANES = 64
 _UNITS_OPEN = 128  # units of reading that are shuffled together, over all processes ...

@@ -158,8 +158,8 @@ def _limits(results: Results) -> list[str]:
                 f"{points(d.estimate)}"
             )
             if not (d.found or d.estimate.low <= 0 <= d.estimate.high):
-                text += f" (taken alone; among {len(panel.found)} comparisons such an interval is to be expected, and it "
-                text += "is not counted)"
+                many = f"among {len(panel.found)} comparisons such an interval is to be expected"
+                text += f" (taken alone; {many}, and it is not counted)"
             texts.append(
                 text + ". That is one small network, trained briefly on few small images by one recipe, where every "
                 "operator stands alone in its layer. It does not say how a layer does in a large network, on large "
