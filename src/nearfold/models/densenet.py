@@ -50,9 +50,7 @@ class DenseNet(Network):
     Args:
         depths: dense layers of every block.
         layer: what stands for their 3x3 convolutions: conv, convnn, hybrid, or any notation.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of the images.
-        img_size: not used, since any size fits; here because every network of the table takes it.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
         width: channels of the stem.
         growth: channels that a dense layer adds.
 

@@ -8,6 +8,7 @@ Shape legend: B images, N positions, C channels, H and W the grid.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class ReducedACmix(nn.Module):
 
 
 LAYERS = {"attention": ReducedAttention, "acmix": ReducedACmix}
+PyramidBlock = functools.partial(TransformerBlock, eps=EPS)
 
 
 class PyramidVisionTransformer(Network):
@@ -116,8 +118,7 @@ class PyramidVisionTransformer(Network):
         heads: heads of every stage.
         mlp_ratios: hidden features of the MLPs, in multiples of the stage's channels.
         reductions: by how much the map of keys and values is smaller, along one axis.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
+        num_classes, in_chans: as in `nearfold.models.create`.
         img_size: what the learned codes of the positions are made for; they are resized for other sizes.
 
     >>> small = {"widths": (4, 4, 8, 8), "heads": (1, 1, 2, 2), "img_size": (32, 64)}
@@ -159,9 +160,7 @@ class PyramidVisionTransformer(Network):
             self.norms.append(nn.LayerNorm(width))
             self.places.append(nn.Parameter(_drawn(1, width, *grid)))
             self.layers.append(
-                nn.ModuleList(
-                    TransformerBlock(LAYERS[layer](width, many, ratio), width, mlp_ratio, EPS) for _ in range(depth)
-                )
+                nn.ModuleList(PyramidBlock(LAYERS[layer](width, many, ratio), width, mlp_ratio) for _ in range(depth))
             )
             self.feature_info.append({"num_chs": width, "reduction": pixels, "module": f"layers.{i}"})
             before = width

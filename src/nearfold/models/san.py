@@ -106,9 +106,7 @@ class SelfAttentionNetwork(Network):
         layer: "attention" or "acmix".
         width: channels of the first stage; the second has 4 times as many, the others twice as many as the one before.
         depths: blocks of every stage.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
 
     >>> net = SelfAttentionNetwork("acmix", depths=(1, 1), num_classes=5)
     >>> net(torch.zeros(1, 3, 9, 13)).shape

@@ -62,9 +62,7 @@ class SwinTransformer(Network):
         window: side of a block of attention; every second layer shifts it by half, unless the map is no larger. Maps
             that it does not divide are padded with zeros, as in the public code, torchvision and timm: `block(padded)`.
         patch: pixels of a position of the first stage, along one axis.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size of at least one patch goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size of at least one patch fits.
 
     >>> net = SwinTransformer("acmix", width=8, depths=(1, 1), heads=(1, 2), num_classes=5)
     >>> net(torch.zeros(1, 3, 33, 47)).shape

@@ -112,9 +112,7 @@ class VisionTransformer(Network):
         patch: side of a patch; what an image has beyond a multiple of it is not read.
         bias: of the layer's projections and kernels.
         mlp_ratio: hidden features of the MLP, over width.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size of at least one patch goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size of at least one patch fits.
 
     >>> net = VisionTransformer("all | row | softmax(heads=2)", width=8, depth=1, patch=4, num_classes=5)
     >>> net(torch.zeros(1, 3, 9, 17)).shape
