@@ -72,7 +72,7 @@ class Trainer:
         self._made_of = configuration(model, schedule)
         if not divided:
             model.to(team.device)
-        team.share(model)
+        team.share((*model.parameters(), *model.buffers()))
         self._averaged = AveragedModel(model, use_buffers=True) if recipe.ema else None
         self.model = model
         if divided:  # a copy, since a divided model cannot be made whole again
@@ -187,15 +187,18 @@ class Trainer:
                 run.phase_sums[phase] += value
         self._pending.clear()
         assert step == run.step, "every step is read once"
+        speed = {"images_per_second": self.batch / run.step_seconds[-1]}
+        return self._record("step", epoch, 1, loss, correct) | speed | phase_metrics(seconds, 1)
+
+    def _record(self, kind: str, epoch: int, steps: int, loss_sum: float, correct: float) -> Metrics:
+        """What the records of a step and of an epoch of so many begin with."""
         return {
-            "kind": "step",
+            "kind": kind,
             "epoch": epoch,
-            "step": step,
-            "lr": learning_rate(self.recipe, run.step - 1, self.steps_per_epoch),
-            "train_loss": loss,
-            "train_accuracy": correct / self.batch,
-            "images_per_second": self.batch / run.step_seconds[-1],
-            **phase_metrics(seconds, 1),
+            "step": self.run.step,
+            "lr": learning_rate(self.recipe, self.run.step - 1, self.steps_per_epoch),
+            "train_loss": loss_sum / steps,
+            "train_accuracy": correct / (steps * self.batch),
         }
 
     def end_epoch(self) -> Metrics:
@@ -210,13 +213,7 @@ class Trainer:
         loss, accuracy = self._measure(self._evaluated, "val")
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {epoch}, step {run.step}: {_REMEDY}")
-        record: Metrics = {
-            "kind": "epoch",
-            "epoch": epoch,
-            "step": run.step,
-            "lr": learning_rate(self.recipe, run.step - 1, self.steps_per_epoch),
-            "train_loss": run.loss_sum / self.steps_per_epoch,
-            "train_accuracy": run.correct / (self.steps_per_epoch * self.batch),
+        record: Metrics = self._record("epoch", epoch, self.steps_per_epoch, run.loss_sum, run.correct) | {
             "val_loss": loss,
             "val_accuracy": accuracy,
             "images_per_second": self._speed(run.step - self.steps_per_epoch),
@@ -284,7 +281,7 @@ class Trainer:
         No generator states: every step seeds its own.
         """
         for model in self._models().values():
-            self.team.share_buffers(model)  # any process may write them, and the first one's count
+            self.team.share(model.buffers())  # any process may write them, and the first one's count
         run = {name: value for name, value in vars(self.run).items() if name not in TENSORS}
         tensors: dict[str, Any] = {"step_seconds": torch.tensor(self.run.step_seconds, dtype=torch.float64)}
         for kind, model in self._models().items():
