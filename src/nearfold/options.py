@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
 def meant(name: str, known: Iterable[str], most: int = 1) -> str:
     """The known names that are spelled most alike, as a question; nothing where none is close.
 
-    >>> meant("trian", ["train", "models"]), meant("zzz", ["train"])
-    ('; did you mean train?', '')
+    >>> meant("trian", ["train", "models"]), meant("zzz", ["train"]), meant("resnet", ["resnet18", "resnet34"], 5)
+    ('; did you mean train?', '', '; did you mean resnet34 or resnet18?')
     """
     close = difflib.get_close_matches(name[:100], known, n=most)
     return f"; did you mean {' or '.join(close)}?" if close else ""
