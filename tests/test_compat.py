@@ -254,6 +254,15 @@ def test_convnn_attention_by_formula(heads):
     agree(layer, formula, torch.randn(2, 9, 12))
 
 
+def test_arguments_that_are_left_out_are_the_public_defaults():
+    state = attention_state() | {"conv.weight": torch.randn(12, 12, 4)}
+    config = attention_config(num_heads=1, convolution_type="standard")
+    left_out = {name: value for name, value in config.items() if name != "convolution_type"}
+    given, usual = (from_reference("MultiHeadConvNNAttention", c, state) for c in (config, left_out))
+    x = torch.randn(2, 9, 12)
+    assert torch.equal(given(x), usual(x))
+
+
 def test_branching_attention_by_formula():
     """Unlike ours, the public branches split the input channels too."""
     first, dim = 4, 12

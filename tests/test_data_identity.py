@@ -97,12 +97,9 @@ def test_a_study_goes_on_where_its_data_moved_to(folders, tmp_path):
 @pytest.mark.parametrize(
     ("sources", "says"),
     [
-        (
-            {"cfar10": "x"},
-            "--data cfar10=x: no data set of the study 'ratio' is called so, did you mean 'cifar10'; its",
-        ),
+        ({"cfar10": "x"}, "--data cfar10=x: no data set of the study 'ratio' is called so; .*; did you mean cifar10"),
         ({"imagenet": "x"}, "no data set of the study 'ratio' is called so; its data sets are digits, cifar10"),
-        ({"cifar10": "nowhere", "Digits": "x"}, "--data Digits=x.*did you mean 'digits'"),
+        ({"cifar10": "nowhere", "Digits": "x"}, "--data Digits=x.*did you mean digits"),
     ],
 )
 def test_an_unknown_data_set_of_a_study_is_an_error_before_anything_is_read(tmp_path, sources, says):

@@ -110,5 +110,5 @@ def test_a_model_of_transformers_by_its_name():
 def test_a_name_that_transformers_does_not_know():
     pytest.importorskip("transformers")
     import_library("torchvision", "transformers")
-    with pytest.raises(ValueError, match=r"no model or configuration of this name; close to it: .*ViTModel"):
+    with pytest.raises(ValueError, match=r"no model or configuration of this name; did you mean .*ViTModel"):
         next(configured.models(importlib.import_module("transformers"), "VitModle"))

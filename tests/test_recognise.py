@@ -783,7 +783,7 @@ def test_other_wrong_specs(tmp_path):
 def test_models_by_name(source):
     library(source)
     assert isinstance(load_model(f"{source}:resnet18"), nn.Module)
-    with pytest.raises(ValueError, match=r"no model of this name; close to it: .*resnet18"):
+    with pytest.raises(ValueError, match=r"no model of this name; did you mean .*resnet18"):
         load_model(f"{source}:resnet_18")
 
 

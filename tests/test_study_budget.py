@@ -71,6 +71,17 @@ def test_every_setting_is_measured_and_the_model_is_itself_again(trained, images
     assert by_k[8] >= by_k[2] and by_k[8] > found.accuracy - 0.05  # the nearest half of the keys does nearly all
 
 
+def test_a_model_in_training_is_measured_in_evaluation(trained, images, quick):
+    modes = []
+    handle = trained.train().register_forward_pre_hook(lambda module, given: modes.append(module.training))
+    try:
+        sweep(trained, images, ks=[2])
+        assert trained.training and modes and not any(modes)
+    finally:
+        handle.remove()
+        trained.eval()
+
+
 def test_a_setting_is_what_attention_to_the_k_best_keys_gives(trained, images, quick):
     """Against the same network built anew with `nearest`, which shares the weights by name."""
     other = create(

@@ -194,10 +194,7 @@ def _costs(root):
     [
         (["run", "ratios"], "no study is called 'ratios'"),
         (["run", "ratio", "--data", "cifar10"], "--data must be NAME=FOLDER"),
-        (
-            ["run", "ratio", "--data", "cfar10=x"],
-            "no data set of the study 'ratio' is called so, did you mean 'cifar10'",
-        ),
+        (["run", "ratio", "--data", "cfar10=x"], "its data sets are digits, cifar10; did you mean cifar10?"),
         (
             ["run", "ratio", "--data", "cifar10=x", "--data", "cifar10=y"],
             "--data cifar10 is given twice, as x and as y",

@@ -25,6 +25,7 @@ def test_a_small_network_learns_the_digits(tmp_path):
     assert (result.epochs, result.steps) == (4, 4 * (len(data.train) // 32))
     assert result.images_per_second > 0 and result.seconds > 0 and result.peak_memory_mib >= 0
     assert not model.training
+    assert 0.3 < result.history[0]["train_loss"] < 2.4  # the mean over the steps of the epoch
 
     assert result.test_accuracy == evaluate(model, data.test, data)[1]
     loss, accuracy = evaluate(model, data.train, data)

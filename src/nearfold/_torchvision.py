@@ -15,8 +15,8 @@ import torch
 _declared: list[torch.library.Library] = []  # the declarations end with the object that made them
 
 
-def transforms() -> ModuleType:
-    """Return ``torchvision.transforms.v2``.
+def transforms(augment: str = "randaugment", instead: str = "crop_flip") -> ModuleType:
+    """Return ``torchvision.transforms.v2``, which an augmentation needs, and another one does not.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -25,7 +25,7 @@ def transforms() -> ModuleType:
         return load("torchvision.transforms.v2")
     except ModuleNotFoundError as error:
         raise ImportError(
-            "augment='randaugment' needs torchvision: pip install torchvision, or choose augment='crop_flip'"
+            f"augment={augment!r} needs torchvision: pip install torchvision, or choose augment={instead!r}"
         ) from error
 
 

@@ -41,10 +41,7 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "draw what operators read of a photograph for one position, and their mixing matrices",
         "nearfold.look.command",
     ),
-    "describe": (
-        "say any network in these words, layer by layer, and its complexity",
-        "nearfold.recognise.command",
-    ),
+    "describe": ("say any network in these words, layer by layer, and its complexity", "nearfold.recognise.command"),
     "models": (
         "the networks that have a name: parameters and multiply-adds, built and published",
         "nearfold.models.command",

@@ -83,14 +83,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {line(message)} (see {self.prog} --help)\n")
 
 
-def meant(name: str, known: Iterable[str]) -> str:
-    """The known name that is spelled most alike, as a question; nothing where none is close.
+def meant(name: str, known: Iterable[str], most: int = 1) -> str:
+    """The known names that are spelled most alike, as a question; nothing where none is close.
 
-    >>> meant("trian", ["train", "models"]), meant("zzz", ["train"])
-    ('; did you mean train?', '')
+    >>> meant("trian", ["train", "models"]), meant("zzz", ["train"]), meant("resnet", ["resnet18", "resnet34"], 5)
+    ('; did you mean train?', '', '; did you mean resnet34 or resnet18?')
     """
-    close = difflib.get_close_matches(name[:100], known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(name[:100], known, n=most)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")

@@ -26,12 +26,7 @@ def acmix(c: Config, state: State) -> Conversion:
 
     def mapping(s: State) -> State:
         found = {"rates": torch.cat([s["rate1"], s["rate2"]])}
-        for ours, theirs in (
-            ("query", "conv1"),
-            ("key", "conv2"),
-            ("value", "conv3"),
-            ("0.position", "conv_p"),
-        ):
+        for ours, theirs in (("query", "conv1"), ("key", "conv2"), ("value", "conv3"), ("0.position", "conv_p")):
             found[f"{ours}_weight"] = s[f"{theirs}.weight"].flatten(1)
             found[f"{ours}_bias"] = s[f"{theirs}.bias"]
         found["1.weight"] = s["fc.weight"].flatten(1)

@@ -10,7 +10,7 @@ import functools
 from torch import Tensor, nn
 
 from nearfold.compat.reference import Config, Conversion, State, UnsupportedReference, random_is_refused
-from nearfold.grammar import Basic, Branch, Operation, Weight
+from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.similarity import Cosine, Euclidean, Scaled, Similarity
 from nearfold.grammar.words import (
     All,
@@ -43,16 +43,17 @@ def _linear(s: State, names: dict[str, str], prefix: str = "") -> State:
     }
 
 
-def _tokens(op: Operation, dim: int, state: State, bias_name: str) -> TokenMixer:
-    return TokenMixer(op, dim, bias=bias_name in state)
+# ours and the public names of linear layers: of most, of sparse attention, and of those that compute K^T Q
+PUBLIC = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}
+SPARSE = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+SWAPPED = PUBLIC | {"query": "W_k", "key": "W_q"}
 
 
 def attention(c: Config, state: State) -> Conversion:
     """MultiHeadAttention: softmax over all tokens."""
     c.no_dropout()
     op = Basic(All(), Row(), Weight(Softmax(heads=c["num_heads"])))
-    names = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}
-    return Conversion(_tokens(op, c["d_hidden"], state, "W_o.bias"), lambda s: _linear(s, names))
+    return Conversion(TokenMixer(op, c["d_hidden"], bias="W_o.bias" in state), lambda s: _linear(s, PUBLIC))
 
 
 def kvt(c: Config, state: State) -> Conversion:
@@ -88,8 +89,7 @@ def sparse(c: Config, state: State) -> Conversion:
             "strided": lambda: Basic(All(), Strided(context), weight),
         },
     )()
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
-    return Conversion(_tokens(op, c["d_hidden"], state, "out_proj.bias"), lambda s: _linear(s, names))
+    return Conversion(TokenMixer(op, c["d_hidden"], bias="out_proj.bias" in state), lambda s: _linear(s, SPARSE))
 
 
 def _convnn_attention_operation(c: Config) -> Basic:
@@ -102,8 +102,7 @@ def _convnn_attention_operation(c: Config) -> Basic:
         "cosine": Cosine(coordinates),
         "euclidean": Euclidean(coordinates=coordinates),
     }
-    if kind not in similarities:
-        raise ValueError(f"{c.layer}: magnitude_type={kind!r} is not one of: {', '.join(similarities)}")
+    similarity = c.choose("magnitude_type", similarities, "matmul")
     # where heads are put together wrongly, the output projection follows outside the operation
     project = "qkv" if _scrambles(c) else "qkvo"
     plain: Rho = Inverse(heads, project) if kind == "euclidean" else Identity(heads, project)
@@ -119,22 +118,16 @@ def _convnn_attention_operation(c: Config) -> Basic:
         "depthwise": Depthwise(),
         "depthwise-separable": Separable(heads, coordinates),
     }
-    if convolution not in kernels:
-        raise ValueError(f"{c.layer}: convolution_type={convolution!r} is not one of: {', '.join(kernels)}")
-    path = Nearest(c["K"], similarities[kind])
+    kernel = c.choose("convolution_type", kernels, "standard")
+    path = Nearest(c["K"], similarity)
     if c.get("sampling_type", "all") != "all":
         random_is_refused(c)
         # the token itself has score 1 (distance 1), and stays in the search with -0.1 (distance 1.1)
         own, again = (-1.0, -1.1) if kind == "euclidean" else (1.0, -0.1)
         grid = Grid(int(c["num_samples"]), int(c.get("sample_padding", 0)))
-        path = Nearest(
-            c["K"],
-            similarities[kind],
-            grid,
-            include_self=own,
-            again=None if c.layer.endswith("_Sampled") else again,
-        )
-    return Basic(path, Ranked(), Weight(rho, kernels[convolution]))
+        sampled = c.layer.endswith("_Sampled")
+        path = Nearest(c["K"], similarity, grid, include_self=own, again=None if sampled else again)
+    return Basic(path, Ranked(), Weight(rho, kernel))
 
 
 def _scrambles(c: Config) -> bool:
@@ -151,10 +144,7 @@ def _scramble(y_BND: Tensor, heads: int) -> Tensor:
 
 def _convnn_attention_mapping(c: Config, s: State, prefix: str = "") -> State:
     # older layers compute K^T Q, a key per row: their query is our key; the later ones do not
-    swapped = "magnitude_type" in c.values
-    names = {"value": "W_v", "out": "W_o"}
-    names |= {"query": "W_k", "key": "W_q"} if swapped else {"query": "W_q", "key": "W_k"}
-    found = _linear(s, names, prefix)
+    found = _linear(s, SWAPPED if "magnitude_type" in c.values else PUBLIC, prefix)
     heads = c["num_heads"]
     first = "conv.0.weight" if f"{prefix}conv.0.weight" in s else "conv.weight"
     found["weight"] = s[f"{prefix}{first}"].repeat(heads, 1, 1)
@@ -173,7 +163,7 @@ def _convnn_attention_mapping(c: Config, s: State, prefix: str = "") -> State:
 def convnn_attention(c: Config, state: State) -> Conversion:
     """MultiHeadConvNNAttention and its variants; with several heads the outputs are mixed up as in the public code."""
     dim = c["d_hidden"]
-    layer = _tokens(_convnn_attention_operation(c), dim, state, "W_o.bias")
+    layer = TokenMixer(_convnn_attention_operation(c), dim, bias="W_o.bias" in state)
     if _scrambles(c):  # what follows outside the operation is no parameter of the layer
         for name, shape in (("W_o.weight", (dim, dim)), ("W_o.bias", (dim,))):
             if name in state and tuple(state[name].shape) != shape:
@@ -225,9 +215,8 @@ def branching_attention(c: Config, state: State) -> Conversion:
         return {name: p.new_zeros(len(p)) for name, p in missing.items() if name not in part} | part
 
     def mapping(s: State) -> State:
-        names = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}
         a = biased(_convnn_attention_mapping(c, s, "convnn."))
-        b = biased(_linear(s, names, "attention."))
+        b = biased(_linear(s, PUBLIC, "attention."))
         mix = _linear(s, {"mix": "pointwise_linear"})
         return mix | {f"0.{n}": p for n, p in a.items()} | {f"1.{n}": p for n, p in b.items()}
 

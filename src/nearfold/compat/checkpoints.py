@@ -21,6 +21,7 @@ from nearfold.models.vgg import VGG
 from nearfold.models.vit import VisionTransformer
 from nearfold.nn import Mixer
 from nearfold.options import line
+from nearfold.surgery.report import few
 
 HOLDERS = ("state_dict", "model", "model_state_dict", "module")
 MAPS = {
@@ -76,7 +77,7 @@ def load_checkpoint(
     """
     if network not in NETWORKS:
         raise ValueError(f"network={network!r} is not one of: {', '.join(NETWORKS)}")
-    left = _state(checkpoint)
+    left = tensors_of(checkpoint)
     try:
         plan = NETWORKS[network](left, dict(config or {}))
     except KeyError as missing:
@@ -106,16 +107,18 @@ def load_checkpoint(
     missing_ = [name for name in found.missing_keys if not name.startswith(inside)]
     if missing_ or found.unexpected_keys:
         raise ValueError(
-            f"the checkpoint does not fit {network}: missing {_few(missing_)}; unexpected {_few(found.unexpected_keys)}"
+            f"the checkpoint does not fit {network}: missing {few(missing_) or 'nothing'}; unexpected "
+            f"{few(found.unexpected_keys) or 'nothing'}"
         )
     return plan.network
 
 
-def _few(names: list[str]) -> str:
-    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
+def tensors_of(checkpoint: str | Path | Mapping[str, Any]) -> State:
+    """The tensors of a checkpoint by name: of a file or its content, a state dict or what holds one.
 
-
-def _state(checkpoint: str | Path | Mapping[str, Any]) -> State:
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
     content = _read(Path(checkpoint)) if isinstance(checkpoint, str | Path) else checkpoint
     for _ in range(8):  # one that holds itself would never end
         if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
@@ -124,7 +127,7 @@ def _state(checkpoint: str | Path | Mapping[str, Any]) -> State:
             break
         holder = next((name for name in HOLDERS if isinstance(content.get(name), Mapping)), None)
         if holder is None:
-            raise ValueError(f"the checkpoint holds no state dict; it has: {_few(list(map(str, content)))}")
+            raise ValueError(f"the checkpoint holds no state dict; it has: {few(list(map(str, content)))}")
         content = content[holder]
     else:
         raise ValueError("the checkpoint holds dicts in dicts, and no state dict")

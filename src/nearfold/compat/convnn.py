@@ -185,26 +185,17 @@ def branching(ndim: int) -> Callable[[Config, State], Conversion]:
         size = tuple(state["branch2.weight"].shape[2:]) if "branch2.weight" in state else c["kernel_size"]
         second = Basic(Window(size), Box(), Weight(kernel=Dense()))
         layer = Mixer(
-            Branch(c.get("branch_ratio", 0.5), first, second, mix=True),
-            c["in_channels"],
-            c["out_channels"],
-            ndim=ndim,
+            Branch(c.get("branch_ratio", 0.5), first, second, mix=True), c["in_channels"], c["out_channels"], ndim=ndim
         )
 
         def mapping(s: State) -> State:
-            found = {
-                "mix_weight": s["pointwise_conv.weight"].flatten(1),
-                "mix_bias": s["pointwise_conv.bias"],
-            }
+            found = {"mix_weight": s["pointwise_conv.weight"].flatten(1), "mix_bias": s["pointwise_conv.bias"]}
             if "branch2.weight" in s:
                 found |= {"1.weight": s["branch2.weight"], "1.bias": s["branch2.bias"]}
             if attends and "branch1.w_q.weight" in s:
                 found |= {f"0.{name}": p for name, p in _attending_mapping(s, "branch1.").items()}
             elif "branch1.conv1d_layer.weight" in s:
-                found |= {
-                    "0.weight": s["branch1.conv1d_layer.weight"],
-                    "0.bias": s["branch1.conv1d_layer.bias"],
-                }
+                found |= {"0.weight": s["branch1.conv1d_layer.weight"], "0.bias": s["branch1.conv1d_layer.bias"]}
             return found
 
         return Conversion(layer, mapping, _grid_check(c, 1))

@@ -115,10 +115,11 @@ class Config:
     def get(self, name: str, default: Any) -> Any:
         return self.values.get(name, default)
 
-    def choose(self, name: str, choices: dict[str, Any]) -> Any:
-        if self[name] not in choices:
-            raise ValueError(f"config of {self.layer}: {name}={self[name]!r} is not one of: {', '.join(choices)}")
-        return choices[self[name]]
+    def choose(self, name: str, choices: dict[str, Any], *default: str) -> Any:
+        chosen = self.get(name, *default) if default else self[name]
+        if chosen not in choices:
+            raise ValueError(f"config of {self.layer}: {name}={chosen!r} is not one of: {', '.join(choices)}")
+        return choices[chosen]
 
     def no_dropout(self) -> None:
         if self.get("attention_dropout", 0.0):

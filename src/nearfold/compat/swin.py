@@ -12,6 +12,7 @@ from nearfold.grammar.words import Block, Box, Shift, Softmax, Window
 from nearfold.lower.parameters import operand
 from nearfold.lower.plan import apply
 from nearfold.nn.mixer import Mixer
+from nearfold.recognise.layouts import QKV, divided, named
 
 
 class RolledACmix(Mixer):
@@ -47,10 +48,7 @@ def acmix_swin_layer(state: State, size: int, shift: int) -> RolledACmix:
     table = state["relative_position_bias_table"]
     channels, heads = len(state["proj.weight"]), table.shape[1]
     layer = RolledACmix(channels, size, heads, shift)
-    names = ("query", "key", "value")
-    found = {f"{n}_weight": w for n, w in zip(names, state["qkv.weight"].chunk(3), strict=True)}
-    found |= {f"{n}_bias": b for n, b in zip(names, state["qkv.bias"].chunk(3), strict=True)}
-    found |= {
+    found = named(divided(QKV, state["qkv.weight"], state["qkv.bias"])) | {
         "rates": torch.cat([state["rate1"], state["rate2"]]),
         "0.relative_bias": table.T.reshape(heads, 2 * size - 1, 2 * size - 1),
         "0.out_weight": state["proj.weight"],

@@ -5,8 +5,6 @@ Shape legend: B batch, H heads, M outputs, S slots, N positions.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -19,24 +17,10 @@ from nearfold.lower.execute import execute
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
+from nearfold.nn.mixer import Mixer
 
 
-class HasOperation(Protocol):
-    """What `looks` needs of a layer: `nearfold.nn.Mixer` has it."""
-
-    operation: Operation
-    made_channels: int
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """The operation's input for an input of the layer."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters by name."""
-        ...
-
-
-def looks(layer: HasOperation, x: Tensor, at: tuple[int, ...]) -> Tensor:
+def looks(layer: Mixer, x: Tensor, at: tuple[int, ...]) -> Tensor:
     """How much output position ``at`` reads every input position: (B, *grid), non-negative.
 
     It sums to one, or to zero where the output is zero. A position's share is |alpha| times the size of the

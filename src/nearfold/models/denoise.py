@@ -22,7 +22,6 @@ class DenoiseBlock(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, H, W)."""
         out: Tensor = x + self.conv(self.mixer(x).relu())
         return out
 
@@ -81,5 +80,4 @@ class DenoiseNet(nn.Module):
         return F.pixel_shuffle(self.head(x.relu()), self.scale)[:, :, :height, :width]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, channels, H, W)."""
         return x - self.noise(x)

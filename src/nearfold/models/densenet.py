@@ -27,7 +27,6 @@ class DenseLayer(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C + growth, H, W)."""
         new = self.conv1(self.relu(self.norm1(x)))
         return torch.cat((x, self.conv2(self.relu(self.norm2(new)))), 1)
 
@@ -51,9 +50,7 @@ class DenseNet(Network):
     Args:
         depths: dense layers of every block.
         layer: what stands for their 3x3 convolutions: conv, convnn, hybrid, or any notation.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of the images.
-        img_size: not used, since any size fits; here because every network of the table takes it.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
         width: channels of the stem.
         growth: channels that a dense layer adds.
 
@@ -98,10 +95,7 @@ class DenseNet(Network):
             if not last:
                 self.features.add_module(f"transition{i}", Transition(channels))
                 channels //= 2
-        self.features.norm5, self.features.relu5 = (
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        )  # 5: of torchvision's four blocks
+        self.features.norm5, self.features.relu5 = nn.BatchNorm2d(channels), nn.ReLU()  # 5: torchvision's, of 4 blocks
         self.num_features, self.num_classes = channels, num_classes
         self.classifier = classifier(channels, num_classes)
 
@@ -116,12 +110,6 @@ class DenseNet(Network):
             if name in wanted:
                 maps.append(x)
         return maps
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = self.pooled(x)
-        out: Tensor = x if pre_logits else self.classifier(x)
-        return out
 
 
 COUNTS = {"conv": Published("7,978,856", "", "torchvision 0.28")}

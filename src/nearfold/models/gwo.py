@@ -34,9 +34,7 @@ class BaselineNet(Network):
 
     Args:
         layer: conv, deformable, depthwise, attention, convnn, or any notation.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of the images.
-        img_size: not used, since any size fits; here because every network of the table takes it.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
         width: channels of the first layer; the second has twice as many.
         side: of the map that the linear layers read.
         embed: a 1x1 convolution before either layer makes its channels, so that every layer keeps their number.

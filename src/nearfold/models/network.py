@@ -27,7 +27,8 @@ class Network(nn.Module):
 
     A subclass sets ``num_features`` (channels before the classifier), ``num_classes``, ``head_name`` (the classifier's
     dotted name) and ``feature_info`` (one entry a stage: ``num_chs``, ``reduction``, ``module``), and implements
-    `stages` and `forward_head`; `forward_features` where something stands between the last stage and the head.
+    `stages`, or `stages_and_last` where the head reads something else than the last map; `forward_head` where more than
+    pooling stands between what it reads and the classifier.
 
     ``architecture`` and ``arguments`` are what `create` made it from; ``pretrained_cfg``, which timm also calls
     ``default_cfg``, is timm's description of its input. Weights start as PyTorch's layers start theirs.
@@ -48,11 +49,11 @@ class Network(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The maps (B, num_chs, H / reduction, W / reduction) behind every stage, in the order of feature_info."""
-        raise NotImplementedError
+        return self.stages_and_last(x)[0]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, or the last tokens: what the head reads."""
-        return self.stages(x)[-1]
+        return self.stages_and_last(x)[1]
 
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """What `stages` and `forward_features` return, by one pass."""
@@ -103,10 +104,11 @@ class Network(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` returned -> (B, num_classes); ``pre_logits``: (B, num_features)."""
-        raise NotImplementedError
+        x = self.pooled(x)
+        out: Tensor = x if pre_logits else self.get_classifier()(x)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def run(self, block: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -247,5 +249,4 @@ class Features(nn.Module):
         return [maps[i] for i in self.feature_info.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As `Network.set_grad_checkpointing`."""
         self.network.set_grad_checkpointing(enable)

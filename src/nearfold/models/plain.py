@@ -68,6 +68,5 @@ class PlainNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, classes)."""
         logits: Tensor = self.classifier(F.adaptive_avg_pool2d(self.features(x), POOLED))
         return logits

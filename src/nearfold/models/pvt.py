@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from nearfold.kernels.attention import attention as attend
 from nearfold.models.network import TOKENS, Network
-from nearfold.models.parts import require_size
+from nearfold.models.parts import classifier, require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
-from nearfold.models.vit import init_linear
+from nearfold.models.vit import TransformerBlock, init_linear
 from nearfold.nn import TokenMixer
 
 EPS = 1e-6
@@ -37,7 +37,6 @@ class Reduction(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, N', C)."""
         out: Tensor = self.norm(self.conv(x).flatten(2).transpose(1, 2))
         return out
 
@@ -50,7 +49,7 @@ def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class ReducedAttention(nn.Module):
     """Spatial-reduction attention (arXiv 2102.12122, eq. 2 and 3) in words: all(cross) | row | softmax(heads).
 
-    With ratio 1 the tokens look at themselves.
+    With ratio 1 the tokens (B, N, C) look at themselves.
     """
 
     def __init__(self, channels: int, heads: int, ratio: int) -> None:
@@ -60,7 +59,6 @@ class ReducedAttention(nn.Module):
         self.mixer = TokenMixer(f"{path} | row | softmax(heads={heads})", channels)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
         if self.reduction is None:
             return self.mixer(x)
         return self.mixer(x, self.reduction(as_map(x, grid)))
@@ -83,7 +81,6 @@ class ReducedACmix(nn.Module):
         self.ratio = ratio
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
         source = x if self.reduction is None else self.reduction(as_map(x, grid))
         query, key, value = self.query(x), self.key(source), self.value(source)
         heads = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, key, value)]
@@ -108,24 +105,7 @@ class ReducedACmix(nn.Module):
 
 
 LAYERS = {"attention": ReducedAttention, "acmix": ReducedACmix}
-
-
-class PyramidBlock(nn.Module):
-    """x + layer(norm(x)), then x + MLP(norm(x)); (B, N, C) to the same shape."""
-
-    def __init__(self, layer: nn.Module, channels: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels, EPS)
-        self.attention = layer
-        self.norm2 = nn.LayerNorm(channels, EPS)
-        hidden = channels * mlp_ratio
-        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        x = x + self.attention(self.norm1(x), grid)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+PyramidBlock = functools.partial(TransformerBlock, eps=EPS)
 
 
 class PyramidVisionTransformer(Network):
@@ -138,8 +118,7 @@ class PyramidVisionTransformer(Network):
         heads: heads of every stage.
         mlp_ratios: hidden features of the MLPs, in multiples of the stage's channels.
         reductions: by how much the map of keys and values is smaller, along one axis.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
+        num_classes, in_chans: as in `nearfold.models.create`.
         img_size: what the learned codes of the positions are made for; they are resized for other sizes.
 
     >>> small = {"widths": (4, 4, 8, 8), "heads": (1, 1, 2, 2), "img_size": (32, 64)}
@@ -188,7 +167,7 @@ class PyramidVisionTransformer(Network):
         self.class_token = nn.Parameter(_drawn(1, 1, self.num_features))
         self.class_place = nn.Parameter(_drawn(1, 1, self.num_features))
         self.norm = nn.LayerNorm(self.num_features, EPS)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = classifier(self.num_features, num_classes)
         init_linear(self)
 
     def _stage(self, i: int, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -201,15 +180,11 @@ class PyramidVisionTransformer(Network):
             first = (self.class_token + self.class_place).to(x.dtype)
             x = torch.cat([first.expand(len(x), -1, -1), x], 1)
         for block in self.layers[i].children():
-            x = self.run(functools.partial(block, grid=grid), x)
+            x = self.run(lambda x, block=block: block(x, grid), x)
         return x, grid
 
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """The maps behind the stages, without the last norm and the class token."""
-        return self.stages_and_last(x)[0]
-
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`stages` and `forward_features`."""
+        """The maps behind the stages, without the last norm; the last one's tokens, the class token first."""
         require_size(x, LEAST)
         maps, tokens = [], x
         for i in range(len(self.embeds)):
@@ -218,21 +193,8 @@ class PyramidVisionTransformer(Network):
             maps.append(x)
         return maps, tokens
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's tokens, the class token first: (B, 1 + N, C)."""
-        require_size(x, LEAST)
-        last = len(self.embeds) - 1
-        for i in range(last):
-            x = as_map(*self._stage(i, x))
-        return self._stage(last, x)[0]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1 + N, C) to (B, num_classes)."""
-        x = self.pooled(self.norm(x))
-        if pre_logits:
-            return x
-        out: Tensor = self.head(x)
-        return out
+        return super().forward_head(self.norm(x), pre_logits)
 
     def fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """With the codes of the positions resampled to those of this network's ``img_size``."""
@@ -258,28 +220,21 @@ READING = (
     "attention's own, every position those of the cell of the smaller map that it lies in. Projecting the full map as "
     "well would be 2.20G (tiny) and 4.39G (small). The class token is a map of its own"
 )
-SIZES: dict[str, tuple[tuple[int, ...], tuple[str, str], tuple[str, str]]] = {
-    "tiny": ((2, 2, 2, 2), ("13.2M", "1.9G"), ("13M", "2.0G")),
-    "small": ((3, 4, 6, 3), ("24.5M", "3.8G"), ("25M", "3.9G")),
-}
-for _size, (_depths, _plain, _mixed) in SIZES.items():
-    register(
-        f"pvt_{_size}",
-        Entry(
-            PyramidVisionTransformer,
-            {"layer": "attention", "depths": _depths},
-            f"PVT-{_size.capitalize()}: attention to keys and values of a smaller map",
-            tiny=TINY,
-            published=Published(*_plain, "arXiv 2102.12122"),
+for _size, _depths, _plain, _mixed in (
+    ("tiny", (2, 2, 2, 2), ("13.2M", "1.9G"), ("13M", "2.0G")),
+    ("small", (3, 4, 6, 3), ("24.5M", "3.8G"), ("25M", "3.9G")),
+):
+    for _name, _layer, _text, _published in (
+        (
+            "pvt", "attention", ": attention to keys and values of a smaller map",
+            Published(*_plain, "arXiv 2102.12122"),
         ),
-    )
-    register(
-        f"acmix_pvt_{_size}",
-        Entry(
-            PyramidVisionTransformer,
-            {"layer": "acmix", "depths": _depths},
-            f"PVT-{_size.capitalize()} with ACmix: attention and convolution over the same projections",
-            tiny=TINY,
-            published=Published(*_mixed, "arXiv 2111.14556; the list of its public code", READING),
+        (
+            "acmix_pvt", "acmix", " with ACmix: attention and convolution over the same projections",
+            Published(*_mixed, "arXiv 2111.14556; the list of its public code", READING),
         ),
-    )
+    ):  # fmt: skip
+        _arguments, _text = {"layer": _layer, "depths": _depths}, f"PVT-{_size.capitalize()}{_text}"
+        register(
+            f"{_name}_{_size}", Entry(PyramidVisionTransformer, _arguments, _text, tiny=TINY, published=_published)
+        )

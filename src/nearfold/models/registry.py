@@ -130,7 +130,8 @@ def create(
         name: as `list_models` gives it.
         num_classes: of the classifier; 0: none, the features come out. Default: the published number.
         in_chans: channels of the images; default 3.
-        img_size: height and width, for networks that own something for every position; all others take any size.
+        img_size: height and width, for networks that own something for every position; all others take any size, and
+            have it for the record.
         features_only: return the maps of the stages instead of logits: a `Features`.
         out_indices: which stages, with features_only.
         global_pool: how positions become one before the classifier, one of the network's ``pools``; "": not at all.

@@ -116,9 +116,7 @@ class ResNet(Network):
         depths: blocks of the four groups.
         block: basic or bottleneck.
         layer: what stands for the 3x3 convolutions: conv, convnn, hybrid, or any notation.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of the images.
-        img_size: not used, since any size fits; here because every network of the table takes it.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
         width: channels of the stem.
         bias: which convolutions have biases: "none", "layers" (all that stand for a 3x3) or "all".
         strided: also replace the 3x3 convolutions with a stride; without it, they stay convolutions.
@@ -177,11 +175,6 @@ class ResNet(Network):
                 x = self.run(block, x)
             maps.append(x)
         return maps
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = self.pooled(x)
-        return x if pre_logits else self.fc(x)
 
 
 TINY = {"depths": (1, 1, 1, 1), "width": 8}

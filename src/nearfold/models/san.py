@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nearfold.kernels.local import local_sum, pad
 from nearfold.models.network import MAPS, Network
-from nearfold.models.parts import require_size
+from nearfold.models.parts import classifier, require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.models.shift import ShiftConv, rates
 
@@ -73,7 +73,6 @@ class PatchwiseAttention(nn.Module):
             self.rates = rates()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, channels / 4, H, W)."""
         query, key, value = self.query(x), self.key(x), self.value(x)
         reach = (self.size // 2,) * 2
         patch = F.unfold(pad(key, reach, reach, True), self.size).unflatten(2, tuple(x.shape[2:]))
@@ -95,7 +94,6 @@ class SelfAttentionBlock(nn.Module):
         self.conv = nn.Conv2d(channels // 4, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, channels, H, W)."""
         y = self.attention(F.relu(self.norm1(x)))
         out: Tensor = x + self.conv(F.relu(self.norm2(y)))
         return out
@@ -108,9 +106,7 @@ class SelfAttentionNetwork(Network):
         layer: "attention" or "acmix".
         width: channels of the first stage; the second has 4 times as many, the others twice as many as the one before.
         depths: blocks of every stage.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
 
     >>> net = SelfAttentionNetwork("acmix", depths=(1, 1), num_classes=5)
     >>> net(torch.zeros(1, 3, 9, 13)).shape
@@ -151,7 +147,7 @@ class SelfAttentionNetwork(Network):
             self.feature_info.append({"num_chs": channels, "reduction": 2 ** (i + 1), "module": f"norms.{i}"})
             before = channels
         self.num_features = before
-        self.head = nn.Linear(before, num_classes) if num_classes else nn.Identity()
+        self.head = classifier(before, num_classes)
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """The maps behind the stages, after their norms and ReLUs."""
@@ -166,44 +162,31 @@ class SelfAttentionNetwork(Network):
             maps.append(x)
         return maps
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map (B, C, H, W) to (B, num_classes)."""
-        x = self.pooled(x)
-        if pre_logits:
-            return x
-        out: Tensor = self.head(x)
-        return out
-
 
 READING = (
     "query and key have a quarter of the value's channels, but the convolution half wants three maps of one width: "
     "here a 1x1 map brings the value to the others' width, heads have 4 channels, and the grouped convolution makes "
     "the attention's channels. Cutting the value into pieces of that width instead gives 12.0M, 16.4M and 20.8M"
 )
-PLAIN = "the printed multiply-adds count norms and ReLUs too; without: 1.79G, 2.48G and 3.13G"
-SIZES: dict[str, tuple[tuple[int, ...], str, tuple[str, str]]] = {
-    "10": ((2, 1, 2, 4, 1), "11.8M", ("12.1M", "1.9G")),
-    "15": ((3, 2, 3, 5, 2), "16.2M", ("16.6M", "2.7G")),
-    "19": ((3, 3, 4, 6, 3), "20.5M", ("21.2M", "3.4G")),
-}
-for _size, (_depths, _plain, _mixed) in SIZES.items():
-    register(
-        f"san{_size}",
-        Entry(
-            SelfAttentionNetwork,
-            {"layer": "attention", "depths": _depths},
-            f"SAN-{_size}: patchwise self-attention",
-            tiny={"depths": (1, 1)},
-            published=Published(_plain, "", "arXiv 2004.13621; the list of its public code, patchwise", PLAIN),
+PLAIN = (
+    "arXiv 2004.13621; the list of its public code, patchwise",
+    ("the printed multiply-adds count norms and ReLUs too; without: 1.79G, 2.48G and 3.13G"),
+)
+MIXED = "arXiv 2111.14556; the list of its public code", READING
+for _size, _depths, _plain, _params, _macs in (
+    ("10", (2, 1, 2, 4, 1), "11.8M", "12.1M", "1.9G"),
+    ("15", (3, 2, 3, 5, 2), "16.2M", "16.6M", "2.7G"),
+    ("19", (3, 3, 4, 6, 3), "20.5M", "21.2M", "3.4G"),
+):
+    for _name, _layer, _text, _published in (
+        ("san", "attention", ": patchwise self-attention", Published(_plain, "", *PLAIN)),
+        (
+            "acmix_san", "acmix", " with ACmix: patchwise attention and convolution over the same projections",
+            Published(_params, _macs, *MIXED),
         ),
-    )
-    register(
-        f"acmix_san{_size}",
-        Entry(
-            SelfAttentionNetwork,
-            {"layer": "acmix", "depths": _depths},
-            f"SAN-{_size} with ACmix: patchwise attention and convolution over the same projections",
-            tiny={"depths": (1, 1)},
-            published=Published(*_mixed, "arXiv 2111.14556; the list of its public code", READING),
-        ),
-    )
+    ):  # fmt: skip
+        _arguments = {"layer": _layer, "depths": _depths}
+        _entry = Entry(
+            SelfAttentionNetwork, _arguments, f"SAN-{_size}{_text}", tiny={"depths": (1, 1)}, published=_published
+        )
+        register(f"{_name}{_size}", _entry)

@@ -74,7 +74,6 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) to (B, width, H', W')."""
         mixed = self.mixer(self.norm(x))
         if mixed.shape != x.shape:
             x = F.adaptive_avg_pool2d(x, mixed.shape[2:])
@@ -138,7 +137,6 @@ class SpectrumNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, Mixer)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, classes)."""
         x = self.stem(x)
         x = x + self.place * position_code(x.shape[1], x.shape[2], x.shape[3], x)
         for block in self.blocks:

@@ -14,38 +14,29 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import MAPS, Network
-from nearfold.models.parts import require_size
+from nearfold.models.parts import classifier, require_size
 from nearfold.models.registry import Entry, Published, register
-from nearfold.models.vit import init_linear
+from nearfold.models.vit import TransformerBlock, init_linear
 from nearfold.nn import Mixer
 
 BLOCK = "block({window}, scaled(bias=table), shift={shift}, padded) | box | softmax(heads={heads})"
-LAYERS = {
-    "attention": BLOCK,
-    "acmix": f"a*({BLOCK}) + b*(window(3) | box | shift({{heads}}, bias))",
-}
+LAYERS = {"attention": BLOCK, "acmix": f"a*({BLOCK}) + b*(window(3) | box | shift({{heads}}, bias))"}
 """The layers that have a name, as notation; ``{heads}``, ``{window}`` and ``{shift}`` differ from block to block."""
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(TransformerBlock):
     """x + layer(norm(x)), then x + MLP(norm(x)); (B, H, W, C) to the same shape."""
 
     def __init__(self, operation: str, channels: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attention = Mixer(operation, channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
+        super().__init__(Mixer(operation, channels), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H, W, C)."""
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
         x = x + self.attention(self.norm1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
 
 class PatchMerging(nn.Module):
-    """2 x 2 positions become one of twice the channels: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
+    """2 x 2 positions, zeros beyond an odd grid, become one: (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,7 +44,6 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C); an odd grid is padded with zeros."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
         out: Tensor = self.reduction(self.norm(x))
@@ -72,9 +62,7 @@ class SwinTransformer(Network):
         window: side of a block of attention; every second layer shifts it by half, unless the map is no larger. Maps
             that it does not divide are padded with zeros, as in the public code, torchvision and timm: `block(padded)`.
         patch: pixels of a position of the first stage, along one axis.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size of at least one patch goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size of at least one patch fits.
 
     >>> net = SwinTransformer("acmix", width=8, depths=(1, 1), heads=(1, 2), num_classes=5)
     >>> net(torch.zeros(1, 3, 33, 47)).shape
@@ -114,7 +102,7 @@ class SwinTransformer(Network):
             self.layers.append(nn.ModuleList(SwinBlock(operation, channels) for operation in operations))
             self.feature_info.append({"num_chs": channels, "reduction": patch * 2**i, "module": f"layers.{i}"})
         self.norm = nn.LayerNorm(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = classifier(self.num_features, num_classes)
         init_linear(self)
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -130,12 +118,7 @@ class SwinTransformer(Network):
         return maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map (B, C, H, W) to (B, num_classes)."""
-        x = self.pooled(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        if pre_logits:
-            return x
-        out: Tensor = self.head(x)
-        return out
+        return super().forward_head(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), pre_logits)
 
 
 TINY = {"width": 8, "depths": (2, 2), "heads": (1, 2), "window": 4}
@@ -144,28 +127,19 @@ READING = (
     "50.35M parameters, 0.36M and 0.74M more than Swin; no count per channel gives the printed 30M and 51M. They look "
     "as if these were added to the 29M and 50M that Swin's paper prints, and rounded up"
 )
-SIZES: dict[str, tuple[tuple[int, ...], tuple[str, str], tuple[str, str]]] = {
-    "tiny": ((2, 2, 6, 2), ("28,288,354", "4.5G"), ("30M", "4.6G")),
-    "small": ((2, 2, 18, 2), ("49,606,258", "8.7G"), ("51M", "9.0G")),
-}
-for _size, (_depths, _plain, _mixed) in SIZES.items():
-    register(
-        f"swin_{_size}",
-        Entry(
-            SwinTransformer,
-            {"layer": "attention", "depths": _depths},
-            f"Swin-{_size.capitalize()}: attention in shifted windows",
-            tiny=TINY,
-            published=Published(*_plain, "arXiv 2103.14030; parameters: torchvision"),
+for _size, _depths, _plain, _mixed in (
+    ("tiny", (2, 2, 6, 2), ("28,288,354", "4.5G"), ("30M", "4.6G")),
+    ("small", (2, 2, 18, 2), ("49,606,258", "8.7G"), ("51M", "9.0G")),
+):
+    for _name, _layer, _text, _published in (
+        (
+            "swin", "attention", ": attention in shifted windows",
+            Published(*_plain, "arXiv 2103.14030; parameters: torchvision"),
         ),
-    )
-    register(
-        f"acmix_swin_{_size}",
-        Entry(
-            SwinTransformer,
-            {"layer": "acmix", "depths": _depths},
-            f"Swin-{_size.capitalize()} with ACmix: attention in shifted windows and convolution, one projection",
-            tiny=TINY,
-            published=Published(*_mixed, "arXiv 2111.14556; the list of its public code", READING, reached=False),
+        (
+            "acmix_swin", "acmix", " with ACmix: attention in shifted windows and convolution, one projection",
+            Published(*_mixed, "arXiv 2111.14556; the list of its public code", READING, reached=False),
         ),
-    )
+    ):  # fmt: skip
+        _arguments, _text = {"layer": _layer, "depths": _depths}, f"Swin-{_size.capitalize()}{_text}"
+        register(f"{_name}_{_size}", Entry(SwinTransformer, _arguments, _text, tiny=TINY, published=_published))

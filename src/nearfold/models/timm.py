@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -55,12 +54,8 @@ def enter(name: str) -> None:
 
     entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
     entrypoint.__doc__ = entry.text
-    default_cfgs[PREFIX + name] = config(entry, given, _head(entry.network))
+    default_cfgs[PREFIX + name] = config(entry, given, getattr(entry.network, "head_name", "head"))
     register_model(entrypoint)
-
-
-def _head(network: Callable[..., Any]) -> str:
-    return str(getattr(network, "head_name", "head"))
 
 
 for _name in MODELS:

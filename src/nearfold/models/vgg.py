@@ -25,9 +25,7 @@ class VGG(Network):
     Args:
         depth: 11, 13, 16 or 19 layers that have a kernel, the classifier's three included.
         layer: what stands for every 3x3 convolution: conv, convnn, hybrid, or any notation.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of the images.
-        img_size: not used, since any size fits; here because every network of the table takes it.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size fits.
         width: channels of the first group; the others have 2, 4, 8 and 8 times as many.
         hidden: features of the classifier's two inner layers.
         drop_rate: share of them that dropout zeroes.

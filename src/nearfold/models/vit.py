@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import Operation
 from nearfold.models.network import TOKENS, Network
-from nearfold.models.parts import require_size
+from nearfold.models.parts import classifier, require_size
 from nearfold.models.registry import Entry, Published, register
 from nearfold.nn import Mixer, TokenMixer
 
@@ -85,7 +85,7 @@ def token_code(count: int, width: int, like: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """x + layer(norm(x)), then x + MLP(norm(x)); tokens (B, N, D) to the same shape."""
+    """x + layer(norm(x), *more), then x + MLP(norm(x)); tokens (B, N, D) to the same shape."""
 
     def __init__(self, layer: nn.Module, width: int, mlp_ratio: float = 4, eps: float = 1e-5) -> None:
         super().__init__()
@@ -95,9 +95,8 @@ class TransformerBlock(nn.Module):
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        x = x + self.attention(self.norm1(x), *more)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -113,9 +112,7 @@ class VisionTransformer(Network):
         patch: side of a patch; what an image has beyond a multiple of it is not read.
         bias: of the layer's projections and kernels.
         mlp_ratio: hidden features of the MLP, over width.
-        num_classes: 0 for none.
-        in_chans: channels of the images.
-        img_size: only for the record: any size of at least one patch goes.
+        num_classes, in_chans, img_size: as in `nearfold.models.create`; any size of at least one patch fits.
 
     >>> net = VisionTransformer("all | row | softmax(heads=2)", width=8, depth=1, patch=4, num_classes=5)
     >>> net(torch.zeros(1, 3, 9, 17)).shape
@@ -146,7 +143,7 @@ class VisionTransformer(Network):
         self.blocks = nn.ModuleList(
             TransformerBlock(token_layer(layer, width, heads, bias=bias), width, mlp_ratio) for _ in range(depth)
         )
-        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.head = classifier(width, num_classes)
         ends = sorted({-(-depth * (i + 1) // 4) - 1 for i in range(4)})
         self.feature_info = [
             {"num_chs": width, "reduction": patch, "module": f"blocks.{end}", "block": end} for end in ends
@@ -159,12 +156,8 @@ class VisionTransformer(Network):
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
         return x + token_code(x.shape[1], x.shape[2], x)
 
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """The patches' features behind every quarter of the blocks, as maps."""
-        return self.stages_and_last(x)[0]
-
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`stages` and `forward_features`."""
+        """The patches' features behind every quarter of the blocks, as maps, and all tokens, the class token first."""
         grid = tuple(n // self.patch for n in x.shape[2:])
         ends = {info["block"] for info in self.feature_info}
         x = self.tokens(x)
@@ -174,21 +167,6 @@ class VisionTransformer(Network):
             if i in ends:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
         return maps, x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """All tokens behind the last block, the class token first: (B, 1 + N, D)."""
-        x = self.tokens(x)
-        for block in self.blocks:
-            x = self.run(block, x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, 1 + N, D) to (B, num_classes)."""
-        x = self.pooled(x)
-        if pre_logits:
-            return x
-        out: Tensor = self.head(x)
-        return out
 
 
 PROJECTIONS = tuple(f"{name}_weight" for name in ("query", "key", "value", "out"))

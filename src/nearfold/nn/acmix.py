@@ -61,8 +61,6 @@ def _acmix(
         Weight(Softmax(heads=num_heads, project="qkv")),
     )
     convolution = Basic(
-        Window(conv_kernel, stride=stride, dilation=dilation),
-        Box(),
-        Weight(kernel=Shift(num_heads, interleaved)),
+        Window(conv_kernel, stride=stride, dilation=dilation), Box(), Weight(kernel=Shift(num_heads, interleaved))
     )
     return Sum((("a", attention), ("b", convolution)))

@@ -7,19 +7,7 @@ from torch import Tensor, nn
 from nearfold._numbers import flag, integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Elu, Scaled
-from nearfold.grammar.words import (
-    All,
-    Block,
-    Box,
-    Causal,
-    Normalized,
-    Row,
-    Shape,
-    Softmax,
-    Strided,
-    Table,
-    Window,
-)
+from nearfold.grammar.words import All, Block, Box, Causal, Normalized, Row, Shape, Softmax, Strided, Table, Window
 from nearfold.kernels.names import require_tensors
 from nearfold.nn.mixer import Mixer, TokenMixer
 
@@ -301,7 +289,6 @@ class TokenMLP(nn.Module):
         self.contract = Mixer(Basic(All(), Row(), Weight(Table(hidden, tokens))), 1, ndim=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
         require_tensors(x=x)
         if x.dim() != 3:
             raise ValueError(f"x must be (B, N, D) for this layer, got shape {tuple(x.shape)}")

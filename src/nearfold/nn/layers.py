@@ -9,19 +9,7 @@ from nearfold.grammar import Basic, Branch, Weight
 from nearfold.grammar.notation import parse_word
 from nearfold.grammar.similarity import Scaled, Similarity
 from nearfold.grammar.word import WORDS
-from nearfold.grammar.words import (
-    All,
-    Box,
-    Candidates,
-    Dense,
-    Kernel,
-    Nearest,
-    Ranked,
-    Rho,
-    Row,
-    Softmax,
-    Window,
-)
+from nearfold.grammar.words import All, Box, Candidates, Dense, Kernel, Nearest, Ranked, Rho, Row, Softmax, Window
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.nn.shuffle import Shuffled
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfold._images import first_line
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.place import Place, angles
 from nearfold.grammar.similarity import Scaled
@@ -29,7 +30,7 @@ from nearfold.recognise.checked import (
     BATCH,
     POSITIONS,
     config_of,
-    first_line,
+    kind_of,
     random_copy,
     remembered,
     require_alike,
@@ -170,9 +171,8 @@ def _is_cross(core: nn.Module, arguments: dict[str, inspect.Parameter]) -> bool:
 
 def _kinds(module: nn.Module, names: list[str]) -> list[str]:
     """Names of parts, with their classes."""
-    tops = dict.fromkeys(names)
     made = []
-    for name in tops:
+    for name in names:
         part = member(module, name)
         made.append(f"{name} ({type(part).__name__})" if isinstance(part, nn.Module) else name)
     return made
@@ -231,8 +231,7 @@ def _is_causal(core: nn.Module, config: Any, cross: bool) -> bool:
 
 
 def _sliding(core: nn.Module, config: Any) -> int | None:
-    kinds, index = getattr(config, "layer_types", None), getattr(core, "layer_idx", None)
-    kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
+    kind = kind_of(core, config)
     if kind not in (None, "full_attention", "attention", "sliding_attention"):
         raise Unsaid(f"no word for a layer of the type {kind}")
     own: Any = getattr(core, "sliding_window", getattr(config, "sliding_window", None))
@@ -258,12 +257,11 @@ def _rotary(
         return False, False
     if rope is None:
         return False, True
-    kinds, index = getattr(config, "layer_types", None), getattr(core, "layer_idx", None)
-    if "rope_theta" not in rope and kinds and isinstance(index, int):
-        rope = rope.get(kinds[index]) or {}
-    kind, base = rope.get("rope_type", "default"), rope.get("rope_theta")
-    if kind != "default" or base is None or "mrope_section" in rope:
-        raise Unsaid(f"no word for rotary positions of the type {kind}")
+    if "rope_theta" not in rope and (kind := kind_of(core, config)) is not None:
+        rope = rope.get(kind) or {}
+    spelled, base = rope.get("rope_type", "default"), rope.get("rope_theta")
+    if spelled != "default" or base is None or "mrope_section" in rope:
+        raise Unsaid(f"no word for rotary positions of the type {spelled}")
     part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if part != 1.0:
         raise Unsaid(f"no word for rotary positions in {part:g} of each head's features")
@@ -342,11 +340,7 @@ def _checked(module: nn.Module, read: Attention, arguments: dict[str, inspect.Pa
     return dataclasses.replace(read, returns=len(made) if isinstance(made, tuple) else 0)
 
 
-FILLED: dict[str, Callable[[int], Any]] = {
-    "height": lambda n: 1,
-    "width": lambda n: n,
-    "feat_size": lambda n: (1, n),
-}
+FILLED: dict[str, Callable[[int], Any]] = {"height": lambda n: 1, "width": lambda n: n, "feat_size": lambda n: (1, n)}
 """Arguments that say how tokens lie on a map; they change nothing where all of them look at all of them."""
 
 

@@ -13,19 +13,7 @@ from torch import nn
 
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.similarity import Scaled
-from nearfold.grammar.words import (
-    All,
-    Block,
-    Box,
-    Deformable,
-    Dense,
-    Modulated,
-    Ones,
-    Row,
-    Softmax,
-    Table,
-    Window,
-)
+from nearfold.grammar.words import All, Block, Box, Deformable, Dense, Modulated, Ones, Row, Softmax, Table, Window
 from nearfold.recognise.foreign import RULES, Ints, Match, Rule, Unsaid, count, crossed, plain, window
 
 CUT = "on maps that the block size divides; padding at the border takes part as zeros"
@@ -81,14 +69,6 @@ def token_table(*layers: nn.Linear) -> Match:
     return Match(Basic(All(), Row(), Weight(table)), axis=-1, note=note)
 
 
-def _timm_mixer_block(m: Any) -> dict[str, Match]:
-    return {"mlp_tokens": token_table(m.mlp_tokens.fc1, m.mlp_tokens.fc2)}
-
-
-def _timm_res_block(m: Any) -> dict[str, Match]:
-    return {"linear_tokens": token_table(m.linear_tokens)}
-
-
 def deformable(m: Any, parent: nn.Module) -> Match:
     """A DeformConv2d, with the sibling convolutions that make its offsets and mask: known by their channels."""
     size = tuple(m.kernel_size)
@@ -134,8 +114,8 @@ def _pooling_head(m: Any) -> dict[str, Match]:
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 PARENTS: dict[str, Callable[[Any], dict[str, Match]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
-    "timm.models.mlp_mixer.MixerBlock": _timm_mixer_block,
-    "timm.models.mlp_mixer.ResBlock": _timm_res_block,
+    "timm.models.mlp_mixer.MixerBlock": lambda m: {"mlp_tokens": token_table(m.mlp_tokens.fc1, m.mlp_tokens.fc2)},
+    "timm.models.mlp_mixer.ResBlock": lambda m: {"linear_tokens": token_table(m.linear_tokens)},
     "transformers.models.swin.modeling_swin.SwinLayer": _hugging_face_swin,
     **{
         f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}MultiheadAttentionPoolingHead": _pooling_head

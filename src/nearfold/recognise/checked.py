@@ -38,11 +38,6 @@ def require_alike(theirs: Tensor, ours: Tensor, what: str) -> None:
         raise Unsaid(f"checked on a random input, it is not {what}: they differ by {apart:.2g} of the output")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def signature(module: nn.Module) -> tuple[Any, ...]:
     """Everything that a layer is read from."""
     plain = (int, float, str, bool, type(None))
@@ -55,16 +50,19 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     classes = tuple((name, type(part)) for name, part in module.named_modules())
     shapes = tuple((name, tuple(t.shape)) for name, t in (*module.named_parameters(), *module.named_buffers()))
     config = config_of(module)
-    kinds = getattr(config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
     odd = tuple(name for name, t in module.named_buffers() if name == "k_bias" and not t.is_meta and bool(t.any()))
-    return classes, scalars, shapes, type(config).__name__, str(config), kind, odd
+    return classes, scalars, shapes, type(config).__name__, str(config), kind_of(module, config), odd
 
 
 def config_of(module: nn.Module) -> Any:
     """The configuration that a layer of transformers holds, or one of its parts; None where there is none."""
     return next((m.config for m in module.modules() if hasattr(m, "config")), None)
+
+
+def kind_of(layer: nn.Module, config: Any) -> Any:
+    """The type that a configuration gives a layer by its number; None where it gives none."""
+    kinds, index = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
+    return kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
 
 
 def random_copy(module: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nearfold.options import meant
 
 # Sizes that most configurations have; what a network is made of does not depend on them.
 LAYERS = {
@@ -62,9 +63,8 @@ def _classes(library: ModuleType, name: str) -> tuple[Any, Any]:
         made = made[0] if isinstance(made, tuple) else made
         if made is not None:
             return made, cls
-    close = difflib.get_close_matches(name, [*configs, *(n for n in dir(library) if n.endswith("Model"))], 5, 0.5)
-    hint = f"; close to it: {', '.join(close)}" if close else ""
-    raise ValueError(f"transformers:{name}: no model or configuration of this name{hint}")
+    known = [*configs, *(n for n in dir(library) if n.endswith("Model"))]
+    raise ValueError(f"transformers:{name}: no model or configuration of this name{meant(name, known, 5)}")
 
 
 def _is(cls: Any, base: type) -> bool:
@@ -87,8 +87,8 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     main = model.main_input_name
     takes = inspect.signature(model.forward).parameters
     makers = {
-        "pixel_values": _pixels, "input_ids": _ids, "decoder_input_ids": _ids, "input_values": _sound,
-        "input_features": _spectrum,
+        "pixel_values": _pixels, "input_ids": _ids, "decoder_input_ids": _ids, "input_features": _spectrum,
+        "input_values": lambda config: torch.zeros(1, SECONDS),
     }  # fmt: skip
     if main not in makers:
         raise ValueError(f"{type(model).__name__} takes {main}, of which no example can be made")
@@ -108,10 +108,6 @@ def _pixels(config: Any) -> Tensor:
 
 def _ids(config: Any) -> Tensor:
     return torch.arange(3, 3 + TOKENS)[None]
-
-
-def _sound(config: Any) -> Tensor:
-    return torch.zeros(1, SECONDS)
 
 
 def _spectrum(config: Any) -> Tensor:

@@ -119,12 +119,15 @@ def _conv(m: nn.Module) -> Match:
     return Match(Basic(path, Box(), Weight(kernel=Depthwise() if each else Dense(m.groups))))
 
 
-def _transposed(m: nn.Module) -> Match:
-    raise Unsaid("spreads every input over a window of outputs; the words say what an output reads")
+def _unsaid(why: str) -> Rule:
+    def rule(m: nn.Module) -> Match:
+        raise Unsaid(why)
+
+    return rule
 
 
-def _recurrent(m: nn.Module) -> Match:
-    raise Unsaid("a recurrence that is not linear; scan | causal | selective is")
+_transposed = _unsaid("spreads every input over a window of outputs; the words say what an output reads")
+_recurrent = _unsaid("a recurrence that is not linear; scan | causal | selective is")
 
 
 def _mean_pool(m: nn.Module) -> Match:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,27 +140,35 @@ def linear(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 def tensors_of(module: nn.Module, layout: Layout) -> dict[str, Tensor]:
     """The weights by the names of `nearfold.lower.parameters`; biases where there are any."""
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for letter in ("query", "key", "value", "out"):
+    found: Maps = {}
+    for letter in (*QKV, "out"):
         if name := getattr(layout, letter):
             found[letter] = linear(module, name)
     if layout.packed:
         weight, bias = linear(module, layout.packed)
         own = [getattr(module, f"{letter}_bias", None) for letter in "qkv"]  # BEiT's, next to the map
-        wide = weight.shape[0] // 3
-        parts = weight.split(wide)
-        biases = own if bias is None else list(bias.split(wide))
-        found |= dict(zip(("query", "key", "value"), zip(parts, biases, strict=True), strict=True))
+        found |= divided(QKV, weight, own if bias is None else bias)
     if layout.pair:
-        weight, bias = linear(module, layout.pair)
-        halves = (None, None) if bias is None else bias.chunk(2)
-        found |= dict(zip(("key", "value"), zip(weight.chunk(2), halves, strict=True), strict=True))
-    made: dict[str, Tensor] = {}
-    for letter, (weight, bias) in found.items():
-        made[f"{letter}_weight"] = weight
-        if bias is not None:
-            made[f"{letter}_bias"] = bias
-    return made
+        found |= divided(("key", "value"), *linear(module, layout.pair))
+    return named(found)
+
+
+QKV = ("query", "key", "value")
+Maps = dict[str, tuple[Tensor, Tensor | None]]
+"""Weight and bias of pointwise maps by name."""
+
+
+def divided(names: Sequence[str], weight: Tensor, bias: Tensor | Sequence[Tensor | None] | None) -> Maps:
+    """Maps that lie in one, one after the other; their biases too, or already apart."""
+    apart = weight.chunk(len(names))
+    biases = bias.chunk(len(names)) if isinstance(bias, Tensor) else bias or [None] * len(names)
+    return dict(zip(names, zip(apart, biases, strict=True), strict=True))
+
+
+def named(maps: Maps) -> dict[str, Tensor]:
+    """Weights, and the biases that there are, by the names of `nearfold.lower.parameters`."""
+    weights = {f"{name}_weight": weight for name, (weight, _) in maps.items()}
+    return weights | {f"{name}_bias": bias for name, (_, bias) in maps.items() if bias is not None}
 
 
 def unexplained(module: nn.Module, layout: Layout) -> Iterator[str]:

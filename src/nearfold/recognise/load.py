@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import nn
 
 from nearfold import _torchvision
 from nearfold._own_code import executed, guarded
+from nearfold.options import meant
 from nearfold.recognise import configured
 
 
@@ -68,20 +68,16 @@ def transformers_library() -> ModuleType:
     return import_library("transformers", "transformers")
 
 
-def _from_transformers(name: str) -> nn.Module:
-    return next(configured.models(transformers_library(), name))
-
-
 SOURCES: dict[str, Callable[[str], nn.Module]] = {
-    "timm": _from_timm, "torchvision": _from_torchvision, "transformers": _from_transformers,
-}  # fmt: skip
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "transformers": lambda name: next(configured.models(transformers_library(), name)),
+}
 
 
 def _built(spec: str, name: str, known: list[str], make: Callable[[], Any]) -> Any:
     if name.partition(".")[0] not in known:  # timm: a tag of weights may follow
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-        hint = f"; close to it: {', '.join(close)}" if close else ""
-        raise ValueError(f"{spec}: no model of this name{hint}")
+        raise ValueError(f"{spec}: no model of this name{meant(name, known, 5)}")
     return guarded(spec, make)
 
 

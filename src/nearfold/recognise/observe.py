@@ -116,12 +116,9 @@ class _Watch(TorchDispatchMode):
         self.glued = glued
         self.root = twins[model]
         self.by_module = {twins[layer.modules[0]]: layer for layer in layers}
-        self.known = {
-            twins[module] for layer in layers if layer.match and not layer.match.followed for module in layer.modules
-        }
-        self.followed = {
-            twins[module] for layer in layers if layer.match and layer.match.followed for module in layer.modules
-        }
+        said = {twins[module]: layer.match for layer in layers if layer.match for module in layer.modules}
+        self.known = {module for module, match in said.items() if not match.followed}
+        self.followed = said.keys() - self.known
         self.leaves = {twins[layer.modules[0]] for layer in layers if not layer.match and not layer.listed}
         self.names = {twins[module]: name for name, module in model.named_modules()}
         self.folded: set[str] = set()
@@ -207,7 +204,7 @@ class _Watch(TorchDispatchMode):
         axis = match.axis % x.dim()
         dims = [d for d in range(1, x.dim()) if d != axis]
         windows = any(isinstance(part.path, Window) for part in match.operation.parts)
-        if gathered(place.position, axis) or (windows and not orderly(least_position(place, axis), dims)):
+        if gathered(place.position, axis) or (windows and not orderly(place.position.narrow(axis, 0, 1), dims)):
             self._note("a rearrangement of positions")
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -416,11 +413,6 @@ def _apart() -> Iterator[None]:
     """What is done within is no part of the run."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
-
-
-def least_position(place: Place, axis: int) -> Tensor:
-    """Positions, of the first channel."""
-    return place.position.narrow(axis, 0, 1)
 
 
 def _folds(module: nn.Module, match: Match, x: Tensor) -> bool:

@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfold._images import first_line
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import Causal, Depthwise, Scan, Selective, Window
-from nearfold.recognise.checked import (
-    BATCH,
-    POSITIONS,
-    first_line,
-    random_copy,
-    remembered,
-    require_alike,
-    signature,
-)
+from nearfold.recognise.checked import BATCH, POSITIONS, random_copy, remembered, require_alike, signature
 from nearfold.recognise.foreign import Match, Unsaid, count
 
 MEMBERS = ("in_proj", "conv1d", "out_proj", "A_log", "D")

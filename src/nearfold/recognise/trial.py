@@ -44,7 +44,7 @@ def trial(
             args: tuple[Any, ...] = ()
             if inputs is None:
                 args = (torch.zeros(1, *(input_size or ()), dtype=first.dtype, device=device),)
-            given = _on(device, inputs or {})
+            given = tree_map(lambda t, to=device: t.to(to) if isinstance(t, Tensor) else t, inputs or {})
             with quiet(first.device), torch.no_grad():
                 return run(twin, modules, args, given)
         except Exception as error:
@@ -53,13 +53,10 @@ def trial(
     raise ValueError(f"{type(model).__name__} does not run on {what}: {errors[-1]}") from errors[-1]
 
 
-def _on(device: torch.device, inputs: dict[str, Any]) -> Any:
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
-
-
 def check_size(input_size: tuple[int, ...] | None) -> None:
     """Raise ValueError unless it is channels and grid."""
-    if not input_size or len(input_size) < 2 or any(type(n) is not int or n < 1 for n in input_size):
+    sized = isinstance(input_size, tuple | list) and len(input_size) >= 2
+    if not sized or any(type(n) is not int or n < 1 for n in input_size or ()):
         raise ValueError(
             f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
         )

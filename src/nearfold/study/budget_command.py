@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearfold.options import above, whole
 from nearfold.study.compare import signed
 
 if TYPE_CHECKING:
@@ -37,10 +40,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict: .safetensors, or one of torch.save")
     parser.add_argument("--k", type=_counts, default=(), metavar="A,B", help="default: 1/2, 1/4, 1/8 and 1/16 of all")
     parser.add_argument("--keep", type=_points, default=TOLERANCE, metavar="P", help="points that may go (default: 1)")
-    parser.add_argument("--limit", type=_count, default=2000, metavar="N", help="test images at most (default: 2000)")
-    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="images of a timed call (default: 1)")
+    parser.add_argument("--limit", type=whole(), default=2000, metavar="N", help="test images at most (default: 2000)")
+    parser.add_argument("--batch", type=whole(), default=1, metavar="N", help="images of a timed call (default: 1)")
     parser.add_argument(
-        "--image-size", type=_count, metavar="N", help="pixels (default: a timm model's, or as they are)"
+        "--image-size", type=whole(), metavar="N", help="pixels (default: a timm model's, or as they are)"
     )
     parser.add_argument(
         "--mean", type=_numbers, metavar="A,B", help="to normalise by, in 0..1 (default: a timm model's,"
@@ -61,18 +64,12 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.model, args.weights).to(device)
     images = held_out(model, args)
     _require_fit(model, images, device, f"{args.model} does not take the images of --data {args.data}")
-    found = sweep(
-        model, type(images)(images.x.to(device), images.labels.to(device)), ks=args.k, batch=args.batch, say=_progress
-    )
+    there = type(images)(images.x.to(device), images.labels.to(device))
+    say = functools.partial(print, "measured:", file=sys.stderr)
+    found = sweep(model, there, ks=args.k, batch=args.batch, say=say)
     threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
     print("\n".join(report(found, args.keep / 100, f"{machine(str(device))}{threads}")))
     return 0
-
-
-def _progress(line: str) -> None:
-    import sys
-
-    print(f"measured: {line}", file=sys.stderr)
 
 
 def load(spec: str, weights: Path | None = None) -> nn.Module:
@@ -85,6 +82,7 @@ def load(spec: str, weights: Path | None = None) -> nn.Module:
     Raises:
         ValueError: there is no such model, or the weights do not fit it.
     """
+    from nearfold.compat.checkpoints import tensors_of
     from nearfold.models import from_pretrained
     from nearfold.recognise.command import load_model
 
@@ -95,36 +93,17 @@ def load(spec: str, weights: Path | None = None) -> nn.Module:
     model = from_pretrained(Path(spec)) if Path(spec).is_dir() else load_model(spec)
     if weights is not None:
         try:
-            model.load_state_dict(_state(weights))
+            state = tensors_of(weights)
+        except ValueError as error:
+            raise ValueError(f"--weights {weights}: {error}") from error
+        try:
+            model.load_state_dict(state)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()]
             raise ValueError(f"--weights {weights} do not fit {spec}: {' '.join(lines[1:3])[:300]}") from error
     elif spec.partition(":")[0] in ("timm", "torchvision"):
         raise ValueError(f"{spec} alone has fresh weights, of which nothing can be kept: name its own, --weights FILE")
     return model
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ValueError(f"--weights {path} does not exist")
-    try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"--weights {path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    except Exception as error:  # what else torch's unpickler refuses
-        raise ValueError(f"--weights {path} is no file of tensors ({type(error).__name__})") from error
-    for name in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(name), dict):
-            found = found[name]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"--weights {path} must hold tensors by name, a state dict; it holds a {type(found).__name__}")
-    return found
 
 
 def _require_fit(model: nn.Module, images: Images, device: torch.device, fault: str) -> None:
@@ -243,32 +222,19 @@ def _recommendation(found: Sweep, keep: float) -> str:
 def _list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], Sequence[Any]]:
     def parse(text: str) -> Sequence[Any]:
         try:
-            return tuple(kind(part) for part in text.split(","))
-        except (ValueError, argparse.ArgumentTypeError) as error:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"wanted {what}; got {text!r}") from error
 
     return parse
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= len(text) <= 9 and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1 to 999999999, got {text!r}")
-    return int(text)
-
-
 def _points(text: str) -> float:
-    value = _share(text)
-    if not 0 <= value <= 100:
+    value = above(0, allow=True)(text)
+    if value > 100:
         raise argparse.ArgumentTypeError(f"wanted points of accuracy, from 0 to 100, got {text!r}")
     return value
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-_counts = _list_of(_count, "numbers of positions, such as 32,16,8")
-_numbers = _list_of(_share, "a number for each channel, such as 0.485,0.456,0.406")
+_counts = _list_of(whole(), "numbers of positions, such as 32,16,8")
+_numbers = _list_of(above(-math.inf), "a number for each channel, such as 0.485,0.456,0.406")

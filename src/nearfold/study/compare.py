@@ -37,6 +37,11 @@ class Difference:
         """Whether a difference was found."""
         return self.p < 1 - LEVEL
 
+    @property
+    def side(self) -> int:
+        """1 where the row was found above the reference, -1 below, 0 where no difference was found."""
+        return self.found * ((self.estimate.mean > 0) - (self.estimate.mean < 0))
+
 
 def differences(rows: Sequence[Row], reference: Row, measure: str = MEASURE) -> list[Difference]:
     """Every other row of a data set against the reference, in the order of the rows, corrected for their number.
@@ -70,29 +75,25 @@ def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
         text += ", the reference itself. "
     else:
         text += f"; {reference.title} has {accuracy(reference.estimate(MEASURE))}. "
-    return text + verdict(differences(rows, reference), reference)
+    return text + verdict(differences(rows, reference), reference.title)
 
 
-def verdict(found: Sequence[Difference], reference: Row) -> str:
-    """What the comparisons with a reference come to, in a sentence."""
+def verdict(found: Sequence[Difference], reference: str, words: tuple[str, str] = ("better", "worse")) -> str:
+    """What the comparisons with a reference of that title come to, in a sentence; ``words``: above it, and below."""
     if not found:
         return "Nothing to compare it with."
     if all(math.isnan(d.p) for d in found):
         return "With one seed there is no interval: no difference can be found."
-    better = [d for d in found if d.found and d.estimate.mean > 0]
-    worse = [d for d in found if d.found and d.estimate.mean < 0]
     level = [d for d in found if not d.found and not math.isnan(d.p)]
     single = [d for d in found if math.isnan(d.p)]
     parts = []
-    for word, group in (("better", better), ("worse", worse)):
-        if group:
-            parts.append(
-                f"{word} than {reference.title}: " + "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in group)
-            )
+    for word, side in zip(words, (1, -1), strict=True):
+        if told := "; ".join(f"{d.row.title} ({points(d.estimate)})" for d in found if d.side == side):
+            parts.append(f"{word} than {reference}: {told}")
     if level:
         widest = max(d.estimate.half for d in level)
         parts.append(
-            f"no difference found between {reference.title} and {_these([d.row.title for d in level])}: the intervals "
+            f"no difference found between {reference} and {_these([d.row.title for d in level])}: the intervals "
             f"are up to {100 * widest:.1f} points to either side"
         )
     if single:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import statistics
 import time
@@ -69,12 +70,7 @@ def failed(run: Run, place: Place, began: float, error: str, trace: str = "") ->
 
 
 def work_through(
-    runs: Sequence[Run],
-    place: Place,
-    engine: Engine,
-    *,
-    retry: bool = False,
-    say: Callable[[str], None] | None = None,
+    runs: Sequence[Run], place: Place, engine: Engine, *, retry: bool = False, say: Callable[[str], None] | None = None
 ) -> None:
     """Do the runs that have not finished; first, here and one after the other, those that must be alone.
 
@@ -87,7 +83,7 @@ def work_through(
         retry: do runs again that failed before.
         say: gets one line a run; None: print.
     """
-    say = say or _print
+    say = say or functools.partial(print, flush=True)
     store = Store(place.root)
     open_runs = [run for run in runs if store.load(run.config) is None]
     todo = [run for run in open_runs if retry or store.failure(run.config) is None]
@@ -207,7 +203,3 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

@@ -62,10 +62,7 @@ def leave(record: Record, folder: Path) -> list[Path]:
 
 def views(record: Record, folder: Path) -> dict[Path, Callable[[], str]]:
     """What makes summary.md and report.html, by their paths."""
-    return {
-        folder / "summary.md": lambda: summary(record.results),
-        folder / "report.html": lambda: page.html(record),
-    }
+    return {folder / "summary.md": lambda: summary(record.results), folder / "report.html": lambda: page.html(record)}
 
 
 COLUMNS = (

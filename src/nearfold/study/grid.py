@@ -205,28 +205,26 @@ def training(trial: Trial, seed: int, fingerprint: Config, *, keep_weights: bool
         fingerprint: of the data (`nearfold.train.checkpoint.fingerprint`).
         keep_weights: as in `Run`.
     """
-    config = {
-        "version": nearfold.__version__,
-        "task": "train",
-        "network": canonical(trial.network),
-        "data": changed(trial.data, Data(trial.data.name)) | {"name": trial.data.name, "fingerprint": fingerprint},
-        "recipe": changed(trial.recipe, Recipe()) | {"seed": seed},
-    }
+    config = _config("train", trial, fingerprint, changed(trial.recipe, Recipe()) | {"seed": seed})
     label = f"{trial.title} ({trial.panel}), seed {seed}"
     return Run(config, label, group=f"{trial.title} {trial.panel}", keep_weights=keep_weights)
 
 
 def costing(trial: Trial, fingerprint: Config) -> Run:
     """The run that measures what a trial's network costs: neither seed nor epochs decide it, but the machine."""
-    config = {
+    recipe = {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device}
+    config = _config("cost", trial, fingerprint, recipe) | {"machine": machine(trial.recipe.device)}
+    return Run(config, f"{trial.title} ({trial.panel}), cost", group="cost", alone=True)
+
+
+def _config(task: str, trial: Trial, fingerprint: Config, recipe: Config) -> dict[str, Any]:
+    return {
         "version": nearfold.__version__,
-        "task": "cost",
+        "task": task,
         "network": canonical(trial.network),
         "data": changed(trial.data, Data(trial.data.name)) | {"name": trial.data.name, "fingerprint": fingerprint},
-        "recipe": {"batch_size": trial.recipe.batch_size, "device": trial.recipe.device},
-        "machine": machine(trial.recipe.device),
+        "recipe": recipe,
     }
-    return Run(config, f"{trial.title} ({trial.panel}), cost", group="cost", alone=True)
 
 
 def changed(settings: Recipe | Data, usual: Recipe | Data) -> dict[str, Any]:

@@ -97,8 +97,7 @@ def _clause(panel: Panel, words: Words, what: str) -> str:
     if all(math.isnan(d.p) for d in found):
         return "with one seed no difference can be found"
     found = [d for d in found if not math.isnan(d.p)]  # one seed is compared with nothing
-    wanted = [d for d in found if d.found and words.sign * d.estimate.mean > 0]
-    unwanted = [d for d in found if d.found and words.sign * d.estimate.mean < 0]
+    wanted, unwanted = ([d for d in found if d.side == side] for side in (words.sign, -words.sign))
     if not wanted and not unwanted:
         who = f"none of {len(found)} other {what} is" if len(found) > 1 else f"{quoted(found[0].row.title)} is not"
         return f"{who} found {words.neither} {reference}"

@@ -62,7 +62,8 @@ def name_points(axes: Axes, points: Sequence[Point], line: Sequence[tuple[float,
             near = max(box.x0 - px, px - box.x1, box.y0 - py, py - box.y1) < 12
             leader = [] if near else _boxes((px, py), ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(o) for o in (*taken, *named)) and not _meet(leader, named):
+            crossed = any(a.overlaps(b) for a in leader for b in named)
+            if inside and not crossed and not any(box.overlaps(o) for o in (*taken, *named)):
                 break
         else:
             continue
@@ -94,10 +95,6 @@ def _boxes(start: Sequence[float], end: Sequence[float]) -> list[Bbox]:
     steps = max(1, int(math.dist(start, end) / 4))
     at = [[a + (b - a) * i / steps for a, b in zip(start, end, strict=True)] for i in range(steps + 1)]
     return [Bbox.from_bounds(x - 1.5, y - 1.5, 3, 3) for x, y in at]
-
-
-def _meet(some: Sequence[Bbox], others: Sequence[Bbox]) -> bool:
-    return any(a.overlaps(b) for a in some for b in others)
 
 
 def log_axis(axes: Axes, values: Sequence[float]) -> None:

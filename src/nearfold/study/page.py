@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from nearfold.study.catalogue.readings import scores
 from nearfold.study.charts import draw, family, legend, looks
 from nearfold.study.compare import MEASURE, Difference, accuracy, against_reference, differences, points, signed
 from nearfold.study.document import Cell, Table, count, render, seeds
 from nearfold.study.forest import Forest, Mark, ends, interval
+from nearfold.study.grid import changed
 from nearfold.study.headline import limits, verdict
 from nearfold.study.record import Record
 from nearfold.study.results import Results, Row
@@ -122,11 +123,9 @@ def _forest(name: str, rows: Sequence[Row], results: Results) -> Forest:
 def _alone(row: Row, measure: str) -> Mark:
     e = row.estimate(measure)
     dots = [100 * value for value in row.values(measure).values()]
-    return Mark(row.title, 100 * e.mean, *ends(e), f"{100 * e.mean:.1f}", interval(e, _percent), dots)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return Mark(
+        row.title, 100 * e.mean, *ends(e), f"{100 * e.mean:.1f}", interval(e, lambda share: f"{100 * share:.1f}"), dots
+    )
 
 
 def _against(d: Difference, title: str, wanted: int, colour: str) -> Mark:
@@ -137,7 +136,7 @@ def _against(d: Difference, title: str, wanted: int, colour: str) -> Mark:
 
 def _protocol(results: Results, facts: Sequence[str]) -> list[str]:
     first = results.rows[0].trial.recipe
-    varied = {name for row in results.rows for name in _differing(first.to_dict(), row.trial.recipe.to_dict())}
+    varied = {name for row in results.rows for name in changed(row.trial.recipe, first)} - {"seed"}
     recipe = ", ".join(f"{name} {value}" for name, value in first.to_dict().items() if name not in varied | {"seed"})
     return [
         *facts,
@@ -152,10 +151,6 @@ def _protocol(results: Results, facts: Sequence[str]) -> list[str]:
         "that data set. None of this contains the choice of the test images themselves, which is the same for all.",
         f"Recipe: {recipe}." + (f" Differing by setting: {', '.join(sorted(varied))}." if varied else ""),
     ]
-
-
-def _differing(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
-    return [name for name in a if a[name] != b[name] and name != "seed"]
 
 
 def _table(name: str, rows: Sequence[Row], results: Results) -> Table:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nearfold.options import meant
 from nearfold.study.grid import Run, Study, Trial, costing, training
 from nearfold.study.results import Results, collect
 from nearfold.study.store import Store
@@ -66,16 +66,15 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     """
     names = dict.fromkeys(trial.data.name for trial in study.trials)
     if unknown := [name for name in sources if name not in names]:
-        close = "".join(f", did you mean {name!r}" for name in difflib.get_close_matches(unknown[0], names, n=1))
         raise ValueError(
-            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so{close}; "
-            f"its data sets are {', '.join(names)}"
+            f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so; its "
+            f"data sets are {', '.join(names)}{meant(unknown[0], names)}"
         )
     missing = tuple(name for name in names if name != "digits" and name not in sources)
     trials = [trial for trial in study.trials if trial.data.name not in missing]
     if not trials:
         source_of(missing[0], sources)  # raises
-    datas = {trial.data: _load(trial, sources) for trial in trials}
+    datas = {trial.data: load(source_of(trial.data.name, sources), trial.data) for trial in trials}
     prints = {data: fingerprint(loaded) for data, loaded in datas.items()}
     for trial in trials:
         _try(trial, datas[trial.data])
@@ -89,10 +88,6 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     facts = tuple(dict.fromkeys(_fact(datas[trial.data], trial) for trial in trials))
     tested = {trial.panel: _sizes(datas[trial.data])["test"] for trial in trials}
     return Plan(study, missing, runs, costs, Place(root, dict(sources), resumable, workers), facts, tested)
-
-
-def _load(trial: Trial, sources: Sources) -> ImageData | StreamData:
-    return load(source_of(trial.data.name, sources), trial.data)
 
 
 def _try(trial: Trial, data: ImageData | StreamData) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from nearfold.grammar import Basic, Operation
 from nearfold.grammar.word import with_arguments
 from nearfold.grammar.words import All, Nearest, Ranked, Softmax
+from nearfold.look.derivative import evaluating
 from nearfold.study.measure import timed
 from nearfold.study.statistics import Estimate, changed_share
 from nearfold.surgery import Rule, Site, convert
@@ -215,7 +215,7 @@ def sweep(
         ValueError: the model has no attention to sweep, does not give a score for every class, or is not itself any
             more when its layers are exchanged for ones that read every position.
     """
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         right = _right(model, images)
         size = tuple(images.x.shape[1:])
         layers = attention(model, size)
@@ -228,18 +228,6 @@ def sweep(
         labels, told = images.labels[images.half :], right[images.half :]
         most = torch.bincount(labels).max().item() / len(labels)
         return Sweep(layers, told.double().mean().item(), most, len(labels), batch, found)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _right(model: nn.Module, images: Images) -> Tensor:

@@ -57,11 +57,7 @@ def load(source: str, data: Data) -> ImageData | StreamData:
         assert data.image_size is not None, data
         return open_data(source, image_size=data.image_size, validation=data.validation)
     return load_data(
-        source,
-        limit=data.limit,
-        test_limit=data.test_limit,
-        validation=data.validation,
-        image_size=data.image_size,
+        source, limit=data.limit, test_limit=data.test_limit, validation=data.validation, image_size=data.image_size
     )
 
 

@@ -29,6 +29,14 @@ def _require_no_mask(mixer: Mixer, **masks: Any) -> None:
         )
 
 
+def _require_no_weights(options: dict[str, Any], config: Any, what: object) -> None:
+    if options.get("output_attentions") or records_weights(config):
+        raise ValueError(
+            f"attention weights were asked for (output_attentions), which {what} does not keep: leave that out, look "
+            "at nearfold.mixing_matrix, or undo the conversion of this layer"
+        )
+
+
 def dense(op: Operation, keys: int) -> bool:
     """Whether an operation on so many keys is plain attention, to which torch's masks and dropout apply.
 
@@ -95,11 +103,7 @@ class CalledAttention(nn.Module):
         return (y, *(None,) * (self.returns - 1)) if self.returns else y
 
     def _require(self, given: dict[str, Any]) -> None:
-        if given.get("output_attentions") or records_weights(self.config):
-            raise ValueError(
-                f"attention weights were asked for (output_attentions), which {self.mixer.operation} does not keep: "
-                "leave that out, look at nearfold.mixing_matrix, or undo the conversion of this layer"
-            )
+        _require_no_weights(given, self.config, self.mixer.operation)
         odd = [
             name for name, value in given.items() if name not in HARMLESS and value is not None and value is not False
         ]
@@ -306,7 +310,6 @@ class SwinBlock(nn.Module):
         self.norm2, self.mlp, self.drop_path2 = like.norm2, like.mlp, like.drop_path2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> (B, H, W, D)."""
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         tokens = x.flatten(1, 2)
         return (tokens + self.drop_path2(self.mlp(self.norm2(tokens)))).view(x.shape)
@@ -328,12 +331,7 @@ class TokenSwinBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **options: Any
     ) -> tuple[Tensor, None]:
-        """(B, N, D), N = height * width -> ((B, N, D), None)."""
-        if options.get("output_attentions") or records_weights(self.config):
-            raise ValueError(
-                "attention weights were asked for (output_attentions), which the layer that stands here does not keep: "
-                "leave that out, or undo the conversion of this layer"
-            )
+        _require_no_weights(options, self.config, self.attention.mixer.operation)
         x = self.layernorm_before(hidden_states).unflatten(1, tuple(map(int, input_dimensions)))
         x = hidden_states + self.drop_path(self.dropout(self.attention(x).flatten(1, 2)))
         return self.dropout(self.mlp(self.layernorm_after(x))) + x, None
@@ -347,6 +345,5 @@ class ChannelsLast(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, D) -> (B, H, W, D)."""
         y: Tensor = self.mixer(x.permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1)

@@ -128,18 +128,16 @@ def _short_of(op: Operation, site: Site) -> list[str]:
 
 def new_mixer(site: Site, op: Operation) -> Mixer:
     """A new layer between the same channels, which takes inputs without a batch axis as the old one may."""
-    mixer = _new_mixer(site, op)
-    mixer.takes_one = True
-    return mixer
-
-
-def _new_mixer(site: Site, op: Operation) -> Mixer:
     source = site.source
     bias = any(re.search(r"(^|\.)bias$|_bias$", name) for name in source.tensors)
+    mixer: Mixer
     if source.tokens:
         width = getattr(site.module, "context_channels", None)
-        return TokenMixer(op, source.in_channels, bias=bias, context_dim=width)
-    return Mixer(op, source.in_channels, source.out_channels, ndim=source.ndim, bias=bias)
+        mixer = TokenMixer(op, source.in_channels, bias=bias, context_dim=width)
+    else:
+        mixer = Mixer(op, source.in_channels, source.out_channels, ndim=source.ndim, bias=bias)
+    mixer.takes_one = True
+    return mixer
 
 
 def _mixer(site: Site, wanted: Operation, begin: Operation) -> tuple[Mixer, Carried, list[str]]:
@@ -207,12 +205,9 @@ def _freeze(mixer: Mixer, site: Site, made: list[Carried]) -> list[str]:
             setattr(parameter, key, next(vars(p)[key] for p in sources if key in vars(p)))
     notes = [f"{', '.join(added)} is new, zero and frozen"] if added else []
     if fresh and not all(trainable):
-        notes.append(f"{', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} is new, and {_kind(any(trainable))}")
+        kind = "trainable" if any(trainable) else "frozen like the layer"
+        notes.append(f"{', '.join(fresh[:3])}{' ...' * (len(fresh) > 3)} is new, and {kind}")
     return notes
-
-
-def _kind(trainable: bool) -> str:
-    return "trainable" if trainable else "frozen like the layer"
 
 
 def standing(site: Site, mixer: Mixer) -> nn.Module:

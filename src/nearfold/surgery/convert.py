@@ -21,11 +21,7 @@ WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel
 
 
 def convert(
-    model: nn.Module,
-    rules: Rule | Iterable[Rule],
-    *,
-    input_size: tuple[int, ...] | None = None,
-    inputs: Any = None,
+    model: nn.Module, rules: Rule | Iterable[Rule], *, input_size: tuple[int, ...] | None = None, inputs: Any = None
 ) -> Report:
     """Replace layers of a model, in place, by other operations that take over their weights.
 

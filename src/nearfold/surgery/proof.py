@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nearfold._images import first_line
 from nearfold.recognise.trial import undrawn
 from nearfold.surgery.sites import Site
 from nearfold.surgery.sources import Trial
@@ -93,7 +94,7 @@ def prove(site: Site, new: nn.Module, limit: int | None = None) -> Proof:
     try:
         old64, new64 = (_exactly(module) for module in (site.place, new))
     except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
-        return Proof(missing=[f"a comparison: it cannot be copied ({_first(error)})"])
+        return Proof(missing=[f"a comparison: it cannot be copied ({first_line(error)})"])
     proof = Proof()
     generator = torch.Generator().manual_seed(SEED)
     last: Trial | None = None
@@ -150,7 +151,7 @@ def _run(module: nn.Module, trial: Trial) -> tuple[list[Tensor], str]:
             warnings.simplefilter("ignore")  # of sizes that only these calls have
             return tensors(module(*args, **kwargs)), ""
     except Exception as error:
-        return [], _first(error)
+        return [], first_line(error)
 
 
 class _Widths(TorchDispatchMode):
@@ -169,10 +170,6 @@ def _rounds(old: nn.Module, trial: Trial) -> bool:
     with _Widths() as widths:
         _run(old, trial)
     return widths.narrow
-
-
-def _first(error: Exception) -> str:
-    return f"{error}".strip().split("\n")[0] or type(error).__name__
 
 
 def _shape(trial: Trial) -> str:

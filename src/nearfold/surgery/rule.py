@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from nearfold.grammar import Operation, parse
+from nearfold.recognise.foreign import plain
 from nearfold.surgery.sites import Site
 
 Target = str | Operation
@@ -63,7 +64,7 @@ class Rule:
 
     def miss(self, site: Site) -> str:
         """The first condition that a layer does not fulfil; empty where it fulfils every one."""
-        size = self.kernel_size if not isinstance(self.kernel_size, tuple) else _plain(self.kernel_size)
+        size = plain(self.kernel_size) if isinstance(self.kernel_size, tuple) else self.kernel_size
         stages = (self.stage,) if isinstance(self.stage, int) else self.stage
         if self.kind is not None and not _is(site, self.kind):
             return "kind"
@@ -105,10 +106,6 @@ def looks_like(module: nn.Module) -> str:
     """The kind of a layer that cannot be replaced, by the name of its class."""
     name = type(module).__name__.lower()
     return "conv" if "conv" in name else "attention" if "att" in name else "other"
-
-
-def _plain(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
-    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _is(site: Site, kind: str | type) -> bool:

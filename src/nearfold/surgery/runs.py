@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold.grammar import Operation
+from nearfold.look.derivative import evaluating
 from nearfold.recognise.blocks import AT_CALL
 from nearfold.recognise.foreign import Match, Unsaid, names_of
-from nearfold.recognise.trial import copied, quiet, undrawn
+from nearfold.recognise.trial import check_size, copied, quiet, undrawn
 from nearfold.recognise.walk import ALL_RULES
 from nearfold.surgery.proof import SEED, budget, difference, tensors
 from nearfold.surgery.report import Report
@@ -64,11 +65,7 @@ def call_of(model: nn.Module, input_size: tuple[int, ...] | None, inputs: Any) -
         return Call(args, kwargs, "the inputs")
     if input_size is None:
         return None
-    sized = isinstance(input_size, tuple | list) and len(input_size) >= 2
-    if not sized or any(type(n) is not int or n < 1 for n in input_size):
-        raise ValueError(
-            f"input_size must be channels and grid, positive integers such as (3, 224, 224), got {input_size}"
-        )
+    check_size(input_size)
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
     return Call((x.to(first.device, first.dtype),), {}, f"an input of size {tuple(input_size)}")
@@ -77,17 +74,13 @@ def call_of(model: nn.Module, input_size: tuple[int, ...] | None, inputs: Any) -
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards modes, buffers and random numbers are as they were."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(module, dict(module._buffers)) for module in modes]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(t): t.clone() for _, own in buffers for t in own.values() if t is not None}
-    parameters = [(module, dict(module._parameters)) for module in modes]
-    model.eval()
+    parameters = [(module, dict(module._parameters)) for module, _ in buffers]
     try:
-        with undrawn(seed=SEED):
+        with evaluating(model), undrawn(seed=SEED):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for module, weights in parameters:
             module._parameters.update(weights)
         for module, own in buffers:

@@ -14,7 +14,7 @@ from nearfold.grammar import Operation
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.recognise.attention import Attention, visible
 from nearfold.recognise.foreign import Unsaid
-from nearfold.recognise.layouts import DROPOUTS, member
+from nearfold.recognise.layouts import DROPOUTS, QKV, divided, member, named
 from nearfold.surgery.adapters import CalledAttention, ChannelsLast, MultiheadAttention, SwinBlock, TokenSwinBlock
 
 
@@ -69,22 +69,8 @@ def _conv(m: Any) -> Source:
     return Source(own, m.in_channels, m.out_channels, m.weight.dim() - 2, tokens=False, channels_last=False)
 
 
-def _named(heads: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    named = {}
-    for name, linear in heads.items():
-        named[f"{name}_weight"] = linear.weight
-        if linear.bias is not None:
-            named[f"{name}_bias"] = linear.bias
-    return named
-
-
-def _packed(weight: Tensor, bias: Tensor | None, out: nn.Linear) -> dict[str, Tensor]:
-    """Query, key and value that lie in one matrix; biases for all maps or none, as our layers have them."""
-    names = ("query", "key", "value")
-    named = {f"{n}_weight": w for n, w in zip(names, weight.chunk(3), strict=True)} | _named({"out": out})
-    if bias is not None:
-        named |= {f"{n}_bias": b for n, b in zip(names, bias.chunk(3), strict=True)}
-    return named
+def _own(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
 
 
 def _dropped(rate: float) -> str:
@@ -97,10 +83,9 @@ def _mask(queries: int, keys: int) -> Tensor:
 
 
 def _multihead(m: nn.MultiheadAttention) -> Source:
-    if m.in_proj_weight is not None:
-        own = _packed(m.in_proj_weight, m.in_proj_bias, m.out_proj)
-    else:
+    if m.in_proj_weight is None:
         raise Unsaid("keys and values of another width than the queries")
+    own = named(divided(QKV, m.in_proj_weight, m.in_proj_bias) | {"out": _own(m.out_proj)})
     wrap = lambda mixer: MultiheadAttention(mixer, m)  # noqa: E731
     width = m.embed_dim
 
@@ -144,7 +129,8 @@ def _timm_swin(block: Any) -> Source:
 def _hugging_face_swin(block: Any) -> Source:
     m, size = block.attention, block.window_size
     table = m.relative_position_bias.relative_position_bias_table.T.reshape(-1, 2 * size - 1, 2 * size - 1)
-    own = _named({"query": m.q_proj, "key": m.k_proj, "value": m.v_proj, "out": m.o_proj}) | {"relative_bias": table}
+    maps = {name: _own(getattr(m, f"{name[0]}_proj")) for name in (*QKV, "out")}
+    own = named(maps) | {"relative_bias": table}
     channels = m.q_proj.in_features
 
     def unlike(grid: tuple[int, ...] | None) -> str:
@@ -164,7 +150,7 @@ def _in_blocks(m: Any, size: Sequence[int], wrap: Callable[[Any], nn.Module], dr
     """Attention in blocks with Swin's relative bias, on maps with the channels last."""
     height, width = size
     table = m.relative_position_bias_table.T.reshape(-1, 2 * height - 1, 2 * width - 1)
-    own = _packed(m.qkv.weight, m.qkv.bias, m.proj) | {"relative_bias": table}
+    own = named(divided(QKV, *_own(m.qkv)) | {"out": _own(m.proj)}) | {"relative_bias": table}
     channels = m.qkv.in_features
     note = _dropped(dropout[0]) or _dropped(dropout[1]).replace("attention weights", "its output")
     return Source(own, channels, channels, 2, tokens=False, wrap=wrap, note=note)

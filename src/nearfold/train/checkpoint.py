@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nearfold._images import first_line
 from nearfold.train import index
 from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team
@@ -111,7 +112,7 @@ def save(out: Path, identity: dict[str, Any], facts: dict[str, Any], tensors: di
         own = [*folder.glob(f"__{team.rank}_*"), *([folder / index.NAME] if team.leads else [])]
         files = {file.name: _check(file) for file in own}
     except Exception as error:
-        problem = _line(error)
+        problem = first_line(error)
     found = team.gather((problem, files))
     problem = next((problem for problem, _ in found if problem), "")
     if team.leads and not problem:
@@ -150,13 +151,8 @@ def read(out: Path, identity: dict[str, Any], team: Team) -> Saved | None:
         if aspect == MADE_FROM and aspect not in content.identity:  # of a run of which it was not said
             continue
         saved = content.identity.get(aspect, {})
-        differing = [
-            f"{name} is {wanted.get(name)!r}, was {saved.get(name)!r}"
-            for name in {**saved, **wanted}
-            if saved.get(name) != wanted.get(name)
-        ]
-        if differing:
-            raise ValueError(of_another(aspect, path, differing))
+        now, was = ({name: repr(value) for name, value in facts.items()} for facts in (wanted, saved))
+        require_same(aspect, path, differing(now, was, absent="None"))
     found = Saved(path, out / content.folder, content.facts, None)
     mine = list(content.files.items())[team.rank :: team.world]  # every file is read by one process
     folder = found.folder
@@ -191,16 +187,26 @@ def load(saved: Saved, tensors: dict[str, Any], team: Team) -> None:
         with _torchs_errors():
             dcp.load(tensors, storage_reader=Reader(saved.folder), no_dist=team.world == 1)
     except Exception as error:  # the files are those that were written: it was wrong bytes that were vouched for
-        raise saved.unusable(_line(error)) from error
+        raise saved.unusable(first_line(error)) from error
 
 
-def of_another(aspect: str, path: Path, differing: list[str]) -> str:
-    """Return the message that a checkpoint is of a run that differs in an aspect, and how."""
+def differing(now: Mapping[str, Any], was: Mapping[str, Any], absent: str = "not there") -> list[str]:
+    """Return in which names two mappings differ, and how."""
+    return [
+        f"{name} is {now.get(name, absent)}, was {was.get(name, absent)}"
+        for name in {**was, **now}
+        if now.get(name, absent) != was.get(name, absent)
+    ]
+
+
+def require_same(aspect: str, path: Path, differing: list[str]) -> None:
+    """Raise the ValueError that a checkpoint is of a run that differs in an aspect, where it does so."""
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    return (
-        f"the checkpoint {path} is of another {aspect}: {'; '.join(differing[:5])}{more}. "
-        f"Resume with the same {aspect}; {restart(path)}"
-    )
+    if differing:
+        raise ValueError(
+            f"the checkpoint {path} is of another {aspect}: {'; '.join(differing[:5])}{more}. "
+            f"Resume with the same {aspect}; {restart(path)}"
+        )
 
 
 def _pointer(path: Path) -> _Pointer:
@@ -304,11 +310,6 @@ def _causes(error: BaseException) -> list[BaseException]:
         held = (held for held, _ in getattr(cause, "failures", {}).values())
         causes += [c for c in (*held, cause.__cause__, cause.__context__) if c is not None and c not in causes]
     return causes
-
-
-def _line(error: BaseException) -> str:
-    """What an exception says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def restart(path: Path) -> str:

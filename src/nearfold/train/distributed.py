@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,10 +79,10 @@ class Team:
             fully_shard(block, mesh=mesh)
         return model
 
-    def share(self, model: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers of a model that is not divided, in place."""
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's tensors, which are not divided, in place."""
         if self.world > 1:
-            for tensor in (*model.parameters(), *model.buffers()):
+            for tensor in tensors:
                 moved = tensor.detach().to(self.device)  # NCCL sends from the device only
                 dist.broadcast(moved, src=0)
                 tensor.detach().copy_(moved)
@@ -92,12 +92,6 @@ class Team:
         if self.world > 1:
             dist.all_reduce(values)
         return values
-
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers, such as the statistics of batch normalisation."""
-        if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's `value`, in the order of the ranks; anything that can be pickled."""

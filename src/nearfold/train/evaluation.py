@@ -90,7 +90,7 @@ def measure(
     mean, std = mean.to(device), std.to(device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
-    team.share_buffers(model)
+    team.share(model.buffers())  # such as the statistics of batch normalisation
     model.eval()
     try:
         # no_grad, not inference_mode: what a model caches meanwhile must stay usable in training.

@@ -38,7 +38,6 @@ class Feed(Protocol):
 
         A share has ``batch_size / team.world`` images: of the batch, rows rank * share to (rank + 1) * share.
         """
-        ...
 
     def evaluation(self, split: str) -> Batches:
         """Yield this process's share of a split, unaugmented, in batches of at most the size of those in training.
@@ -46,15 +45,12 @@ class Feed(Protocol):
         ``"train"``: up to 10,000 training images, the same at every call. ``"val"``, ``"test"``: all.
         The sizes of two processes' shares differ by at most one image.
         """
-        ...
 
     def count(self, split: str) -> int:
         """Return the images of a split that :meth:`evaluation` yields over all processes."""
-        ...
 
     def close(self) -> None:
         """End what reads ahead. Nothing can be read afterwards."""
-        ...
 
 
 class Streamed(Protocol):
@@ -63,30 +59,24 @@ class Streamed(Protocol):
     @property
     def name(self) -> str:
         """For messages."""
-        ...
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; a label is an index into them."""
-        ...
 
     @property
     def mean(self) -> Tensor:
         """Mean of each channel: float32 (C,), in 0..1."""
-        ...
 
     @property
     def std(self) -> Tensor:
         """Standard deviation of each channel: float32 (C,), in 0..1."""
-        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells this data set from another, ready for JSON."""
-        ...
 
     def open_feed(self, recipe: Recipe, team: Team, workers: int) -> Feed:
         """Return this process's feed, with `workers` processes that read ahead (0: none)."""
-        ...
 
 
 def open_feed(data: ImageData | Streamed, recipe: Recipe, team: Team, workers: int = 0) -> Feed:
@@ -137,13 +127,7 @@ def global_batch(count: int, recipe: Recipe, team: Team) -> int:
 
 
 class MemoryFeed:
-    """A :class:`Feed` of data in memory, which are copied to the device whole.
-
-    Args:
-        data: The data set.
-        recipe: Batch size, augmentation and seed.
-        team: The processes that share every batch.
-    """
+    """A :class:`Feed` of data in memory, which are copied to the device whole."""
 
     def __init__(self, data: ImageData, recipe: Recipe, team: Team) -> None:
         if recipe.augment not in AUGMENTATIONS:
@@ -167,7 +151,6 @@ class MemoryFeed:
         }
 
     def train(self, step: int) -> Batches:
-        """Yield this process's share of every batch from `step` to the end of its epoch."""
         recipe, team = self._recipe, self._team
         epoch, done = divmod(step, self.steps_per_epoch)
         draws = generator(recipe.seed, "order", epoch)
@@ -181,14 +164,12 @@ class MemoryFeed:
             yield images, self._train.labels[rows]
 
     def evaluation(self, split: str) -> Batches:
-        """Yield this process's share of a split."""
         images, rows = self._evaluated[split]
         for some in rows[self._team.rank :: self._team.world].split(self._each):
             batch = images[some]
             yield batch.images, batch.labels
 
     def count(self, split: str) -> int:
-        """Return the images of a split that are evaluated."""
         return len(self._evaluated[split][1])
 
     def close(self) -> None:

@@ -45,15 +45,12 @@ class Records(Protocol):
 
     def reader(self, units: int) -> Read:
         """Return a function that reads images, and keeps the last `units` units that it has read."""
-        ...
 
     def where(self, row: int) -> str:
         """Return the file of an image, and its place in it, for messages."""
-        ...
 
     def checksum(self) -> int:
         """Return what tells these files from others, wherever their folder is: names, sizes, a sample of content."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,9 @@ class FileRecords:
         self.units = torch.arange(len(labels) + 1)
 
     def reader(self, units: int) -> Read:
-        """Return a function that reads images."""
         return lambda row: read_file(self._root / self._names[row], where=self.where(row))
 
     def where(self, row: int) -> str:
-        """Return the file's path."""
         return in_one_line(str(self._root / self._names[row]))
 
     def checksum(self) -> int:
@@ -125,14 +120,14 @@ def sample(count: int) -> list[int]:
     return sorted({number * count // MOST_SAMPLED for number in range(MOST_SAMPLED)}) if count else []
 
 
-def piece(path: Path, at: int) -> bytes:
-    """Return some of a file's bytes from a place on."""
+def piece(path: Path, at: int, size: int = _PIECE, where: str = "") -> bytes:
+    """Return some of a file's bytes from a place on; `where` is what messages call it, empty: its path."""
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(at)
-            return file.read(_PIECE)
+            return file.read(size)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}): restore it") from error
+        raise ValueError(f"{where or path} cannot be read ({first_line(error)}): restore it") from error
 
 
 def checksum_of_files(paths: list[Path]) -> int:

@@ -39,7 +39,6 @@ class ParquetRecords:
         self._first_row = torch.tensor([0, *(len(labels) for *_, labels in files)]).cumsum(0)
 
     def reader(self, units: int) -> Read:
-        """Return a function that reads images, and keeps the last `units` row groups."""
         kept: OrderedDict[int, Any] = OrderedDict()
 
         def read(row: int) -> bytes:
@@ -70,12 +69,10 @@ class ParquetRecords:
             return images
 
     def where(self, row: int) -> str:
-        """Return the file and the row in it."""
         file = int(torch.searchsorted(self._first_row, row, right=True)) - 1
         return f"{self._paths[file]}, row {row - int(self._first_row[file])}"
 
     def checksum(self) -> int:
-        """Return a checksum of names and sizes, and of a sample of the content."""
         return checksum_of_files(self._paths)
 
 

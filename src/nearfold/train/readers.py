@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from torch import Tensor
 from nearfold._images import first_line as first_line
 from nearfold._images import picture
 from nearfold.train.listing import Records
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from nearfold.train.transforms import pixels
 
 MEMORY_LIMIT = 8 * 2**30
 """Bytes a decoded data set may take; all of it is held in memory."""
@@ -43,7 +40,7 @@ def decode(splits: Sequence[tuple[Records, Tensor]], image_size: int | None) -> 
         read = records.reader(1)
         for row in rows.tolist():
             where = records.where(row)
-            image = _pixels(picture(read(row), where))
+            image = pixels(picture(read(row), where))
             if image_size is not None:
                 image = resize(image[None], image_size)[0]
             if first is None:
@@ -68,11 +65,6 @@ def decode(splits: Sequence[tuple[Records, Tensor]], image_size: int | None) -> 
         else torch.empty(0, channels, height, width, dtype=torch.uint8)
         for images in decoded
     ]
-
-
-def _pixels(plain: Image) -> Tensor:
-    pixels = torch.frombuffer(bytearray(plain.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(plain.height, plain.width, -1).movedim(-1, 0)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

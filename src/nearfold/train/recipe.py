@@ -26,12 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "augment": (*AUGMENTATIONS, *IMAGE_AUGMENTATIONS),
     "precision": tuple(PRECISIONS),
 }
-_INTEGERS: dict[str, tuple[Callable[[int], bool], str]] = {
-    "epochs": (lambda v: v >= 1, "an integer of at least 1"),
-    "batch_size": (lambda v: v >= 1, "an integer of at least 1"),
-    "accumulate": (lambda v: v >= 1, "an integer of at least 1"),
-    "seed": (lambda v: v >= 0, "an integer of at least 0"),
-}
+_LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "seed": 0}  # the integers
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (lambda v: v > 0, "a number above 0"),
     "weight_decay": (lambda v: v >= 0, "a number of at least 0"),
@@ -127,10 +122,10 @@ class Recipe:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 self._refuse(name, f"one of {', '.join(map(repr, choices))}")
-        for name, (holds, wanted) in _INTEGERS.items():
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if type(value) is not int or not holds(value):
-                self._refuse(name, wanted)
+            if type(value) is not int or value < least:
+                self._refuse(name, f"an integer of at least {least}")
             if value > (most := MOST_SEED if name == "seed" else MOST):
                 self._refuse(name, f"at most {most}")
         for name, (valid, wanted) in _NUMBERS.items():

@@ -27,13 +27,7 @@ from nearfold.train.listing import Read, Records, Source
 from nearfold.train.recipe import Recipe
 from nearfold.train.seeds import generator
 from nearfold.train.sources import open_source
-from nearfold.train.transforms import (
-    IMAGE_AUGMENTATIONS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    evaluation_view,
-    training_view,
-)
+from nearfold.train.transforms import IMAGE_AUGMENTATIONS, IMAGENET_MEAN, IMAGENET_STD, evaluation_view, training_view
 
 _MOST_LANES = 64
 _UNITS_OPEN = 128  # units of reading that are shuffled together, over all processes ...
@@ -297,16 +291,6 @@ class StreamFeed:
     """A ``Feed`` of data on disk: its workers are torch's ``DataLoader``'s, and stay up until it is closed.
 
     Only one of the iterators it returns can be used at a time: the last one.
-
-    Args:
-        data: The data set.
-        recipe: Batch size, augmentation and seed.
-        team: The processes that share every batch.
-        workers: Processes that read ahead.
-
-    Raises:
-        ValueError: An argument does not fit.
-        ImportError: The recipe's augmentation needs torchvision, which is not installed.
     """
 
     def __init__(self, data: StreamData, recipe: Recipe, team: Team, workers: int) -> None:
@@ -319,7 +303,7 @@ class StreamFeed:
                 f"use one of {', '.join(map(repr, known))}"
             )
         if recipe.augment not in ("none", "resized_crop"):
-            _require_torchvision(recipe.augment)  # its absence is said here, not in a worker
+            _torchvision.transforms(recipe.augment, "resized_crop")  # its absence is said here, not in a worker
         self.batch_size = global_batch(len(data.splits["train"]), recipe, team)
         self.steps_per_epoch = len(data.splits["train"]) // self.batch_size
         self._data, self._recipe, self._team, self._workers = data, recipe, team, workers
@@ -345,7 +329,6 @@ class StreamFeed:
         weakref.finalize(self, self._owned.clear)
 
     def train(self, step: int) -> Batches:
-        """Yield this process's share of every batch from `step` (over all epochs) to the end of its epoch."""
         epoch, done = divmod(step, self.steps_per_epoch)
         draws = generator(self._recipe.seed, "order", epoch)
         order = epoch_order(self._data.splits["train"], self.batch_size, draws)
@@ -354,7 +337,6 @@ class StreamFeed:
         return self._read([self._pieces(epoch, rows) for rows in shares])
 
     def evaluation(self, split: str) -> Batches:
-        """Yield this process's share of a split."""
         rows = self._evaluated[split].tensor_split(self._team.world)[self._team.rank]
         # A stretch for every worker: each then reads units of its own.
         stretches = [part.tolist() for part in rows.tensor_split(max(1, min(self._workers, self._each)))]
@@ -367,7 +349,6 @@ class StreamFeed:
         )
 
     def count(self, split: str) -> int:
-        """Return the images of a split that are evaluated."""
         return len(self._evaluated[split])
 
     def close(self) -> None:
@@ -402,15 +383,6 @@ class StreamFeed:
                 at += len(piece.rows)
             labels = self._data.splits[pieces[0].split].records.labels[rows]
             yield images, labels.to(self._team.device)
-
-
-def _require_torchvision(augment: str) -> None:
-    try:
-        _torchvision.transforms()
-    except ImportError as error:
-        raise ImportError(
-            f"augment={augment!r} needs torchvision: pip install torchvision, or choose augment='resized_crop'"
-        ) from error
 
 
 def _some(train: Share, seed: int) -> Tensor:

@@ -15,7 +15,17 @@ import torch
 
 from nearfold._images import MOST_BYTES, SUFFIXES, first_line, read_file
 from nearfold.train.layout import ending, is_hidden
-from nearfold.train.listing import UNLABELLED, Names, Read, Source, checksum_of_files, in_one_line, named, require_label
+from nearfold.train.listing import (
+    UNLABELLED,
+    Names,
+    Read,
+    Source,
+    checksum_of_files,
+    in_one_line,
+    named,
+    piece,
+    require_label,
+)
 
 _MOST_OF_A_LABEL = {".cls": 2**12, ".json": 2**22}
 """Bytes of the files that hold labels, by the ending."""
@@ -51,27 +61,19 @@ class TarRecords:
         self.units = torch.arange(len(members) + 1)
 
     def reader(self, units: int) -> Read:
-        """Return a function that reads images."""
         return self._read
 
     def _read(self, row: int) -> bytes:
         path, size = self._paths[int(self._file[row])], int(self._size[row])
-        try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(int(self._offset[row]))
-                content = file.read(size)
-        except OSError as error:
-            raise ValueError(f"{self.where(row)} cannot be read ({first_line(error)}): restore it") from error
+        content = piece(path, int(self._offset[row]), size, self.where(row))
         if len(content) != size:
             raise ValueError(f"{self.where(row)} is cut short: fetch the file again")
         return content
 
     def where(self, row: int) -> str:
-        """Return the tar file and the key."""
         return in_one_line(f"{self._paths[int(self._file[row])]}, key {self._keys[row]}")
 
     def checksum(self) -> int:
-        """Return a checksum of names and sizes, and of a sample of the content."""
         return checksum_of_files(self._paths)
 
 

@@ -40,17 +40,9 @@ class _Pending:
 
 
 class Trainer:
-    """Takes the steps of a run.
+    """Takes the steps of a run, whose arguments :func:`nearfold.train.fit` has too.
 
-    Args:
-        model: Moved to the team's device; where it is divided among processes, a copy of it is, until the end.
-        data: Copied there, if they are in memory.
-        recipe: How to train.
-        team: The processes that train together.
-        schedule: Moves layers of the model after every step.
-        parallel: How several processes hold the model: ``"ddp"``, each all of it, or ``"fsdp"``, each a part.
-        compiled: Train by torch.compile.
-        workers: Processes that read ahead, of data that are not in memory.
+    The model is moved to the team's device; where it is divided among processes, a copy of it is, until the end.
 
     Raises:
         ValueError: The batch or the model cannot be shared by the processes.
@@ -80,7 +72,7 @@ class Trainer:
         self._made_of = configuration(model, schedule)
         if not divided:
             model.to(team.device)
-        team.share(model)
+        team.share((*model.parameters(), *model.buffers()))
         self._averaged = AveragedModel(model, use_buffers=True) if recipe.ema else None
         self.model = model
         if divided:  # a copy, since a divided model cannot be made whole again
@@ -195,15 +187,18 @@ class Trainer:
                 run.phase_sums[phase] += value
         self._pending.clear()
         assert step == run.step, "every step is read once"
+        speed = {"images_per_second": self.batch / run.step_seconds[-1]}
+        return self._record("step", epoch, 1, loss, correct) | speed | phase_metrics(seconds, 1)
+
+    def _record(self, kind: str, epoch: int, steps: int, loss_sum: float, correct: float) -> Metrics:
+        """What the records of a step and of an epoch of so many begin with."""
         return {
-            "kind": "step",
+            "kind": kind,
             "epoch": epoch,
-            "step": step,
-            "lr": learning_rate(self.recipe, run.step - 1, self.steps_per_epoch),
-            "train_loss": loss,
-            "train_accuracy": correct / self.batch,
-            "images_per_second": self.batch / run.step_seconds[-1],
-            **phase_metrics(seconds, 1),
+            "step": self.run.step,
+            "lr": learning_rate(self.recipe, self.run.step - 1, self.steps_per_epoch),
+            "train_loss": loss_sum / steps,
+            "train_accuracy": correct / (steps * self.batch),
         }
 
     def end_epoch(self) -> Metrics:
@@ -218,13 +213,7 @@ class Trainer:
         loss, accuracy = self._measure(self._evaluated, "val")
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after epoch {epoch}, step {run.step}: {_REMEDY}")
-        record: Metrics = {
-            "kind": "epoch",
-            "epoch": epoch,
-            "step": run.step,
-            "lr": learning_rate(self.recipe, run.step - 1, self.steps_per_epoch),
-            "train_loss": run.loss_sum / self.steps_per_epoch,
-            "train_accuracy": run.correct / (self.steps_per_epoch * self.batch),
+        record: Metrics = self._record("epoch", epoch, self.steps_per_epoch, run.loss_sum, run.correct) | {
             "val_loss": loss,
             "val_accuracy": accuracy,
             "images_per_second": self._speed(run.step - self.steps_per_epoch),
@@ -292,7 +281,7 @@ class Trainer:
         No generator states: every step seeds its own.
         """
         for model in self._models().values():
-            self.team.share_buffers(model)  # any process may write them, and the first one's count
+            self.team.share(model.buffers())  # any process may write them, and the first one's count
         run = {name: value for name, value in vars(self.run).items() if name not in TENSORS}
         tensors: dict[str, Any] = {"step_seconds": torch.tensor(self.run.step_seconds, dtype=torch.float64)}
         for kind, model in self._models().items():
@@ -374,21 +363,11 @@ class Trainer:
         """Raise a ValueError that names the tensors in which a checkpoint's model differs from this one."""
         here = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         there = {name: tuple(shape) for name, (shape, _) in _under("model", saved.layout).items()}
-        differing = [
-            f"{name} is {here.get(name, 'not there')}, was {there.get(name, 'not there')}"
-            for name in {**there, **here}
-            if here.get(name) != there.get(name)
-        ]
         made_of = saved.facts.get("model")
         if not isinstance(made_of, dict):
             raise saved.unusable("it does not say of which model")
-        differing = differing or [  # shapes first: they say the most
-            f"{name} is {self._made_of.get(name, 'not there')}, was {made_of.get(name, 'not there')}"
-            for name in {**made_of, **self._made_of}
-            if made_of.get(name) != self._made_of.get(name)
-        ]
-        if differing:
-            raise ValueError(checkpoint.of_another("model", saved.path, differing))
+        shapes = checkpoint.differing(here, there)  # first: they say the most
+        checkpoint.require_same("model", saved.path, shapes or checkpoint.differing(self._made_of, made_of))
 
     def _measure(self, model: nn.Module, split: str) -> tuple[float, float]:
         """The mean loss and the accuracy of a model on a split."""

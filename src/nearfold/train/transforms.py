@@ -46,7 +46,7 @@ def evaluation_view(image: Image, size: int) -> Tensor:
         >>> evaluation_view(Image.new("RGB", (50, 37), (9, 8, 7)), 8)[:, 0, 0]
         tensor([9, 8, 7], dtype=torch.uint8)
     """
-    return _pixels(_resized(image, _centre(image, CROP_SHARE), size))
+    return pixels(_resized(image, _centre(image, CROP_SHARE), size))
 
 
 def training_view(image: Image, size: int, augment: str, draws: torch.Generator) -> Tensor:
@@ -82,13 +82,13 @@ def training_view(image: Image, size: int, augment: str, draws: torch.Generator)
 
         view = view.transpose(Transpose.FLIP_LEFT_RIGHT)
     if augment == "resized_crop":
-        return _pixels(view)
+        return pixels(view)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the CPU's global generator
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=draws)))
-        pixels = _pixels(_torchvision.transforms().RandAugment()(view))
+        made = pixels(_torchvision.transforms().RandAugment()(view))
     if augment == "resized_erasing":
-        _erase(pixels, draws)
-    return pixels
+        _erase(made, draws)
+    return made
 
 
 def _centre(image: Image, share: float) -> _Box:
@@ -137,6 +137,7 @@ def _resized(image: Image, box: _Box, size: int) -> Image:
     return image.resize((size, size), Resampling.BICUBIC, box)
 
 
-def _pixels(image: Image) -> Tensor:
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+def pixels(image: Image) -> Tensor:
+    """Return an image of 8 bits a channel as uint8 (C, H, W)."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, -1).movedim(-1, 0).contiguous()

@@ -64,12 +64,7 @@ def _imagenet(p: Preset) -> tuple[list[Trial], tuple[str, ...]]:
     data = Data("imagenet", validation=0.01, image_size=224, stream=True)
     return (
         [
-            Trial(
-                {"data": f"imagenet, {title}", "layer": layer},
-                {"name": name},
-                data,
-                IMAGENET,
-            )
+            Trial({"data": f"imagenet, {title}", "layer": layer}, {"name": name}, data, IMAGENET)
             for title, layers in NETWORKS.items()
             for layer, name in layers.items()
         ],

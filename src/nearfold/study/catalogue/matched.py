@@ -21,16 +21,12 @@ TOLERANCE = 0.05
 """How far a network may be from its budget."""
 
 Measure = Callable[[nn.Module, tuple[int, ...]], int]
+flops: Measure = count_flops
 
 
 def parameters(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Trainable numbers."""
     return count_parameters(model)
-
-
-def flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Of one image's forward pass."""
-    return count_flops(model, shape)
 
 
 def matched(

@@ -40,7 +40,8 @@ def memorise_answer(results: Results) -> list[str]:
             )
         reference = results.reference(there)
         if reference is not None:
-            text += "Gaps: " + _smaller(verdict(differences(there, reference, "gap_last"), reference)) + " "
+            found = differences(there, reference, "gap_last")
+            text += f"Gaps: {verdict(found, reference.title, ('larger', 'smaller'))} "
         if len(there) > 3:
             text += _ranks(there) + " "
         if missed:
@@ -52,15 +53,9 @@ def memorise_answer(results: Results) -> list[str]:
     return paragraphs
 
 
-def gap(row: Row) -> str:
+def gap(row: Row, measure: str = "gap_last") -> str:
     """The gap of an operator, in points, with its interval."""
-    return accuracy(row.estimate("gap_last")).replace(" %", " points")
-
-
-def _smaller(sentence: str) -> str:
-    """A verdict on accuracies as one on gaps, where less is better."""
-    swapped = sentence.replace("Better than", "Larger than").replace("better than", "larger than")
-    return swapped.replace("Worse than", "Smaller than").replace("worse than", "smaller than")
+    return accuracy(row.estimate(measure)).replace(" %", " points")
 
 
 def _ranks(rows: Sequence[Row]) -> str:
@@ -144,7 +139,7 @@ def benchmark_answer(results: Results) -> list[str]:
         else:
             text += "Scores: " + ", ".join(f"{s.row.title} {s.score:.0f} ({s.tier})" for s in table) + "."
             reference = results.reference(rows)
-            text += f" {verdict(differences(rows, reference), reference)}" if reference is not None else ""
+            text += f" {verdict(differences(rows, reference), reference.title)}" if reference is not None else ""
         paragraphs.append(text)
     return paragraphs
 
@@ -205,16 +200,8 @@ def budget_answer(results: Results) -> list[str]:
 
 
 def _gains(results: Results) -> list[str]:
-    paragraphs = []
-    for name, rows in results.panels.items():
-        reference = results.reference(rows)
-        if reference is not None:
-            paragraphs.append(f"{name}: on test images, {_lower(verdict(differences(rows, reference), reference))}")
-    return paragraphs
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    told = {panel.name: verdict(panel.found, panel.reference) for panel in panels(results) if panel.reference}
+    return [f"{name}: on test images, {text[:1].lower()}{text[1:]}" for name, text in told.items()]
 
 
 def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:

@@ -10,9 +10,11 @@ from nearfold.grammar import CATALOGUE
 from nearfold.models import stem_stride
 from nearfold.study.catalogue.matched import SHAPES
 from nearfold.study.catalogue.presets import Preset
+from nearfold.study.catalogue.readings import gap
 from nearfold.study.compare import accuracy, against_reference, differences, points
 from nearfold.study.document import count, first
 from nearfold.study.grid import Data, Study, Trial
+from nearfold.study.headline import panels
 from nearfold.study.results import Results, Row
 from nearfold.train import Recipe
 
@@ -148,18 +150,16 @@ def _limits(results: Results) -> list[str]:
     """What is said of the layer that this project is built around, wherever it was compared."""
     ours = next(stop.title for stop in SPECTRUM if stop.name == "convnn")
     texts = []
-    for name, rows in results.panels.items():
-        reference = results.reference(rows)
-        found = [] if reference is None else differences(rows, reference)
-        for d in (d for d in found if d.row.title == ours and not math.isnan(d.p)):
+    for panel in panels(results):
+        for d in (d for d in panel.found if d.row.title == ours and not math.isnan(d.p)):
             text = (
                 f"{ours}, the layer of nearest neighbours that this project is built around, is "
-                f"{'' if d.found else 'not '}found different from {results.study.reference} on {name}: "
+                f"{'' if d.found else 'not '}found different from {results.study.reference} on {panel.name}: "
                 f"{points(d.estimate)}"
             )
             if not (d.found or d.estimate.low <= 0 <= d.estimate.high):
-                text += f" (taken alone; among {len(found)} comparisons such an interval is to be expected, and it is "
-                text += "not counted)"
+                many = f"among {len(panel.found)} comparisons such an interval is to be expected"
+                text += f" (taken alone; {many}, and it is not counted)"
             texts.append(
                 text + ". That is one small network, trained briefly on few small images by one recipe, where every "
                 "operator stands alone in its layer. It does not say how a layer does in a large network, on large "
@@ -199,19 +199,16 @@ def _between(rows: Sequence[Row], results: Results) -> str:
 
 
 def _gap(rows: Sequence[Row]) -> str:
-    def gap(row: Row) -> str:
-        return accuracy(row.estimate("gap")).replace(" %", " points")
-
     def train(row: Row) -> float:
         return row.estimate("train_accuracy").mean
 
     ranked = sorted(rows, key=lambda row: row.estimate("gap").mean)
     low, high = ranked[0], ranked[-1]
     if low is high:
-        return f"the gap between train and test accuracy is {gap(low)}."
+        return f"the gap between train and test accuracy is {gap(low, 'gap')}."
     text = (
-        f"the gap between train and test accuracy is smallest for {low.title}, {gap(low)} (train accuracy "
-        f"{100 * train(low):.1f} %), and largest for {high.title}, {gap(high)} ({100 * train(high):.1f} %)."
+        f"the gap between train and test accuracy is smallest for {low.title}, {gap(low, 'gap')} (train accuracy "
+        f"{100 * train(low):.1f} %), and largest for {high.title}, {gap(high, 'gap')} ({100 * train(high):.1f} %)."
     )
     if train(low) < train(high) - 0.01:
         text += (
