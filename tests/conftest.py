@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # their asserts show the values, as those in a test do
 pytest.register_assert_rewrite("helpers")
 
+collect_ignore_glob = ["toys/*"]  # to import one registers its word, for all tests of the process
+
 
 @pytest.fixture
 def seeded() -> None:

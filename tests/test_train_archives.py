@@ -128,6 +128,12 @@ def test_a_tar_file_that_lies_is_refused_in_one_line_and_at_once(tmp_path, make,
     assert time.monotonic() - began < 60
 
 
+def test_a_key_of_two_lines_is_named_in_one(tmp_path):
+    with pytest.raises(ValueError, match=r"key a\\nb, has no label: put a\\nb\.cls") as raised:
+        open_source(tar(tmp_path, [("a\nb.jpg", pairs(1)[0][1])]))
+    assert "\n" not in str(raised.value)
+
+
 @settings(max_examples=60, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 40 * 512 - 1), st.integers(0, 255)), min_size=1, max_size=20))
 def test_no_bytes_of_a_tar_file_end_in_anything_but_one_line(tmp_path_factory, changes):

@@ -105,8 +105,8 @@ def open_tars(
         for member in members:
             if member.key in keys:
                 raise ValueError(
-                    f"{path} and {keys[member.key]} both hold the key {member.key}: rename one, or delete a file "
-                    "that is there twice"
+                    f"{path} and {keys[member.key]} both hold the key {in_one_line(member.key)}: rename one, or delete "
+                    "a file that is there twice"
                 )
             keys[member.key] = path
         found.setdefault(split, []).append((path, members))
@@ -177,13 +177,15 @@ def _members(path: Path, labels_needed: bool, label_field: str | None, left_out:
                 raise ValueError(f"{where} is a link or another special file: write it as a file of its own")
             if kind in SUFFIXES:
                 if key in images:
-                    raise ValueError(f"{path} holds two images of the key {key}: delete one")
+                    raise ValueError(f"{path} holds two images of the key {in_one_line(key)}: delete one")
                 images[key] = (entry.offset_data, entry.size)
                 continue
             raw.seek(entry.offset_data)
-            label = _label(raw.read(entry.size), kind, f"{path}, key {key}", label_field)
+            label = _label(raw.read(entry.size), kind, f"{path}, key {in_one_line(key)}", label_field)
             if None not in (label, labels.get(key)) and label != labels[key]:
-                raise ValueError(f"{path}, key {key}, has two labels, {labels[key]} and {label}: delete one")
+                raise ValueError(
+                    f"{path}, key {in_one_line(key)}, has two labels, {labels[key]} and {label}: delete one"
+                )
             labels[key] = labels.get(key) if label is None else label
     samples = _samples(path, images, labels, left_out)
     unused = labels.keys() - {named for _, named in samples}
@@ -216,9 +218,10 @@ def _samples(
         elif len(keys) == 1:
             samples[keys[0]] = sample
         else:
+            name, some = in_one_line(sample), in_one_line(", ".join(keys[:3]))
             raise ValueError(
-                f"{path} holds several images of the key {sample} ({', '.join(keys[:3])}): give each a label of its "
-                f"own name, or name one {sample} and its ending"
+                f"{path} holds several images of the key {name} ({some}): give each a label of its own name, or name "
+                f"one {name} and its ending"
             )
     return [(key, samples[key]) for key in images if key in samples]
 
@@ -227,8 +230,9 @@ def _checked(label: int | None, needed: bool, path: Path, key: str) -> int:
     if label in (None, UNLABELLED) and not needed:
         return UNLABELLED
     if label is None:
-        raise ValueError(f"{path}, key {key}, has no label: put {key}.cls or {key}.json with a label next to it")
-    return require_label(label, f"{path}, key {key}")
+        name = in_one_line(key)
+        raise ValueError(f"{path}, key {name}, has no label: put {name}.cls or {name}.json with a label next to it")
+    return require_label(label, f"{path}, key {in_one_line(key)}")
 
 
 def _label(content: bytes, kind: str, where: str, label_field: str | None) -> int | None:
