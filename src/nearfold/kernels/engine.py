@@ -93,9 +93,17 @@ def serves(*tensors: Tensor | None) -> bool:
     )
 
 
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()
+SHARE = 2**22  # multiplications for which one more thread is worth being woken
+
+
+def threads(work: int | None = None) -> int:
+    """As many as torch uses; fewer where there is so little to do that to share it costs more.
+
+    >>> threads(1000)
+    1
+    """
+    most = torch.get_num_threads()
+    return most if work is None else min(most, 1 + work // SHARE)
 
 
 def names() -> tuple[str, ...]:

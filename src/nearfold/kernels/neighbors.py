@@ -62,6 +62,11 @@ class Neighbors:
             return self.scale
         return self.scale * float(query.shape[1] // self.heads) ** -0.5
 
+    def _work(self, value: Tensor, query: Tensor, M: int, O: int) -> int:
+        """Multiplications: of the search, and of the sums."""
+        B, C, N = value.shape[0], value.shape[1], value.numel() // (value.shape[0] * value.shape[1])
+        return B * M * (N * query.shape[1] + self.k * C * O // (self.groups or C))
+
     def forward(self, operands: Operands, keep: bool) -> tuple[Tensor | None, ...] | None:
         """(B, O, *out_grid), laid out as rows of channels; index (B, H, M, k), and alpha where scores weigh."""
         query, key, value, weight, bias, places = operands
@@ -75,11 +80,12 @@ class Neighbors:
         index = torch.empty(B, self.heads, M, self.k, dtype=torch.long) if keep else None
         weighted = keep and self.scale is not None
         alpha = torch.empty(B, self.heads, M, self.k, dtype=value.dtype) if weighted else None
+        first = value if query is None else query
         ran = engine.run(
             "neighbors",
             *(query, key, value, None if weight is None else weight.contiguous(), bias, places, self.heads),
             *(self.groups or value.shape[1], self.k, METRICS[self.metric], self.unit, self.squared, self.own),
-            *(self._temperature(value if query is None else query), index, alpha, y, engine.threads()),
+            *(self._temperature(first), index, alpha, y, engine.threads(self._work(value, first, M, O))),
         )
         return (y, index, alpha) if ran else None
 
@@ -89,7 +95,7 @@ class Neighbors:
         index, alpha = kept
         assert value is not None and index is not None
         scored, first = self.scale is not None, value if query is None else query
-        B, C, N = value.shape[0], value.shape[1], value[0, 0].numel()
+        B, C, N = value.shape[0], value.shape[1], value.numel() // (value.shape[0] * value.shape[1])
         d_value = value.new_empty(B, N, C)
         d_query = first.new_empty(B, index.shape[2], first.shape[1]) if scored else None
         d_key = first.new_empty(B, N, first.shape[1]) if scored else None
@@ -100,7 +106,8 @@ class Neighbors:
             "neighbors_backward",
             *(grad, query if scored else None, key if scored else None, value, still, self.heads),
             *(self.groups or C, METRICS[self.metric], self.squared, self._temperature(first), index, alpha),
-            *(d_query, d_key, d_value, d_weight, d_bias, engine.threads()),
+            *(d_query, d_key, d_value, d_weight, d_bias),
+            engine.threads(self._work(value, first, index.shape[2], grad.shape[1])),
         )
         if not ran:
             return None
