@@ -208,7 +208,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, C, *grid) -> (B, H, N, d)."""
-    return x.flatten(2).unflatten(1, (heads, x.shape[1] // heads)).transpose(2, 3)
+    x = x if x.dim() == 3 else x.flatten(2)
+    return x.unflatten(1, (heads, x.shape[1] // heads)).transpose(2, 3)
 
 
 def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None, planes: bool = False) -> Tensor:
@@ -220,6 +221,8 @@ def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None, planes: bool 
         # expanded over the batch first: the gradient then sums along rows, and only then over the batch
         y = torch.baddbmm(bias_o[:, None].expand(x.shape[0], -1, 1), weight_BOC, x_BCN)
         return y.view(x.shape[0], weight_oc.shape[0], *x.shape[2:])
+    if x.dim() == 3:  # a sequence: every view costs a microsecond or more
+        return F.linear(x.transpose(1, 2), weight_oc, bias_o).transpose(1, 2)
     y = F.linear(x.flatten(2).transpose(1, 2), weight_oc, bias_o)
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -5,7 +5,6 @@ Shape legend: B batch, H heads, N positions, M outputs, e embedded features, d v
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
@@ -13,6 +12,7 @@ from nearfold.grammar.words import All, Causal, Softmax
 from nearfold.kernels.attention import attention
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, split_heads
+from nearfold.lower.geometry import all_positions
 from nearfold.lower.selection import allowed
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -52,14 +52,15 @@ def run(call: Call) -> Tensor:
     mask = None
     bias = score_bias(call.op, call.params, call.grid, query_M, value)
     if not causal or bias is not None:
-        mask = allowed(call, query_M, torch.arange(value.shape[2], device=value.device))
+        mask = allowed(call, query_M, all_positions(value.shape[2], value.device))
     if bias is not None:  # SDPA adds the mask after its scale
         bias = (bias * rho.scale).to(value.dtype)
         mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
         mask = mask if mask.dim() == 4 else mask[None]  # with three axes it would not be taken by the fast kernel
     y = attention(query, key, value, mask, causal, scale)
     if call.mask is not None:  # a query that may read nothing
-        read = allowed(call, query_M, torch.arange(key.shape[2], device=key.device))
+        read = allowed(call, query_M, all_positions(key.shape[2], key.device))
         assert read is not None
         y = y.masked_fill(~read.any(-1, True), 0)
-    return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.out_grid)
+    y = y.transpose(2, 3).flatten(1, 2)
+    return y if call.ndim == 1 else y.unflatten(2, call.out_grid)
