@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -117,6 +118,9 @@ def test_commands_run_as_written(page, command, folder, capsys):
         once = ["--epochs", "1"] if argv[1] == "train" else []  # the others are like the first
         assert cli.main([*argv[1:], *once]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out
+    elif argv[2] == "nearfold.grammar.vocabulary":
+        runpy.run_module(argv[2], run_name="__main__")
+        assert capsys.readouterr().out.startswith("# The words")
     else:
         module = {"nearfold.recipes.imagenet": imagenet, "nearfold.recipes.generated": generated}[argv[2]]
         module.main(argv[3:])

@@ -138,7 +138,7 @@ def test_multiply_adds_are_the_published_ones_within_3_percent(name):
 @pytest.mark.parametrize("name", slow_but(("gwo_deformable", "vgg11_conv", "vit_base_kvt"), one_of_each_kind()))
 def test_compiled_gives_the_same(name):
     torch._dynamo.reset()
-    network, x = tiny(name).eval(), images(name, 1)
+    network, x = tiny(name).eval().double(), images(name, 1).double()  # in float32 near-ties are ranked by rounding
     with torch.no_grad():
         assert_close(torch.compile(network, backend="eager", fullgraph=True)(x), network(x))
 

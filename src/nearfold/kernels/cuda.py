@@ -75,6 +75,15 @@ def search() -> str:
     return wanted
 
 
+def is_interpreted() -> bool:
+    """Whether the kernels serve CPU tensors now.
+
+    >>> is_interpreted()
+    False
+    """
+    return _interpreted > 0
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Within it the kernels serve CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1): for tests."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nearfold.kernels import engine
+from nearfold.kernels import cuda, engine
 from nearfold.kernels.operator import unwatched
 
 Operands = tuple[Tensor | None, ...]
@@ -49,7 +49,7 @@ def whole(layer: Layer, operands: Operands, again: Callable[..., Tensor]) -> Ten
 
 def _serves(operands: Operands) -> bool:
     """Whether the engine may run on these tensors, unseen."""
-    if not unwatched(operands) or forward_ad._current_level >= 0 or engine.get() is None:
+    if not unwatched(operands) or forward_ad._current_level >= 0 or cuda.is_interpreted() or engine.get() is None:
         return False
     dtypes = {t.dtype for t in operands if t is not None and t.dtype != torch.long}
     return len(dtypes) == 1 and dtypes <= set(engine.COMPUTE) and all(t is None or t.numel() for t in operands)
