@@ -92,3 +92,16 @@ def test_an_index_beyond_the_input_is_refused(isa):
                         aggregate_backward(grad, value, index, a, weight, groups)
             with pytest.raises(ValueError, match="beyond the input"):
                 select_backward(torch.randn(1, 1, 3, 2), query, key, index[1:].mT.mT.view(1, 1, 3, 2), "dot", False)
+
+
+@every_set
+@pytest.mark.parametrize("outputs", [3, 90])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_alpha_that_is_nan_is_the_outputs_whatever_its_slot_reads(isa, outputs, kernel):
+    """For few outputs and for many, which dense kernels compute in two ways."""
+    value, index = torch.randn(1, 7, 4), torch.randint(7, (1, outputs, 3, 1))
+    alpha, weight = torch.rand(1, outputs, 3, 1), torch.randn(5, 4, 3) if kernel else None
+    index[0, 1, 2], alpha[0, 1, 2] = -1, float("nan")
+    (found,), (truth,) = both(isa, aggregate, value, index, alpha, weight, 1)
+    assert found[0, 1].isnan().all() and not found[0, 0].isnan().any()
+    assert_near(found, truth, "a slot that reads nothing")

@@ -96,7 +96,8 @@ Window window_of(const Q &query, const K &key, const Numbers &size, const Number
 }
 
 template <class T, class Q, class K>
-LocalArgs<T> local_args(const Q &query, const K &key, const K &value, const Any<T> &stats, const Window &window, int metric, bool squared, double scale, int threads) {
+LocalArgs<T> local_args(const Q &query, const K &key, const K &value, const Any<T> &stats, const Window &window, int metric,
+                        bool squared, double scale, int threads) {
     LocalArgs<T> a;
     const size_t ndim = query.ndim();
     a.window = window;
@@ -161,7 +162,8 @@ void local_backward(Any<const T> grad, Any<const T> query, Any<const T> key, Any
 }
 
 template <class T, class M, class W, class O>
-GroupedArgs<T> grouped_args(const std::vector<M> &maps, const W &weight, const O &out, const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect, int threads) {
+GroupedArgs<T> grouped_args(const std::vector<M> &maps, const W &weight, const O &out, const Numbers &stride,
+                            const Numbers &dilation, const Numbers &before, bool reflect, int threads) {
     GroupedArgs<T> a;
     require(!maps.empty() && maps.size() <= most_maps, "grouped: one to four maps");
     const size_t ndim = maps[0].ndim();

@@ -3,26 +3,11 @@
 #include <cstring>
 #include <limits>
 
-#include "engine.h"
-#include "neighbors.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace nearfold {
 namespace NEARFOLD_ISA {
-
-int select_float(const SelectArgs<float> &);
-int select_double(const SelectArgs<double> &);
-int select_backward_float(const SelectBackwardArgs<float> &);
-int select_backward_double(const SelectBackwardArgs<double> &);
-int aggregate_float(const AggregateArgs<float> &);
-int aggregate_double(const AggregateArgs<double> &);
-int aggregate_backward_float(const AggregateBackwardArgs<float> &);
-int aggregate_backward_double(const AggregateBackwardArgs<double> &);
-int softmax_float(const SoftmaxArgs<float> &);
-int softmax_double(const SoftmaxArgs<double> &);
-int softmax_backward_float(const SoftmaxBackwardArgs<float> &);
-int softmax_backward_double(const SoftmaxBackwardArgs<double> &);
-
 namespace {
 
 template <class T>

@@ -1,43 +1,7 @@
 // The table of one instruction set.
-#include "engine.h"
+#include "kernels.h"
 
 namespace nearfold {
-namespace NEARFOLD_ISA {
-
-int select_float(const SelectArgs<float> &);
-int select_double(const SelectArgs<double> &);
-int select_backward_float(const SelectBackwardArgs<float> &);
-int select_backward_double(const SelectBackwardArgs<double> &);
-int aggregate_float(const AggregateArgs<float> &);
-int aggregate_double(const AggregateArgs<double> &);
-int aggregate_backward_float(const AggregateBackwardArgs<float> &);
-int aggregate_backward_double(const AggregateBackwardArgs<double> &);
-int softmax_float(const SoftmaxArgs<float> &);
-int softmax_double(const SoftmaxArgs<double> &);
-int softmax_backward_float(const SoftmaxBackwardArgs<float> &);
-int softmax_backward_double(const SoftmaxBackwardArgs<double> &);
-int neighbors_float(const NeighborsArgs<float> &);
-int neighbors_double(const NeighborsArgs<double> &);
-int neighbors_backward_float(const NeighborsBackwardArgs<float> &);
-int neighbors_backward_double(const NeighborsBackwardArgs<double> &);
-int local_float(const LocalArgs<float> &);
-int local_double(const LocalArgs<double> &);
-int local_backward_float(const LocalBackwardArgs<float> &);
-int local_backward_double(const LocalBackwardArgs<double> &);
-int grouped_float(const GroupedArgs<float> &);
-int grouped_double(const GroupedArgs<double> &);
-int grouped_backward_float(const GroupedBackwardArgs<float> &);
-int grouped_backward_double(const GroupedBackwardArgs<double> &);
-int corners_float(const CornersArgs<float> &);
-int corners_double(const CornersArgs<double> &);
-int corners_backward_float(const CornersBackwardArgs<float> &);
-int corners_backward_double(const CornersBackwardArgs<double> &);
-int scan_float(const ScanArgs<float> &);
-int scan_double(const ScanArgs<double> &);
-int scan_backward_float(const ScanBackwardArgs<float> &);
-int scan_backward_double(const ScanBackwardArgs<double> &);
-
-}  // namespace NEARFOLD_ISA
 
 #define NEARFOLD_JOIN_(a, b) a##b
 #define NEARFOLD_JOIN(a, b) NEARFOLD_JOIN_(a, b)
