@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from nearfold.grammar.notation import parse
 from nearfold.kernels import approximate, bins, clusters, engine
+from nearfold.kernels.search import Search
 from nearfold.lower.explain import explain
 from nearfold.nn import ConvNNAttention, KVTAttention, Mixer
 from nearfold.nn.functional import knn_attention
@@ -111,7 +112,7 @@ def test_bins_reach_the_expected_recall(metric, kind):
     truth = select(*args)
     for asked in (0.8, 0.95):
         L = bins.bins_for(9, asked)
-        flat = bins.select(query.flatten(0, 1), key.flatten(0, 1), 9, metric, False, *args[5:7], False, L)
+        flat = bins.select(query.flatten(0, 1), key.flatten(0, 1), Search(*args[2:11]), L)
         found = tuple(x.view_as(truth[0]) for x in flat)
         share = recall(found, truth, args)
         assert share >= asked - 0.01, (asked, share)

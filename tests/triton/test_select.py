@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nearfold.kernels import select_torch
+from nearfold.kernels.search import Search
 from nearfold.kernels.triton import select as kernels
 
 INF = float("inf")
@@ -19,7 +20,7 @@ def reference(query, key, k, metric, squared, *rest, dtype=torch.float64):
     """`select_torch.select` of the same numbers."""
     B, H, M, _ = query.shape
     flat = (x.to(dtype).flatten(0, 1).contiguous() for x in (query, key))
-    score, index = select_torch.select(*flat, k, metric, squared, *rest)
+    score, index = select_torch.select(*flat, Search(k, metric, squared, *rest))
     return score.view(B, H, M, k), index.view(B, H, M, k)
 
 
@@ -39,7 +40,7 @@ def unit(*shape):
 
 def check_exact(query, key, k, metric, squared, *rest, **blocks):
     """The same indices, ties and all: for inputs whose scores have no rounding."""
-    score, index = kernels.select(query, key, k, metric, squared, *rest, **(blocks or BLOCKS))
+    score, index = kernels.select(query, key, Search(k, metric, squared, *rest), **(blocks or BLOCKS))
     expected = reference(query, key, k, metric, squared, *rest)
     assert score.dtype == torch.float32
     assert index.dtype == torch.long
@@ -50,7 +51,7 @@ def check_exact(query, key, k, metric, squared, *rest, **blocks):
 
 def check_close(query, key, k, metric, squared, *rest, tolerance=1e-5):
     """The same scores up to rounding, and other indices only among keys that are as good up to rounding."""
-    score, index = kernels.select(query, key, k, metric, squared, *rest, **BLOCKS)
+    score, index = kernels.select(query, key, Search(k, metric, squared, *rest), **BLOCKS)
     all_scores = reference(query, key, key.shape[2], metric, squared, *rest)
     expected = all_scores[0][..., :k]
     torch.testing.assert_close(score.double(), expected, rtol=tolerance, atol=tolerance)
@@ -83,7 +84,7 @@ def test_equal_cosines_at_the_end_of_the_range_are_ties():
     direction = unit(1, 1, 1, 40)
     key = direction.expand(1, 1, 40, 40) * (1 + torch.arange(40)[:, None] * 3e-7)
     assert (key[0, 0, 1:] != key[0, 0, :-1]).any()
-    score, index = kernels.select(direction, key, 5, "cosine", False, *where(1, 40), ANY, False, 0.0, **BLOCKS)
+    score, index = kernels.select(direction, key, Search(5, "cosine", False, *where(1, 40), ANY, False, 0.0), **BLOCKS)
     assert score.max() == 1
     products = (key.double() @ direction.double().mT)[0, 0, :, 0]
     clear = int((products > 1 + 1e-6).nonzero()[0])  # beyond rounding above 1, and so are all after it
@@ -210,12 +211,12 @@ def test_blocks_do_not_matter():
 
 def test_nothing_to_search():
     score, index = kernels.select(
-        torch.ones(1, 2, 3, 4), torch.ones(1, 2, 0, 4), 2, "dot", False, *where(3, 0), ANY, True, 0.0
+        torch.ones(1, 2, 3, 4), torch.ones(1, 2, 0, 4), Search(2, "dot", False, *where(3, 0), ANY, True, 0.0)
     )
     assert (score == -INF).all()
     assert (index == -1).all()
     assert kernels.select(
-        torch.ones(1, 2, 0, 4), torch.ones(1, 2, 3, 4), 2, "dot", False, *where(0, 3), ANY, False, 0.0
+        torch.ones(1, 2, 0, 4), torch.ones(1, 2, 3, 4), Search(2, "dot", False, *where(0, 3), ANY, False, 0.0)
     )[1].shape == (1, 2, 0, 2)
 
 
@@ -236,22 +237,25 @@ def test_sixteen_bits(metric, dtype):
 
 def test_equal_inputs_have_equal_results():
     x = torch.randn(1, 2, 35, 20)
-    runs = [kernels.select(x, x, 5, "euclidean", False, *where(35, 35), ANY, True, -INF, **BLOCKS) for _ in range(2)]
+    search = Search(5, "euclidean", False, *where(35, 35), ANY, True, -INF)
+    runs = [kernels.select(x, x, search, **BLOCKS) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
 
 
 def test_what_is_not_served_says_why():
     x = torch.ones(1, 1, 4, 2)
-    assert kernels.refusal(x, x, 3, "dot", ANY, [4]) == ""
-    assert "gram" in kernels.refusal(x, x, 3, "gram", ANY, [4])
-    assert "chebyshev" in kernels.refusal(x, x, 3, "chebyshev", ANY, [4])
-    assert "float64" in kernels.refusal(x.double(), x.double(), 3, "dot", ANY, [4])
-    assert "1000" in kernels.refusal(x, x, 1000, "dot", ANY, [4])
-    assert "axes" in kernels.refusal(x, x, 3, "dot", [0, 1, 1], [2, 2, 2, 2, 2])
-    assert kernels.refusal(x, x, 3, "dot", ANY, [2, 2, 2, 2, 2]) == ""
+    nearest = Search(3, "dot", False, *where(4, 4), ANY, False, 0.0)
+    wide = nearest._replace(grid=[2, 2, 2, 2, 2])
+    assert kernels.refusal(x, x, nearest) == "" == kernels.refusal(x, x, wide)
+    assert "gram" in kernels.refusal(x, x, nearest._replace(metric="gram"))
+    assert "chebyshev" in kernels.refusal(x, x, nearest._replace(metric="chebyshev"))
+    assert "float64" in kernels.refusal(x.double(), x.double(), nearest)
+    assert "1000" in kernels.refusal(x, x, nearest._replace(k=1000))
+    assert "axes" in kernels.refusal(x, x, wide._replace(rule=[0, 1, 1]))
+    assert "32 bits" in kernels.refusal(x, x, nearest._replace(grid=[2**16, 2**15]))
     with pytest.raises(NotImplementedError, match="gram"):
-        kernels.select(x, x, 3, "gram", False, *where(4, 4), ANY, False, 0.0)
+        kernels.select(x, x, nearest._replace(metric="gram"))
 
 
 BINS = {"block_m": 16, "classes": 16, "exact_block_m": 16, "exact_block_n": 16}
@@ -259,8 +263,8 @@ BINS = {"block_m": 16, "classes": 16, "exact_block_m": 16, "exact_block_n": 16}
 
 def check_binned(query, key, k, metric, *rest):
     """The same as the exact search, to the bit; returns how many queries needed it."""
-    score, index, searched_again = kernels.select_binned(query, key, k, metric, False, *rest, **BINS)
-    expected = kernels.select(query, key, k, metric, False, *rest, **BLOCKS)
+    score, index, searched_again = kernels.select_binned(query, key, Search(k, metric, False, *rest), **BINS)
+    expected = kernels.select(query, key, Search(k, metric, False, *rest), **BLOCKS)
     assert torch.equal(index, expected[1])
     assert torch.equal(score.nan_to_num(7.0), expected[0].nan_to_num(7.0))
     assert searched_again.shape == (query.shape[0] * query.shape[1],)
@@ -310,7 +314,7 @@ def test_when_bins_are_of_use():
     assert "40" in kernels.refusal_binned(x, x, 40, "cosine")
     assert "100" in kernels.refusal_binned(x, x[:, :, :100], 9, "dot")
     with pytest.raises(NotImplementedError, match="euclidean"):
-        kernels.select_binned(x, x, 3, "euclidean", False, *where(2048, 2048), ANY, False, 0.0)
+        kernels.select_binned(x, x, Search(3, "euclidean", False, *where(2048, 2048), ANY, False, 0.0))
 
 
 def dense_gradients(grad, query, key, index, metric, squared):
@@ -379,7 +383,7 @@ def test_what_nobody_chose_does_not_reach_the_gradients(metric):
     query[0, 0, 2] = math.nan
     key[0, 0, 0] = math.nan
     rest = (*where(4, 5), ANY, False, 0.0)
-    _, index = kernels.select(query, key, 6, metric, False, *rest, **BLOCKS)
+    _, index = kernels.select(query, key, Search(6, metric, False, *rest), **BLOCKS)
     assert (index[0, 0, 2] == -2).all()
     d_query, d_key = kernels.select_backward(torch.ones(1, 1, 4, 6), query, key, index, metric, False)
     assert d_query.isfinite().all()

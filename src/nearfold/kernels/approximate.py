@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nearfold.kernels import bins, clusters, engine
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.search import Search
 
 Exact = Callable[..., tuple[Tensor, Tensor]]
 
@@ -65,46 +66,24 @@ def _bins(k: int, keys: int, recall: float) -> int:
     return max(bins.bins_for(k, recall), bins.fastest(k, keys))
 
 
-def search(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
-    recall: float,
-    exact: Exact,
-) -> tuple[Tensor, Tensor] | None:
+def select(query: Tensor, key: Tensor, search: Search, recall: float, exact: Exact) -> tuple[Tensor, Tensor] | None:
     """Scores and indices (B, H, M, k) as of `select`, ties among what was found by the lowest index; or None.
 
-    None where the exact search is to be used. The arguments are `select`'s; ``exact`` is its exact search.
+    None where the exact search is to be used; ``exact`` is that search.
     """
+    k, metric = search.k, search.metric
     B, H, M, _ = query.shape
     R = key.shape[2]
-    plain = rule == [0, -1, 1] and not (own and (again > float("-inf") or math.prod(grid) != R))
+    elsewhere = search.own and (search.again > float("-inf") or math.prod(search.grid) != R)
+    plain = search.rule == [0, -1, 1] and not elsewhere
     method = how(metric, R, M, k, recall, engine.serves(query, key)) if plain else "exact"
     if method == "exact" or not _finite(query, key):
         return None
     with torch.autocast(query.device.type, enabled=False):
         if method == "bins":
-            flat = bins.select(
-                query.flatten(0, 1),
-                key.flatten(0, 1),
-                k,
-                metric,
-                squared,
-                query_index,
-                key_index,
-                own,
-                _bins(k, R, recall),
-            )
+            flat = bins.select(query.flatten(0, 1), key.flatten(0, 1), search, _bins(k, R, recall))
             return flat[0].view(B, H, M, k), flat[1].view(B, H, M, k)
-        return _clustered(query, key, k, metric, squared, query_index if own else None, recall, exact)
+        return _clustered(query, key, search, recall, exact)
 
 
 def _finite(query: Tensor, key: Tensor) -> bool:
@@ -112,43 +91,26 @@ def _finite(query: Tensor, key: Tensor) -> bool:
     return bool((query.square().sum() + key.square().sum()).isfinite())
 
 
-def _clustered(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    own_index: Tensor | None,
-    recall: float,
-    exact: Exact,
-) -> tuple[Tensor, Tensor]:
-    """`clusters.select` for every problem; ``own_index`` (M,) is the key that a query must not find."""
+def _clustered(query: Tensor, key: Tensor, search: Search, recall: float, exact: Exact) -> tuple[Tensor, Tensor]:
+    """`clusters.select` for every problem; with ``own`` a query must not find the key at its position."""
+    k, metric, squared, query_index, _, _, _, own, _ = search
     B, H, M, _ = query.shape
     score = query.new_empty(B, H, M, k)
     index = torch.empty(B, H, M, k, dtype=torch.long, device=query.device)
     same = query.data_ptr() == key.data_ptr() and query.shape == key.shape and query.stride() == key.stride()
-    home = torch.zeros(M, dtype=torch.long, device=query.device) if own_index is None else own_index
+    home = query_index if own else torch.zeros(M, dtype=torch.long, device=query.device)
 
-    def search(q: Tensor, keys: Tensor, at: Tensor, name: Tensor) -> tuple[Tensor, Tensor]:
+    def among(q: Tensor, keys: Tensor, at: Tensor, name: Tensor) -> tuple[Tensor, Tensor]:
         # distances rank by their squares: equal roots need not be equally near
-        found = exact(
-            q[None, None],
-            keys[None, None],
-            k,
-            metric,
-            metric not in DOT_LIKE,
-            at,
-            name,
-            [key.shape[2]],
-            [0, -1, 1],
-            own_index is not None,
-            float("-inf"),
+        asked = search._replace(
+            squared=metric not in DOT_LIKE, query_index=at, key_index=name, grid=[key.shape[2]], again=float("-inf")
         )
+        found = exact(q[None, None], keys[None, None], asked)
         return found[0][0, 0], found[1][0, 0]
 
     for b in range(B):
         for h in range(H):
             keys = key[b, h].contiguous()
             queries = keys if same else query[b, h].contiguous()
-            score[b, h], index[b, h] = clusters.select(queries, keys, k, metric, recall, home, search)
+            score[b, h], index[b, h] = clusters.select(queries, keys, k, metric, recall, home, among)
     return score if squared or metric in DOT_LIKE else -(-score).sqrt(), index

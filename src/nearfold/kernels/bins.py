@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.names import INVALID, NORMED
+from nearfold.kernels.search import Search
 from nearfold.kernels.select_torch import (
     BLOCK_BYTES,
     _chosen,
@@ -62,22 +63,13 @@ def fastest(k: int, keys: int) -> int:
     return max(k, _class_count(keys, k) // 2)
 
 
-def select(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    own: bool,
-    bins: int,
-) -> tuple[Tensor, Tensor]:
+def select(query: Tensor, key: Tensor, search: Search, bins: int) -> tuple[Tensor, Tensor]:
     """Scores and indices (P, M, k) of about the k best keys of (P, M, e) and (P, R, e), best first.
 
-    Arguments as of `nearfold.kernels.select.select`; all keys finite, any may be chosen, but for ``own`` the one at
-    the query's position.
+    All keys are finite and any may be chosen, but for ``own`` the one at the query's position: grid, rule and
+    ``again`` are not read.
     """
+    k, metric, squared, query_index, key_index, _, _, own, _ = search
     P, M, _ = query.shape
     R = key.shape[1]
     order = torch.randperm(R, generator=torch.Generator().manual_seed(0)).to(key.device)

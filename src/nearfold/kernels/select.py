@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import approximate, cuda, engine, second, select_torch
 from nearfold.kernels.names import LOW, require_tensors
 from nearfold.kernels.operator import operator
+from nearfold.kernels.search import Search
 
 # what the compiled engine knows; the rounding of "gram" is that of norms and a matrix product, which PyTorch keeps
 METRICS = {"dot": 0, "cosine": 1, "euclidean": 2, "chebyshev": 3}
@@ -24,11 +25,14 @@ DIFFERENTIABLE = ("dot", "cosine", "euclidean")
 MOST_SLOTS = 1024  # beyond, a sort is faster than the engine's buffers
 
 
-def _served(query: Tensor, key: Tensor, k: int, metric: str, positions: int, rule: list[int]) -> bool:
-    whole = positions == key.shape[2] or (rule[1] < 0 and rule[2] == 1)  # a reach needs every position as a key
+def _served(query: Tensor, key: Tensor, search: Search) -> bool:
+    _, reach, dilation = search.rule
+    whole = math.prod(search.grid) == key.shape[2] or (
+        reach < 0 and dilation == 1
+    )  # a reach needs every position as a key
     return (
-        metric in METRICS
-        and k <= MOST_SLOTS
+        search.metric in METRICS
+        and search.k <= MOST_SLOTS
         and whole
         and query.numel() * key.numel() > 0
         and engine.serves(query, key)
@@ -57,10 +61,9 @@ def _require_rows(query: Tensor, key: Tensor, metric: str) -> None:
         raise ValueError(f"query and key must have one floating dtype, got {query.dtype} and {key.dtype}")
 
 
-def _require(
-    query: Tensor, key: Tensor, k: int, metric: str, query_index: Tensor, key_index: Tensor, rule: list[int]
-) -> None:
+def _require(query: Tensor, key: Tensor, search: Search, recall: float) -> None:
     """ValueError where the operands do not fit one another."""
+    k, metric, _, query_index, key_index, _, rule, _, _ = search
     _require_rows(query, key, metric)
     require_tensors(query_index=query_index, key_index=key_index)
     for name, index, n in (("query_index", query_index, query.shape[2]), ("key_index", key_index, key.shape[2])):
@@ -70,6 +73,8 @@ def _require(
         raise ValueError(f"k must be at least 1, got {k}")
     if len(rule) != 3 or rule[0] not in (0, 1) or rule[1] < -1 or rule[2] < 1:
         raise ValueError(f"rule must be [causal 0 or 1, reach >= -1, dilation >= 1], got {rule}")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
 
 
 @operator("nearfold::select")
@@ -94,92 +99,50 @@ def select(
     Args:
         query: (B, H, M, e), float32, float64, bfloat16 or float16, any strides.
         key: (B, H, R, e), same dtype.
-        k: how many, at least 1; slots beyond the keys there are: index -1, score -inf.
-        metric: "dot", "cosine" (of unit vectors), "euclidean" or "chebyshev" (minus the distances), or "gram": minus
-            the euclidean distance as the public ConvNN code computes it, from norms and products, rounding included.
-        squared: with euclidean and gram, minus the squared distance instead.
-        query_index: (M,) int64, position of every query on the grid.
-        key_index: (R,) int64, ascending, position of every key.
-        grid: the grid's sizes.
-        rule: [causal, reach, dilation]: only keys up to the query's position (1), within reach on every axis
-            (-1: any), at offsets that are multiples of dilation.
-        own: whether the query's own position gets the score ``again`` instead of its similarity.
-        again: that score; -inf takes it out of the search.
+        k: how many; slots beyond the keys there are: index -1, score -inf. It and the next eight: `Search`.
+        metric: dot, cosine, euclidean, chebyshev or gram.
+        squared: of distances.
+        query_index: (M,) int64.
+        key_index: (R,) int64.
+        grid: sizes.
+        rule: [causal, reach, dilation].
+        own: whether ``again`` counts.
+        again: the own position's score.
         recall: below 1, an approximate search is enough that is expected to find at least this share of the k best
             (`approximate`); it is exact where that is as fast, where ``rule`` forbids a key, and where a feature is not
             finite. Scores are exact, and equal inputs have equal results.
 
     A NaN key is never chosen; a NaN query has NaN scores and indices -2.
     """
-    _require(query, key, k, metric, query_index, key_index, rule)
-    if not 0 < recall <= 1:
-        raise ValueError(f"recall must be above 0 and at most 1, got {recall}")
-    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+    search = Search(k, metric, squared, query_index, key_index, grid, rule, own, again)
+    _require(query, key, search, recall)
     if recall < 1:
-        arguments = (wide(query), wide(key), *arguments[2:])
-    found = approximate.search(*arguments, recall, _exact) if recall < 1 else None
-    return _exact(*arguments) if found is None else found
+        query, key = wide(query), wide(key)
+        if (found := approximate.select(query, key, search, recall, _exact)) is not None:
+            return found
+    return _exact(query, key, search)
 
 
-def _exact(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
-) -> tuple[Tensor, Tensor]:
-    B, H, M, _ = query.shape
-    positions = math.prod(grid)
-    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
+def _exact(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
+    k, metric, squared, query_index, key_index, grid, (causal, reach, dilation), own, again = search
+    slots = (*query.shape[:3], k)
     kernels = cuda.kernels("select", query, key)
-    if kernels is not None and query.numel() * key.numel() and not kernels.refusal(query, key, k, metric, rule, grid):
+    if kernels is not None and query.numel() * key.numel() and not kernels.refusal(query, key, search):
         if cuda.search() == "bins" and not kernels.refusal_binned(query, key, k, metric):
-            score, index, _ = kernels.select_binned(*arguments)
+            score, index, _ = kernels.select_binned(query, key, search)
         else:
-            score, index = kernels.select(*arguments)
+            score, index = kernels.select(query, key, search)
         return score, index
     query, key = wide(query), wide(key)
-    if not _served(query, key, k, metric, positions, rule):
+    if not _served(query, key, search):
         with torch.autocast(query.device.type, enabled=False):
-            flat = select_torch.select(
-                query.flatten(0, 1),
-                key.flatten(0, 1),
-                k,
-                metric,
-                squared,
-                query_index,
-                key_index,
-                grid,
-                rule,
-                own,
-                again,
-            )
-        return flat[0].view(B, H, M, k), flat[1].view(B, H, M, k)
-    score = query.new_empty(B, H, M, k)
-    index = torch.empty(B, H, M, k, dtype=torch.long)
+            flat = select_torch.select(query.flatten(0, 1), key.flatten(0, 1), search)
+        return flat[0].view(slots), flat[1].view(slots)
+    score, index = query.new_empty(slots), torch.empty(slots, dtype=torch.long)
     engine.run(
         "select",
-        query,
-        key,
-        METRICS[metric],
-        squared,
-        query_index.contiguous(),
-        key_index.contiguous(),
-        grid,
-        bool(rule[0]),
-        rule[1],
-        rule[2],
-        own,
-        again,
-        score,
-        index,
-        engine.threads(),
+        *(query, key, METRICS[metric], squared, query_index.contiguous(), key_index.contiguous(), grid),
+        *(bool(causal), reach, dilation, own, again, score, index, engine.threads()),
     )
     return score, index
 
@@ -219,7 +182,7 @@ def select_backward(
     if (
         kernels is not None
         and query.numel() * key.numel()
-        and not kernels.refusal(query, key, index.shape[3], metric, [0, -1, 1], [1])
+        and not kernels.refusal_of_rows(query, key, index.shape[3], metric)
     ):
         made: tuple[Tensor, Tensor] = kernels.select_backward(
             grad, query, key, index, metric, squared, deterministic=cuda.deterministic()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nearfold.kernels.names import DOT_LIKE, INVALID, LOST, NORMED
+from nearfold.kernels.search import Search
 
 BLOCK_BYTES = 8 << 20  # of scores held at once
 TILE_BYTES = 1 << 20  # of chosen keys held at once
@@ -137,20 +138,9 @@ def _score(metric: str, q: Tensor, k: Tensor, q_norm: Tensor | None, k_norm: Ten
     return out.baddbmm_(q, k.transpose(1, 2), beta=-1, alpha=2)
 
 
-def select(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
-) -> tuple[Tensor, Tensor]:
+def select(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
     """`nearfold.kernels.select.select` on (P, M, e) and (P, R, e)."""
+    k, metric, squared, query_index, key_index, grid, rule, own, again = search
     P, M, _ = query.shape
     R = key.shape[1]
     kept = min(k, R)

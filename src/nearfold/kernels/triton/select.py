@@ -27,10 +27,12 @@ from torch import Tensor
 
 from nearfold.kernels import names
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.search import Search
 
 METRICS = ("dot", "cosine", "euclidean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_SLOTS = 128  # the kept scores and indices live in registers
+MOST_ROWS = 2**31 - 2 * MOST_SLOTS  # of queries, keys and positions: they are counted in 32 bits
 MOST_AXES = 4
 MOST_FEATURES = 128  # held of a row at once
 MOST_BINNED = 16  # slots, and fewest keys, for which a search in classes of keys seldom has to be repeated
@@ -43,20 +45,27 @@ LOST = tl.constexpr(names.LOST)
 LAST = tl.constexpr(2**31 - 1)  # above every index
 
 
-def refusal(query: Tensor, key: Tensor, k: int, metric: str, rule: list[int], grid: list[int]) -> str:
-    """Why `select` and `select_backward` cannot run on these arguments; empty where they can."""
+def refusal(query: Tensor, key: Tensor, search: Search) -> str:
+    """Why `select` cannot run on these arguments; empty where it can."""
+    if why := refusal_of_rows(query, key, search.k, search.metric):
+        return why
+    if math.prod(search.grid) >= MOST_ROWS:
+        return f"{math.prod(search.grid)} positions do not fit 32 bits"
+    if _axes(search.grid, search.rule) and len(_long(search.grid)) > MOST_AXES:
+        return f"a grid of more than {MOST_AXES} axes with a reach or a dilation"
+    return ""
+
+
+def refusal_of_rows(query: Tensor, key: Tensor, k: int, metric: str) -> str:
+    """Why `select_backward` cannot run on these arguments; empty where it can."""
     if metric not in METRICS:
         return f"metric {metric} is not among {', '.join(METRICS)}"
     if query.dtype not in DTYPES or key.dtype != query.dtype:
         return f"query and key are {query.dtype} and {key.dtype}, not float32, bfloat16 or float16 alike"
     if k > MOST_SLOTS:
         return f"k = {k} is more than {MOST_SLOTS}"
-    rows = max(math.prod(grid), math.prod(query.shape[:3]), math.prod(key.shape[:3]))
-    if rows >= 2**31 - 2 * MOST_SLOTS:
-        return f"{rows} rows or positions do not fit 32 bits"
-    if _axes(grid, rule) and len(_long(grid)) > MOST_AXES:
-        return f"a grid of more than {MOST_AXES} axes with a reach or a dilation"
-    return ""
+    rows = max(math.prod(query.shape[:3]), math.prod(key.shape[:3]))
+    return f"{rows} rows do not fit 32 bits" if rows >= MOST_ROWS else ""
 
 
 def _long(grid: list[int]) -> list[int]:
@@ -559,10 +568,9 @@ def _tile(k: int, metric: str, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64, 64, 4 if k <= 32 and metric in DOT_LIKE and dtype != torch.float32 else 8
 
 
-def _flags(
-    query: Tensor, metric: str, squared: bool, grid: list[int], rule: list[int], own: bool
-) -> dict[str, bool | int | str]:
+def _flags(query: Tensor, search: Search) -> dict[str, bool | int | str]:
     """What the kernels of the search are compiled for."""
+    _, metric, squared, _, _, grid, rule, own, _ = search
     BE = _dot_features(query)
     return {
         "METRIC": metric,
@@ -579,21 +587,14 @@ def _flags(
 def _search(
     query: Tensor,
     key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
+    search: Search,
     bins: tuple[int, int] | None,
     blocks: tuple[int | None, int | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and indices, and of every problem (P,) how many queries ``bins`` (BM, classes) were not enough for."""
-    if why := refusal(query, key, k, metric, rule, grid):
+    if why := refusal(query, key, search):
         raise NotImplementedError(why)
+    k, metric, _, query_index, key_index, grid, rule, own, again = search
     B, H, M, e = query.shape
     R = key.shape[2]
     score = torch.full((B, H, M, k), float("-inf"), dtype=torch.float32, device=query.device)
@@ -601,7 +602,7 @@ def _search(
     unsure_count = torch.zeros(B * H, dtype=torch.int32, device=query.device)
     if score.numel() == 0 or R == 0:
         return score, index, unsure_count
-    flags = _flags(query, metric, squared, grid, rule, own)
+    flags = _flags(query, search)
     if metric == "euclidean":  # reads one feature of many rows at a time: they should lie next to one another
         query, key = query.mT.contiguous().mT, key.mT.contiguous().mT
     first, last = _spans(query_index, key_index, grid, rule) if flags["SPAN"] else (query_index, query_index)
@@ -646,15 +647,7 @@ def _search(
 def select(
     query: Tensor,
     key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
+    search: Search,
     *,
     block_m: int | None = None,
     block_n: int | None = None,
@@ -664,23 +657,14 @@ def select(
     Args:
         query: (B, H, M, e), float32, bfloat16 or float16, any strides.
         key: (B, H, R, e), same dtype.
-        k: how many, at least 1.
-        metric: "dot", "cosine" or "euclidean".
-        squared: with euclidean, minus the squared distance.
-        query_index: (M,) int64, position of every query on the grid.
-        key_index: (R,) int64, ascending, position of every key.
-        grid: the grid's sizes.
-        rule: [causal, reach, dilation].
-        own: whether the query's own position gets the score ``again``.
-        again: that score.
+        search: what is asked for; its metric is dot, cosine or euclidean.
         block_m: queries of a program, a power of two, at least 16; by default what suits the device.
         block_n: keys of a tile, likewise.
 
     Raises:
         NotImplementedError: where `refusal` says why.
     """
-    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
-    return _search(*arguments, None, (block_m, block_n))[:2]
+    return _search(query, key, search, None, (block_m, block_n))[:2]
 
 
 def refusal_binned(query: Tensor, key: Tensor, k: int, metric: str) -> str:
@@ -696,15 +680,7 @@ def refusal_binned(query: Tensor, key: Tensor, k: int, metric: str) -> str:
 def select_binned(
     query: Tensor,
     key: Tensor,
-    k: int,
-    metric: str,
-    squared: bool,
-    query_index: Tensor,
-    key_index: Tensor,
-    grid: list[int],
-    rule: list[int],
-    own: bool,
-    again: float,
+    search: Search,
     *,
     block_m: int = 64,
     classes: int = CLASSES,
@@ -720,15 +696,7 @@ def select_binned(
     Args:
         query: (B, H, M, e), any strides.
         key: (B, H, R, e).
-        k: how many.
-        metric: "dot" or "cosine".
-        squared: as of `select`, like all that follow.
-        query_index: (M,) int64.
-        key_index: (R,) int64.
-        grid: sizes.
-        rule: [causal, reach, dilation].
-        own: whether ``again`` counts.
-        again: the own position's score.
+        search: what is asked for; its metric is dot or cosine.
         block_m: queries of a program.
         classes: into how many the keys are dealt, a power of two.
         exact_block_m: queries of a program that searches again.
@@ -737,12 +705,11 @@ def select_binned(
     Returns:
         scores, indices, and of every problem (B x H,) int32 how many queries were searched again.
     """
-    if metric not in DOT_LIKE:
-        raise NotImplementedError(refusal_binned(query, key, k, metric))
+    if search.metric not in DOT_LIKE:
+        raise NotImplementedError(refusal_binned(query, key, search.k, search.metric))
     if key.shape[2] > MOST_TILES * classes:
         raise NotImplementedError(f"{key.shape[2]} keys are more than {MOST_TILES} tiles of {classes}")
-    arguments = (query, key, k, metric, squared, query_index, key_index, grid, rule, own, again)
-    return _search(*arguments, (block_m, classes), (exact_block_m, exact_block_n))
+    return _search(query, key, search, (block_m, classes), (exact_block_m, exact_block_n))
 
 
 @triton.jit
@@ -917,7 +884,7 @@ def select_backward(
     """
     B, H, M, e = query.shape
     R, k = key.shape[2], index.shape[3]
-    if why := refusal(query, key, k, metric, [0, -1, 1], [R]):
+    if why := refusal_of_rows(query, key, k, metric):
         raise NotImplementedError(why)
     d_query, d_key = torch.empty_like(query), torch.empty_like(key)
     if query.numel() == 0 or key.numel() == 0 or k == 0:
@@ -994,6 +961,12 @@ def _compiled(
     return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 1}
 
 
+def _plain(k: int, metric: str, grid: list[int], rule: list[int], own: bool) -> Search:
+    """A search of which nothing but the kind is read."""
+    nowhere = torch.empty(0, dtype=torch.long)
+    return Search(k, metric, False, nowhere, nowhere, grid, rule, own, 0.0)
+
+
 def _select_variant(
     dtype: str,
     e: int,
@@ -1006,7 +979,7 @@ def _select_variant(
     ruled = rule != (0, -1, 1)
     query = torch.empty(0, 0, 0, e, dtype=_DTYPE[dtype])
     strides = _STRIDES if metric != "euclidean" else {"q_stride_m": 1, "k_stride_r": 1}
-    constexprs = _flags(query, metric, False, list(grid), list(rule), ruled) | strides
+    constexprs = _flags(query, _plain(k, metric, list(grid), list(rule), ruled)) | strides
     BM, BN, warps = _tile(k, metric, query.dtype)
     constexprs |= {"BM": BM, "BN": BN, "KP": _slots(k), "ONLY_UNSURE": unsure}
     return _compiled(_select_kernel, constexprs, _pointers(dtype), ("rank_again", "again"), warps)
@@ -1014,7 +987,7 @@ def _select_variant(
 
 def _binned_variant(dtype: str, e: int, metric: str = "dot") -> dict:
     query = torch.empty(0, 0, 0, e, dtype=_DTYPE[dtype])
-    constexprs = _flags(query, metric, False, [4096], [0, -1, 1], False) | _STRIDES
+    constexprs = _flags(query, _plain(9, metric, [4096], [0, -1, 1], False)) | _STRIDES
     constexprs |= {"BM": 64, "BN": CLASSES, "STAGES": 2}
     return _compiled(_binned_kernel, constexprs, _pointers(dtype), ("rank_again", "again"), 8)
 
