@@ -3,6 +3,7 @@
     operation := term (("+") term)*
     term      := [rate "*"] ( "(" operation ")" | "branch(" number "," operation "," operation ["," "mix"] ")"
                             | path "|" shape "|" weight | a name of the catalogue )
+    path      := word ("&" word)*                         several: their union
     weight    := rho ["*" kernel] | kernel
     word      := name ["(" argument ("," argument)* ")"]      argument := value | name "=" value | flag
 
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from nearfold.grammar.operation import Basic, Branch, Operation, Sum, Weight
 from nearfold.grammar.word import WORDS, Word
-from nearfold.grammar.words import Ones
+from nearfold.grammar.words import Ones, Union
 
 NAMES: dict[str, tuple[str, str]] = {}
 """Names that stand for an operation: its notation, and words by which somebody may look for it."""
@@ -192,6 +193,12 @@ class _Parser:
             self.at += 1
             return parse(NAMES[name][0])
         path = self.word(("path",))
+        if self.peek() == "&":
+            paths = [path]
+            while self.peek() == "&":
+                self.at += 1
+                paths.append(self.word(("path",)))
+            path = self.build(start, Union, tuple(paths))
         self.take("|", "between path and shape")
         shape = self.word(("shape",))
         self.take("|", "between shape and weight")

@@ -125,7 +125,7 @@ class Operation:
     @property
     def for_sequences(self) -> bool:
         """Whether some part is a causal window that names no axes: such windows take one grid axis."""
-        return any(isinstance(p.path, Window) and p.shape == Causal() for p in self.parts)
+        return any(p.shape == Causal() and any(isinstance(path, Window) for path in p.path.inside) for p in self.parts)
 
     @property
     def needs_context(self) -> bool:

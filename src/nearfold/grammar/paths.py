@@ -87,7 +87,13 @@ class Path(Word):
     rhos: ClassVar[tuple[str, ...]] = ()
     takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
     searches: ClassVar[bool] = False  # whether it compares, whatever its weight does
+    joins: ClassVar[bool] = True  # whether it may be one of several that answer a query (`&`)
     similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
+
+    @property
+    def inside(self) -> tuple[Path, ...]:
+        """The paths that it is made of: itself, but for a union."""
+        return (self,)
 
     @property
     def groups_of_channels(self) -> int | None:
@@ -179,6 +185,7 @@ class All(Path):
     primitive = ("GLOBAL_INDEXED", 1)
     shapes = ("row", "causal", "strided")
     takes_kernel = False
+    joins = False
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     stride: Size = 1
     cross: bool = False
@@ -242,6 +249,7 @@ class Deformable(Path):
     }
     primitive = ("CONTENT_AWARE", 2)
     dynamic = True
+    joins = False
     shapes = ("box",)
     size: Size
     stride: Size = 1
@@ -293,6 +301,7 @@ class Scan(Path):
     shapes = ("causal",)
     rhos = ("selective",)
     takes_kernel = False
+    joins = False
     state: int = field(default=16, metadata={"always": True, "named": True})
     order: str = "raster"
     reverse: bool = False

@@ -19,6 +19,11 @@ COMBINED: dict[str, str] = {
     "sum_shift_bias": "a*(block(3, scaled(bias=table), shift=1) | box | softmax(heads=2))"
     " + b*(window(3, mode=reflect, dilation=2) | box | shift(2, bias))",
     "branch_split": "branch(0.25, nearest(3, cosine) | ranked | kernel, all | row | softmax(heads=2), split, mix)",
+    "union_local_nearest": "window(3, cosine) & nearest(5, cosine) | ranked | softmax(heads=2)",
+    "union_kernel": "window(3, stride=2) & nearest(4, cosine, self, stride=2) | box | kernel",
+    "union_sinks": "window(3, dot, mode=inside) & first(2, dot) | box | softmax(heads=2)*depthwise",
+    "union_bigbird": "block(2) & scattered(3) & first(1) | box | softmax(heads=2)",
+    "union_axial": "axial(0, dot(coordinates)) & nearest(3, dot(coordinates), random(6), self) | box | softmax(heads=2)",
     "branch_nested": "branch(0.25, all | row | softmax(heads=2),"
     " a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
 }
@@ -38,7 +43,10 @@ def words_in(value: object) -> Iterator[Word]:
     """
     if isinstance(value, Word):
         yield value
-    if isinstance(value, Operation) and not isinstance(value, Basic):
+    if isinstance(value, tuple):
+        for entry in value:
+            yield from words_in(entry)
+    elif isinstance(value, Operation) and not isinstance(value, Basic):
         for operand in value.operands:
             yield from words_in(operand)
     elif dataclasses.is_dataclass(value):

@@ -23,6 +23,7 @@ from nearfold.grammar.paths import (
     Window,
 )
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
+from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
     Dense,
     Depthwise,
@@ -48,6 +49,7 @@ __all__ = [
     "ORDERS",
     "All",
     "AllCandidates",
+    "Axial",
     "Block",
     "Box",
     "Candidates",
@@ -56,6 +58,7 @@ __all__ = [
     "Dense",
     "Depthwise",
     "Experts",
+    "First",
     "Generated",
     "Grid",
     "Identity",
@@ -74,6 +77,7 @@ __all__ = [
     "Rho",
     "Row",
     "Scan",
+    "Scattered",
     "Selective",
     "Separable",
     "Shape",
@@ -82,5 +86,6 @@ __all__ = [
     "Softmax",
     "Strided",
     "Table",
+    "Union",
     "Window",
 ]

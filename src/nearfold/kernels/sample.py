@@ -14,7 +14,7 @@ from nearfold.kernels.operator import operator
 _MASK = 0xFFFFFFFF
 
 
-def _scramble(x: Tensor) -> Tensor:
+def scrambled(x: Tensor) -> Tensor:
     """A 32-bit integer mixer (xor-shift-multiply) in int64 arithmetic that never overflows."""
     for multiplier in (0x7FEB352D, 0x846CA68B):
         x = x ^ (x >> 16)
@@ -28,8 +28,8 @@ def draw_positions(state: Tensor, total: int, count: int) -> Tensor:
     >>> draw_positions(torch.tensor([0, 1]), 10, 3).numel()
     3
     """
-    stream = _scramble((state[0] & _MASK) ^ _scramble(state[1] & _MASK))
-    keys = _scramble(_scramble(torch.arange(total, device=state.device) ^ stream) + stream & _MASK)
+    stream = scrambled((state[0] & _MASK) ^ scrambled(state[1] & _MASK))
+    keys = scrambled(scrambled(torch.arange(total, device=state.device) ^ stream) + stream & _MASK)
     # the position in the low bits makes the keys distinct, whatever order equal ones would be sorted in
     chosen = (keys * total + torch.arange(total, device=state.device)).topk(count, sorted=False).indices
     return chosen.sort().values

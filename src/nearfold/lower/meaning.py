@@ -69,6 +69,10 @@ class PathMeaning(Meaning):
     slots: ClassVar[str] = ""  # how it has a window's slots: by "place", by "rank" of their distance, or not at all
     planes: ClassVar[bool] = False  # whether its backends read maps, not rows of channels
 
+    def is_table(self, path: Any) -> bool:
+        """Whether the positions of its slots are whole and follow from the grid alone."""
+        return self.table
+
     def output(self, op: Basic, grid: Lengths) -> Lengths:
         """The output grid; ValueError where there is none."""
         stride = as_tuple(getattr(op.path, "stride", 1), len(grid), "stride")

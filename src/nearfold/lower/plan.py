@@ -14,7 +14,7 @@ from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
-from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa
+from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa, union
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
@@ -22,7 +22,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather)
+    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 

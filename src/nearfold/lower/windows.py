@@ -28,7 +28,7 @@ Reads = Callable[[Any, tuple[int, ...], torch.device], tuple[Tensor, Tensor]]
 
 def is_table(path: Path) -> bool:
     """Whether the positions of a path's slots are whole and known from the grid alone."""
-    return meaning(path).table
+    return meaning(path).is_table(path)
 
 
 def owns_slots(op: Basic) -> bool:

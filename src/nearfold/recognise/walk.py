@@ -68,7 +68,7 @@ class Layer:
 def one_position(match: Match) -> bool:
     """Whether an operation is a window of a single position: a 1x1 convolution."""
     path = match.operation.path if isinstance(match.operation, Basic) else None
-    return path is not None and meaning(path).table and all_ones(getattr(path, "size", 0))
+    return path is not None and meaning(path).is_table(path) and all_ones(getattr(path, "size", 0))
 
 
 def walk(model: nn.Module) -> list[Layer]:

@@ -1,0 +1,116 @@
+"""The search of `nearest` by tiles: what the fast backends that need one share.
+
+Shape legend: B batch, H heads, M outputs, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nearfold.grammar.operation import Basic
+from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
+from nearfold.kernels.names import DOT_LIKE, LOST
+from nearfold.kernels.select import select, wide, wide_dtype
+from nearfold.lower.call import Call
+from nearfold.lower.geometry import all_positions
+from nearfold.lower.words.nearest import candidate_index, rule_of
+
+
+def recall_of(op: Basic) -> float:
+    """The share of the best keys that is enough: what was asked where any key may be chosen, otherwise all of them."""
+    path = op.path
+    assert isinstance(path, Nearest)
+    any_key = isinstance(path.candidates, AllCandidates) and not isinstance(op.shape, Causal) and path.again is None
+    return path.recall if any_key and getattr(path.similarity, "dilation", 1) == 1 else 1.0
+
+
+def searched(call: Call) -> tuple[Tensor | None, Tensor]:
+    """Score (None where nobody reads it) and position (B|1, H|1, M, S); position -1 where there is none."""
+    path = call.op.path
+    assert isinstance(path, Nearest)
+    query, key, factor = call.compared()
+    B, H = query.shape[:2]
+    query_M, key_R = call.query_index(), candidate_index(call)
+    every = key_R is None
+    own = path.include_self is not False
+    if key_R is None:
+        key_R = all_positions(key.shape[2], key.device)
+    whole = query.shape[2] == query_M.shape[0]
+    query_m = query if whole else query[:, :, query_M]
+    k = path.k - own
+    if k:
+        chosen = key if every else key[:, :, key_R]
+        again = float("-inf")
+        if path.again is not None:
+            assert isinstance(factor, float)  # the grammar knows no `again` beside a learned factor
+            again = path.again / factor
+        score, at = select(
+            query_m,
+            chosen,
+            k,
+            call.similarity.reduced,
+            call.similarity.squared,
+            query_M,
+            key_R,
+            [max(query.shape[2], key.shape[2])] if call.op.cross else list(call.padded),
+            list(rule_of(call)),
+            own,
+            again,
+            recall_of(call.op),
+        )
+        if not (isinstance(factor, float) and factor == 1):
+            score = score * factor
+        if not every:
+            at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
+    else:
+        score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
+        at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
+    if own:
+        home = query_M[:, None].expand(B, H, -1, 1)
+        at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
+    if all_ones(call.op.weight.rho):
+        return None, at
+    if own:
+        score = torch.cat(
+            [_own_score(call, wide(query_m), wide(key if whole else key[:, :, query_M]), factor), score], -1
+        )
+    return score, at
+
+
+def _own_score(call: Call, query: Tensor, key: Tensor, factor: float | Tensor) -> Tensor:
+    """The score of slot 0 (B, H, M, 1): the position's similarity with itself, or the number asked for."""
+    given = call.op.path.include_self  # type: ignore[attr-defined]
+    lost = query.isnan().any(-1, keepdim=True)
+    if given is not True:
+        return torch.full_like(query[..., :1], given).masked_fill(lost, float("nan"))
+    if call.similarity.reduced in DOT_LIKE:
+        return (query * key).sum(-1, keepdim=True) * factor
+    if call.similarity.squared:
+        return -(query - key).square().sum(-1, keepdim=True) * factor
+    order = float("inf") if call.similarity.reduced == "chebyshev" else 2
+    return -torch.linalg.vector_norm(query - key, ord=order, dim=-1, keepdim=True) * factor
+
+
+def _lost_home(home: Tensor, query: Tensor) -> Tensor:
+    """With no slot but the own one, that one tells that the query was NaN."""
+    return home.masked_fill(query.isnan().any(-1, keepdim=True), LOST)
+
+
+def in_raster_order(score: Tensor | None, at: Tensor, positions: int) -> tuple[Tensor | None, Tensor]:
+    """Slots in raster order of their positions, missing ones last."""
+    order = at.masked_fill(at < 0, positions).sort(dim=-1, stable=True).indices
+    return None if score is None else score.gather(-1, order), at.gather(-1, order)
+
+
+def all_ones(rho: Rho) -> bool:
+    """Whether alpha is one in every slot that reads anything: NaN queries are marked in `at` then.
+
+    Several heads may be NaN one by one, which only alpha can say.
+    """
+    return isinstance(rho, Ones) and rho.heads == 1
+
+
+def slots_last(x: Tensor, B: int, H: int) -> Tensor:
+    """A view (B|1, H|1, M, S) -> (B, M, S, H)."""
+    return x.expand(B, H, -1, -1).permute(0, 2, 3, 1)
