@@ -23,7 +23,7 @@ COMBINED: dict[str, str] = {
     "union_kernel": "window(3, stride=2) & nearest(4, cosine, self, stride=2) | box | kernel",
     "union_sinks": "window(3, dot, mode=inside) & first(2, dot) | box | softmax(heads=2)*depthwise",
     "union_bigbird": "block(2) & scattered(3) & first(1) | box | softmax(heads=2)",
-    "union_axial": "axial(0, dot(coordinates)) & nearest(3, dot(coordinates), random(6), self) | box | softmax(heads=2)",
+    "union_axial": "axial(0, dot) & nearest(3, dot, random(6), self) | box | softmax(heads=2)",
     "branch_nested": "branch(0.25, all | row | softmax(heads=2),"
     " a*(window(3) | box | kernel) + b*(window(5) | box | kernel))",
 }
@@ -130,7 +130,8 @@ def page() -> str:
         "# The words",
         "",
         "Every word, by the place where it may stand: path \\| shape \\| rho*kernel. Similarities and candidates are",
-        "arguments of a path. Each example is a case of the conformance suite. This page is made from the words, by",
+        "arguments of a path. Several paths with & between them are a union: a position that two of them reach is read",
+        "once, by the first that reaches it. Each example is a case of the conformance suite. This page is made from the words, by",
         "`python -m nearfold.grammar.vocabulary`.",
     ]
     for kind in ("path", "similarity", "candidates", "shape", "rho", "kernel"):

@@ -29,9 +29,9 @@ from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
 from nearfold.lower.frame import Frame
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
-from nearfold.lower.search import all_ones, in_raster_order, recall_of, searched, slots_last
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
+from nearfold.lower.words.nearest_search import all_ones, in_raster_order, recall_of, searched, slots_last
 
 NAME = "knn"
 

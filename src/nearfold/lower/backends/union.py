@@ -21,10 +21,10 @@ from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower.call import Call, autocast_dtype, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
-from nearfold.lower.search import in_raster_order, searched, slots_last
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 from nearfold.lower.windows import home_index, is_table, window_index
+from nearfold.lower.words.nearest_search import in_raster_order, searched, slots_last
 from nearfold.lower.words.union import on, repeated
 
 NAME = "union"
