@@ -48,17 +48,22 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
     return value
 
 
-def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def kept(make: Callable[..., Tensor], most: int = MOST, tables: int = TABLES) -> Callable[..., Tensor]:
     """A function of hashable arguments that makes a table; one on the CPU is kept. Nobody may write into it.
 
     Under a compiler, a tracer, a mode or a transform it is made anew, for there a tensor may stand for another one.
+
+    Args:
+        make: the function.
+        most: numbers of a table that is kept.
+        tables: how many are.
     """
 
-    @functools.lru_cache(TABLES)
+    @functools.lru_cache(tables)
     def remembered(*args: Any) -> Tensor | None:
         with torch.inference_mode(False):  # autograd may save it later
             table = make(*args)
-        return table if table.is_cpu and table.numel() <= MOST else None
+        return table if table.is_cpu and table.numel() <= most else None
 
     @functools.wraps(make)
     def table(*args: Any) -> Tensor:

@@ -321,6 +321,43 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2511.14137",
         ),
     ),
+    "several paths": (
+        Entry(
+            "sinks",
+            "Attention sinks (StreamingLLM, 1-D)",
+            "window(16) & first(4) | causal | softmax(heads=4)",
+            ("the last 16 positions and the first 4", "causal", "similarity, softmaxed"),
+            "arXiv 2309.17453",
+        ),
+        Entry(
+            "bigbird",
+            "BigBird: local, global and random",
+            "window(3) & first(2) & scattered(3) | box | softmax(heads=4)",
+            ("a window, the first positions, and a few drawn once", "dense square, and slots", "similarity, softmaxed"),
+            "arXiv 2007.14062",
+        ),
+        Entry(
+            "axial",
+            "Axial attention, one axis",
+            "axial(0) | box | softmax(heads=4)",
+            ("the line through the position", "along the line", "similarity, softmaxed"),
+            "arXiv 1912.12180",
+        ),
+        Entry(
+            "criss_cross",
+            "Criss-cross attention",
+            "axial(0) & axial(1) | box | softmax(heads=4)",
+            ("both lines through the position", "along the lines", "similarity, softmaxed"),
+            "arXiv 1811.11721",
+        ),
+        Entry(
+            "local_nearest",
+            "Local and nearest in one softmax",
+            "window(3) & nearest(9, scaled) | ranked | softmax(heads=4)",
+            ("a fixed window, and the 9 most similar", "dense square, then by rank", "similarity, softmaxed"),
+            "arXiv 2511.14137",
+        ),
+    ),
     "state spaces": (
         Entry(
             "mamba",

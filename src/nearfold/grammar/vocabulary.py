@@ -131,8 +131,8 @@ def page() -> str:
         "",
         "Every word, by the place where it may stand: path \\| shape \\| rho*kernel. Similarities and candidates are",
         "arguments of a path. Several paths with & between them are a union: a position that two of them reach is read",
-        "once, by the first that reaches it. Each example is a case of the conformance suite. This page is made from the words, by",
-        "`python -m nearfold.grammar.vocabulary`.",
+        "once, by the first that reaches it. Each example is a case of the conformance suite. This page is made",
+        "from the words, by `python -m nearfold.grammar.vocabulary`.",
     ]
     for kind in ("path", "similarity", "candidates", "shape", "rho", "kernel"):
         lines += ["", f"## {kind.capitalize()}", "", "| word | meaning | goes with | example |", "|---|---|---|---|"]

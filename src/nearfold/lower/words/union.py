@@ -12,9 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nearfold._kept import kept
 from nearfold.grammar import Basic
 from nearfold.grammar.unions import alone
 from nearfold.grammar.words import Axial, First, Path, Scattered, Union
+from nearfold.kernels.names import INVALID
 from nearfold.kernels.sample import scrambled
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, meaning, means
@@ -121,9 +123,9 @@ class UnionMeaning(TableMeaning):
         return meaning(part.path).home(part, grid, device)
 
     def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
-        tables = [meaning(part.path).index(part, grid, device) for part in alone(op)]
-        index_MS, valid_MS = together([index for index, _ in tables], [valid for _, valid in tables])
-        return index_MS.masked_fill(~valid_MS, missing), valid_MS
+        index_MS = _table(op, grid, device)
+        valid_MS = index_MS >= 0
+        return index_MS if missing == INVALID else index_MS.masked_fill(~valid_MS, missing), valid_MS
 
     def select(self, call: Call) -> Selection:
         if self.is_table(call.op.path):
@@ -146,6 +148,15 @@ class UnionMeaning(TableMeaning):
         return Selection(index, valid, score, count_positions(call.padded))
 
 
+def _made(op: Basic, grid: Lengths, device: torch.device) -> Tensor:
+    """Raster positions (M, S) that the slots of tables read, -1 where they read none."""
+    places = [meaning(part.path).index(part, grid, device, INVALID)[0] for part in alone(op)]
+    return torch.cat(places, -1).masked_fill(repeated(places), INVALID)
+
+
+_table = kept(_made, most=2**22, tables=8)  # to sort one takes longer than to read by it: 256 MiB at most
+
+
 def on(call: Call, part: Basic) -> Call:
     """The call of one path of a union, with the same query, key and value."""
     return dataclasses.replace(call, at=dataclasses.replace(call.at, op=part))
@@ -153,7 +164,7 @@ def on(call: Call, part: Basic) -> Call:
 
 def together(index: list[Tensor], valid: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Indices and validity (..., M, S) of several paths, one after the other; a position is valid where it is first."""
-    places = [at.masked_fill(~there, -1) for at, there in zip(index, valid, strict=True)]
+    places = [at.masked_fill(~there, INVALID) for at, there in zip(index, valid, strict=True)]
     at = torch.cat(places, -1)
     all_valid = (at >= 0) & ~repeated(places)
     return at.masked_fill(~all_valid, 0), all_valid
