@@ -166,3 +166,13 @@ def test_our_own_layers_can_be_converted():
     rules = [Rule(f"({{self}}) + n*({NEAR})", kind="conv"), Rule("({self}) + n*(window(3) | box | shift(2))")]
     assert convert(model, rules).exact and off(model(x), y) <= BOUND
     assert convert(model, Rule("window(3) | box | kernel", name="0")).replaced[0].grade == "new weights"  # a sum
+
+
+def test_few_neighbours_under_padding_are_each_sequence_alone():
+    """A padded batch through a converted encoder: what is there is what it is without padding, and nothing is slow."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    convert(layer, Rule("nearest(3, scaled) | ranked | softmax(heads=2)", kind="attention"))
+    x, gone = torch.randn(2, 7, 16), torch.arange(7) >= torch.tensor([[7], [4]])
+    y = layer(x, src_key_padding_mask=gone)
+    torch.testing.assert_close(y[1:, :4], layer(x[1:, :4]))

@@ -344,6 +344,7 @@ class Blend(Similarity):
         "nearest_unit": "nearest(3, blend(0.7, unit)) | ranked | separable(groups=2)",
     }
     placed = True
+    takes_keys = False  # its features are standardised over all positions
     lam: float
     metric: str = field(default="euclidean", metadata={"positional": True})
     unit: bool = False

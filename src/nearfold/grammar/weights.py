@@ -348,6 +348,7 @@ class Experts(Kernel):
         "window_experts": "window(3, mode=reflect, stride=2) | box | experts(2)",
         "nearest_experts": "nearest(3, dot) | box | experts(2)",
     }
+    takes_keys = False  # their shares come from a mean over all positions
     dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
     count: int
@@ -386,6 +387,11 @@ class Shift(Kernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, heads=self.heads)
+
+    @property
+    def takes_keys(self) -> bool:  # type: ignore[override]
+        """Without a bias, which stands at every position of the map."""
+        return not self.bias
 
     def require(self, op: Basic) -> None:
         plain = op.path.word == "window" and op.shape.word == "box" and op.weight.rho.word == "ones"

@@ -24,6 +24,7 @@ class Word:
     registered: ClassVar[int] = 0  # words so far: what was read before one came, or came anew, is read again
     primitive: ClassVar[tuple[str, float]] = ("", 0)  # what it adds to the descriptive complexity, see `complexity`
     examples: ClassVar[dict[str, str]] = {}  # notations by name, in which all that it can do is tested
+    takes_keys: ClassVar[bool] = True  # whether positions of the map may be absent, as a mask of the keys says
     dynamic: ClassVar[bool] = False  # whether it makes what a slot reads, or its number, anew for every input
 
     def require(self, op: Basic) -> None:

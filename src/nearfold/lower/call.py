@@ -30,7 +30,8 @@ class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
     ``at`` is what follows from sizes, ``x`` the input itself, ``mask`` which of the keys a query may read
-    (B|1, H|1, N, N'); None: every one.
+    (B|1, H|1, N, N'); None: every one. ``keep`` says which positions are there at all (B, N'); what is not is zero in
+    ``x``, query, key and value.
     """
 
     at: Frame
@@ -41,6 +42,7 @@ class Call:
     x: Tensor
     draw: Tensor | None = None
     mask: Tensor | None = None
+    keep: Tensor | None = None
     _rows: Tensor | None = None
 
     def rows(self) -> Tensor:

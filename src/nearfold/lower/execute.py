@@ -21,8 +21,8 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
 
 Choose = Callable[[Basic, Frame], Run]
-Given = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""What a call brings beside x: (draw, context, mask), each as in `execute`."""
+Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""What a call brings beside x: (draw, context, mask, keep), each as in `execute`."""
 Body = Callable[[dict[str, Tensor], Tensor, Given, dict[str, Tensor]], Tensor]
 
 
@@ -54,16 +54,18 @@ def execute(
     out_channels: int | None = None,
     context: Tensor | None = None,
     mask: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """x (B, C, *grid) -> (B, O, *out).
 
     ``choose`` says what runs each `Basic` operation, ``out_channels`` is O (default C), ``draw`` (seed, draws) of
-    random candidates, ``context`` the input that `cross` paths read, ``mask`` the keys that each query may read.
+    random candidates, ``context`` the input that `cross` paths read, ``mask`` the keys that each query may read,
+    ``keep`` (B, N) which positions are there: the others are zero in x already.
     """
     C = x.shape[1]
     source = () if context is None else tuple(context.shape[2:])
     sizes = Sizes(C, C if out_channels is None else out_channels, tuple(x.shape[2:]), source, draw is not None)
-    return step(op, sizes, choose).run(params, x, (draw, context, mask), {})
+    return step(op, sizes, choose).run(params, x, (draw, context, mask, keep), {})
 
 
 def step(op: Operation, sizes: Sizes, choose: Choose) -> Step:
@@ -151,6 +153,19 @@ def _shared_heads(y: Tensor, groups: int, heads: int) -> Tensor:
     return each.reshape(B, N, C // groups * heads).transpose(1, 2).unflatten(2, y.shape[2:])
 
 
+def _hidden(
+    at: Frame, keep: Tensor, value: Tensor, query: Tensor | None, key: Tensor | None, cross: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Which positions of the padded grid are there (B, N), and value, query and key with zeros for the others."""
+    if at.added:  # zero inputs that a path adds are read like any other
+        keep = F.pad(keep.unflatten(1, at.inner or tuple(n - 2 * at.padding for n in at.padded)), at.added, value=True)
+    lost = ~keep.view(keep.shape[0], 1, *value.shape[2:])
+    same = key is query
+    query = query if query is None or cross else query.masked_fill(lost, 0)
+    key = query if same else None if key is None else key.masked_fill(lost, 0)
+    return keep.flatten(1), value.masked_fill(lost, 0), query, key
+
+
 def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     assert isinstance(op, Basic)
     at = frame(op, sizes.grid, sizes.source if op.cross else (), sizes.drawing)
@@ -159,10 +174,10 @@ def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
 
     def alone(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
         """With nothing around the backend."""
-        return backend(Call(at, params, x, None, None, x, given[0], given[2]))
+        return backend(Call(at, params, x, None, None, x, given[0], given[2], given[3]))
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
-        draw, context, mask = given
+        draw, context, mask, keep = given
         if cross and context is None:
             raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
         read = context if cross and context is not None else x
@@ -178,13 +193,16 @@ def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
 
         query = projected("q") if at.features else None
         key = (query if at.same else projected("k")) if at.features else None
-        own = narrowed(op, at.op, params, ndim)
-        y = backend(Call(at, own, projected("v"), query, key, x, draw, mask))
+        value, own = projected("v"), narrowed(op, at.op, params, ndim)
+        if keep is not None:
+            keep, value, query, key = _hidden(at, keep, value, query, key, cross)
+        y = backend(Call(at, own, value, query, key, x, draw, mask, keep))
         if at.inner:
             y = crop(y, [0] * ndim, at.inner)
         if "o" in projections:
             y = pointwise(y, params["out_weight"], params.get("out_bias"), planes)
         return y
 
+    # what is not there is zero in x, and only a projection's bias changes that
     plain = not (projections or at.added or at.features or cross or at.kv) and at.op is op
     return Step(at.inner or at.out_grid, alone if plain else run)

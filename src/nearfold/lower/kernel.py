@@ -12,8 +12,9 @@ from nearfold.lower.meaning import meaning
 
 
 def values(call: Call) -> Tensor:
-    """What the slots read: (B, C, N), with coordinates appended to every head where asked for."""
-    return meaning(call.op.weight.kernel).values(call)
+    """What the slots read: (B, C, N), coordinates appended where asked for, zeros where nothing is."""
+    found: Tensor = meaning(call.op.weight.kernel).values(call)
+    return found if call.keep is None else found.masked_fill(~call.keep[:, None], 0)
 
 
 def kernel_weight(call: Call) -> tuple[Tensor, int] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nearfold._kept import once
 from nearfold._numbers import shown
 from nearfold.grammar import Basic, Operation, parse
+from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import block, conv, gather, knn, linear, local, scan, sdpa, union
@@ -69,6 +70,36 @@ def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None
         )
 
 
+def _require_keys(op: Operation, keep: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    """Which keys there are, as bool (B, N')."""
+    for part in op.parts:
+        odd = next((word for word in words_in(part) if not word.takes_keys), None)
+        if odd is not None:
+            raise ValueError(f"{part}: {odd} reads every position of the map, whatever a mask says")
+        if context is not None and not part.cross:
+            raise ValueError(f"{op}: the mask says which keys there are; {part} reads x, the other parts the context")
+    read = x if context is None else context
+    grid = tuple(read.shape[2:])
+    if keep.dim() == 1 and not keep.is_floating_point() and keep.dtype != torch.bool and len(grid) == 1:
+        if keep.shape[0] != x.shape[0] or not (torch.compiler.is_compiling() or _in_range(keep, grid[0])):
+            raise ValueError(
+                f"mask as lengths must be {x.shape[0]} integers from 0 to {grid[0]}, got shape {tuple(keep.shape)}"
+                f"{'' if keep.is_meta else f', from {int(keep.min())} to {int(keep.max())}' if keep.numel() else ''}"
+            )
+        return torch.arange(grid[0], device=keep.device) < keep[:, None]
+    if keep.dtype != torch.bool or tuple(keep.shape) not in ((x.shape[0], *grid), (x.shape[0], math.prod(grid))):
+        raise ValueError(
+            f"mask of the keys must be bool of shape {(x.shape[0], *grid)} or {(x.shape[0], math.prod(grid))}, True "
+            f"where there is one{', or integers, the lengths' if len(grid) == 1 else ''}; for every query and key "
+            f"(batch or 1, heads or 1, queries, keys); got {keep.dtype} {tuple(keep.shape)}"
+        )
+    return keep.flatten(1)
+
+
+def _in_range(lengths: Tensor, most: int) -> bool:
+    return lengths.is_meta or bool(((lengths >= 0) & (lengths <= most)).all())
+
+
 def _run(name: str, at: Frame) -> Run:
     """What a backend runs on this frame: some settle more of it beforehand, in `prepare`."""
     module = oracle if name == "oracle" else BACKENDS[name]
@@ -77,8 +108,19 @@ def _run(name: str, at: Frame) -> Run:
     return run
 
 
-def _masked(facts: Facts, backend: str) -> str:
-    """The backend that runs an operation with a mask."""
+def _masked(facts: Facts, backend: str, masked: str) -> str:
+    """The backend that runs an operation with a mask: of "keys", or of "pairs" of query and key."""
+    if masked == "keys":
+        able = [
+            name
+            for name, verdict in verdicts(facts).items()
+            if verdict.ok and (name == "oracle" or BACKENDS[name].takes_keys(facts.op))
+        ]
+        if backend not in ("auto", *able):
+            raise ValueError(
+                f"backend={backend!r} does not run {facts.op} with a mask; those that do: {', '.join(able)}"
+            )
+        return able[0] if backend == "auto" else backend
     if backend not in ("auto", "sdpa", "oracle"):
         raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
     if backend == "auto":
@@ -97,7 +139,7 @@ def planned(
     grad: bool,
     backend: str,
     drawing: bool,
-    masked: bool,
+    masked: str,
 ) -> Step:
     """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: a second input's grid, or ().
 
@@ -111,7 +153,7 @@ def planned(
 
     def choose(basic: Basic, at: Frame) -> Run:
         facts = Facts(basic, len(tail) - 1, dtype, device, grad)
-        return _run(_masked(facts, backend) if masked else lower(facts, backend), at)
+        return _run(_masked(facts, backend, masked) if masked else lower(facts, backend), at)
 
     return step(op, Sizes(tail[0], out_channels, tuple(tail[1:]), tuple(source), drawing), choose)
 
@@ -145,8 +187,10 @@ def apply(
         backend: "auto", or a backend's name for every part.
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
         context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
-        mask: bool (B|1, H|1, N, N'), True where a query may read a key: a slot that it forbids is not valid. For paths
-            `all` and `nearest`; the latter then runs on the oracle.
+        mask: which keys there are, bool (B, N') or (B, *grid'), or on sequences the integers (B,) of their lengths: a
+            slot that reads another position is not valid, and what x holds there is never looked at. Or bool
+            (B|1, H|1, N, N'), True where a query may read a key, for paths `all` and `nearest`; the latter then runs
+            on the oracle.
     """
     require_tensors(x=x)
     if x.dim() < 3:
@@ -170,11 +214,22 @@ def run(
         from nearfold.lower.inductor import repaired  # it brings torch's compiler in, which takes a second
 
         repaired()
-    if mask is not None:
-        require_tensors(mask=mask)
-        _require_mask(op, mask, x, context)
     if context is not None:
         _require_context(op, context, x)
+    keep = None
+    if mask is not None:
+        require_tensors(mask=mask)
+        if mask.dim() == 4 and x.dim() != 5 and mask.shape[1:3] == (1, 1) and mask.shape[0] == x.shape[0]:
+            mask = mask[:, 0, 0]  # the same for every query
+        if mask.dim() == 4 and (x.dim() != 5 or mask.shape[1:] != x.shape[2:]):
+            _require_mask(op, mask, x, context)
+        else:
+            keep, mask = _require_keys(op, mask, x, context), None
+            lost = ~keep.view(keep.shape[0], 1, *(x if context is None else context).shape[2:])
+            if context is None:
+                x = x.masked_fill(lost, 0)
+            else:
+                context = context.masked_fill(lost, 0)
     found = planned(
         op,
         x.shape[1:],
@@ -185,9 +240,9 @@ def run(
         torch.is_grad_enabled(),
         backend,
         draw is not None,
-        mask is not None,
+        "pairs" if mask is not None else "keys" if keep is not None else "",
     )
-    return found.run(params, x, (draw, context, mask), {})
+    return found.run(params, x, (draw, context, mask, keep), {})
 
 
 def _require_context(op: Operation, context: Tensor, x: Tensor) -> None:

@@ -7,7 +7,7 @@ Shape legend: B batch, H heads, M outputs, N positions, S slots, e embedded feat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,7 +68,24 @@ def distance_score(rank: Tensor) -> Tensor:
 
 def select(call: Call) -> Selection:
     """The selection of one call, from dense scores."""
-    return meaning(call.op.path).select(call)
+    chosen = meaning(call.op.path).select(call)
+    return chosen if call.keep is None else _present(chosen, call.keep)
+
+
+def _present(chosen: Selection, keep: Tensor) -> Selection:
+    """The selection, in which a slot that reads a position that is not there is not valid."""
+    there = present(keep, chosen.index)
+    valid, score = chosen.valid & there, chosen.score
+    if score is not None:
+        score = torch.where(there | score.isnan(), score, float("-inf"))  # the mark of a query that was NaN stays
+    index = chosen.index.expand_as(valid).masked_fill(~valid, 0)
+    return replace(chosen, index=index, valid=valid, score=score)
+
+
+def present(keep: Tensor, index: Tensor) -> Tensor:
+    """Whether the position that a slot reads (B|1, H|1, M, S), 0 or above, is there (B, H|1, M, S); keep (B, N)."""
+    index = index.expand(keep.shape[0], -1, -1, -1)
+    return keep.gather(1, index.flatten(1)).view(index.shape)
 
 
 def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
@@ -76,8 +93,11 @@ def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
 
     Under the call's own mask it is (B|1, H|1, M, N).
     """
-    own = meaning(call.op.path).allowed(call, query_M, key_N)
-    if call.mask is None:
-        return own
-    given = call.mask[:, :, query_M][..., key_N]
-    return given if own is None else given & own
+    found = meaning(call.op.path).allowed(call, query_M, key_N)
+    for given in (
+        None if call.mask is None else call.mask[:, :, query_M][..., key_N],
+        None if call.keep is None else call.keep[:, None, None, key_N].expand(-1, -1, len(query_M), -1),
+    ):
+        if given is not None:
+            found = given if found is None else given & found
+    return found

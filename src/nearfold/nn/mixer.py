@@ -273,8 +273,9 @@ class Mixer(nn.Module):
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
         ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
-        (B|1, heads|1, N, N') is True where a query may read a key, for the paths `all` and `nearest`: any other slot is
-        not valid.
+        says which keys there are, those of the context where there is one: bool (B, N) or (B, *grid), or on sequences
+        the integers (B,) of their lengths. Others are as outside the border: no slot reads them, whatever x holds
+        there. Or (B|1, heads|1, N, N'), True where a query may read a key, for the paths `all` and `nearest`.
         """
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
@@ -368,10 +369,15 @@ class TokenMixer(Mixer):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`."""
+        """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`.
+
+        A nested tensor (torch.jagged, B sequences of their own lengths) gives a nested tensor.
+        """
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
+        if x.is_nested:
+            return self._ragged(x, context, mask)
         if self.takes_one and x.dim() == 2:
             return self(x[None], None if context is None else context[None], mask)[0]
         if x.dim() != 3 or x.shape[2] != self.in_channels:
@@ -382,6 +388,21 @@ class TokenMixer(Mixer):
             )
         context = None if context is None else self.prepare(context)
         return super().forward(self.prepare(x), context, mask).transpose(1, 2)
+
+    def _ragged(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Sequences of their own lengths, as one batch under the mask of their lengths."""
+        if x.layout != torch.jagged or context is not None or mask is not None or x.dim() != 3:
+            raise ValueError(
+                "a nested x must be of layout torch.jagged, (B, lengths, channels), and come without context and mask; "
+                f"got layout {x.layout} and {x.dim()} axes"
+            )
+        offsets: Tensor = x.offsets()  # type: ignore[attr-defined]
+        lengths = offsets.diff()
+        y = self(x.to_padded_tensor(0.0), mask=lengths)
+        if y.shape[1] != int(lengths.max()):
+            raise ValueError(f"{self.operation}: strides make other sequences; take them one by one")
+        there = torch.arange(y.shape[1], device=y.device) < lengths[:, None]
+        return torch.nested.nested_tensor_from_jagged(y[there], offsets)
 
     def prepare(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D, N)."""

@@ -68,7 +68,7 @@ HARMLESS = frozenset(
 class CalledAttention(nn.Module):
     """Where an attention of transformers or timm stood: its arguments, and a tuple or a tensor as it returned.
 
-    Masks are honoured: a slot that one forbids is not valid. With a mask that is not the operation's own shape,
+    Masks are honoured: a slot that one forbids is not valid. With a mask that says more than which keys there are,
     `nearest` runs on the oracle.
 
     Keys and values that a caller keeps from call to call (transformers' DynamicCache) are the inputs themselves here:

@@ -70,6 +70,8 @@ def masked(mixer: TokenMixer, x: Tensor, mask: Tensor | None, added: bool) -> Te
         return mixer(x) if mask is None else mixer(x, mask=mask)
     if isinstance(op.path, Window) and op.shape.causal and op.weight.kernel is None:
         op, mask = dataclasses.replace(op, path=All(op.path.similarity)), mask & visible(op, x.shape[1], x.device)
+    if (keys := _keys(op, mask, x.shape[0])) is not None:
+        return apply(op, mixer.tensors(), x.mT, backend=mixer.backend, mask=keys).mT
     y = apply(op, mixer.tensors(), x.mT, backend=mixer.backend, mask=mask)
     lost = ~mask.any(-1)
     rho = op.weight.rho
@@ -78,6 +80,22 @@ def masked(mixer: TokenMixer, x: Tensor, mask: Tensor | None, added: bool) -> Te
         mean = apply(Basic(All(), Row(), weight), mixer.tensors(), x.mT)
         y = torch.where(lost.any(1)[:, None], mean, y)
     return y.mT
+
+
+def _keys(op: Basic, mask: Tensor, batch: int) -> Tensor | None:
+    """Which keys there are (B, T), where that is all that the mask says beside the operation's own shape; else None.
+
+    `nearest` is fast under such a mask, and positions that are not there ask nothing either. With as many neighbours as
+    there are keys it is plain attention, in which they do.
+    """
+    few = getattr(op.path, "k", mask.shape[-1]) < mask.shape[-1]
+    if not few or mask.shape[1] != 1 or torch.compiler.is_compiling():
+        return None
+    keys = mask[:, 0, -1]
+    seen = keys[:, None].expand(-1, mask.shape[2], -1)
+    seen = seen.tril() if op.shape.causal else seen
+    alike = ((mask[:, 0] == seen) | ~keys[:, :, None]).all() if mask.shape[2] == mask.shape[3] else None
+    return keys.expand(batch, -1) if alike is not None and bool(alike) else None
 
 
 def records_weights(config: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.word import all_ones, as_tuple
 from nearfold.grammar.words import All, Block, Softmax, Strided
@@ -41,6 +42,11 @@ def supports(facts: Facts) -> Verdict:
     if strided and has_bias(op):
         return Verdict.no("the bias is another one for every piece")
     return Verdict.yes("F.scaled_dot_product_attention of every piece by itself", "roundoff")
+
+
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys: `gather` and `sdpa` do."""
+    return False
 
 
 class _Blocks:

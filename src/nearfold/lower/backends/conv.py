@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
@@ -54,6 +55,11 @@ def supports(facts: Facts) -> Verdict:
     if isinstance(op.weight.kernel, Experts):
         return Verdict.yes("experts are mixed before one grouped F.conv", "roundoff")
     return Verdict.yes("window with constant alpha is F.conv", "roundoff")
+
+
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys: where alpha is one, a zero is as good as a slot that is not valid."""
+    return isinstance(op.weight.rho, Ones)
 
 
 def _by_groups(call: Call) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.words import Deformable, Experts, Max, Shift, Softmax
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
@@ -21,6 +22,7 @@ from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, autocast_dtype, is_transformed, refuse_derivatives
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
+from nearfold.lower.selection import present
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of, constant_alpha
 from nearfold.lower.windows import home_index, is_table, window_index
@@ -41,6 +43,11 @@ def supports(facts: Facts) -> Verdict:
     if isinstance(op.path, Deformable):
         return Verdict.yes("corners of every moved slot, blended by tiles, times the kernel", "roundoff")
     return Verdict.yes("scores and sums over a table of positions", "roundoff")
+
+
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -66,10 +73,14 @@ def _whole(call: Call) -> tuple[Tensor, Tensor]:
     """Index and alpha (B, M, S, H) of slots that read one position each."""
     op, B, heads = call.op, call.value.shape[0], call.heads
     index_MS, valid_MS = window_index(op, call.grid, call.value.device, INVALID)
-    index = index_MS[None, :, :, None].expand(B, -1, -1, heads)
+    index_BHMS, valid = index_MS[None, None], valid_MS[None, None]
+    if call.keep is not None:
+        valid = valid & present(call.keep, index_BHMS.clamp(min=0))
+        index_BHMS = index_BHMS.masked_fill(~valid, INVALID)
+    index = index_BHMS.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
     rho = op.weight.rho
     if not rho.needs_score:
-        alpha = constant_alpha(call, valid_MS[None, None], index_MS[None, None])
+        alpha = constant_alpha(call, valid, index_BHMS)
         assert alpha is not None
         return index, alpha.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
     query, key = (t.expand(B, heads, -1, -1) for t in call.embedded())
@@ -83,8 +94,8 @@ def _whole(call: Call) -> tuple[Tensor, Tensor]:
         alpha = slot_softmax(score, index.permute(0, 3, 1, 2), float(rho.scale))
     else:
         lost = query.isnan().any(-1)[..., None]
-        score = score.masked_fill(~valid_MS, float("-inf")).masked_fill(lost, float("nan"))
-        alpha = alpha_of(rho, score, valid_MS)
+        score = score.masked_fill(~valid, float("-inf")).masked_fill(lost, float("nan"))
+        alpha = alpha_of(rho, score, valid)
     return index, alpha.permute(0, 2, 3, 1)
 
 

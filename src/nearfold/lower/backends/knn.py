@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Euclidean, Scaled
 from nearfold.grammar.words import (
     AllCandidates,
@@ -47,6 +48,11 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes(f"selection with recall={facts.op.path.recall} ({method}), aggregation by tiles", exactness)
 
 
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
+
+
 def _alpha(rho: Rho, score: Tensor | None, at: Tensor) -> Tensor | None:
     if score is None:
         return None
@@ -62,6 +68,8 @@ def prepare(at: Frame) -> Run:
         return run
 
     def at_once(call: Call) -> Tensor:
+        if call.keep is not None:
+            return run(call)
         value, query, key = call.value, call.query, call.key
         key = None if key is query else key
         query = None if query is value and key is None else query

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
 from nearfold.kernels.names import DOT_LIKE
@@ -39,6 +40,11 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("query (key^T value), in this order: no matrix of scores", "roundoff")
 
 
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
+
+
 def _table(call: Call) -> Tensor:
     require_table(call)
     params = call.params
@@ -53,7 +59,11 @@ def _sums(call: Call) -> Tensor:
     causal, count = isinstance(call.op.shape, Causal), value_BCN.shape[2]
     y_BCM = wide_BCN.cumsum(2) if causal else wide_BCN.sum(2, keepdim=True)
     if isinstance(call.op.weight.rho, Mean):
-        y_BCM = y_BCM / (torch.arange(1, count + 1, device=y_BCM.device) if causal else count)
+        number = torch.arange(1, count + 1, device=y_BCM.device) if causal else count
+        if call.keep is not None:  # a query before the first of them reads nothing
+            number = call.keep.cumsum(1) if causal else call.keep.sum(1, keepdim=True)
+            number = number[:, None].clamp(min=1)
+        y_BCM = y_BCM / number
     if not causal:
         y_BCM = y_BCM.expand(-1, -1, count_positions(call.out_grid))
     return y_BCM.to(value_BCN.dtype).unflatten(2, call.out_grid)
@@ -68,6 +78,8 @@ def run(call: Call) -> Tensor:
         return _sums(call)
     query, key = call.embedded()
     value = split_heads(call.value, call.heads)
+    if call.keep is not None:
+        key = key.masked_fill(~call.keep[:, None, :, None], 0)
     dtype, wide = value.dtype, query.dtype
     value = value.to(wide)
     if any(s != 1 for s in call.stride):

@@ -32,6 +32,11 @@ from nearfold.lower.windows import window_index
 NAME = "local"
 
 
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys: `gather` does."""
+    return False
+
+
 def supports(facts: Facts) -> Verdict:
     """Window paths whose weight reads scores of a dot product or a euclidean distance."""
     op = facts.op

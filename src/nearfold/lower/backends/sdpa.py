@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.words import All, Causal, Softmax
 from nearfold.kernels.attention import attention
@@ -31,6 +32,11 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
 
 
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
+
+
 def run(call: Call) -> Tensor:
     """(B, C, *out)."""
     rho, value = call.op.weight.rho, split_heads(call.value, call.heads)
@@ -48,7 +54,8 @@ def run(call: Call) -> Tensor:
     query_M = call.query_index()
     if not every:
         query = query[:, :, query_M]
-    causal = isinstance(call.op.shape, Causal) and every and call.mask is None
+    free = call.mask is None and call.keep is None
+    causal = isinstance(call.op.shape, Causal) and every and free
     mask = None
     bias = score_bias(call.op, call.params, call.grid, query_M, value)
     if not causal or bias is not None:
@@ -58,7 +65,7 @@ def run(call: Call) -> Tensor:
         mask, causal = bias if mask is None else bias.masked_fill(~mask, float("-inf")), False
         mask = mask if mask.dim() == 4 else mask[None]  # with three axes it would not be taken by the fast kernel
     y = attention(query, key, value, mask, causal, scale)
-    if call.mask is not None:  # a query that may read nothing
+    if not free:  # a query that may read nothing
         read = allowed(call, query_M, all_positions(key.shape[2], key.device))
         assert read is not None
         y = y.masked_fill(~read.any(-1, True), 0)

@@ -21,6 +21,7 @@ from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower.call import Call, autocast_dtype, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
+from nearfold.lower.selection import present
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 from nearfold.lower.windows import home_index, is_table, window_index
@@ -48,10 +49,18 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("selection by tiles, scores of the other slots, sums over all of them", "roundoff")
 
 
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
+
+
 def _table(call: Call, part: Basic) -> tuple[Tensor | None, Tensor]:
     """As `searched`, of a path that is a table."""
     index_MS, _ = window_index(part, call.grid, call.value.device, INVALID)
-    at = index_MS.expand(call.value.shape[0], call.heads, -1, -1)
+    at = index_MS[None, None]
+    if call.keep is not None:
+        at = at.masked_fill(~present(call.keep, at.clamp(min=0)), INVALID)
+    at = at.expand(call.value.shape[0], call.heads, -1, -1)
     if not part.weight.rho.needs_score:
         return None, at
     query, key = (t.expand(call.value.shape[0], call.heads, -1, -1) for t in call.embedded())

@@ -110,7 +110,10 @@ class NearestMeaning(PathMeaning):
             index = torch.cat([query_M[:, None].expand_as(own), index], -1)
         valid = ranked > float("-inf")
         if path.include_self is not False:
-            valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
+            there = torch.ones_like(valid[..., :1])
+            if call.keep is not None:
+                there = there & call.keep[:, None, query_M, None]
+            valid = torch.cat([there, valid[..., 1:]], -1)
         index = index.masked_fill(~valid, 0)
         if call.op.shape.raster:
             behind = key_R.shape[0] + count_positions(call.padded)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from nearfold.grammar.operation import Basic
 from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
-from nearfold.kernels.names import DOT_LIKE, LOST
+from nearfold.kernels.names import DOT_LIKE, INVALID, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import all_positions
+from nearfold.lower.selection import present
 from nearfold.lower.words.nearest import candidate_index, rule_of
 
 
@@ -30,6 +31,10 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
     path = call.op.path
     assert isinstance(path, Nearest)
     query, key, factor = call.compared()
+    own_key = key
+    if call.keep is not None:  # a key that is NaN is never chosen
+        query, own_key = (t.expand(call.keep.shape[0], -1, -1, -1) for t in (query, key))
+        key = own_key.masked_fill(~call.keep[:, None, :, None], float("nan"))
     B, H = query.shape[:2]
     query_M, key_R = call.query_index(), candidate_index(call)
     every = key_R is None
@@ -63,17 +68,21 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
             score = score * factor
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
+        if call.keep is not None and path.again is not None:  # the query's own position has a score of its own
+            at = at.masked_fill((at >= 0) & ~present(call.keep, at.clamp(min=0)), INVALID)
     else:
         score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
         at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if own:
         home = query_M[:, None].expand(B, H, -1, 1)
+        if call.keep is not None:
+            home = home.masked_fill(~call.keep[:, None, query_M, None], INVALID)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
     if all_ones(call.op.weight.rho):
         return None, at
     if own:
         score = torch.cat(
-            [_own_score(call, wide(query_m), wide(key if whole else key[:, :, query_M]), factor), score], -1
+            [_own_score(call, wide(query_m), wide(own_key if whole else own_key[:, :, query_M]), factor), score], -1
         )
     return score, at
 

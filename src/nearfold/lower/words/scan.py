@@ -125,9 +125,10 @@ class SelectiveMeaning(RhoMeaning):
 def state_space(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a scan is made of, positions in its order: value (B, N, C), delta (B, N, C|H), B and C (B, N, s)."""
     path, rho, params = cast(Scan, call.op.path), cast(Selective, call.op.weight.rho), call.params
-    value_BNC = call.value.flatten(2).transpose(1, 2)
+    value_BNC, keep_BN = call.value.flatten(2).transpose(1, 2), call.keep
     if not (path.order == "raster" or call.ndim == 1) or path.reverse:
-        value_BNC = value_BNC[:, scan_order(path, call.grid, value_BNC.device)]
+        order = scan_order(path, call.grid, value_BNC.device)
+        value_BNC, keep_BN = value_BNC[:, order], None if keep_BN is None else keep_BN[:, order]
     made = F.linear(value_BNC, params["x_proj_weight"])
     step, write, read = made.split([made.shape[-1] - 2 * path.state, path.state, path.state], -1)
     if rho.scan_heads is None:
@@ -136,4 +137,7 @@ def state_space(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     else:
         bias = params["dt_bias"]
     wide = wide_dtype(call)
-    return value_BNC, F.softplus(step.to(wide) + bias.to(wide)), write.to(wide), read.to(wide)
+    delta = F.softplus(step.to(wide) + bias.to(wide))
+    if keep_BN is not None:  # no time passes at a position that is not there
+        delta = delta.masked_fill(~keep_BN[..., None], 0)
+    return value_BNC, delta, write.to(wide), read.to(wide)
