@@ -240,6 +240,8 @@ def operations() -> Any:
 
     def value(cls: type[Word], hint: Any, name: str) -> Any:
         members = typing.get_args(hint) or (hint,)
+        if name == "by":
+            return st.one_of(st.none(), st.none(), words("similarity"), words("selector"))
         for kind, word in (("similarity", Similarity), ("candidates", Candidates)):
             if word in members:
                 return words(kind)

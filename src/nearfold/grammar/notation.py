@@ -284,15 +284,14 @@ class _Parser:
         if kind == "name":
             for name in names:
                 target = hints[fields[name].name]
-                if _word_kind(target) and value in WORDS[_word_kind(target)]:
+                if any(value in WORDS[kind] for kind in _word_kinds(target)):
                     return name, self.value(target)
         return names[0], self.value(hints[fields[names[0]].name])
 
     def value(self, hint: Any) -> Any:
         kind, value, start = self.tokens[self.at]
-        word_kind = _word_kind(hint)
-        if word_kind:
-            return self.word((word_kind,))
+        if word_kinds := _word_kinds(hint):
+            return self.word(word_kinds)
         if value == "(":
             self.at += 1
             if self.peek() == ")":
@@ -339,11 +338,8 @@ def _accepts(hint: Any, kind: type) -> bool:
     return kind in _members(hint)
 
 
-def _word_kind(hint: Any) -> str:
-    for member in _members(hint):
-        if isinstance(member, type) and issubclass(member, Word):
-            return member.kind
-    return ""
+def _word_kinds(hint: Any) -> tuple[str, ...]:
+    return tuple(m.kind for m in _members(hint) if isinstance(m, type) and issubclass(m, Word))
 
 
 def _describe(hint: Any) -> str:

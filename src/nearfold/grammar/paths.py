@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from nearfold.grammar.selectors import Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided  # noqa: F401  (they were here)
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
 from nearfold.grammar.word import Word, all_ones, as_tuple, check, number, one_of, positive, sizes
@@ -94,6 +95,11 @@ class Path(Word):
     def inside(self) -> tuple[Path, ...]:
         """The paths that it is made of: itself, but for a union."""
         return (self,)
+
+    @property
+    def compared_by(self) -> tuple[Similarity, ...]:
+        """The similarities by which it compares, where anything does."""
+        return (self.similarity,)
 
     @property
     def groups_of_channels(self) -> int | None:
@@ -326,6 +332,7 @@ class Nearest(Path):
     position in the search with this fixed score (the public attention layer does so; default: taken out).
     ``recall`` below 1 allows an approximate search, expected to find at least this share of the k; it is exact where
     that is as fast, and always on the oracle. With ``cross`` the positions are those of the context, another input.
+    ``by`` chooses by another similarity than the one that weighs, or by an `indexer`; a choice has no gradient.
     """
 
     word = "nearest"
@@ -334,6 +341,8 @@ class Nearest(Path):
         "nearest_padded": "nearest(50, cosine, padding=1, self) | causal | identity(heads=2)*kernel(coordinates)",
         "nearest_fixed_self": "nearest(4, dot(coordinates), window(3), self=0.5, again=-0.1) | ranked"
         " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
+        "nearest_by": "nearest(4, scaled, by=cosine) | ranked | softmax(heads=2)",
+        "nearest_by_position": "nearest(5, euclidean, self, by=position) | box | softmax(heads=2)",
         "nearest_cross": "nearest(3, cosine, random(4), cross) | ranked | softmax(heads=2, kv=1)*depthwise",
     }
     primitive = ("CONTENT_AWARE", 2)
@@ -348,6 +357,7 @@ class Nearest(Path):
     padding: int = 0
     recall: float = 1.0
     cross: bool = False
+    by: Similarity | Selector | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -372,11 +382,27 @@ class Nearest(Path):
         number(self, "recall", self.recall)
         check(0 < self.recall <= 1, self, "recall", self.recall, "above 0 and at most 1 (exact)")
         object.__setattr__(self, "recall", float(self.recall))
+        if self.by is not None:
+            self._require_by(self.by)
         if getattr(self.similarity, "relative", False):
             raise ValueError("nearest: scaled(relative) is a window's position term; use scaled(coordinates)")
 
+    def _require_by(self, by: Similarity | Selector) -> None:
+        check(isinstance(by, (Similarity, Selector)), self, "by", by, "a similarity or indexer(heads, size)")
+        check(self.again is None, self, "again", self.again, "left out beside by")
+        if isinstance(by, Similarity):
+            own = by.learned or by.coordinates == "learned" or by.relative or by.bias != "none"
+            check(not own, self, "by", str(by), "a similarity without parameters, relative and bias")
+        else:
+            plain = self.recall == 1 and self.padding == 0 and not self.cross
+            check(plain, self, "by", str(by), "a similarity beside recall, padding or cross")
+
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
         return (self.k,)
+
+    @property
+    def compared_by(self) -> tuple[Similarity, ...]:
+        return (self.similarity, self.by) if isinstance(self.by, Similarity) else (self.similarity,)
 
     @property
     def draws(self) -> bool:

@@ -310,6 +310,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2106.00515",
         ),
         Entry(
+            "indexed",
+            "Sparse attention with an indexer (DSA)",
+            "nearest(9, scaled, by=indexer(4, 16)) | causal | softmax(heads=4)",
+            ("the 9 that a lightning indexer chooses, of those before", "causal", "similarity, softmaxed"),
+            "arXiv 2512.02556",
+        ),
+        Entry(
             "branch",
             "Hybrid branch",
             "branch(0.5, nearest(9, cosine, self) | ranked | kernel, window(3) | box | kernel, mix)",

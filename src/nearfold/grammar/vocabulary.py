@@ -134,7 +134,7 @@ def page() -> str:
         "once, by the first that reaches it. Each example is a case of the conformance suite. This page is made",
         "from the words, by `python -m nearfold.grammar.vocabulary`.",
     ]
-    for kind in ("path", "similarity", "candidates", "shape", "rho", "kernel"):
+    for kind in ("path", "similarity", "candidates", "selector", "shape", "rho", "kernel"):
         lines += ["", f"## {kind.capitalize()}", "", "| word | meaning | goes with | example |", "|---|---|---|---|"]
         for word in WORDS[kind].values():
             said = " ".join((word.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")

@@ -22,6 +22,7 @@ from nearfold.grammar.paths import (
     Size,
     Window,
 )
+from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
 from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
@@ -62,6 +63,7 @@ __all__ = [
     "Generated",
     "Grid",
     "Identity",
+    "Indexer",
     "Inverse",
     "Kernel",
     "Max",
@@ -79,6 +81,7 @@ __all__ = [
     "Scan",
     "Scattered",
     "Selective",
+    "Selector",
     "Separable",
     "Shape",
     "Shift",

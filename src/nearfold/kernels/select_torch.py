@@ -28,7 +28,7 @@ def _bits(score: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, ties by the lowest index. NaN must be gone."""
     best, index, tied = _classes(score, k) if _worth_classes(score.shape[-1], k) else _plain(score, k)
     if tied.any():
@@ -96,7 +96,7 @@ def _own_column(query_index: Tensor, key_index: Tensor) -> Tensor:
     return torch.where(key_index[column] == query_index, column, INVALID)
 
 
-def _forbidden(query_index: Tensor, key_index: Tensor, grid: list[int], rule: list[int]) -> Tensor | None:
+def forbidden(query_index: Tensor, key_index: Tensor, grid: list[int], rule: list[int]) -> Tensor | None:
     """Which keys (m, R) these queries may not choose, by ``rule`` = [causal, reach, dilation]; None: any is allowed."""
     causal, reach, dilation = rule
     bad = key_index[None, :] > query_index[:, None] if causal else None
@@ -170,7 +170,7 @@ def select(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
     buffer = query.new_empty(min(p, P) * m * R)
     for m0 in range(0, M, m):
         ms = slice(m0, min(m0 + m, M))
-        forbidden = _forbidden(query_index[ms], key_index, grid, rule)
+        banned = forbidden(query_index[ms], key_index, grid, rule)
         own_column = None if column is None else column[ms]
         own_at = None
         if own_column is not None:
@@ -182,14 +182,14 @@ def select(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
             out = buffer[: math.prod(shape)].view(shape)
             norms = (None, None) if q_norm is None or k_norm is None else (q_norm[ps, ms], k_norm[ps])
             block = _score(metric, q[ps, ms], near[ps], norms[0], norms[1], out)
-            block = _mask(block, own_at, rank_again, forbidden, clean)
+            block = _mask(block, own_at, rank_again, banned, clean)
             if metric == "euclidean":
                 slack = _slack(query.dtype, query.shape[2], *norms)
                 found_score, found = _refined(
-                    block, kept, slack, query[ps, ms], key[ps], own_column, rank_again, forbidden
+                    block, kept, slack, query[ps, ms], key[ps], own_column, rank_again, banned
                 )
             else:
-                found_score, found = _ranked(block, kept)
+                found_score, found = ranked(block, kept)
             score[ps, ms, :kept], index[ps, ms, :kept] = found_score, found
     index.masked_fill_(score == float("-inf"), INVALID)
     if rooted:
@@ -230,7 +230,7 @@ def _refined(
     """
     p, m, R = block.shape
     more = min(R, k + MARGIN)
-    rough, found = _ranked(block, more)
+    rough, found = ranked(block, more)
     exact = torch.empty_like(rough)
     flat = exact.view(p * m, more)
     for part, _, q, rows in _chosen(query, key, found):
@@ -252,7 +252,7 @@ def _refined(
             if column is not None:
                 row.masked_fill_(torch.arange(R, device=row.device) == column[j, None], again)
             row.masked_fill_(row.isnan(), float("-inf"))
-            exact[i, j], found[i, j] = _ranked(row, k)
+            exact[i, j], found[i, j] = ranked(row, k)
     return exact, found
 
 

@@ -54,7 +54,8 @@ def _reads_features(op: Basic) -> bool:
     """Whether query and key matter: some scores are computed from features, or maps of them are shifted."""
     if meaning(op.weight.kernel).reads_features:
         return True
-    return (op.path.searches or op.weight.rho.needs_score) and op.path.similarity.uses_features
+    compares = op.path.searches or op.weight.rho.needs_score
+    return compares and any(near.uses_features for near in op.path.compared_by)
 
 
 @once

@@ -12,14 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nearfold._kept import kept
+from nearfold._kept import kept, once
 from nearfold.grammar import Basic
 from nearfold.grammar.place import Place
+from nearfold.grammar.similarity import Similarity
 from nearfold.grammar.words import AllCandidates, Grid, Nearby, Nearest, Random
+from nearfold.kernels.names import LOST
 from nearfold.kernels.sample import draw_positions
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.meaning import Lengths, PathMeaning, means
+from nearfold.lower.geometry import all_positions
+from nearfold.lower.meaning import Lengths, PathMeaning, Sizes, means
+from nearfold.lower.parameters import Parameter
 from nearfold.lower.selection import Selection, allowed, distance_score, metric_scores
+from nearfold.lower.words.indexer import index_parameters, indexed, indexed_by
 
 
 @means(Nearest)
@@ -27,6 +32,10 @@ class NearestMeaning(PathMeaning):
     """The k most similar positions."""
 
     slots = "rank"
+
+    def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
+        by = indexed_by(op)
+        return {} if by is None else index_parameters(by, sizes)
 
     def border(self, op: Basic) -> int:
         return cast(Nearest, op.path).padding
@@ -55,7 +64,7 @@ class NearestMeaning(PathMeaning):
 
     def takes_mask(self, op: Basic) -> bool:
         path = cast(Nearest, op.path)
-        return path.include_self is False and path.padding == 0
+        return path.include_self is False and path.padding == 0 and indexed_by(op) is None
 
     def allowed(self, call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
         _, reach, dilation = rule_of(call)
@@ -70,11 +79,41 @@ class NearestMeaning(PathMeaning):
         return mask
 
     def select(self, call: Call) -> Selection:
+        return self._nearest(call) if cast(Nearest, call.op.path).by is None else self._chosen(call)
+
+    def _chosen(self, call: Call) -> Selection:
+        """What something else than the similarity chooses, with the similarity's scores."""
+        path, query_M = cast(Nearest, call.op.path), call.query_index()
+        if indexed_by(call.op) is None:
+            found = self._nearest(chosen_by(call))
+            index, valid, lost = found.index, found.valid, cast(Tensor, found.score).isnan()
+        else:
+            at = indexed(call, query_M, candidates_of(call), rule_of(call))
+            if call.op.shape.raster:
+                order = at.masked_fill(at < 0, count_positions(call.padded)).sort(-1).indices
+                at = at.gather(-1, order)
+            index, valid = at.clamp(min=0), at >= 0
+            lost = (at == LOST).any(-1, keepdim=True).expand_as(at)
+        if not call.op.weight.rho.needs_score:
+            score = torch.zeros(index.shape, dtype=call.value.dtype, device=index.device)
+        else:
+            q, k = call.embedded()
+            B, H = (max(t.shape[axis] for t in (q, k, index)) for axis in (0, 1))
+            index, valid, lost = (t.expand(B, H, -1, -1) for t in (index, valid, lost))
+            k_MS = k.expand(B, H, -1, -1).gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, k.shape[-1]))
+            k_MS = k_MS.unflatten(2, index.shape[2:])
+            near = call.similarity
+            score = metric_scores(near.reduced, near.squared, q[:, :, query_M].unsqueeze(-2), k_MS).squeeze(-2)
+            if type(path.include_self) is float:
+                score = torch.where(index == query_M[:, None], path.include_self, score)
+        score = score.masked_fill(~valid, float("-inf")).masked_fill(lost, float("nan"))
+        return Selection(index.masked_fill(~valid, 0), valid, score, count_positions(call.padded))
+
+    def _nearest(self, call: Call) -> Selection:
         path = cast(Nearest, call.op.path)
         q, k, factor = call.ranked()
         query_M = call.query_index()
-        chosen = candidate_index(call)
-        key_R = torch.arange(count_positions(call.padded), device=query_M.device) if chosen is None else chosen
+        key_R = candidates_of(call)
         q_M = q[:, :, query_M]
         metric, squared = call.similarity.reduced, call.similarity.squared
         # distances rank by their squares: a root rounds different ones to one value, and not alike on every machine
@@ -122,6 +161,26 @@ class NearestMeaning(PathMeaning):
         lost_M1 = q_M.isnan().any(-1, keepdim=True)
         ranked = ranked.masked_fill(lost_M1, float("nan"))
         return Selection(index, valid, ranked, count_positions(call.padded))
+
+
+def chosen_by(call: Call) -> Call:
+    """The call with the similarity that chooses in the place of the one that weighs."""
+    path = cast(Nearest, call.op.path)
+    op = _by_alone(call.op)
+    assert isinstance(path.by, Similarity)
+    return dataclasses.replace(call, at=dataclasses.replace(call.at, op=op))
+
+
+@once
+def _by_alone(op: Basic) -> Basic:
+    path = cast(Nearest, op.path)
+    return dataclasses.replace(op, path=dataclasses.replace(path, similarity=cast(Similarity, path.by), by=None))
+
+
+def candidates_of(call: Call) -> Tensor:
+    """Ascending positions (R,) among which `nearest` searches."""
+    chosen = candidate_index(call)
+    return all_positions(count_positions(call.padded), call.value.device) if chosen is None else chosen
 
 
 def rule_of(call: Call) -> tuple[int, int, int]:

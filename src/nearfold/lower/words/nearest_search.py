@@ -5,6 +5,9 @@ Shape legend: B batch, H heads, M outputs, S slots.
 
 from __future__ import annotations
 
+from math import nan
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -12,10 +15,12 @@ from nearfold.grammar.operation import Basic
 from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
 from nearfold.kernels.names import DOT_LIKE, INVALID, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
+from nearfold.kernels.slot_scores import slot_scores
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import all_positions
-from nearfold.lower.selection import present
-from nearfold.lower.words.nearest import candidate_index, rule_of
+from nearfold.lower.selection import metric_scores, present
+from nearfold.lower.words.indexer import indexed, indexed_by
+from nearfold.lower.words.nearest import candidate_index, candidates_of, chosen_by, rule_of
 
 
 def recall_of(op: Basic) -> float:
@@ -30,6 +35,8 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
     """Score (None where nobody reads it) and position (B|1, H|1, M, S); position -1 where there is none."""
     path = call.op.path
     assert isinstance(path, Nearest)
+    if path.by is not None:
+        return _chosen(call)
     query, key, factor = call.compared()
     own_key = key
     if call.keep is not None:  # a key that is NaN is never chosen
@@ -85,6 +92,34 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
             [_own_score(call, wide(query_m), wide(own_key if whole else own_key[:, :, query_M]), factor), score], -1
         )
     return score, at
+
+
+def _chosen(call: Call) -> tuple[Tensor | None, Tensor]:
+    """What another similarity, or an indexer, chooses, with the scores of the one that weighs."""
+    path, rho, query_M = cast(Nearest, call.op.path), call.op.weight.rho, call.query_index()
+    B, H = call.value.shape[0], call.heads
+    if indexed_by(call.op) is None:
+        with torch.no_grad():
+            at = searched(chosen_by(call))[1]
+    else:
+        at = indexed(call, query_M, candidates_of(call), rule_of(call))
+    at = at.expand(B, H, -1, -1)
+    if not rho.needs_score:
+        if all_ones(rho):
+            return None, at
+        return torch.zeros(at.shape, dtype=wide_dtype(call.value), device=at.device).masked_fill(at == LOST, nan), at
+    query, key = (t.expand(B, H, -1, -1) for t in call.embedded())
+    query = query if query.shape[2] == query_M.shape[0] else query[:, :, query_M]
+    if call.similarity.reduced in DOT_LIKE:
+        rows = (t.transpose(1, 2).flatten(2) for t in (query, key))
+        score = slot_scores(*rows, slots_last(at, B, H)).permute(0, 3, 1, 2)  # type: ignore[call-arg]
+    else:
+        near = key.gather(2, at.clamp(min=0).flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1]))
+        near = near.unflatten(2, at.shape[2:])
+        score = metric_scores(call.similarity.reduced, call.similarity.squared, query.unsqueeze(-2), near).squeeze(-2)
+    if type(path.include_self) is float:
+        score = torch.where(at == query_M[:, None], path.include_self, score)
+    return score.masked_fill(at == LOST, nan), at
 
 
 def _own_score(call: Call, query: Tensor, key: Tensor, factor: float | Tensor) -> Tensor:

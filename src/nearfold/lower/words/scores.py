@@ -57,6 +57,8 @@ class IdentityMeaning(RhoMeaning):
 class SoftmaxMeaning(RhoMeaning):
     """Softmax of the scores times a scale."""
 
+    shares = True
+
     def weigh(self, rho: Softmax, score: Tensor, valid: Tensor) -> Tensor:
         # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
         masked = (score.masked_fill(~valid, 0) * rho.scale).masked_fill(~valid, torch.finfo(score.dtype).min)
