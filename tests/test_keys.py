@@ -91,7 +91,7 @@ KNOWN_SLOW = {
 QUICK_ALONE = ("conv", "kvt", "mamba", "attention_alibi", "union_kernel", "deformable", "linear_attention", "sinks")
 # what depends on where the map ends, whatever is there
 ENDS = ("reflect", "inside", "coordinates", "position", "blend", "table", "grid(", "scattered", "cross", "experts")
-MORE_AXES = ("criss_cross", "window_axes", "window_plain", "block_cosine", "deformable_groups")
+MORE_AXES = ("criss_cross", "window_axes", "window_plain", "block_cosine", "deformable_groups", "blocks_mean")
 ALONE = [name for name in TAKING if name not in MORE_AXES and not any(w in str(parse(CASES[name])) for w in ENDS)]
 
 

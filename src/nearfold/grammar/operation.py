@@ -17,7 +17,6 @@ from nearfold.grammar.words import (
     Rho,
     Shape,
     Shift,
-    Window,
 )
 
 
@@ -124,8 +123,8 @@ class Operation:
 
     @property
     def for_sequences(self) -> bool:
-        """Whether some part is a causal window that names no axes: such windows take one grid axis."""
-        return any(p.shape == Causal() and any(isinstance(path, Window) for path in p.path.inside) for p in self.parts)
+        """Whether some part is causal along a line, and names no axes: it takes one grid axis."""
+        return any(p.shape == Causal() and any(path.in_line for path in p.path.inside) for p in self.parts)
 
     @property
     def needs_context(self) -> bool:

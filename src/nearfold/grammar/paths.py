@@ -88,6 +88,7 @@ class Path(Word):
     rhos: ClassVar[tuple[str, ...]] = ()
     takes_kernel: ClassVar[bool] = True  # whether it has a fixed number of slots, and a kernel a number for each
     searches: ClassVar[bool] = False  # whether it compares, whatever its weight does
+    in_line: ClassVar[bool] = False  # whether causal, without axes, is for sequences alone
     joins: ClassVar[bool] = True  # whether it may be one of several that answer a query (`&`)
     similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
 
@@ -156,6 +157,7 @@ class Window(Path):
     }
     primitive = ("STATIC_SLIDING", 1)
     shapes = ("box", "causal")
+    in_line = True
     size: Size
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     stride: Size = 1

@@ -317,6 +317,20 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2512.02556",
         ),
         Entry(
+            "moba",
+            "Mixture of block attention (MoBA, 1-D)",
+            "nearest_blocks(3, 8, self) | causal | softmax(heads=4)",
+            ("its own block and the 2 most similar before", "causal, by blocks", "similarity, softmaxed"),
+            "arXiv 2502.13189",
+        ),
+        Entry(
+            "vsa",
+            "Tiles that choose tiles (VSA)",
+            "nearest_blocks(4, 2, pooled) | ranked | softmax(heads=4)",
+            ("the 4 tiles that the position's tile likes best", "by rank, by tiles", "similarity, softmaxed"),
+            "arXiv 2505.13389",
+        ),
+        Entry(
             "branch",
             "Hybrid branch",
             "branch(0.5, nearest(9, cosine, self) | ranked | kernel, window(3) | box | kernel, mix)",

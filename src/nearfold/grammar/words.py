@@ -6,6 +6,7 @@ similarity one in `similarity`). ``kind`` names the place where a word may stand
 or candidates. All of them can be had from here.
 """
 
+from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -71,6 +72,7 @@ __all__ = [
     "Modulated",
     "Nearby",
     "Nearest",
+    "NearestBlocks",
     "Normalized",
     "Ones",
     "Path",
