@@ -109,6 +109,17 @@ def test_ops_lists_the_catalogue(capsys):
     assert "oracle" not in out, "every operator that has a name has a fast backend"
 
 
+def test_ops_of_a_family_and_of_late(capsys):
+    assert main(["ops", "--family", "neighbours", "--since", "2025"]) == 0
+    out = capsys.readouterr().out
+    assert "moba" in out and "kvt" not in out and "conv_strided" not in out
+    assert main(["ops", "--family", "nosuch"]) == 2
+    assert "fixed window" in capsys.readouterr().err
+    assert main(["ops", "--since", "2999"]) == 2
+    assert "the latest is of 20" in capsys.readouterr().err
+    assert main(["ops", "conv", "--since", "2020"]) == 2
+
+
 def test_ops_tells_all_about_one(capsys):
     for entry in CATALOGUE.values():
         assert main(["ops", entry.name]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
@@ -15,35 +16,70 @@ HEAD = ("", "PATH: where to look", "SHAPE: form", "WEIGHT: what to value", "C_D"
 EXAMPLES = """\
 examples:
   nearfold ops
+  nearfold ops --family neighbours --since 2024
   nearfold ops swin deformable mamba convnn"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to its parser."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="operators to say more about")
+    parser.add_argument("--family", metavar="WORDS", help="only families with these words in their name")
+    parser.add_argument("--since", type=int, metavar="YEAR", help="only operators whose paper is of this year or later")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or all about some operators: the exit code."""
-    print("\n\n".join(card(name) for name in args.names) if args.names else table())
+    if args.names and (args.family or args.since):
+        raise ValueError("--family and --since choose rows of the table; leave them out where operators are named")
+    print("\n\n".join(card(name) for name in args.names) if args.names else table(args.family, args.since))
     return 0
 
 
-def table() -> str:
-    """All operators that have a name, by family.
+def year(entry: Entry) -> int | None:
+    """The year of an operator's paper; None where its source is not on arXiv.
+
+    >>> year(CATALOGUE["kvt"]), year(CATALOGUE["conv"])
+    (2021, None)
+    """
+    found = re.fullmatch(r"arXiv (\d\d)\d\d\.\d+", entry.source)
+    return 2000 + int(found[1]) if found else None
+
+
+def chosen(family: str | None = None, since: int | None = None) -> dict[str, list[Entry]]:
+    """The catalogue by family: families with these words in their name, operators of papers of this year or later.
+
+    Raises:
+        ValueError: there are none.
+
+    >>> {family: len(entries) for family, entries in chosen("state").items()}
+    {'state spaces': 4}
+    """
+    names = {name: [CATALOGUE[n] for n in ns] for name, ns in FAMILIES.items() if (family or "").lower() in name}
+    if not names:
+        raise ValueError(f"family={family!r} is in no family's name: {', '.join(FAMILIES)}")
+    found = {name: [e for e in es if since is None or (year(e) or 0) >= since] for name, es in names.items()}
+    if not any(found.values()):
+        latest = max((year(e) or 0 for es in names.values() for e in es), default=0)
+        raise ValueError(f"since={since}: no operator here has a paper that late; the latest is of {latest}")
+    return {name: es for name, es in found.items() if es}
+
+
+def table(family: str | None = None, since: int | None = None) -> str:
+    """All operators that have a name, by family, or those that `chosen` chooses.
 
     >>> print(table().splitlines()[2])
     fixed window
     """
     lines = [_row(HEAD), ""]
-    for family, names in FAMILIES.items():
-        lines.append(family)
-        for name in names:
-            lines += _rows(CATALOGUE[name])
+    rows = chosen(family, since)
+    for name, entries in rows.items():
+        lines.append(name)
+        for entry in entries:
+            lines += _rows(entry)
     lines += [
         "",
         "A row is the notation of an operator: path | shape | weight. C_D counts what has to be said to describe it",
-        "(docs/complexity.md). `nearfold ops NAME ...` says more about some of them.",
+        f"(docs/complexity.md). `nearfold ops NAME ...` says more about some of the {sum(map(len, rows.values()))}.",
     ]
     return "\n".join(lines)
 
