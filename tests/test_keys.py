@@ -23,7 +23,7 @@ TAKING = [name for name, text in CASES.items() if all(word.takes_keys for word i
 QUICK = (
     "conv", "depthwise", "pool_mean", "deformable", "deformable_v2", "involution", "swin", "acmix", "attention",
     "attention_causal", "linear_attention", "kvt", "convnn", "convnn_random", "nearest_padded", "nearest_cross",
-    "cross_attention", "mamba", "mamba2", "scan_cross", "union_kernel",
+    "cross_attention", "nearest_indexer", "blocks_pooled", "mamba", "mamba2", "scan_cross", "union_kernel",
     "union_local_nearest", "criss_cross", "neighborhood",
 )  # fmt: skip
 
@@ -121,6 +121,33 @@ def test_a_padded_sequence_is_what_it_is_alone(name):
         alone = layer(x[b : b + 1, :, :n])
         torch.testing.assert_close(y[b : b + 1, :, : alone.shape[2]], alone, rtol=1e-10, atol=1e-11)
     assert y.shape[2] == -(-12 // stride)
+
+
+# what knows no distance: without the absent positions the others close up
+FREE = [
+    name for name in TAKING
+    if parse(CASES[name]).parts[0].path.word in ("all", "nearest", "scan")
+    and not any(w in CASES[name] for w in (*ENDS, "bias", "rotary", "strided", "window", "stride=", "padding"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(("mamba", "mamba2", "kvt", "linear_attention", "nearest_indexer_causal"), FREE)
+)
+def test_positions_in_the_middle_are_as_if_they_were_never_there(name):
+    layer, x = make(CASES[name], (12,))
+    layer.eval()
+    keep = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1], dtype=torch.bool).expand(2, -1)
+    alone = layer(x[..., keep[0]])
+    torch.testing.assert_close(layer(x, mask=keep)[..., keep[0]], alone, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", ["row", "causal"])
+@pytest.mark.parametrize("rho", ["mean", "ones"])
+def test_sums_without_scores(rho, shape):
+    layer, x = Mixer(f"all | {shape} | {rho}", 4, ndim=1).eval(), torch.randn(1, 4, 6)
+    keep = torch.tensor([[False, True, True, False, True, True]])
+    torch.testing.assert_close(layer(x, mask=keep)[..., keep[0]], layer(x[..., keep[0]]))
 
 
 def test_lengths_masks_and_pairs_say_the_same():

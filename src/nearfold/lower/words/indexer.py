@@ -15,7 +15,6 @@ from torch import Tensor
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Indexer, Nearest
 from nearfold.kernels.choose import choose
-from nearfold.kernels.names import INVALID
 from nearfold.lower.call import Call
 from nearfold.lower.meaning import Sizes
 from nearfold.lower.parameters import Parameter
@@ -61,8 +60,5 @@ def indexed(call: Call, query_M: Tensor, key_R: Tensor, rule: tuple[int, int, in
             key = key.masked_fill(~call.keep[:, key_R, None], float("nan"))
         at = choose(query, share, key, path.k - own, query_M, key_R, list(call.padded), list(rule), own)
     if own:
-        home = query_M[:, None].expand(at.shape[0], -1, 1)
-        if call.keep is not None:
-            home = home.masked_fill(~call.keep[:, query_M, None], INVALID)
-        at = torch.cat([home, at], -1)
+        at = torch.cat([query_M[:, None].expand(at.shape[0], -1, 1), at], -1)
     return at[:, None]

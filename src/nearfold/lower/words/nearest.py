@@ -145,14 +145,12 @@ class NearestMeaning(PathMeaning):
             own = metric_scores(metric, squared, q_M[..., None, :], k[:, :, query_M][..., None, :])[..., 0] * factor
             if path.include_self is not True:
                 own = torch.full_like(own, path.include_self)
+            own = own.expand(*ranked.shape[:-1], 1)
             ranked = torch.cat([own, ranked], -1)
             index = torch.cat([query_M[:, None].expand_as(own), index], -1)
         valid = ranked > float("-inf")
         if path.include_self is not False:
-            there = torch.ones_like(valid[..., :1])
-            if call.keep is not None:
-                there = there & call.keep[:, None, query_M, None]
-            valid = torch.cat([there, valid[..., 1:]], -1)
+            valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
         index = index.masked_fill(~valid, 0)
         if call.op.shape.raster:
             behind = key_R.shape[0] + count_positions(call.padded)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nearfold.grammar.operation import Basic
 from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
-from nearfold.kernels.names import DOT_LIKE, INVALID, LOST
+from nearfold.kernels.names import DOT_LIKE, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import all_positions
-from nearfold.lower.selection import metric_scores, present
+from nearfold.lower.selection import metric_scores
 from nearfold.lower.words.indexer import indexed, indexed_by
 from nearfold.lower.words.nearest import candidate_index, candidates_of, chosen_by, rule_of
 
@@ -75,15 +75,11 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
             score = score * factor
         if not every:
             at = torch.where(at < 0, at, key_R[at.clamp(min=0)])
-        if call.keep is not None and path.again is not None:  # the query's own position has a score of its own
-            at = at.masked_fill((at >= 0) & ~present(call.keep, at.clamp(min=0)), INVALID)
     else:
         score = query_m.new_empty(B, H, query_M.shape[0], 0, dtype=wide_dtype(query))
         at = torch.empty(B, H, query_M.shape[0], 0, dtype=torch.long, device=key.device)
     if own:
         home = query_M[:, None].expand(B, H, -1, 1)
-        if call.keep is not None:
-            home = home.masked_fill(~call.keep[:, None, query_M, None], INVALID)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
     if all_ones(call.op.weight.rho):
         return None, at
