@@ -7,7 +7,7 @@ second derivative) sees the operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -84,3 +84,18 @@ def _again(again: Callable[..., Tensor], grad: Tensor, operands: Operands, wante
         asked = [t for t, want in zip(each, wanted, strict=True) if want and t is not None]
         slopes = iter(torch.autograd.grad(again(*each), asked, grad, create_graph=differentiated, allow_unused=True))
     return [next(slopes) if want else None for want in wanted]
+
+
+def rows_like(x: Tensor, channels: int, grid: Sequence[int]) -> Tensor:
+    """An empty map (B, channels, *grid) in the dtype of x (B, ...), laid out as rows of channels."""
+    positions, strides = 1, []
+    for n in grid[::-1]:
+        strides.append(positions * channels)
+        positions *= n
+    strides += [1, positions * channels]
+    return torch.empty_strided((x.shape[0], channels, *grid), strides[::-1], dtype=x.dtype)
+
+
+def as_map(rows_BNC: Tensor, like: Tensor) -> Tensor:
+    """Rows as a view (B, C, *grid)."""
+    return rows_BNC.transpose(1, 2).unflatten(2, like.shape[2:])

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "deformed.h"
 #include "local.h"
 #include "neighbors.h"
 #include "scan.h"
@@ -131,6 +132,10 @@ struct Engine {
     int (*corners_double)(const CornersArgs<double> &);
     int (*corners_backward_float)(const CornersBackwardArgs<float> &);
     int (*corners_backward_double)(const CornersBackwardArgs<double> &);
+    int (*deformed_float)(const DeformedArgs<float> &);
+    int (*deformed_double)(const DeformedArgs<double> &);
+    int (*deformed_backward_float)(const DeformedBackwardArgs<float> &);
+    int (*deformed_backward_double)(const DeformedBackwardArgs<double> &);
     int (*scan_float)(const ScanArgs<float> &);
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);

@@ -18,6 +18,13 @@ struct Map {
     int64_t stride[6];
 };
 
+// A map, its grid as one axis: (B, channels, positions), of any strides.
+template <class T>
+struct Flat {
+    const T *at;
+    int64_t stride[3];
+};
+
 template <class T>
 struct LocalArgs {
     Window window;
