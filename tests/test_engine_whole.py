@@ -229,6 +229,25 @@ def test_offsets_of_a_large_map_are_torchs_convolution(monkeypatch):
     assert ran == ["deformed", "corners", "aggregate"]
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ConvNN2d(4, 4, 3),
+        DeformConv2d(4, 4),
+        Mixer("window(3) | box | softmax(heads=2, project=none)", 4),
+        Mixer("window(3) | box | shift(2)", 4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_autocast_changes_what_it_changes_in_the_operators(layer, monkeypatch):
+    x = torch.randn(1, 4, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        monkeypatch.setattr(whole, "_serves", lambda *_: False)
+        wanted = layer(x)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
 def test_what_is_kept_for_the_gradient_is_not_changed_in_between():
     layer, x = ConvNN2d(4, 4, 3), torch.randn(1, 4, 5, 5, requires_grad=True)

@@ -51,6 +51,8 @@ def _serves(operands: Operands) -> bool:
     """Whether the engine may run on these tensors, unseen."""
     if not unwatched(operands) or forward_ad._current_level >= 0 or cuda.is_interpreted() or engine.get() is None:
         return False
+    if torch.is_autocast_enabled("cpu"):  # which operators of a layer it changes, and how, they know
+        return False
     dtypes = {t.dtype for t in operands if t is not None and t.dtype != torch.long}
     return len(dtypes) == 1 and dtypes <= set(engine.COMPUTE) and all(t is None or t.numel() for t in operands)
 
