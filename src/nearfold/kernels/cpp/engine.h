@@ -128,6 +128,10 @@ struct Engine {
     int (*grouped_double)(const GroupedArgs<double> &);
     int (*grouped_backward_float)(const GroupedBackwardArgs<float> &);
     int (*grouped_backward_double)(const GroupedBackwardArgs<double> &);
+    int (*shift_float)(const ShiftArgs<float> &);
+    int (*shift_double)(const ShiftArgs<double> &);
+    int (*shift_backward_float)(const ShiftBackwardArgs<float> &);
+    int (*shift_backward_double)(const ShiftBackwardArgs<double> &);
     int (*corners_float)(const CornersArgs<float> &);
     int (*corners_double)(const CornersArgs<double> &);
     int (*corners_backward_float)(const CornersBackwardArgs<float> &);

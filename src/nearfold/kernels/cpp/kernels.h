@@ -29,6 +29,10 @@ int grouped_float(const GroupedArgs<float> &);
 int grouped_double(const GroupedArgs<double> &);
 int grouped_backward_float(const GroupedBackwardArgs<float> &);
 int grouped_backward_double(const GroupedBackwardArgs<double> &);
+int shift_float(const ShiftArgs<float> &);
+int shift_double(const ShiftArgs<double> &);
+int shift_backward_float(const ShiftBackwardArgs<float> &);
+int shift_backward_double(const ShiftBackwardArgs<double> &);
 int corners_float(const CornersArgs<float> &);
 int corners_double(const CornersArgs<double> &);
 int corners_backward_float(const CornersBackwardArgs<float> &);
@@ -53,6 +57,8 @@ struct Kernels<float> {
     static constexpr auto aggregate_backward = &aggregate_backward_float;
     static constexpr auto softmax = &softmax_float;
     static constexpr auto softmax_backward = &softmax_backward_float;
+    static constexpr auto grouped = &grouped_float;
+    static constexpr auto grouped_backward = &grouped_backward_float;
     static constexpr auto corners = &corners_float;
     static constexpr auto corners_backward = &corners_backward_float;
 };
@@ -64,6 +70,8 @@ struct Kernels<double> {
     static constexpr auto aggregate_backward = &aggregate_backward_double;
     static constexpr auto softmax = &softmax_double;
     static constexpr auto softmax_backward = &softmax_backward_double;
+    static constexpr auto grouped = &grouped_double;
+    static constexpr auto grouped_backward = &grouped_backward_double;
     static constexpr auto corners = &corners_double;
     static constexpr auto corners_backward = &corners_backward_double;
 };

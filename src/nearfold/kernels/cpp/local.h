@@ -88,4 +88,19 @@ struct GroupedBackwardArgs {
     T *d_weight;  // as weight
 };
 
+// The same whose kernel is made of a map of the inputs, and of how the maps are shifted and summed.
+template <class T>
+struct ShiftArgs {
+    GroupedArgs<T> of;  // `weight` unused
+    const T *mix, *shift;  // (t, I), (G * O, t, *size), contiguous
+    int64_t t;
+};
+
+template <class T>
+struct ShiftBackwardArgs {
+    ShiftArgs<T> by;
+    GroupedBackwardArgs<T> of;  // its `of` and `d_weight` unused
+    T *d_mix, *d_shift;
+};
+
 }  // namespace nearfold
