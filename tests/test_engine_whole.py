@@ -220,6 +220,19 @@ def test_a_batch_of_nothing(layer):
 
 
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
+@pytest.mark.parametrize("layer", [ConvNN2d, ACmix2d, DeformConv2d])
+def test_another_thread_is_woken_for_work_only(layer, monkeypatch):
+    threads = []
+    monkeypatch.setattr(engine, "run", lambda name, *a, run=engine.run: (threads.append(a[-1]), run(name, *a))[1])
+    torch.set_num_threads(2)
+    for grid in ((4, 4), (30, 30)):
+        x = torch.randn(4, 16, *grid, requires_grad=True)
+        layer(16, 16)(x).sum().backward()
+    half = len(threads) // 2
+    assert threads == [1] * half + [2] * half and half >= 2
+
+
+@pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
 def test_offsets_of_a_large_map_are_torchs_convolution(monkeypatch):
     ran = []
     monkeypatch.setattr(engine, "run", lambda name, *a, run=engine.run: (ran.append(name), run(name, *a))[1])
