@@ -201,6 +201,7 @@ RAW = (
     "shift_conv",
     "scan",
     "corners",
+    "deformed",
 )
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
 CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}

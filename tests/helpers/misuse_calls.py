@@ -317,6 +317,33 @@ def right_shift(rng, name):
     return {"grad": made, "maps": maps, "weight": weight, "shift": shift} | window | slopes
 
 
+def right_deformed(rng, name):
+    """Of a window whose slots are moved over whole maps, forward or backward."""
+    heads, grid, size, stride, dilation, before, out = _whole_window(rng)
+    dtype, B, G, I = rng.choice((torch.float32, torch.float64)), *(rng.randint(1, n) for n in (2, 2, 4))
+    C, S, axes = heads * G * rng.randint(1, 3), math.prod(size), len(grid)
+    x, value = rng.choice([None, numbers(dtype, B, I, *grid)]), numbers(dtype, B, C, *grid)
+    I = C if x is None else I
+    weight = numbers(dtype, G * rng.randint(1, 4), C // G, *size) if rng.random() < 0.6 else None
+    O, masked = C if weight is None else len(weight), rng.random() < 0.5
+    bias = {"offset_bias": numbers(dtype, heads * S * axes) if rng.random() < 0.5 else None}
+    mask = {"mask_weight": numbers(dtype, heads * S, I, *size) if masked else None}
+    mask |= {"mask_bias": numbers(dtype, heads * S) if masked and rng.random() < 0.5 else None}
+    a = {"offset_weight": numbers(dtype, heads * S * axes, I, *size)} | bias | mask | {"weight": weight}
+    window = {"heads": heads, "groups": G, "grid": grid, "out_grid": out, "size": size, "stride": stride}
+    window |= {"dilation": dilation, "before": before}
+    moved = numbers(dtype, B * heads * S * (axes + masked) * math.prod(out))
+    given = {"input": x, "value": value} | a
+    if not name.endswith("backward"):
+        made = numbers(dtype, B, math.prod(out), O).transpose(1, 2).unflatten(2, out)
+        return given | {"bias": numbers(dtype, O)} | window | {"to_moved": moved, "to_out": made}
+    rows = {"d_input": None if x is None else numbers(dtype, B, math.prod(grid), I)}
+    rows |= {"d_value": numbers(dtype, B, math.prod(grid), C)}
+    slopes = {f"d_{n}": None if t is None else torch.zeros_like(t) for n, t in a.items()}
+    grad = {"grad": numbers(dtype, B, O, *out)}
+    return grad | given | {"moved": moved} | window | rows | slopes | {"d_bias": numbers(dtype, O)}
+
+
 def raw(name):
     """Arguments of one function of the module."""
 
@@ -349,6 +376,8 @@ def raw(name):
             return right_window(rng, name) | threads
         if name.startswith("shift_conv"):
             return right_shift(rng, name) | threads
+        if name.startswith("deformed"):
+            return right_deformed(rng, name) | threads
         if name == "scan":
             a = right_scan(rng)
             y, states = (numbers(a["u"].dtype, *shape) for shape in scanned(a))

@@ -8,6 +8,7 @@ k slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nearfold.kernels import engine
 from nearfold.kernels.select import METRICS
-from nearfold.kernels.whole import Operands
+from nearfold.kernels.whole import Operands, as_map, rows_like
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,8 @@ class Neighbors:
         """(B, O, *out_grid), laid out as rows of channels; index (B, H, M, k), and alpha where scores weigh."""
         query, key, value, weight, bias, places = operands
         assert value is not None
-        B, O, M = value.shape[0], value.shape[1] if weight is None else weight.shape[0], 1
-        strides = []
-        for n in self.out_grid[::-1]:
-            strides.append(M * O)
-            M *= n
-        y = torch.empty_strided((B, O, *self.out_grid), (M * O, 1, *strides[::-1]), dtype=value.dtype)
+        B, O, M = value.shape[0], value.shape[1] if weight is None else weight.shape[0], math.prod(self.out_grid)
+        y = rows_like(value, O, self.out_grid)
         index = torch.empty(B, self.heads, M, self.k, dtype=torch.long) if keep else None
         weighted = keep and self.scale is not None
         alpha = torch.empty(B, self.heads, M, self.k, dtype=value.dtype) if weighted else None
@@ -111,18 +108,13 @@ class Neighbors:
         )
         if not ran:
             return None
-        at_value, at_query, at_key = _map(d_value, value), None, None
+        at_value, at_query, at_key = as_map(d_value, value), None, None
         if d_query is None or d_key is None:
             at_query, at_key = (None if t is None else torch.zeros_like(t) for t in (query, key))
         elif query is None:
-            at_value = at_value + _map(d_query, value) + _map(d_key, value)
+            at_value = at_value + as_map(d_query, value) + as_map(d_key, value)
         elif key is None:
-            at_query = _map(d_query, query) + _map(d_key, query)
+            at_query = as_map(d_query, query) + as_map(d_key, query)
         else:
-            at_query, at_key = _map(d_query, query), _map(d_key, key)
+            at_query, at_key = as_map(d_query, query), as_map(d_key, key)
         return [at_query, at_key, at_value, d_weight, d_bias, None]
-
-
-def _map(rows_BNC: Tensor, like: Tensor) -> Tensor:
-    """A view (B, C, *grid)."""
-    return rows_BNC.transpose(1, 2).unflatten(2, like.shape[2:])

@@ -7,7 +7,7 @@ second derivative) sees the operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,8 @@ def _serves(operands: Operands) -> bool:
     """Whether the engine may run on these tensors, unseen."""
     if not unwatched(operands) or forward_ad._current_level >= 0 or cuda.is_interpreted() or engine.get() is None:
         return False
+    if torch.is_autocast_enabled("cpu"):  # which operators of a layer it changes, and how, they know
+        return False
     dtypes = {t.dtype for t in operands if t is not None and t.dtype != torch.long}
     return len(dtypes) == 1 and dtypes <= set(engine.COMPUTE) and all(t is None or t.numel() for t in operands)
 
@@ -84,3 +86,18 @@ def _again(again: Callable[..., Tensor], grad: Tensor, operands: Operands, wante
         asked = [t for t, want in zip(each, wanted, strict=True) if want and t is not None]
         slopes = iter(torch.autograd.grad(again(*each), asked, grad, create_graph=differentiated, allow_unused=True))
     return [next(slopes) if want else None for want in wanted]
+
+
+def rows_like(x: Tensor, channels: int, grid: Sequence[int]) -> Tensor:
+    """An empty map (B, channels, *grid) in the dtype of x (B, ...), laid out as rows of channels."""
+    positions, strides = 1, []
+    for n in grid[::-1]:
+        strides.append(positions * channels)
+        positions *= n
+    strides += [1, positions * channels]
+    return torch.empty_strided((x.shape[0], channels, *grid), strides[::-1], dtype=x.dtype)
+
+
+def as_map(rows_BNC: Tensor, like: Tensor) -> Tensor:
+    """Rows as a view (B, C, *grid)."""
+    return rows_BNC.transpose(1, 2).unflatten(2, like.shape[2:])

@@ -8,6 +8,7 @@ t maps that are shifted, `grid` and `out` one to three axes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ class WindowAttention:
         features = query.shape[1] // self.heads
         return *self.window, self.reflect, self.scale * float(features) ** -0.5
 
+    def _threads(self, query: Tensor, value: Tensor) -> int:
+        """By the multiplications of scores and sums."""
+        reads = query.shape[0] * math.prod(self.out) * math.prod(self.window[0])
+        return engine.threads(reads * (query.shape[1] + value.shape[1]))
+
     def forward(self, operands: Operands, keep: bool) -> tuple[Tensor | None, ...]:
         """(B, C, *out), and what the gradient needs of the softmax (B, H, 2, *out)."""
         query, key, value, position = operands
@@ -52,7 +58,7 @@ class WindowAttention:
         engine.run(
             "window_attention",
             *(query, key, value, position, self.heads, self.home, *self._settled(query)),
-            *(y, stats, engine.threads()),
+            *(y, stats, self._threads(query, value)),
         )
         return y, stats
 
@@ -66,7 +72,7 @@ class WindowAttention:
         engine.run(
             "window_attention_backward",
             *(grad, query, key, value, position, *kept, self.heads, self.home, *self._settled(query)),
-            *(d_query, d_key, d_value, engine.threads()),
+            *(d_query, d_key, d_value, self._threads(query, value)),
         )
         d_position = None if position is None else -d_key.unflatten(1, (self.heads, -1)).sum((0, 1))
         if not everywhere:
@@ -97,6 +103,10 @@ class ShiftConv:
     out: tuple[int, ...]
     differentiable = True
 
+    def _threads(self, shift: Tensor, B: int) -> int:
+        """By the multiplications of the sums over shifted maps."""
+        return engine.threads(B * math.prod(self.out) * shift.numel())
+
     def forward(self, operands: Operands, keep: bool) -> tuple[Tensor | None, ...]:
         """(B, O, *out)."""
         weight, shift, *maps = operands
@@ -105,7 +115,7 @@ class ShiftConv:
         engine.run(
             "shift_conv",
             *(maps, weight.contiguous(), shift.contiguous(), self.heads, *self.window, self.reflect),
-            *(self.interleaved, y, engine.threads()),
+            *(self.interleaved, y, self._threads(shift, len(y))),
         )
         return (y,)
 
@@ -118,6 +128,6 @@ class ShiftConv:
         engine.run(
             "shift_conv_backward",
             *(grad, maps, weight, shift, self.heads, *self.window, self.reflect, self.interleaved),
-            *(slopes[2:], slopes[0], slopes[1], engine.threads()),
+            *(slopes[2:], slopes[0], slopes[1], self._threads(shift, len(grad))),
         )
         return list(slopes)

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "deformed.h"
 #include "local.h"
 #include "neighbors.h"
 #include "scan.h"
@@ -127,10 +128,18 @@ struct Engine {
     int (*grouped_double)(const GroupedArgs<double> &);
     int (*grouped_backward_float)(const GroupedBackwardArgs<float> &);
     int (*grouped_backward_double)(const GroupedBackwardArgs<double> &);
+    int (*shift_float)(const ShiftArgs<float> &);
+    int (*shift_double)(const ShiftArgs<double> &);
+    int (*shift_backward_float)(const ShiftBackwardArgs<float> &);
+    int (*shift_backward_double)(const ShiftBackwardArgs<double> &);
     int (*corners_float)(const CornersArgs<float> &);
     int (*corners_double)(const CornersArgs<double> &);
     int (*corners_backward_float)(const CornersBackwardArgs<float> &);
     int (*corners_backward_double)(const CornersBackwardArgs<double> &);
+    int (*deformed_float)(const DeformedArgs<float> &);
+    int (*deformed_double)(const DeformedArgs<double> &);
+    int (*deformed_backward_float)(const DeformedBackwardArgs<float> &);
+    int (*deformed_backward_double)(const DeformedBackwardArgs<double> &);
     int (*scan_float)(const ScanArgs<float> &);
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);

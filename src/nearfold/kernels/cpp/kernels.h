@@ -29,14 +29,52 @@ int grouped_float(const GroupedArgs<float> &);
 int grouped_double(const GroupedArgs<double> &);
 int grouped_backward_float(const GroupedBackwardArgs<float> &);
 int grouped_backward_double(const GroupedBackwardArgs<double> &);
+int shift_float(const ShiftArgs<float> &);
+int shift_double(const ShiftArgs<double> &);
+int shift_backward_float(const ShiftBackwardArgs<float> &);
+int shift_backward_double(const ShiftBackwardArgs<double> &);
 int corners_float(const CornersArgs<float> &);
 int corners_double(const CornersArgs<double> &);
 int corners_backward_float(const CornersBackwardArgs<float> &);
 int corners_backward_double(const CornersBackwardArgs<double> &);
+int deformed_float(const DeformedArgs<float> &);
+int deformed_double(const DeformedArgs<double> &);
+int deformed_backward_float(const DeformedBackwardArgs<float> &);
+int deformed_backward_double(const DeformedBackwardArgs<double> &);
 int scan_float(const ScanArgs<float> &);
 int scan_double(const ScanArgs<double> &);
 int scan_backward_float(const ScanBackwardArgs<float> &);
 int scan_backward_double(const ScanBackwardArgs<double> &);
+
+// The kernels that layers are made of, by the type of their numbers.
+template <class T>
+struct Kernels;
+template <>
+struct Kernels<float> {
+    static constexpr auto select = &select_float;
+    static constexpr auto select_backward = &select_backward_float;
+    static constexpr auto aggregate = &aggregate_float;
+    static constexpr auto aggregate_backward = &aggregate_backward_float;
+    static constexpr auto softmax = &softmax_float;
+    static constexpr auto softmax_backward = &softmax_backward_float;
+    static constexpr auto grouped = &grouped_float;
+    static constexpr auto grouped_backward = &grouped_backward_float;
+    static constexpr auto corners = &corners_float;
+    static constexpr auto corners_backward = &corners_backward_float;
+};
+template <>
+struct Kernels<double> {
+    static constexpr auto select = &select_double;
+    static constexpr auto select_backward = &select_backward_double;
+    static constexpr auto aggregate = &aggregate_double;
+    static constexpr auto aggregate_backward = &aggregate_backward_double;
+    static constexpr auto softmax = &softmax_double;
+    static constexpr auto softmax_backward = &softmax_backward_double;
+    static constexpr auto grouped = &grouped_double;
+    static constexpr auto grouped_backward = &grouped_backward_double;
+    static constexpr auto corners = &corners_double;
+    static constexpr auto corners_backward = &corners_backward_double;
+};
 
 }  // namespace NEARFOLD_ISA
 }  // namespace nearfold

@@ -18,6 +18,13 @@ struct Map {
     int64_t stride[6];
 };
 
+// A map, its grid as one axis: (B, channels, positions), of any strides.
+template <class T>
+struct Flat {
+    const T *at;
+    int64_t stride[3];
+};
+
 template <class T>
 struct LocalArgs {
     Window window;
@@ -79,6 +86,21 @@ struct GroupedBackwardArgs {
     Map<const T> grad;
     Map<T> d_map[most_maps];
     T *d_weight;  // as weight
+};
+
+// The same whose kernel is made of a map of the inputs, and of how the maps are shifted and summed.
+template <class T>
+struct ShiftArgs {
+    GroupedArgs<T> of;  // `weight` unused
+    const T *mix, *shift;  // (t, I), (G * O, t, *size), contiguous
+    int64_t t;
+};
+
+template <class T>
+struct ShiftBackwardArgs {
+    ShiftArgs<T> by;
+    GroupedBackwardArgs<T> of;  // its `of` and `d_weight` unused
+    T *d_mix, *d_shift;
 };
 
 }  // namespace nearfold

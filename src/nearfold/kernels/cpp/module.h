@@ -47,4 +47,34 @@ bool contiguous(const A &array) {
     return true;
 }
 
+// The grid as one axis; whether its strides allow it.
+template <class A, class T>
+bool take(const A &array, Flat<T> &to, int64_t &positions) {
+    require(array.ndim() >= 3, "maps are (B, channels, *grid)");
+    to.at = array.data();
+    to.stride[0] = array.stride(0), to.stride[1] = array.stride(1), to.stride[2] = 1;
+    positions = 1;
+    for (size_t axis = array.ndim(); axis-- > 2;) {
+        const int64_t n = array.shape(axis);
+        if (n != 1) {
+            if (positions == 1)
+                to.stride[2] = array.stride(axis);
+            else if (array.stride(axis) != positions * to.stride[2])
+                return false;
+        }
+        positions *= n;
+    }
+    return true;
+}
+
+// Whether a map (B, channels, *grid) is a view of rows (B, positions, channels), contiguous.
+template <class T>
+bool is_view_of_rows(const nanobind::ndarray<T, nanobind::device::cpu> &array, int64_t B, int64_t channels, int64_t positions) {
+    Flat<T> map;
+    int64_t found;
+    return take(array, map, found) && found == positions && static_cast<int64_t>(array.shape(0)) == B &&
+           static_cast<int64_t>(array.shape(1)) == channels && (channels == 1 || map.stride[1] == 1) &&
+           (positions == 1 || map.stride[2] == channels) && (B == 1 || map.stride[0] == positions * channels);
+}
+
 }  // namespace nearfold

@@ -121,6 +121,8 @@ struct Table<float> {
     static constexpr auto local_backward = &Engine::local_backward_float;
     static constexpr auto grouped = &Engine::grouped_float;
     static constexpr auto grouped_backward = &Engine::grouped_backward_float;
+    static constexpr auto shift = &Engine::shift_float;
+    static constexpr auto shift_backward = &Engine::shift_backward_float;
 };
 template <>
 struct Table<double> {
@@ -128,6 +130,8 @@ struct Table<double> {
     static constexpr auto local_backward = &Engine::local_backward_double;
     static constexpr auto grouped = &Engine::grouped_double;
     static constexpr auto grouped_backward = &Engine::grouped_backward_double;
+    static constexpr auto shift = &Engine::shift_double;
+    static constexpr auto shift_backward = &Engine::shift_backward_double;
 };
 
 template <class T>
@@ -282,33 +286,9 @@ void window_attention_backward(Any<const T> grad, Any<const T> query, Any<const 
     run(Table<T>::local_backward, a);
 }
 
-// ACmix's convolution of maps (B, heads * G, *grid): every group of heads channels is mapped (t, inputs), and the maps are
-// shifted (heads * G, t, *size) and summed. Both make one kernel (G, heads, inputs, *size).
-template <class T>
-std::vector<T> merged(const Any<const T> &weight, const Any<const T> &shift, int64_t inputs) {
-    require(weight.ndim() == 2 && shift.ndim() >= 3 && contiguous(weight) && contiguous(shift) &&
-                weight.shape(0) == shift.shape(1) && static_cast<int64_t>(weight.shape(1)) == inputs,
-            "shift: weight must be (t, inputs) and shift (O, t, *size), contiguous");
-    const int64_t O = shift.shape(0), t = weight.shape(0), S = O * t ? shift.size() / (O * t) : 0;
-    std::vector<T> to(O * inputs * S), line(S * inputs);
-    for (int64_t o = 0; o < O; ++o) {
-        std::fill(line.begin(), line.end(), T(0));
-        for (int64_t j = 0; j < t; ++j)
-            for (int64_t s = 0; s < S; ++s) {
-                const T by = shift.data()[(o * t + j) * S + s], *from = weight.data() + j * inputs;
-                T *sums = line.data() + s * inputs;
-                for (int64_t i = 0; i < inputs; ++i) sums[i] += by * from[i];
-            }
-        for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t s = 0; s < S; ++s) to[(o * inputs + i) * S + s] = line[s * inputs + i];
-    }
-    return to;
-}
-
 // (G, heads, inputs, *size) beside its sizes, as `grouped_args` takes a kernel.
 template <class T>
 struct Kernel {
-    T *at;
     std::vector<int64_t> sizes;
 
     size_t ndim() const { return sizes.size(); }
@@ -318,12 +298,12 @@ struct Kernel {
         for (size_t i = axis + 1; i < sizes.size(); ++i) step *= sizes[i];
         return step;
     }
-    T *data() const { return at; }
+    T *data() const { return nullptr; }  // it is made later
 };
 
 template <class T>
-Kernel<T> kernel_of(std::vector<T> &numbers, const Any<const T> &shift, int64_t heads, int64_t inputs) {
-    Kernel<T> kernel{numbers.data(), {static_cast<int64_t>(shift.shape(0)) / heads, heads, inputs}};
+Kernel<T> kernel_of(const Any<const T> &shift, int64_t heads, int64_t inputs) {
+    Kernel<T> kernel{{static_cast<int64_t>(shift.shape(0)) / heads, heads, inputs}};
     for (size_t i = 2; i < shift.ndim(); ++i) kernel.sizes.push_back(shift.shape(i));
     return kernel;
 }
@@ -335,19 +315,34 @@ std::vector<Split<const T>> shares(const std::vector<Any<const T>> &maps, int64_
     return found;
 }
 
+// ACmix's convolution of maps (B, heads * G, *grid): every group of heads channels is mapped (t, inputs), and the maps are
+// shifted (heads * G, t, *size) and summed. Both make one kernel (G, heads, inputs, *size). `of` is the output or its gradient.
+template <class T>
+ShiftArgs<T> shift_args(const std::vector<Any<const T>> &maps, const Any<const T> &weight, const Any<const T> &shift,
+                        int64_t heads, const Split<const T> &of, const Numbers &stride, const Numbers &dilation,
+                        const Numbers &before, bool reflect, int threads) {
+    const int64_t inputs = heads * static_cast<int64_t>(maps.size());
+    require(weight.ndim() == 2 && shift.ndim() >= 3 && contiguous(weight) && contiguous(shift) &&
+                weight.shape(0) == shift.shape(1) && static_cast<int64_t>(weight.shape(1)) == inputs,
+            "shift: weight must be (t, inputs) and shift (O, t, *size), contiguous");
+    ShiftArgs<T> a;
+    a.of = grouped_args<T>(shares(maps, heads), kernel_of(shift, heads, inputs), of, stride, dilation, before, reflect, threads);
+    a.mix = weight.data(), a.shift = shift.data(), a.t = weight.shape(0);
+    return a;
+}
+
 template <class T>
 void shift_conv(const std::vector<Any<const T>> &maps, Any<const T> weight, Any<const T> shift, int64_t heads,
                 const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect, bool interleaved,
                 Any<T> out, int threads) {
     require(heads >= 1 && shift.ndim() >= 3 && shift.shape(0) % heads == 0, "shift: heads must divide the channels");
-    const int64_t inputs = heads * static_cast<int64_t>(maps.size());
-    std::vector<T> numbers = merged<T>(weight, shift, inputs);
     const int64_t groups = shift.shape(0) / heads;
+    const Any<const T> read = Any<const T>(out);
+    const Split<const T> of = interleaved ? split(read, groups, true) : split(read, heads);
     const Split<T> to = interleaved ? split(out, groups, true) : split(out, heads);
-    GroupedArgs<T> a = grouped_args<T>(shares(maps, heads), kernel_of(numbers, shift, heads, inputs), to, stride, dilation,
-                                       before, reflect, threads);
-    a.out = map_of<T>(to);
-    run(Table<T>::grouped, a);
+    ShiftArgs<T> a = shift_args<T>(maps, weight, shift, heads, of, stride, dilation, before, reflect, threads);
+    a.of.out = map_of<T>(to);
+    run(Table<T>::shift, a);
 }
 
 template <class T>
@@ -355,39 +350,23 @@ void shift_conv_backward(Any<const T> grad, const std::vector<Any<const T>> &map
                          int64_t heads, const Numbers &stride, const Numbers &dilation, const Numbers &before, bool reflect,
                          bool interleaved, const std::vector<Any<T>> &d_maps, Any<T> d_weight, Any<T> d_shift, int threads) {
     require(heads >= 1 && shift.ndim() >= 3 && shift.shape(0) % heads == 0, "shift: heads must divide the channels");
-    const int64_t inputs = heads * static_cast<int64_t>(maps.size()), groups = shift.shape(0) / heads;
-    std::vector<T> numbers = merged<T>(weight, shift, inputs), slopes(numbers.size());
-    GroupedBackwardArgs<T> a;
+    const int64_t groups = shift.shape(0) / heads;
     const Split<const T> from = interleaved ? split(grad, groups, true) : split(grad, heads);
-    a.of = grouped_args<T>(shares(maps, heads), kernel_of(numbers, shift, heads, inputs), from, stride, dilation, before,
-                           reflect, threads);
+    ShiftBackwardArgs<T> a;
+    a.by = shift_args<T>(maps, weight, shift, heads, from, stride, dilation, before, reflect, threads);
+    const GroupedArgs<T> &of = a.by.of;
     require(d_maps.size() == maps.size(), "shift: a gradient for every map");
     for (size_t m = 0; m < maps.size(); ++m) {
         const Split<T> to = split(d_maps[m], heads, true);
-        require(has_sizes(to, to.ndim(), a.of.B, a.of.G, a.of.inputs[m], a.of.window.grid) && from.ndim() == to.ndim(),
+        require(has_sizes(to, to.ndim(), of.B, of.G, of.inputs[m], of.window.grid) && from.ndim() == to.ndim(),
                 "shift: gradients must have the shapes of the maps");
-        a.d_map[m] = map_of<T>(to);
+        a.of.d_map[m] = map_of<T>(to);
     }
     require(d_weight.size() == weight.size() && contiguous(d_weight) && d_shift.size() == shift.size() &&
                 contiguous(d_shift),
             "shift: d_weight and d_shift must be as weight and shift, contiguous");
-    a.grad = map_of<const T>(from), a.d_weight = slopes.data();
-    run(Table<T>::grouped_backward, a);
-    const int64_t O = shift.shape(0), t = weight.shape(0), S = shift.size() / (O * t);
-    std::fill(d_weight.data(), d_weight.data() + d_weight.size(), T(0));
-    std::vector<T> line(S * inputs);
-    for (int64_t o = 0; o < O; ++o) {
-        for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t s = 0; s < S; ++s) line[s * inputs + i] = slopes[(o * inputs + i) * S + s];
-        for (int64_t j = 0; j < t; ++j)
-            for (int64_t s = 0; s < S; ++s) {
-                const int64_t at = (o * t + j) * S + s;
-                const T by = shift.data()[at], *from = weight.data() + j * inputs, *slope = line.data() + s * inputs;
-                T *to = d_weight.data() + j * inputs, total = 0;
-                for (int64_t i = 0; i < inputs; ++i) to[i] += by * slope[i], total += from[i] * slope[i];
-                d_shift.data()[at] = total;
-            }
-    }
+    a.of.grad = map_of<const T>(from), a.d_mix = d_weight.data(), a.d_shift = d_shift.data();
+    run(Table<T>::shift_backward, a);
 }
 
 template <class T>

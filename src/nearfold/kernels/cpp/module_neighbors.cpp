@@ -18,26 +18,6 @@ using Any = nb::ndarray<T, nb::device::cpu>;  // (B, channels, *grid)
 template <class T, size_t axes>
 using Array = nb::ndarray<T, nb::ndim<axes>, nb::device::cpu>;
 
-// The grid as one axis; whether its strides allow it.
-template <class A, class T>
-bool take(const A &array, Flat<T> &to, int64_t &positions) {
-    require(array.ndim() >= 3, "neighbors: maps are (B, channels, *grid)");
-    to.at = array.data();
-    to.stride[0] = array.stride(0), to.stride[1] = array.stride(1), to.stride[2] = 1;
-    positions = 1;
-    for (size_t axis = array.ndim(); axis-- > 2;) {
-        const int64_t n = array.shape(axis);
-        if (n != 1) {
-            if (positions == 1)
-                to.stride[2] = array.stride(axis);
-            else if (array.stride(axis) != positions * to.stride[2])
-                return false;
-        }
-        positions *= n;
-    }
-    return true;
-}
-
 template <class A, class T>
 bool rows(const A &array, const NeighborsArgs<T> &a, int64_t positions, int64_t channels) {
     return static_cast<int64_t>(array.shape(0)) == a.B && static_cast<int64_t>(array.shape(1)) == positions &&
@@ -112,12 +92,7 @@ bool neighbors(std::optional<Any<const T>> query, std::optional<Any<const T>> ke
     require(!bias || (static_cast<int64_t>(bias->shape(0)) == a.O && contiguous(*bias)), "neighbors: bias must be (O,)");
     require(!index || slots(*index, a), "neighbors: index must be (B, heads, M, k), contiguous");
     require(!alpha || (scale && slots(*alpha, a)), "neighbors: alpha must be (B, heads, M, k), contiguous, with a scale");
-    Flat<T> to;
-    int64_t positions;
-    require(take(out, to, positions) && positions == a.M && static_cast<int64_t>(out.shape(0)) == a.B &&
-                static_cast<int64_t>(out.shape(1)) == a.O && (a.O == 1 || to.stride[1] == 1) &&
-                (a.M == 1 || to.stride[2] == a.O) && (a.B == 1 || to.stride[0] == a.M * a.O),
-            "neighbors: out must be (B, O, *grid), a view of rows (B, M, O)");
+    require(is_view_of_rows(out, a.B, a.O, a.M), "neighbors: out must be (B, O, *grid), a view of rows (B, M, O)");
     a.bias = bias ? bias->data() : nullptr;
     a.index = index ? index->data() : nullptr, a.alpha = alpha ? alpha->data() : nullptr, a.out = out.data();
     a.metric = metric, a.unit = unit, a.squared = squared, a.own = own;

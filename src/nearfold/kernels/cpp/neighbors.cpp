@@ -4,60 +4,11 @@
 #include <limits>
 
 #include "kernels.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace nearfold {
 namespace NEARFOLD_ISA {
 namespace {
-
-template <class T>
-struct Kernels;
-template <>
-struct Kernels<float> {
-    static constexpr auto select = &select_float;
-    static constexpr auto select_backward = &select_backward_float;
-    static constexpr auto aggregate = &aggregate_float;
-    static constexpr auto aggregate_backward = &aggregate_backward_float;
-    static constexpr auto softmax = &softmax_float;
-    static constexpr auto softmax_backward = &softmax_backward_float;
-};
-template <>
-struct Kernels<double> {
-    static constexpr auto select = &select_double;
-    static constexpr auto select_backward = &select_backward_double;
-    static constexpr auto aggregate = &aggregate_double;
-    static constexpr auto aggregate_backward = &aggregate_backward_double;
-    static constexpr auto softmax = &softmax_double;
-    static constexpr auto softmax_backward = &softmax_backward_double;
-};
-
-constexpr int64_t together = 64;  // positions that are turned into rows at a time
-
-// Whether the channels of a map lie next to one another, and its rows apart.
-template <class T>
-bool has_rows(const Flat<T> &map, int64_t channels, int64_t positions) {
-    return (channels <= 1 || map.stride[1] == 1) && (positions <= 1 || map.stride[2] >= channels);
-}
-
-// (B, channels, positions) -> rows (B, positions, channels), contiguous.
-template <class T>
-void to_rows(const Flat<T> &map, int64_t B, int64_t channels, int64_t positions, T *to, int threads) {
-    const int64_t blocks = ceil_div(positions, together);
-    parallel(threads, B * blocks, [&](int64_t item, int) {
-        const int64_t b = item / blocks, n0 = item % blocks * together, n1 = smaller(n0 + together, positions);
-        const T *from = map.at + b * map.stride[0];
-        T *rows = to + b * positions * channels;
-        for (int64_t c = 0; c < channels; ++c)
-            for (int64_t n = n0; n < n1; ++n) rows[n * channels + c] = from[c * map.stride[1] + n * map.stride[2]];
-    });
-}
-
-// Rows as they are or as copies, by their strides over B and positions.
-template <class T>
-struct Rows {
-    const T *at;
-    int64_t stride[2];
-};
 
 // What all steps of a call share: rows of the value, and features as `select` takes them.
 template <class T>
@@ -69,21 +20,16 @@ struct Work {
 
     explicit Work(const NeighborsArgs<T> &args) : a(args) {}
 
-    bool value_is_query() const { return same(a.value, a.query) && a.C == a.H * a.E && a.Q == a.N; }
-    bool key_is_query() const { return same(a.key, a.query) && a.Q == a.N; }
-    static bool same(const Flat<T> &x, const Flat<T> &y) {
-        return x.at == y.at && !memcmp(x.stride, y.stride, sizeof x.stride);
-    }
+    bool value_is_query() const { return same_map(a.value, a.query) && a.C == a.H * a.E && a.Q == a.N; }
+    bool key_is_query() const { return same_map(a.key, a.query) && a.Q == a.N; }
 
     int64_t rows_size() const { return has_rows(a.value, a.C, a.N) ? 0 : a.B * a.N * a.C; }
     int64_t query_size() const { return needs_copy(a.query, a.Q) && !value_is_query() ? a.B * a.Q * a.H * a.E : 0; }
     int64_t key_size() const { return needs_copy(a.key, a.N) && !key_is_query() ? a.B * a.N * a.H * a.E : 0; }
     bool needs_copy(const Flat<T> &map, int64_t positions) const { return !has_rows(map, a.H * a.E, positions); }
 
-    Rows<T> rows_of(const Flat<T> &map, int64_t channels, int64_t positions, T *copy) const {
-        if (has_rows(map, channels, positions)) return {map.at, {map.stride[0], map.stride[2]}};
-        to_rows(map, a.B, channels, positions, copy, a.threads);
-        return {copy, {positions * channels, channels}};
+    Rows<T> rows(const Flat<T> &map, int64_t channels, int64_t positions, T *copy) const {
+        return rows_of(map, a.B, channels, positions, copy, a.threads);
     }
 
     static void set(const Rows<T> &rows, int64_t E, const T *&at, int64_t (&stride)[4]) {
@@ -92,7 +38,7 @@ struct Work {
     }
 
     // `memory` holds rows_size numbers.
-    void begin_value(T *memory) { value = rows_of(a.value, a.C, a.N, memory); }
+    void begin_value(T *memory) { value = rows(a.value, a.C, a.N, memory); }
 
     // Numbers of the features of all heads at so many positions.
     int64_t features(int64_t positions) const { return a.B * a.H * positions * a.E; }
@@ -101,8 +47,8 @@ struct Work {
     // positions only are queries.
     void begin_features(T *memory, T *units) {
         const int64_t width = a.H * a.E;
-        const Rows<T> of_query = value_is_query() ? value : rows_of(a.query, width, a.Q, memory);
-        const Rows<T> of_key = key_is_query() ? of_query : rows_of(a.key, width, a.N, memory + query_size());
+        const Rows<T> of_query = value_is_query() ? value : rows(a.query, width, a.Q, memory);
+        const Rows<T> of_key = key_is_query() ? of_query : rows(a.key, width, a.N, memory + query_size());
         set(of_query, a.E, query, query_stride);
         set(of_key, a.E, key, key_stride);
         if (a.unit) {
@@ -222,30 +168,7 @@ int neighbors(const NeighborsArgs<T> &a) {
     }
     status = Kernels<T>::aggregate(sums_of(work, index, alpha));
     if (status != ok || !a.bias) return status;
-    parallel(a.threads, ceil_div(a.B * a.M, together), [&](int64_t item, int) {
-        for (int64_t row = item * together; row < smaller((item + 1) * together, a.B * a.M); ++row)
-            for (int64_t o = 0; o < a.O; ++o) a.out[row * a.O + o] += a.bias[o];
-    });
-    return ok;
-}
-
-// Sums over rows (rows, O), the same on any number of threads.
-template <class T>
-int sum_rows(const T *from, int64_t rows, int64_t O, T *to, int threads) {
-    const int64_t blocks = ceil_div(rows, together);
-    const Scratch parts(blocks * O * sizeof(T));
-    if (!parts.ok()) return out_of_memory;
-    parallel(threads, blocks, [&](int64_t item, int) {
-        T *part = parts.at<T>() + item * O;
-        fill(part, O, T(0));
-        for (int64_t row = item * together; row < smaller((item + 1) * together, rows); ++row)
-            for (int64_t o = 0; o < O; ++o) part[o] += from[row * O + o];
-    });
-    for (int64_t o = 0; o < O; ++o) {
-        double total = 0;
-        for (int64_t block = 0; block < blocks; ++block) total += parts.at<T>()[block * O + o];
-        to[o] = static_cast<T>(total);
-    }
+    add_to_rows(a.bias, a.B * a.M, a.O, a.out, a.threads);
     return ok;
 }
 
@@ -255,7 +178,7 @@ int neighbors_backward(const NeighborsBackwardArgs<T> &args) {
     const int64_t slots = a.B * a.H * a.M * a.k, made = a.B * a.M * a.O;
     Work<T> work(a);
     const int64_t rows = work.rows_size() + (a.weighted ? work.query_size() + work.key_size() : 0);
-    const bool direct = has_rows(args.grad, a.O, a.M) && args.grad.stride[2] == a.O && args.grad.stride[0] == a.M * a.O;
+    const bool direct = is_rows(args.grad, a.O, a.M);
     const Scratch copies(rows * sizeof(T)), grads(direct ? 0 : made * sizeof(T)), slopes(a.weighted ? slots * sizeof(T) : 0);
     for (const Scratch *each : {&copies, &grads, &slopes})
         if (!each->ok()) return out_of_memory;

@@ -2,14 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace nearfold {
+#include "local.h"
 
-// A map, its grid as one axis: (B, channels, positions), of any strides.
-template <class T>
-struct Flat {
-    const T *at;
-    int64_t stride[3];
-};
+namespace nearfold {
 
 template <class T>
 struct NeighborsArgs {

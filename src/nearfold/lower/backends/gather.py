@@ -12,21 +12,24 @@ import torch
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Deformable, Experts, Max, Shift, Softmax
+from nearfold.grammar.words import Deformable, Dense, Depthwise, Experts, Max, Shift, Softmax
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
+from nearfold.kernels.deformed import DeformedWindow
 from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.kernels.weigh import slot_softmax
+from nearfold.kernels.whole import whole
 from nearfold.lower.bias import score_bias
-from nearfold.lower.call import Call, autocast_dtype, is_transformed, refuse_derivatives
+from nearfold.lower.call import Call, Run, autocast_dtype, count_positions, is_transformed, refuse_derivatives
+from nearfold.lower.frame import Frame
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
 from nearfold.lower.selection import present
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of, constant_alpha
 from nearfold.lower.windows import home_index, is_table, window_index
-from nearfold.lower.words.deformable import moved
+from nearfold.lower.words.deformable import moved, window_of
 
 NAME = "gather"
 
@@ -97,6 +100,43 @@ def _whole(call: Call) -> tuple[Tensor, Tensor]:
         score = score.masked_fill(~valid, float("-inf")).masked_fill(lost, float("nan"))
         alpha = alpha_of(rho, score, valid)
     return index, alpha.permute(0, 2, 3, 1)
+
+
+# positions of a map beyond which torch's convolution of the offsets is faster than ours, and little lies between
+LARGEST_WHOLE = 1024
+
+
+def prepare(at: Frame) -> Run:
+    """What runs on this frame: a small deformable window is one call of the compiled engine."""
+    settled = _settled(at)
+    if settled is None:
+        return run
+    names = ("offset_weight", "offset_bias", "mask_weight", "mask_bias", "weight", "bias")
+
+    def at_once(call: Call) -> Tensor:
+        params = call.params
+
+        def again(x: Tensor | None, value: Tensor, *others: Tensor | None) -> Tensor:
+            given = zip(names, others, strict=True)
+            own = params | {name: tensor for name, tensor in given if tensor is not None}
+            return run(Call(at, own, value, None, None, value if x is None else x, call.draw))
+
+        x = None if call.x is call.value else call.x
+        return whole(settled, (x, call.value, *map(params.get, names)), again)
+
+    return at_once
+
+
+def _settled(at: Frame) -> DeformedWindow | None:
+    """The layer as the engine takes it; None where it does not know all of it, or the map is large."""
+    op, kernel, ndim = at.op, at.op.weight.kernel, len(at.grid)
+    placed = kernel is not None and getattr(kernel, "coordinates", False) is not False
+    if not isinstance(op.path, Deformable) or ndim > 3 or count_positions(at.out_grid) > LARGEST_WHOLE:
+        return None
+    if placed or not (kernel is None or isinstance(kernel, (Dense, Depthwise))):
+        return None
+    groups = 0 if isinstance(kernel, Depthwise) else kernel.groups if isinstance(kernel, Dense) else 1
+    return DeformedWindow(at.heads, groups, window_of(op, at.grid, at.out_grid))
 
 
 def run(call: Call) -> Tensor:

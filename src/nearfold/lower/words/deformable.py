@@ -84,22 +84,21 @@ def _over_window(op: Basic, params: dict[str, Tensor], names: tuple[str, ...], x
     return _CONV[x.dim() - 2](x, weight, bias, geometry.stride, padding, geometry.dilation)
 
 
+def window_of(op: Basic, grid: Lengths, out: Lengths) -> Frame:
+    """Where the window lies before its slots move."""
+    geometry = WindowGeometry.of(op, len(grid))
+    window = (geometry.size, geometry.stride, geometry.dilation, geometry.before)
+    return Frame(list(grid), list(out), *map(list, window))
+
+
 def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
     """What `nearfold::corners` takes: offset (B * G, S, a, M), mask (B * G, S, M) or None, and where the window lies.
 
     The offset channels are ordered (group, slot, axis), as torchvision's and the papers' code have them. Both are in
     float32 at least: in half precision, positions beyond 2048 would be off by whole pixels.
     """
-    op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
+    op, frame = call.op, window_of(call.op, call.grid, call.out_grid)
     wide = torch.promote_types(call.value.dtype, torch.float32)
-    frame = Frame(
-        list(call.grid),
-        list(call.out_grid),
-        list(geometry.size),
-        list(geometry.stride),
-        list(geometry.dilation),
-        list(geometry.before),
-    )
     slots, outputs = math.prod(frame.size), math.prod(frame.out)
     modulated = "mask_weight" in call.params
     made = _over_window(op, call.params, ("offset", "mask") if modulated else ("offset",), call.x).to(wide)
