@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language, small
+from benchmarks import build, language, small, sparse
 from benchmarks.case import Case
 
 
@@ -137,6 +137,24 @@ CASES: dict[str, Spec] = {
         build.attention_tax,
         {"shape": TOKENS, "heads": 3},
         {"shape": TINY_TOKENS, "heads": 3},
+    ),
+    "union": Spec(
+        "window, first and scattered in one softmax",
+        sparse.union,
+        {"shape": (1, 64, 8192), "heads": 4, "paths": "window(256, mode=inside) & first(4) & scattered(8)"},
+        {"shape": (1, 8, 40), "heads": 2, "paths": "window(5) & first(2) & scattered(3)"},
+    ),
+    "indexed": Spec(
+        "attention by an indexer",
+        sparse.indexed,
+        {"shape": (1, 256, 8192), "heads": 4, "k": 64, "by": "indexer(4, 32)"},
+        {"shape": (1, 8, 90), "heads": 2, "k": 6, "by": "indexer(2, 3)"},
+    ),
+    "blocks": Spec(
+        "attention to blocks of 64, causal",
+        sparse.blocks,
+        {"shape": (1, 64, 16384), "heads": 1, "k": 8, "size": 64},
+        {"shape": (1, 8, 90), "heads": 2, "k": 3, "size": 8},
     ),
     **{f"small_{name.lower()}": _image_call(name) for name in small.IMAGE_LAYERS},
     **{f"small_{name.lower()}": _token_call(name) for name in small.TOKEN_LAYERS},
