@@ -1,0 +1,282 @@
+"""Gradients of the chosen scores at query and key.
+
+The gradient at the keys is a scatter. By default the chosen indices are sorted, and one program adds up what belongs to
+one key: equal inputs have equal results, bit for bit.
+
+Shape legend: B batch, H heads, P problems (B x H), M queries, R keys, e embedded features, k slots; of a program BM
+queries, BE features, BT entries of the sorted indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.triton.rows import DENSE, MOST_FEATURES, as_compiled, features, load_rows
+from nearfold.kernels.triton.threshold import refusal_of_rows
+
+
+@triton.jit
+def _query_kernel(  # type: ignore[no-untyped-def]
+    grad,  # (P, M, k) float32 and int64
+    index,
+    query,
+    key,
+    d_query,
+    d_key,  # (P, R, e) float32; written where SCATTER
+    share,  # (P, M, k) float32: what a slot's row, or difference of rows, is multiplied by; written where ROOTED
+    H,
+    M,
+    R,
+    e,
+    k,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    q_stride_e,
+    k_stride_b,
+    k_stride_h,
+    k_stride_r,
+    k_stride_e,
+    d_stride_b,
+    d_stride_h,
+    d_stride_m,
+    d_stride_e,
+    APART: tl.constexpr,
+    ROOTED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BM: tl.constexpr,
+    BE: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BM)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    m_there = m < M
+    query += problem // H * q_stride_b + problem % H * q_stride_h
+    key += problem // H * k_stride_b + problem % H * k_stride_h
+    d_query += problem // H * d_stride_b + problem % H * d_stride_h
+    slots = (problem * M + m) * k
+    for e0 in range(0, e, BE):
+        feature = e0 + tl.arange(0, BE)
+        q = load_rows(query, m, m_there, feature, q_stride_m, q_stride_e, e, True)
+        total = tl.zeros([BM, BE], tl.float32)
+        for j in range(0, k):
+            r = tl.load(index + slots + j, mask=m_there, other=-1)
+            g = tl.load(grad + slots + j, mask=m_there & (r >= 0), other=0.0)
+            near = load_rows(key, r, r >= 0, feature, k_stride_r, k_stride_e, e, True)
+            if ROOTED:
+                square = tl.zeros([BM], tl.float32)
+                for e1 in range(0, e, BE):
+                    among = e1 + tl.arange(0, BE)
+                    apart = load_rows(query, m, r >= 0, among, q_stride_m, q_stride_e, e, True)
+                    apart -= load_rows(key, r, r >= 0, among, k_stride_r, k_stride_e, e, True)
+                    square += tl.sum(apart * apart, 1)
+                g = -g / tl.sqrt_rn(tl.where(square > 0, square, 1.0))  # times a difference of zero, where it is zero
+                if e0 == 0:
+                    tl.store(share + slots + j, g, mask=m_there)
+            if APART:
+                if not ROOTED:
+                    g = -2.0 * g
+                part = tl.where((r >= 0)[:, None], g[:, None] * (q - near), 0.0)
+                back = -part
+            else:
+                part = tl.where((r >= 0)[:, None], g[:, None] * near, 0.0)
+                back = g[:, None] * q
+            total += part
+            if SCATTER:
+                at = d_key + (problem * R + r)[:, None] * e + feature[None, :]
+                tl.atomic_add(at, back, mask=(r >= 0)[:, None] & (feature < e)[None, :], sem="relaxed")
+        at = d_query + m.to(tl.int64)[:, None] * d_stride_m + feature.to(tl.int64)[None, :] * d_stride_e
+        tl.store(at, total.to(d_query.dtype.element_ty), mask=m_there[:, None] & (feature < e)[None, :])
+
+
+@triton.jit
+def _key_kernel(  # type: ignore[no-untyped-def]
+    share,  # (P, M, k) float32
+    order,  # (P M k,) int64: the slots, those of one key after another
+    bounds,  # (P R + 1,) int64: where the slots of every key begin
+    query,
+    key,
+    d_key,
+    H,
+    M,
+    R,
+    e,
+    k,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    q_stride_e,
+    k_stride_b,
+    k_stride_h,
+    k_stride_r,
+    k_stride_e,
+    d_stride_b,
+    d_stride_h,
+    d_stride_r,
+    d_stride_e,
+    APART: tl.constexpr,
+    SCALE: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
+):
+    problem = (tl.program_id(0) // R).to(tl.int64)
+    r = (tl.program_id(0) % R).to(tl.int64)
+    query += problem // H * q_stride_b + problem % H * q_stride_h
+    key += problem // H * k_stride_b + problem % H * k_stride_h + r * k_stride_r
+    d_key += problem // H * d_stride_b + problem % H * d_stride_h + r * d_stride_r
+    start = tl.load(bounds + tl.program_id(0))
+    stop = tl.load(bounds + tl.program_id(0) + 1)
+    for e0 in range(0, e, BE):
+        feature = e0 + tl.arange(0, BE).to(tl.int64)
+        total = tl.zeros([BT, BE], tl.float32)
+        here = tl.zeros([BE], tl.float32)
+        if APART:
+            here = tl.load(key + feature * k_stride_e, mask=feature < e, other=0.0).to(tl.float32)
+        for t0 in range(start, stop, BT):
+            t = t0 + tl.arange(0, BT)
+            there = t < stop
+            at = tl.load(order + t, mask=there, other=0)
+            g = tl.load(share + at, mask=there, other=0.0) * SCALE
+            q = load_rows(query, at // k - problem * M, there, feature, q_stride_m, q_stride_e, e, True)
+            if APART:
+                q = tl.where(there[:, None], here[None, :] - q, 0.0)
+            total += g[:, None] * q
+        d = tl.sum(total, 0)
+        tl.store(d_key + feature * d_stride_e, d.to(d_key.dtype.element_ty), mask=feature < e)
+
+
+def _by_key(index: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """The slots (P M k,) in the order of their keys, and where those of every key begin (P R + 1,)."""
+    problems = index.shape[0] * index.shape[1]
+    flat = index.reshape(problems, -1)
+    first = torch.arange(problems, device=index.device)[:, None] * keys
+    name = torch.where(flat >= 0, flat + first, problems * keys).flatten()
+    if problems * keys < 2**31:
+        name = name.int()  # sorts in half the time
+    name, order = name.sort(stable=True)
+    bounds = torch.searchsorted(name, torch.arange(problems * keys + 1, dtype=name.dtype, device=name.device))
+    return order, bounds
+
+
+def select_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    metric: str,
+    squared: bool,
+    *,
+    deterministic: bool = True,
+    block_m: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `select`'s scores at query and key, in their dtype; ``grad`` is zero where the score was a constant.
+
+    Args:
+        grad: (B, H, M, k), any floating dtype.
+        query: (B, H, M, e), float32, bfloat16 or float16, any strides.
+        key: (B, H, R, e), same dtype.
+        index: (B, H, M, k) int64, what `select` returned.
+        metric: "dot", "cosine" or "euclidean".
+        squared: as given to `select`.
+        deterministic: whether equal inputs must have equal results, bit for bit; otherwise the gradients at a key are
+            added up in whatever order they come, which needs no sort.
+        block_m: queries of a program, a power of two.
+
+    Raises:
+        NotImplementedError: where `refusal` says why.
+    """
+    B, H, M, e = query.shape
+    R, k = key.shape[2], index.shape[3]
+    if why := refusal_of_rows(query, key, k, metric):
+        raise NotImplementedError(why)
+    d_query, d_key = torch.empty_like(query), torch.empty_like(key)
+    if query.numel() == 0 or key.numel() == 0 or k == 0:
+        return d_query.zero_(), d_key.zero_()
+    apart = metric not in DOT_LIKE
+    rooted = apart and not squared
+    grad, index = grad.float().contiguous(), index.contiguous()
+    share = torch.empty_like(grad) if rooted else grad
+    total = grad if deterministic else torch.zeros(B, H, R, e, dtype=torch.float32, device=key.device)
+    BE = features(e, MOST_FEATURES)
+    with torch.cuda.device_of(query):
+        _query_kernel[(triton.cdiv(M, block_m) * B * H,)](
+            grad,
+            index,
+            query,
+            key,
+            d_query,
+            total,
+            share,
+            H,
+            M,
+            R,
+            e,
+            k,
+            *query.stride(),
+            *key.stride(),
+            *d_query.stride(),
+            APART=apart,
+            ROOTED=rooted,
+            SCATTER=not deterministic,
+            BM=block_m,
+            BE=BE,
+            num_warps=4,
+        )
+        if deterministic:
+            order, bounds = _by_key(index, R)
+            _key_kernel[(B * H * R,)](
+                share,
+                order,
+                bounds,
+                query,
+                key,
+                d_key,
+                H,
+                M,
+                R,
+                e,
+                k,
+                *query.stride(),
+                *key.stride(),
+                *d_key.stride(),
+                APART=apart,
+                SCALE=-2.0 if apart and squared else 1.0,
+                BT=8,
+                BE=BE,
+                num_warps=1,
+            )
+        else:
+            d_key.copy_(total)
+    return d_query, d_key
+
+
+def _query_variant(dtype: str, e: int, metric: str, scatter: bool) -> dict:
+    apart = metric not in DOT_LIKE
+    constexprs = {"APART": apart, "ROOTED": apart, "SCATTER": scatter, "BM": 16, "BE": features(e, MOST_FEATURES)}
+    constexprs |= DENSE | {"d_stride_e": 1}
+    pointers = dict.fromkeys(("query", "key", "d_query"), f"*{dtype}") | {"index": "*i64"}
+    pointers |= dict.fromkeys(("grad", "d_key", "share"), "*fp32")
+    return as_compiled(_query_kernel, constexprs, pointers, (), 4)
+
+
+def _key_variant(dtype: str, e: int, metric: str) -> dict:
+    constexprs = {"APART": metric not in DOT_LIKE, "SCALE": 1.0, "BT": 8, "BE": features(e, MOST_FEATURES)}
+    constexprs |= DENSE | {"d_stride_e": 1}
+    pointers = dict.fromkeys(("query", "key", "d_key"), f"*{dtype}") | {"share": "*fp32"}
+    return as_compiled(_key_kernel, constexprs, pointers | dict.fromkeys(("order", "bounds"), "*i64"), (), 1)
+
+
+# what is launched on a large device, to be built without one
+VARIANTS: list[Callable[[], dict]] = [
+    partial(_query_variant, "bf16", 64, "dot", False),
+    partial(_query_variant, "fp32", 64, "euclidean", True),
+    partial(_key_variant, "bf16", 64, "dot"),
+    partial(_key_variant, "fp32", 64, "euclidean"),
+]
