@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.case import OURS
-from benchmarks.gpu.cases import THRESHOLD, CASES, CURVE, FLASH, TARGETS, title
+from benchmarks.gpu.cases import CASES, CURVE, FLASH, TARGETS, THRESHOLD, title
 from benchmarks.targets import WORDS, Target, verdict
 
 NO_MEMORY = "out of memory"

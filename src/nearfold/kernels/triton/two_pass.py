@@ -27,13 +27,14 @@ from torch import Tensor
 from nearfold.kernels.names import LOW
 from nearfold.kernels.search import Search
 from nearfold.kernels.triton import threshold
-from nearfold.kernels.triton.rows import DENSE, NAMED, as_compiled, features, load_rows, upcast
-from nearfold.kernels.triton.threshold import INVALID, LAST, in_order
+from nearfold.kernels.triton.rows import NAMED, as_compiled, features, load_rows, upcast
+from nearfold.kernels.triton.threshold import INVALID, LAST
 
 MOST_SLOTS = 40  # more are rarely the best of different classes
 FEWEST_KEYS = 256  # of fewer the search by threshold has found the best before the bound is known
 MOST_TILES = 3 * 255  # their numbers take 10 bits, of which the two lowest are not both zero
 MOST_BYTES = 512  # of a row held at once
+HELD = 64  # features of a key that is ranked
 RANKED = 32  # queries whose keys are ranked by one program
 MOST_OFFSET = 2**31  # of 32-bit offsets
 
@@ -112,7 +113,7 @@ def _note_kernel(  # type: ignore[no-untyped-def]
     size,  # (P,) float32: the largest norm of a coarse key
     q_first,  # (M,) int32
     q_last,
-    noted,  # (P, M, BN) int32: of every class the numbers of up to three tiles; beyond 30 bits there were more
+    noted,  # (P, BN, M) int32: of every class the numbers of up to three tiles; beyond 30 bits there were more
     H,
     M,
     R,
@@ -144,10 +145,10 @@ def _note_kernel(  # type: ignore[no-untyped-def]
     key += problem // H * k_stride_b + problem % H * k_stride_h
     lift += problem * R
     q = load_rows(query, m, m_there, tl.arange(0, BE), q_stride_m, 1, e, UPCAST)
-    square = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)
-    for c in tl.static_range(1, CHUNKS):
-        more = load_rows(query, m, m_there, c * BE + tl.arange(0, BE), q_stride_m, 1, e, True)
-        square += tl.sum(more * more, 1)
+    square = tl.zeros([BM], tl.float32)
+    for e0 in range(0, e, 16):  # a few at a time: all of a row would take the registers of the passes
+        part = load_rows(query, m, m_there, e0 + tl.arange(0, 16), q_stride_m, 1, e, True)
+        square += tl.sum(part * part, 1)
     norms = tl.sqrt(square) * tl.load(size + problem)
 
     # tiles from begin to end, of which those from inner to outer need no check
@@ -201,8 +202,8 @@ def _note_kernel(  # type: ignore[no-untyped-def]
             )
 
     notes = tl.where((norms < LARGE)[:, None], notes, -1)  # which no NaN is
-    row = problem * M + m
-    tl.store(noted + row[:, None] * BN + tl.arange(0, BN)[None, :], notes, mask=m_there[:, None])
+    to = noted + (problem * BN + tl.arange(0, BN))[None, :] * M + m[:, None]
+    tl.store(to, notes, mask=m_there[:, None])
 
 
 @triton.jit
@@ -212,13 +213,48 @@ def _noted(notes, score, bound, tile):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _list_kernel(  # type: ignore[no-untyped-def]
+    noted,  # (P, BN, M) int32
+    listed,  # (P, M, C) int32: class and tile of every key that is noted
+    count,  # (P, M) int32: how many they are
+    left,  # (P, M) int32: the queries that are left to the threshold, and (P,) how many they are
+    left_count,
+    M,
+    room,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    C: tl.constexpr,
+):
+    blocks = tl.cdiv(M, BM)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    m = (tl.program_id(0) % blocks) * BM + tl.arange(0, BM)
+    m_there = m < M
+    noted += problem * BN * M + m
+    row = problem * M + m
+    number = tl.zeros([BM], tl.int32)
+    over = tl.zeros([BM], tl.int32)
+    for lane in range(0, BN):
+        notes = tl.load(noted + lane * M, mask=m_there, other=0)
+        over |= notes >> 30
+        for _ in tl.static_range(3):
+            of_tile = notes & 1023
+            tl.store(listed + row * C + number, (lane << 10) | of_tile, mask=(of_tile != 0) & (number < C))
+            number += (of_tile != 0).to(tl.int32)
+            notes = notes >> 10
+    open_rows = m_there & ((over != 0) | (number > room))
+    tl.store(count + row, tl.where(open_rows, 0, number), mask=m_there)
+    total = tl.sum(open_rows.to(tl.int32), 0)
+    if total > 0:
+        at = tl.atomic_add(left_count + problem, total) + tl.cumsum(open_rows.to(tl.int32), 0) - 1
+        tl.store(left + problem * M + at, m, mask=open_rows)
+
+
+@triton.jit
 def _rank_kernel(  # type: ignore[no-untyped-def]
     query,
     key,
-    noted,  # (P, M, BN) int32
-    listed,  # (P, M, C) int32: written, and read again
-    left,  # (P, M) int32: the queries that are left to the threshold, and (P,) how many they are
-    left_count,
+    listed,  # (P, M, C) int32
+    listed_count,  # (P, M) int32
     q_own,  # (M,) int32: the key at the query's own position, or -1
     score_out,  # (P, M, k)
     index_out,
@@ -229,20 +265,21 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     q_stride_b,
     q_stride_h,
     q_stride_m,
-    q_stride_e,
     k_stride_b,
     k_stride_h,
     k_stride_r,
-    k_stride_e,
     rank_again,  # the own position's score, as the search ranks it and as it is returned
     again,
     METRIC: tl.constexpr,
     ROOTED: tl.constexpr,
     OWN: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    FULL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BE: tl.constexpr,
     C: tl.constexpr,
+    KP: tl.constexpr,
 ):
     blocks = tl.cdiv(M, BM)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -251,63 +288,72 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     query += problem // H * q_stride_b + problem % H * q_stride_h
     key += problem // H * k_stride_b + problem % H * k_stride_h
     row = problem * M + m
-
-    lane = tl.arange(0, BN)[None, :]
-    notes = tl.load(noted + row[:, None] * BN + lane, mask=m_there[:, None], other=0)
-    number = (notes != 0).to(tl.int32) + ((notes >> 10) != 0).to(tl.int32) + ((notes >> 20) != 0).to(tl.int32)
-    count = tl.sum(number, 1)
-    over = (tl.max(((notes >> 30) != 0).to(tl.int32), 1) > 0) | (count > (C - 1 if OWN else C))
-    to = listed + row[:, None] * C + tl.cumsum(number, 1) - number
-    for i in tl.static_range(3):
-        of_tile = (notes >> (10 * i)) & 1023
-        tile = of_tile // 4 * 3 + of_tile % 4 - 1
-        tl.store(to + i, tile * BN + _turned(lane, tile, BN), mask=(of_tile != 0) & ~over[:, None])
-    count = tl.where(over, 0, count)
-    overs = tl.sum(over.to(tl.int32), 0)
-    if overs > 0:
-        at = tl.atomic_add(left_count + problem, overs) + tl.cumsum(over.to(tl.int32), 0) - 1
-        tl.store(left + problem * M + at, m, mask=over)
-    tl.debug_barrier()
-
-    place = tl.arange(0, C)[None, :]
-    kept = tl.full([BM, C], float("-inf"), tl.float32)
-    kept_index = tl.zeros([BM, C], tl.int32) + LAST
+    count = tl.load(listed_count + row, mask=m_there, other=0)
     own = tl.zeros([BM], tl.int32) - 1
     if OWN:
         own = tl.load(q_own + m, mask=m_there, other=-1)
+    place = tl.arange(0, C)[None, :]
+    scores = tl.full([BM, C], float("-inf"), tl.float32)
     feature = tl.arange(0, BE)
-    q = load_rows(query, m, m_there, feature, q_stride_m, q_stride_e, e, True)
+    q = load_rows(query, m, m_there, feature, q_stride_m, 1, e, True)
     for j in range(0, tl.max(count, 0)):
         r = tl.load(listed + row * C + j, mask=j < count, other=-1)
-        score = tl.zeros([BM], tl.float32)
-        for e0 in range(0, e, BE):
-            mine = q
-            if e0 > 0:
-                mine = load_rows(query, m, m_there, e0 + feature, q_stride_m, q_stride_e, e, True)
-            near = load_rows(key, r, r >= 0, e0 + feature, k_stride_r, k_stride_e, e, True)
-            if METRIC == "euclidean":
-                score -= tl.sum((mine - near) * (mine - near), 1)
-            else:
-                score += tl.sum(mine * near, 1)
+        there = r >= 0
+        r = _key_of(r, BN)
+        near = _near(key, r, there, feature, k_stride_r, e, FULL)
+        score = tl.sum(-(q - near) * (q - near) if METRIC == "euclidean" else q * near, 1)
+        if CHUNKED:
+            for e0 in range(BE, e, BE):
+                more = load_rows(query, m, m_there, e0 + feature, q_stride_m, 1, e, True)
+                near = _near(key, r, there, e0 + feature, k_stride_r, e, FULL)
+                score += tl.sum(-(more - near) * (more - near) if METRIC == "euclidean" else more * near, 1)
         if METRIC == "cosine":
             score = tl.minimum(tl.maximum(score, -1.0), 1.0)
-        there = (r >= 0) & (r != own) & (score > float("-inf"))
-        put = (place == j) & there[:, None]
-        kept = tl.where(put, score[:, None], kept)
-        kept_index = tl.where(put, r[:, None], kept_index)
+        score = tl.where(there & (r != own), score, float("-inf"))
+        scores = tl.where(place == j, score[:, None], scores)
+
+    there = place < count[:, None]
+    index = _key_of(tl.load(listed + row[:, None] * C + place, mask=there, other=0), BN)
+    index = tl.where(there, index, LAST)
     if OWN:
-        put = (place == C - 1) & (own >= 0)[:, None] & (rank_again > float("-inf"))
-        kept = tl.where(put, rank_again, kept)
-        kept_index = tl.where(put, own[:, None], kept_index)
-    kept, kept_index = in_order(kept, kept_index)
-    kept_index = tl.where(kept == float("-inf"), INVALID, kept_index)
+        mine = (place == C - 1) & (own >= 0)[:, None]
+        scores = tl.where(mine, rank_again, scores)
+        index = tl.where(mine, own[:, None], index)
+    slot = tl.arange(0, KP)[None, :]
+    kept = tl.full([BM, KP], float("-inf"), tl.float32)
+    kept_index = tl.full([BM, KP], INVALID, tl.int32)
+    for j in range(0, k):
+        best = tl.max(scores, 1)
+        chosen = tl.min(tl.where(scores == best[:, None], index, LAST), 1)
+        scores = tl.where(index == chosen[:, None], float("-inf"), scores)
+        put = (slot == j) & (best > float("-inf"))[:, None]
+        kept = tl.where(put, best[:, None], kept)
+        kept_index = tl.where(put, chosen[:, None], kept_index)
     if ROOTED:
         kept = -tl.sqrt_rn(tl.maximum(-kept, 0.0))
         if OWN:
             kept = tl.where((kept_index == own[:, None]) & (kept_index >= 0), again, kept)
-    good = m_there[:, None] & (place < k)
-    tl.store(score_out + row[:, None] * k + place, kept, mask=good)
-    tl.store(index_out + row[:, None] * k + place, kept_index.to(tl.int64), mask=good)
+    to = (problem * M + m)[:, None] * k + slot
+    good = m_there[:, None] & (slot < k)
+    tl.store(score_out + to, kept, mask=good)
+    tl.store(index_out + to, kept_index.to(tl.int64), mask=good)
+
+
+@triton.jit
+def _key_of(listed, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The key of a class and the number of a tile, as they are listed."""
+    lane, of_tile = listed >> 10, listed & 1023
+    tile = (of_tile >> 2) * 3 + (of_tile & 3) - 1
+    return tile * BN + _turned(lane, tile, BN)
+
+
+@triton.jit
+def _near(key, r, there, feature, k_stride_r, e, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows (BM, BE) of keys, in float32; zeros where there is none."""
+    there = there[:, None]
+    if not FULL:
+        there = there & (feature < e)[None, :]
+    return tl.load(key + (r * k_stride_r)[:, None] + feature[None, :], mask=there, other=0.0).to(tl.float32)
 
 
 class _Coarse(NamedTuple):
@@ -424,9 +470,9 @@ def select(
     q, x = _dense(coarse.query), _dense(coarse.key)
     BM, BN, C, stages = _tile(q.dtype, e, search)
     BM, BN, C = block_m or BM, classes or BN, room or C
-    noted = torch.empty(B * H, M, BN, dtype=torch.int32, device=device)
+    noted = torch.empty(B * H, BN, M, dtype=torch.int32, device=device)
     listed = torch.empty(B * H, M, C, dtype=torch.int32, device=device)
-    left = torch.empty(B * H, M, dtype=torch.int32, device=device)
+    count, left = torch.empty(2, B * H, M, dtype=torch.int32, device=device).unbind()
     rooted = metric == "euclidean" and not squared
     with torch.cuda.device_of(query):
         _note_kernel[(triton.cdiv(M, BM) * B * H,)](
@@ -452,14 +498,15 @@ def select(
             STAGES=stages,
             num_warps=4,
         )
+        _list_kernel[(triton.cdiv(M, 128) * B * H,)](
+            *(noted, listed, count, left, left_count, M, C - own), BM=128, BN=BN, C=C, num_warps=4
+        )
         rows = min(RANKED, BM)
         _rank_kernel[(triton.cdiv(M, rows) * B * H,)](
             query,
             key,
-            noted,
             listed,
-            left,
-            left_count,
+            count,
             limits.own,
             score,
             index,
@@ -467,17 +514,20 @@ def select(
             M,
             e,
             k,
-            *query.stride(),
-            *key.stride(),
+            *query.stride()[:3],
+            *key.stride()[:3],
             -again * again if rooted and again < 0 else again,  # distances are ranked by their squares
             again,
             METRIC=metric,
             ROOTED=rooted,
             OWN=own,
+            CHUNKED=e > HELD,
+            FULL=e % features(e, HELD) == 0,
             BM=rows,
             BN=BN,
-            BE=features(e, 64),
+            BE=features(e, HELD),
             C=C,
+            KP=threshold.slots_held(k),
             num_warps=4,
         )
     threshold.fill(query, key, search, limits, score, index, (left, left_count))
@@ -504,10 +554,16 @@ def _note_variant(dtype: str, e: int, k: int, metric: str = "dot", causal: bool 
 def _rank_variant(dtype: str, e: int, k: int, metric: str = "dot", own: bool = False) -> dict:
     _, BN, C, _ = _tile(NAMED[dtype], e, _plain(k, metric, [0, -1, 1], own))
     constexprs = {"METRIC": metric, "ROOTED": metric == "euclidean", "OWN": own, "BM": RANKED, "BN": BN, "C": C}
-    constexprs |= {"BE": features(e, 64)} | DENSE
+    constexprs["KP"] = threshold.slots_held(k)
+    constexprs |= {"BE": features(e, HELD), "CHUNKED": e > HELD, "FULL": e % features(e, HELD) == 0}
     pointers = dict.fromkeys(("query", "key"), f"*{dtype}") | {"score_out": "*fp32", "index_out": "*i64"}
-    pointers |= dict.fromkeys(("noted", "listed", "left", "left_count", "q_own"), "*i32")
+    pointers |= dict.fromkeys(("listed", "listed_count", "q_own"), "*i32")
     return as_compiled(_rank_kernel, constexprs, pointers, ("rank_again", "again"), 4)
+
+
+def _list_variant(BN: int, C: int) -> dict:
+    pointers = dict.fromkeys(("noted", "listed", "count", "left", "left_count"), "*i32")
+    return as_compiled(_list_kernel, {"BM": 128, "BN": BN, "C": C}, pointers, (), 4)
 
 
 # what is launched on a large device, to be built without one
@@ -521,6 +577,8 @@ VARIANTS: list[Callable[[], dict]] = [
     partial(_note_variant, "fp32", 64, 9),
     partial(_note_variant, "fp32", 64, 9, "cosine"),
     partial(_note_variant, "fp32", 64, 9, "euclidean"),
+    partial(_list_variant, 64, 32),
+    partial(_list_variant, 128, 64),
     partial(_rank_variant, "bf16", 64, 9),
     partial(_rank_variant, "bf16", 64, 36),
     partial(_rank_variant, "fp32", 64, 9, "cosine", True),
