@@ -44,8 +44,8 @@ def features(e: int, most: int) -> int:
 def as_compiled(
     fn: Any, constexprs: dict[str, Any], pointers: dict[str, str], floats: tuple[str, ...], warps: int
 ) -> dict:
-    """What a compiler needs to build a kernel without a device; sizes are multiples of 16."""
+    """What a compiler needs to build a kernel without a device, as a launch has it; sizes are multiples of 16."""
     sized = {a: "i32:16" for a in fn.arg_names if "stride" in a or a in ("M", "R", "e")}
     types = {**sized, **dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(floats, "fp32"), **pointers}
     signature = {name: types.get(name, "i32") for name in fn.arg_names}
-    return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 1}
+    return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 3}
