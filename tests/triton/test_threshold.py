@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -256,3 +257,14 @@ def test_what_is_not_served_says_why():
     assert "32 bits" in kernels.refusal(x, x, nearest._replace(grid=[2**16, 2**15]))
     with pytest.raises(NotImplementedError, match="gram"):
         kernels.select(x, x, nearest._replace(metric="gram"))
+
+
+def test_offsets_beyond_32_bits():
+    """Three features, half of what 32 bits count apart, in memory that is only claimed; a wrapped offset is in it."""
+    apart, only_claim = 2**30 + 16, getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = 2 * (2 * 2**31 + 2**20)
+    claimed = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | only_claim)
+    held = torch.frombuffer(claimed, dtype=torch.bfloat16)
+    x = held[2**31 :].as_strided((1, 1, 40, 3), (1, 1, 1, apart))
+    x.copy_(small_integers(1, 1, 40, 3))
+    check_exact(x[:, :, :19], x, 6, "euclidean", True, *where(19, 40), ANY, False, 0.0)

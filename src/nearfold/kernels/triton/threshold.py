@@ -201,9 +201,13 @@ def _tile_scores(  # type: ignore[no-untyped-def]
     if METRIC == "euclidean":
         # from differences: norms and products would round away which key is nearer
         score = tl.zeros([BM, BN], tl.float32)
-        for f in range(0, e):
-            q_f = tl.load(query + m.to(tl.int64) * q_stride_m + f * q_stride_e, mask=m_there, other=0.0)
-            k_f = tl.load(key + column.to(tl.int64) * k_stride_r + f * k_stride_e, mask=r_there, other=0.0)
+        q_at = query + m.to(tl.int64) * q_stride_m
+        k_at = key + column.to(tl.int64) * k_stride_r
+        for _ in range(0, e):
+            q_f = tl.load(q_at, mask=m_there, other=0.0)
+            k_f = tl.load(k_at, mask=r_there, other=0.0)
+            q_at += q_stride_e  # as a product the offset would have 32 bits
+            k_at += k_stride_e
             apart = q_f.to(tl.float32)[:, None] - k_f.to(tl.float32)[None, :]
             score -= apart * apart
     else:
@@ -497,7 +501,7 @@ def fill(
     B, H, M, e = query.shape
     flags = _flags(query, search)
     if metric == "euclidean":  # reads one feature of many rows at a time: they should lie next to one another
-        query, key = query.mT.contiguous().mT, key.mT.contiguous().mT
+        query, key = (x if x.stride(2) == 1 else x.mT.contiguous().mT for x in (query, key))
     BM, BN, warps = _tile(k, metric, query.dtype)
     BM, BN = block_m or BM, block_n or BN
     with torch.cuda.device_of(query):

@@ -234,7 +234,8 @@ def _list_kernel(  # type: ignore[no-untyped-def]
     number = tl.zeros([BM], tl.int32)
     over = tl.zeros([BM], tl.int32)
     for lane in range(0, BN):
-        notes = tl.load(noted + lane * M, mask=m_there, other=0)
+        notes = tl.load(noted, mask=m_there, other=0)
+        noted += M
         over |= notes >> 30
         for _ in tl.static_range(3):
             of_tile = notes & 1023
