@@ -103,6 +103,44 @@ def test_gradients_are_deterministic():
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+@pytest.mark.parametrize(("metric", "squared"), METRICS)
+def test_gradients_at_keys_that_very_many_have_chosen(metric, squared):
+    """One by all queries, one by half of them; their blocks begin and end among other keys' slots."""
+    query, key = torch.randn(1, 2, 50, 5), torch.randn(1, 2, 9, 5)
+    index = torch.rand(1, 2, 50, 9).argsort(-1)[..., :4]
+    index[..., 0] = 4
+    index[:, 1, ::2, 1] = 8
+    index[:, 0, :20] = -1
+    grad = torch.randn(1, 2, 50, 4)
+    true = dense_gradients(grad, query, key, index, metric, squared)
+    for long in (4, 16):
+        found = kernels.select_backward(grad, query, key, index, metric, squared, long=long)
+        for mine, expected in zip(found, true, strict=True):
+            torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_program_adds_up_more_than_two_blocks_slot_by_slot(monkeypatch):
+    """Whole blocks are read where other programs left them: without these there is nothing but what lay there."""
+    query, key, index = torch.randn(1, 1, 100, 5), torch.randn(1, 1, 3, 5), torch.zeros(1, 1, 100, 1, dtype=torch.long)
+    right = kernels.select_backward(torch.ones(1, 1, 100, 1), query, key, index, "dot", False, long=16)[1]
+    real = kernels._key_kernel
+
+    class OnlyKeys:
+        def __getitem__(self, grid):
+            def launch(*operands, BLOCKS, **flags):
+                if BLOCKS:
+                    operands[4].zero_()
+                else:
+                    real[grid](*operands, BLOCKS=BLOCKS, **flags)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_key_kernel", OnlyKeys())
+    left = kernels.select_backward(torch.ones(1, 1, 100, 1), query, key, index, "dot", False, long=16)[1]
+    torch.testing.assert_close(right[0, 0, 0], query[0, 0].sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left[0, 0, 0], query[0, 0, 96:].sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_without_queries_or_keys():
     for M, R in ((0, 3), (3, 0)):
         grad, index = torch.ones(1, 1, M, 2), torch.full((1, 1, M, 2), -1)

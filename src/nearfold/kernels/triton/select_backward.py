@@ -1,10 +1,11 @@
 """Gradients of the chosen scores at query and key.
 
-The gradient at the keys is a scatter. By default the chosen indices are sorted, and one program adds up what belongs to
-one key: equal inputs have equal results, bit for bit.
+The gradient at the keys is a scatter. By default the slots are put in the order of their keys (`by_key`), and one
+program adds up what belongs to one key: equal inputs have equal results, bit for bit. Keys that very many queries have
+chosen would hold up the others; of these, whole blocks of slots are added up by programs of their own before.
 
 Shape legend: B batch, H heads, P problems (B x H), M queries, R keys, e embedded features, k slots; of a program BM
-queries, BE features, BT entries of the sorted indices.
+queries, BE features, BT slots at once and LONG slots in all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.triton.by_key import by_key
 from nearfold.kernels.triton.rows import DENSE, MOST_FEATURES, as_compiled, features, load_rows
 from nearfold.kernels.triton.threshold import refusal_of_rows
 
@@ -97,10 +99,29 @@ def _query_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _slots_added_up(start, stop, rest, APART: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the slots from start to stop, all of one key, add to its gradient: (BE,)."""
+    share, order, query, here, feature, e, k, q_stride_m, q_stride_e = rest
+    total = tl.zeros([BT, BE], tl.float32)
+    for t0 in range(start, stop, BT):
+        t = t0 + tl.arange(0, BT)
+        there = t < stop
+        at = tl.load(order + t, mask=there, other=0)
+        g = tl.load(share + at, mask=there, other=0.0)
+        q = load_rows(query, at // k, there, feature, q_stride_m, q_stride_e, e, True)
+        if APART:
+            q = tl.where(there[:, None], here[None, :] - q, 0.0)
+        total += g[:, None] * q
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def _key_kernel(  # type: ignore[no-untyped-def]
     share,  # (P, M, k) float32
-    order,  # (P M k,) int64: the slots, those of one key after another
+    order,  # (P M k,) int32: the slots, those of one key after another
     bounds,  # (P R + 1,) int64: where the slots of every key begin
+    owner,  # (blocks,) int64: the key whose slot begins a block of LONG; read where BLOCKS
+    partial,  # (blocks, e) float32: what whole blocks add up to; written where BLOCKS, and else read
     query,
     key,
     d_key,
@@ -123,46 +144,43 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     d_stride_e,
     APART: tl.constexpr,
     SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,  # a program owns a block of slots, and nothing to do unless they are of one key; else a key
+    LONG: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    problem = (tl.program_id(0) // R).to(tl.int64)
-    r = (tl.program_id(0) % R).to(tl.int64)
+    block = tl.program_id(0).to(tl.int64)
+    name = block
+    if BLOCKS:
+        name = tl.load(owner + block)
+        if tl.load(bounds + name + 1) < (block + 1) * LONG:
+            return
+    problem = name // R
+    r = name % R
+    share += problem * M * k
     query += problem // H * q_stride_b + problem % H * q_stride_h
     key += problem // H * k_stride_b + problem % H * k_stride_h + r * k_stride_r
     d_key += problem // H * d_stride_b + problem % H * d_stride_h + r * d_stride_r
-    start = tl.load(bounds + tl.program_id(0))
-    stop = tl.load(bounds + tl.program_id(0) + 1)
+    start = tl.load(bounds + name)
+    stop = tl.load(bounds + name + 1)
+    whole = tl.minimum(tl.cdiv(start, LONG) * LONG, stop)  # whole blocks from here
+    behind = tl.maximum(stop // LONG * LONG, whole)
     for e0 in range(0, e, BE):
         feature = e0 + tl.arange(0, BE).to(tl.int64)
-        total = tl.zeros([BT, BE], tl.float32)
         here = tl.zeros([BE], tl.float32)
         if APART:
             here = tl.load(key + feature * k_stride_e, mask=feature < e, other=0.0).to(tl.float32)
-        for t0 in range(start, stop, BT):
-            t = t0 + tl.arange(0, BT)
-            there = t < stop
-            at = tl.load(order + t, mask=there, other=0)
-            g = tl.load(share + at, mask=there, other=0.0) * SCALE
-            q = load_rows(query, at // k - problem * M, there, feature, q_stride_m, q_stride_e, e, True)
-            if APART:
-                q = tl.where(there[:, None], here[None, :] - q, 0.0)
-            total += g[:, None] * q
-        d = tl.sum(total, 0)
-        tl.store(d_key + feature * d_stride_e, d.to(d_key.dtype.element_ty), mask=feature < e)
-
-
-def _by_key(index: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """The slots (P M k,) in the order of their keys, and where those of every key begin (P R + 1,)."""
-    problems = index.shape[0] * index.shape[1]
-    flat = index.reshape(problems, -1)
-    first = torch.arange(problems, device=index.device)[:, None] * keys
-    name = torch.where(flat >= 0, flat + first, problems * keys).flatten()
-    if problems * keys < 2**31:
-        name = name.int()  # sorts in half the time
-    name, order = name.sort(stable=True)
-    bounds = torch.searchsorted(name, torch.arange(problems * keys + 1, dtype=name.dtype, device=name.device))
-    return order, bounds
+        rest = (share, order, query, here, feature, e, k, q_stride_m, q_stride_e)
+        if BLOCKS:
+            d = _slots_added_up(block * LONG, (block + 1) * LONG, rest, APART, BT, BE)
+            tl.store(partial + block * e + feature, d, mask=feature < e)
+        else:
+            d = _slots_added_up(start, whole, rest, APART, BT, BE)
+            for b0 in range(whole // LONG, behind // LONG, BT):
+                b = b0 + tl.arange(0, BT)
+                d += tl.sum(load_rows(partial, b, b < behind // LONG, feature, e, 1, e, True), 0)
+            d += _slots_added_up(behind, stop, rest, APART, BT, BE)
+            tl.store(d_key + feature * d_stride_e, (d * SCALE).to(d_key.dtype.element_ty), mask=feature < e)
 
 
 def select_backward(
@@ -175,6 +193,7 @@ def select_backward(
     *,
     deterministic: bool = True,
     block_m: int = 16,
+    long: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `select`'s scores at query and key, in their dtype; ``grad`` is zero where the score was a constant.
 
@@ -188,6 +207,7 @@ def select_backward(
         deterministic: whether equal inputs must have equal results, bit for bit; otherwise the gradients at a key are
             added up in whatever order they come, which needs no sort.
         block_m: queries of a program, a power of two.
+        long: so many slots of one key are a block that is added up by itself.
 
     Raises:
         NotImplementedError: where `refusal` says why.
@@ -230,28 +250,38 @@ def select_backward(
             num_warps=4,
         )
         if deterministic:
-            order, bounds = _by_key(index, R)
-            _key_kernel[(B * H * R,)](
-                share,
-                order,
-                bounds,
-                query,
-                key,
-                d_key,
-                H,
-                M,
-                R,
-                e,
-                k,
-                *query.stride(),
-                *key.stride(),
-                *d_key.stride(),
-                APART=apart,
-                SCALE=-2.0 if apart and squared else 1.0,
-                BT=8,
-                BE=BE,
-                num_warps=1,
-            )
+            order, bounds = by_key(index.view(B * H, M * k), R)
+            blocks = order.numel() // long
+            firsts = torch.arange(0, blocks * long, long, device=bounds.device)
+            owner = torch.searchsorted(bounds, firsts, right=True).sub_(1).clamp_(max=B * H * R - 1)
+            parts = torch.empty(blocks, e, dtype=torch.float32, device=key.device)
+            for of_blocks, programs in ((True, blocks), (False, B * H * R)):
+                if programs:
+                    _key_kernel[(programs,)](
+                        share,
+                        order,
+                        bounds,
+                        owner,
+                        parts,
+                        query,
+                        key,
+                        d_key,
+                        H,
+                        M,
+                        R,
+                        e,
+                        k,
+                        *query.stride(),
+                        *key.stride(),
+                        *d_key.stride(),
+                        APART=apart,
+                        SCALE=-2.0 if apart and squared else 1.0,
+                        BLOCKS=of_blocks,
+                        LONG=long,
+                        BT=8,
+                        BE=BE,
+                        num_warps=1,
+                    )
         else:
             d_key.copy_(total)
     return d_query, d_key
@@ -266,17 +296,19 @@ def _query_variant(dtype: str, e: int, metric: str, scatter: bool) -> dict:
     return as_compiled(_query_kernel, constexprs, pointers, (), 4)
 
 
-def _key_variant(dtype: str, e: int, metric: str) -> dict:
+def _key_variant(dtype: str, e: int, metric: str, blocks: bool) -> dict:
     constexprs = {"APART": metric not in DOT_LIKE, "SCALE": 1.0, "BT": 8, "BE": features(e, MOST_FEATURES)}
+    constexprs |= {"BLOCKS": blocks, "LONG": 128}
     constexprs |= DENSE | {"d_stride_e": 1}
-    pointers = dict.fromkeys(("query", "key", "d_key"), f"*{dtype}") | {"share": "*fp32"}
-    return as_compiled(_key_kernel, constexprs, pointers | dict.fromkeys(("order", "bounds"), "*i64"), (), 1)
+    pointers = dict.fromkeys(("query", "key", "d_key"), f"*{dtype}") | dict.fromkeys(("share", "partial"), "*fp32")
+    pointers |= {"order": "*i32", "bounds": "*i64", "owner": "*i64"}
+    return as_compiled(_key_kernel, constexprs, pointers, (), 1)
 
 
 # what is launched on a large device, to be built without one
 VARIANTS: list[Callable[[], dict]] = [
     partial(_query_variant, "bf16", 64, "dot", False),
     partial(_query_variant, "fp32", 64, "euclidean", True),
-    partial(_key_variant, "bf16", 64, "dot"),
-    partial(_key_variant, "fp32", 64, "euclidean"),
+    *(partial(_key_variant, "bf16", 64, "dot", blocks) for blocks in (False, True)),
+    *(partial(_key_variant, "fp32", 64, "euclidean", blocks) for blocks in (False, True)),
 ]
