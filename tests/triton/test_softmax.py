@@ -25,7 +25,7 @@ def made(shape, dtype=torch.float32):
     index[0, 1, 0] = -2
     score[0, 2, 0], score[0, 3, 0], score[0, 4] = math.nan, math.inf, -math.inf
     score[0, 5], index[0, 5] = -math.inf, 3
-    index[0, 4, 1:] = 2
+    index[0, 4, 0], index[0, 4, 1:] = -1, 2
     return score, index
 
 

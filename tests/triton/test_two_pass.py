@@ -203,6 +203,17 @@ def test_the_number_of_a_tile_is_read_back():
     assert check(torch.ones(1, 1, 1, 16), key, search_of(12, "dot", 1, R, grid=[R])) == 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cosines_beyond_the_end_of_the_range_are_ties(dtype, sign):
+    """Of rows that are longer than 1, later ones of a higher product."""
+    query = unit(1, 1, 1, 40).to(dtype)
+    key = (1.2 + sign * torch.arange(30) / 200)[:, None] * query * sign
+    score, index, _ = two_pass.select(query, key.to(dtype), search_of(5, "cosine", 1, 30), **SMALL)
+    assert (score == sign).all()
+    assert torch.equal(index[0, 0, 0], torch.arange(5))
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_keys_that_float16_cannot_tell_apart_are_ranked(metric, k):

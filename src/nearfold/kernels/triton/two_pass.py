@@ -129,6 +129,7 @@ def _note_kernel(  # type: ignore[no-untyped-def]
     SPAN: tl.constexpr,
     RAGGED: tl.constexpr,  # whether the last tile is no whole one
     LIFTED: tl.constexpr,
+    CLAMPED: tl.constexpr,  # whether scores end at 1 and -1, so that all beyond are ties
     UPCAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -182,7 +183,11 @@ def _note_kernel(  # type: ignore[no-untyped-def]
     for _ in range(0, rounds):
         bound = tl.max(best, 1)
         best = tl.where(best == bound[:, None], float("-inf"), best)
+    if CLAMPED:
+        bound = tl.minimum(bound, 1.0)
     bound -= off * (norms if not LIFTED else norms * 0 + 1)
+    if CLAMPED:
+        bound = tl.where(bound > -1, bound, LOWEST)
     bound = tl.maximum(bound, LOWEST)
 
     notes = tl.zeros([BM, BN], tl.int32)
@@ -422,13 +427,14 @@ def _tile(dtype: torch.dtype, e: int, search: Search) -> tuple[int, int, int, in
     return 128 if few and not wide else 64, 64 if few else 128, 32 if few else 64, 2 if wide else 3
 
 
-def _flags(query: Tensor, search: Search, lifted: bool) -> dict[str, bool | int]:
+def _flags(query: Tensor, search: Search) -> dict[str, bool | int]:
     """What the first kernel is compiled for; ``query`` is coarse."""
     e = query.shape[3]
     BE = features(e, MOST_BYTES // query.dtype.itemsize)
     return {
         "SPAN": threshold.confines(search.rule),
-        "LIFTED": lifted,
+        "LIFTED": search.metric == "euclidean",
+        "CLAMPED": search.metric == "cosine",
         "UPCAST": upcast(query),
         "BE": BE,
         "CHUNKS": triton.cdiv(e, BE),
@@ -492,7 +498,7 @@ def select(
             coarse.off,
             *q.stride()[:3],
             *x.stride()[:3],
-            **_flags(q, search, coarse.lift is not None),
+            **_flags(q, search),
             BM=BM,
             BN=BN,
             RAGGED=R % BN > 0,
@@ -545,7 +551,7 @@ def _note_variant(dtype: str, e: int, k: int, metric: str = "dot", causal: bool 
     search = _plain(k, metric, [int(causal), -1, 1], False)
     low = _coarse_dtype(NAMED[dtype], metric)
     BM, BN, _, stages = _tile(low, e, search)
-    constexprs = _flags(torch.empty(0, 0, 0, e, dtype=low), search, metric == "euclidean")
+    constexprs = _flags(torch.empty(0, 0, 0, e, dtype=low), search)
     constexprs |= {"BM": BM, "BN": BN, "RAGGED": ragged, "STAGES": stages}
     pointers = dict.fromkeys(("query", "key"), f"*{dtype if low == NAMED[dtype] else 'fp16'}")
     pointers |= dict.fromkeys(("lift", "size"), "*fp32") | dict.fromkeys(("q_first", "q_last", "noted"), "*i32")
