@@ -270,6 +270,15 @@ def test_strides():
     check(query[:, :1].expand(2, 3, 19, 5), key, search_of(4, "dot", 19, 70))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_rows_that_are_queries_and_keys_are_made_coarse_once(metric):
+    x = unit(1, 1, 70, 20)
+    once, twice = two_pass._coarse(x, x, metric), two_pass._coarse(x, x.clone(), metric)
+    assert once.query is once.key and twice.query is not twice.key
+    assert torch.equal(once.query, twice.query) and torch.equal(once.key, twice.key)
+    check(x, x, search_of(4, metric, 70, 70, own=True, again=-INF))
+
+
 def test_blocks_do_not_matter():
     query, key = torch.randn(1, 1, 40, 3), torch.randn(1, 1, 200, 3)
     for block_m, classes, room in ((16, 64, 16), (64, 16, 32), (None, None, None)):

@@ -399,18 +399,20 @@ def _coarse(query: Tensor, key: Tensor, metric: str) -> _Coarse:
     rows around the keys' mean, over the largest of their norms; there these sums are larger, up to twice, and centring
     is off by a few 2^-24, as float16 is below its smallest normal number.
     """
-    e, lift = query.shape[-1], None
+    e, lift, same = query.shape[-1], None, query is key
     low = _coarse_dtype(query.dtype, metric)
     if metric == "euclidean":
-        query, key = query.float(), key.float()
-        centre = key.mean(2, keepdim=True)
-        query, key = query - centre, key - centre
+        centre = key.mean(2, keepdim=True, dtype=torch.float32)
+        key = key - centre
+        query = key if same else query - centre
         scale = torch.maximum(_norms(query).amax(-1), _norms(key).amax(-1))[..., None, None]
         scale = torch.where(scale > 0, scale, 1.0)
-        query, key = query / scale, key / scale
+        key = key / scale
+        query = key if same else query / scale
         lift = key.square().sum(-1) / 2
     rounding = 0.0 if low == query.dtype and low in LOW else 2 * ROUNDING[low]
-    query, key = query.to(low), key.to(low)
+    key = key.to(low)
+    query = key if same else query.to(low)
     off = 2 * (1.02 * rounding + e * (2**-21 if lift is not None else 2**-22))
     return _Coarse(query, key, lift, _norms(key).amax(-1), off)
 
@@ -472,7 +474,9 @@ def select(
     if score.numel() == 0:
         return score, index, left_count
     limits = threshold.limits_of(search)
-    query, key = _dense(query), _dense(key)
+    same = query is key
+    key = _dense(key)
+    query = key if same else _dense(query)
     coarse = _coarse(query, key, metric)
     q, x = _dense(coarse.query), _dense(coarse.key)
     BM, BN, C, stages = _tile(q.dtype, e, search)
