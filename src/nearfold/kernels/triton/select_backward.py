@@ -101,14 +101,14 @@ def _query_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _slots_added_up(start, stop, rest, APART: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the slots from start to stop, all of one key, add to its gradient: (BE,)."""
-    share, order, query, here, feature, e, k, q_stride_m, q_stride_e = rest
+    share, order, query, first, here, feature, e, k, q_stride_m, q_stride_e = rest
     total = tl.zeros([BT, BE], tl.float32)
     for t0 in range(start, stop, BT):
         t = t0 + tl.arange(0, BT)
         there = t < stop
         at = tl.load(order + t, mask=there, other=0)
         g = tl.load(share + at, mask=there, other=0.0)
-        q = load_rows(query, at // k, there, feature, q_stride_m, q_stride_e, e, True)
+        q = load_rows(query, at // k - first, there, feature, q_stride_m, q_stride_e, e, True)
         if APART:
             q = tl.where(there[:, None], here[None, :] - q, 0.0)
         total += g[:, None] * q
@@ -118,7 +118,7 @@ def _slots_added_up(start, stop, rest, APART: tl.constexpr, BT: tl.constexpr, BE
 @triton.jit
 def _key_kernel(  # type: ignore[no-untyped-def]
     share,  # (P, M, k) float32
-    order,  # (P M k,) int32: the slots, those of one key after another
+    order,  # (P M k,) int32 or int64: the slots, those of one key after another
     bounds,  # (P R + 1,) int64: where the slots of every key begin
     owner,  # (blocks,) int64: the key whose slot begins a block of LONG; read where BLOCKS
     partial,  # (blocks, e) float32: what whole blocks add up to; written where BLOCKS, and else read
@@ -157,7 +157,6 @@ def _key_kernel(  # type: ignore[no-untyped-def]
             return
     problem = name // R
     r = name % R
-    share += problem * M * k
     query += problem // H * q_stride_b + problem % H * q_stride_h
     key += problem // H * k_stride_b + problem % H * k_stride_h + r * k_stride_r
     d_key += problem // H * d_stride_b + problem % H * d_stride_h + r * d_stride_r
@@ -170,7 +169,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         here = tl.zeros([BE], tl.float32)
         if APART:
             here = tl.load(key + feature * k_stride_e, mask=feature < e, other=0.0).to(tl.float32)
-        rest = (share, order, query, here, feature, e, k, q_stride_m, q_stride_e)
+        rest = (share, order, query, problem * M, here, feature, e, k, q_stride_m, q_stride_e)
         if BLOCKS:
             d = _slots_added_up(block * LONG, (block + 1) * LONG, rest, APART, BT, BE)
             tl.store(partial + block * e + feature, d, mask=feature < e)
@@ -250,7 +249,7 @@ def select_backward(
             num_warps=4,
         )
         if deterministic:
-            order, bounds = by_key(index.view(B * H, M * k), R)
+            order, bounds = by_key(index.view(B * H, M, k, 1), R)
             blocks = order.numel() // long
             firsts = torch.arange(0, blocks * long, long, device=bounds.device)
             owner = torch.searchsorted(bounds, firsts, right=True).sub_(1).clamp_(max=B * H * R - 1)
