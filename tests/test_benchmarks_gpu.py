@@ -38,7 +38,7 @@ def test_every_row_is_written(tmp_path, capsys):
         rows = {row["who"]: row for row in entry["rows"]}
         assert rows[OURS]["forward_ms"] > 0 and rows[OURS]["difference"] < 0.01, name
         assert ("both_ms" in rows[OURS]) == (name != "select")
-        assert (cases.BINS in rows) == (name in ("knn", "knn_16384", "select", *cases.CURVE))
+        assert (cases.THRESHOLD in rows) == (name in ("knn", "knn_16384", "select", *cases.CURVE))
         assert entry["repeats"] and entry["title"] in page and entry["title"] in printed
     assert "no speed is claimed" in page and "## Targets" not in page
 
@@ -173,17 +173,17 @@ def test_the_other_search_is_asked_for_and_judged(tmp_path, monkeypatch, capsys)
     def search(query, key, k, *rest):
         asked.append(os.environ.get("NEARFOLD_SELECT", ""))
         score, index = right(query, key, k + 1, *rest)
-        wrong = asked[-1] == "bins"
+        wrong = asked[-1] == "threshold"
         return score[..., wrong:][..., :k], index[..., wrong:][..., :k]
 
     monkeypatch.setattr(cases, "select", search)
     checked = cases.make("select", CPU, torch.bfloat16, tiny=True)
-    checked.case.peers[cases.BINS].forward(*checked.case.inputs)
+    checked.case.peers[cases.THRESHOLD].forward(*checked.case.inputs)
     checked.case.ours(*checked.case.inputs)
-    assert asked == ["bins", ""]
+    assert asked == ["threshold", ""]
     assert in_process(tmp_path, "--only", "select") == 1
     rows = {row["who"]: row for row in only(tmp_path)[0]["cases"]["select"]["rows"]}
-    assert rows[OURS]["forward_ms"] > 0 and "forward_ms" not in rows[cases.BINS]
+    assert rows[OURS]["forward_ms"] > 0 and "forward_ms" not in rows[cases.THRESHOLD]
     assert "WRONG: output" in capsys.readouterr().out
 
 

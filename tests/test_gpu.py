@@ -64,22 +64,22 @@ def test_sizes_of_many_tiles(name, dtype):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_bins_at_sizes_of_many_tiles(name, monkeypatch):
-    monkeypatch.setenv("NEARFOLD_SELECT", "bins")
+def test_the_threshold_at_sizes_of_many_tiles(name, monkeypatch):
+    monkeypatch.setenv("NEARFOLD_SELECT", "threshold")
     test_sizes_of_many_tiles(name, torch.bfloat16)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0], ids=["ties everywhere", "none"])
-def test_bins_find_what_the_threshold_finds(spread, monkeypatch):
+def test_two_passes_find_what_the_threshold_finds(spread, monkeypatch):
     """Scores of whole numbers are exact in both, whatever the tensor cores add first; of others only the order is."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 2, 3, 3000, 64, device="cuda").mul(1.5).round().bfloat16()
     key = key + spread * torch.randn_like(key)
     found = {}
-    for how in ("threshold", "bins"):
+    for how in ("threshold", "two_pass"):
         monkeypatch.setenv("NEARFOLD_SELECT", how)
         found[how] = _search(query, key)
-    (score, index), (other, other_index) = found["threshold"], found["bins"]
+    (score, index), (other, other_index) = found["threshold"], found["two_pass"]
     if spread == 0:
         assert torch.equal(score, other) and torch.equal(index, other_index)
     else:
@@ -176,7 +176,7 @@ def test_a_graph_replays_a_layer(name):
     check_graph(layer, x, list(layer.parameters()))
 
 
-@pytest.mark.parametrize("how", ["threshold", "bins"])
+@pytest.mark.parametrize("how", ["threshold", "two_pass"])
 def test_a_graph_replays_attention_of_many_tiles(how, monkeypatch):
     monkeypatch.setenv("NEARFOLD_SELECT", how)
     x = torch.randn(3, 1, 2, 2100, 64, device="cuda").bfloat16()

@@ -28,8 +28,8 @@ SPILLS = {  # (module, kernel): bytes that a thread may spill; others none
     ("aggregate", "_dense_entries_kernel"): 16,
     ("local_attention", "_query_kernel"): 8,
     ("scan", "_gradient_kernel"): 64,
-    ("select", "_query_kernel"): 8,
-    ("select", "_select_kernel"): 64,
+    ("select_backward", "_query_kernel"): 8,
+    ("threshold", "_select_kernel"): 64,
 }
 
 # A product that tensor cores and asynchronous copies serve, one that asks for too much shared memory, and a kernel

@@ -29,7 +29,7 @@ Part = tuple[slice, ...]
 
 FLASH, PAIRS = "SDPA, FlashAttention", "the scores of all pairs"
 GEMM = "1/8 of a GEMM of 8192"  # 2 * 8192^3 / 8 = 2 * (4 * 16) * 4096^2 * 64: as many operations as the search has
-BINS = "nearfold, NEARFOLD_SELECT=bins"  # beside the default, for the measurement to say which it should be
+THRESHOLD = "nearfold, NEARFOLD_SELECT=threshold"  # beside the default, for the measurement to say which it should be
 CONV, FLEX, NATTEN = "nn.Conv2d 3x3", "FlexAttention", "NATTEN na2d"
 
 
@@ -77,10 +77,10 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value)
 
 
-def _in_bins(forward: Forward) -> Forward:
+def _by_threshold(forward: Forward) -> Forward:
     def found(*inputs: Tensor) -> Tensor:
         before = os.environ.get("NEARFOLD_SELECT", "")
-        os.environ["NEARFOLD_SELECT"] = "bins"
+        os.environ["NEARFOLD_SELECT"] = "threshold"
         try:
             return forward(*inputs)
         finally:
@@ -97,7 +97,7 @@ def _heads(shape: Shape, most: int) -> list[Part]:
 
 
 def knn(
-    device: torch.device, dtype: torch.dtype, shape: Shape, k: int, naive: bool, most: int, bins: bool = False
+    device: torch.device, dtype: torch.dtype, shape: Shape, k: int, naive: bool, most: int, threshold: bool = False
 ) -> Checked:
     """k-NN attention on query, key and value (B, H, N, d)."""
     inputs = tuple(torch.randn(3, *shape, device=device).to(dtype).unbind())
@@ -108,12 +108,12 @@ def knn(
     found = {FLASH: Peer(_flash, same=False), "SDPA": Peer(F.scaled_dot_product_attention, same=False)}
     if naive:
         found["naive"] = Peer(lambda *qkv: peers.naive_knn_attention(*qkv, k))
-    if bins:
-        found[BINS] = Peer(_in_bins(ours))
+    if threshold:
+        found[THRESHOLD] = Peer(_by_threshold(ours))
     case = Case(inputs, ours, found)
     scores = shape[0] * shape[1] * shape[2] ** 2 * dtype.itemsize / 2**20
     reference = lambda *qkv: peers.naive_knn_attention(*qkv, k)  # noqa: E731
-    also = (BINS,) if bins else ()
+    also = (THRESHOLD,) if threshold else ()
     return Checked(case, reference, _heads(shape, most), -1, searched=True, held={PAIRS: scores}, also=also)
 
 
@@ -135,11 +135,14 @@ def search(device: torch.device, dtype: torch.dtype, shape: Shape, k: int, gemm:
         ]
         return torch.stack(found).view(index.shape)
 
-    found = {GEMM: Peer(lambda *_: a @ b, same=False, backward=False), BINS: Peer(_in_bins(ours), backward=False)}
+    found = {
+        GEMM: Peer(lambda *_: a @ b, same=False, backward=False),
+        THRESHOLD: Peer(_by_threshold(ours), backward=False),
+    }
     case = Case(inputs, ours, found, backward=False)
     reference = lambda q, x: (q @ x.mT).topk(k).values  # noqa: E731
     share = {GEMM: 1 / 8}
-    return Checked(case, reference, _heads(shape, 8), -1, searched=False, part=scores, share=share, also=(BINS,))
+    return Checked(case, reference, _heads(shape, 8), -1, searched=False, part=scores, share=share, also=(THRESHOLD,))
 
 
 def _layer(
@@ -237,14 +240,14 @@ CASES: dict[str, Spec] = {
     "knn": Spec(
         "k-NN attention",
         knn,
-        {"shape": TOKENS, "k": 9, "naive": True, "most": 64, "bins": True},
-        {"shape": TINY_TOKENS, "k": 9, "naive": True, "most": 4, "bins": True},
+        {"shape": TOKENS, "k": 9, "naive": True, "most": 64, "threshold": True},
+        {"shape": TINY_TOKENS, "k": 9, "naive": True, "most": 4, "threshold": True},
     ),
     "knn_16384": Spec(
         "k-NN attention",
         knn,
-        {"shape": LONG, "k": 9, "naive": False, "most": 6, "bins": True},
-        {"shape": (1, 2, 150, 16), "k": 9, "naive": False, "most": 2, "bins": True},
+        {"shape": LONG, "k": 9, "naive": False, "most": 6, "threshold": True},
+        {"shape": (1, 2, 150, 16), "k": 9, "naive": False, "most": 2, "threshold": True},
     ),
     "knn_k36": Spec(
         "k-NN attention",
@@ -281,8 +284,8 @@ CASES |= {
     name: Spec(
         "k-NN attention",
         knn,
-        {"shape": (1, 16, N, 64), "k": 9, "naive": False, "most": 2, "bins": True},
-        {"shape": (1, 2, N // 512 + 20, 16), "k": 9, "naive": False, "most": 2, "bins": True},
+        {"shape": (1, 16, N, 64), "k": 9, "naive": False, "most": 2, "threshold": True},
+        {"shape": (1, 2, N // 512 + 20, 16), "k": 9, "naive": False, "most": 2, "threshold": True},
     )
     for name, N in CURVE.items()
 }

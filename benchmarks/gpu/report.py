@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.case import OURS
-from benchmarks.gpu.cases import BINS, CASES, CURVE, FLASH, TARGETS, title
+from benchmarks.gpu.cases import CASES, CURVE, FLASH, TARGETS, THRESHOLD, title
 from benchmarks.targets import WORDS, Target, verdict
 
 NO_MEMORY = "out of memory"
@@ -42,7 +42,7 @@ def _only_ours(target: Target, cases: dict[str, Any]) -> bool:
     return field in rows.get(OURS, {}) and rows.get(target.peer, {}).get("absent") == NO_MEMORY
 
 
-CURVE_HEAD = ("N", "what", "nearfold", BINS, FLASH)
+CURVE_HEAD = ("N", "what", "nearfold", THRESHOLD, FLASH)
 
 
 def curve_lines(cases: dict[str, Any]) -> list[list[str]]:
@@ -51,7 +51,7 @@ def curve_lines(cases: dict[str, Any]) -> list[list[str]]:
     for name, N in CURVE.items():
         rows = {row["who"]: row for row in cases.get(name, {}).get("rows", [])}
         for what, key in (("forward", "forward_ms"), ("both", "both_ms"), ("memory", "peak_mib")):
-            numbers = [rows.get(who, {}).get(key) for who in (OURS, BINS, FLASH)]
+            numbers = [rows.get(who, {}).get(key) for who in (OURS, THRESHOLD, FLASH)]
             if any(numbers):
                 unit = "MiB" if what == "memory" else "ms"
                 found.append([str(N), f"{WORDS[what]}, {unit}", *("" if n is None else f"{n:.2f}" for n in numbers)])

@@ -2,7 +2,7 @@
 
 ``NEARFOLD_ENGINE=off`` chooses the PyTorch path. Sums that several programs add to are made in a fixed order;
 ``NEARFOLD_ATOMICS=1`` allows faster ones whose rounding differs from run to run. ``NEARFOLD_SELECT`` chooses how the k
-best are found: ``threshold`` (the default) or ``bins``, where that one serves; the results are the same.
+best are found: ``two_pass`` (the default), where that one serves, or ``threshold``; the keys are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nearfold.kernels.engine import OFF
 
-SEARCHES = ("threshold", "bins")
+SEARCHES = ("two_pass", "threshold")
 
 _interpreted = 0  # how many `interpreted()` are open
 
@@ -67,7 +67,7 @@ def search() -> str:
     """How the k best are to be found, one of ``SEARCHES``; ValueError where NEARFOLD_SELECT names another.
 
     >>> search()
-    'threshold'
+    'two_pass'
     """
     wanted = os.environ.get("NEARFOLD_SELECT") or SEARCHES[0]
     if wanted not in SEARCHES:

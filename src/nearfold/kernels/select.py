@@ -128,11 +128,8 @@ def _exact(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
     slots = (*query.shape[:3], k)
     kernels = cuda.kernels("select", query, key)
     if kernels is not None and query.numel() * key.numel() and not kernels.refusal(query, key, search):
-        if cuda.search() == "bins" and not kernels.refusal_binned(query, key, k, metric):
-            score, index, _ = kernels.select_binned(query, key, search)
-        else:
-            score, index = kernels.select(query, key, search)
-        return score, index
+        found: tuple[Tensor, Tensor] = kernels.select(query, key, search)
+        return found
     query, key = wide(query), wide(key)
     if not _served(query, key, search):
         with torch.autocast(query.device.type, enabled=False):

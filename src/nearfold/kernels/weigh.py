@@ -1,6 +1,7 @@
 """`nearfold::slot_softmax`: scores of the chosen slots -> weights, zero where a slot reads nothing.
 
-One operator, two implementations: one pass of the compiled engine on the CPU, and PyTorch everywhere else.
+One operator, three implementations: one pass of the compiled engine on the CPU, one of a Triton kernel on CUDA devices,
+and PyTorch everywhere else.
 
 Shape legend: any leading axes, k slots last.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nearfold.kernels import engine, second
+from nearfold.kernels import cuda, engine, second
 from nearfold.kernels.names import LOST, require_tensors
 from nearfold.kernels.operator import operator
 
@@ -27,6 +28,10 @@ def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
     require_tensors(score=score, index=index)
     if score.shape != index.shape or index.dtype != torch.long or score.dim() < 1:
         raise ValueError(f"index must be {tuple(score.shape)} int64 as score, got {tuple(index.shape)} {index.dtype}")
+    kernels = cuda.kernels("softmax", score, index)
+    if kernels is not None and score.numel() and not kernels.refusal(score):
+        made: Tensor = kernels.slot_softmax(score, index, scale)
+        return made
     if score.numel() and engine.serves(score) and index.device == score.device:
         alpha = torch.empty_like(score, memory_format=torch.contiguous_format)
         k = score.shape[-1]
@@ -53,6 +58,10 @@ def slot_softmax_backward(grad: Tensor, alpha: Tensor, scale: float) -> Tensor:
         raise ValueError(
             f"grad must be {tuple(alpha.shape)} {alpha.dtype} as alpha, got {tuple(grad.shape)} {grad.dtype}"
         )
+    kernels = cuda.kernels("softmax", grad, alpha)
+    if kernels is not None and grad.numel() and not kernels.refusal(alpha):
+        made: Tensor = kernels.slot_softmax_backward(grad, alpha, scale)
+        return made
     if grad.numel() and engine.serves(grad, alpha):
         d_score, k = torch.empty_like(alpha), alpha.shape[-1]
         rows = grad.contiguous().view(-1, k), alpha.view(-1, k)

@@ -3,7 +3,7 @@
 Three forms: without a kernel, and with one input channel to a group (depthwise), rows are scaled and added; any other
 kernel is an implicit GEMM, whose left operand is gathered tile by tile.
 
-The backward scatters into d_value. By default it turns the index around instead (a stable sort): every row of value
+The backward scatters into d_value. By default it turns the index around instead (`by_key`): every row of value
 adds up its readers in one fixed order, so that equal inputs have equal bits. For a dense kernel it adds up a slot's
 gradients first and multiplies by that slot's kernel afterwards, hence also there nothing grows with M * S * C.
 
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nearfold.kernels.aggregate_torch import out_channels
+from nearfold.kernels.triton.by_key import by_key
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -755,22 +756,12 @@ def aggregate(
 
 
 def _readers(index: Tensor, N: int, slots: int) -> tuple[Tensor, Tensor]:
-    """The index turned around: (order, start), where order[start[q] : start[q + 1]] are the entries that read row q.
-
-    Rows are numbered (b, h, s, n), s being one of ``slots`` blocks of entries; entries by their offset in a contiguous
-    index, ascending within a row. Those that read nothing come last. No host synchronisation.
-    """
-    B, _, SE, H = index.shape
-    rows = B * H * slots * N
-    narrow = max(index.numel(), rows + 1) < LIMIT
-    kind = torch.int32 if narrow else torch.int64
-    cell = torch.arange(B * H, device=index.device, dtype=kind).view(B, 1, 1, H) * slots
-    cell = cell + (torch.arange(SE, device=index.device, dtype=kind) // (SE // slots))[:, None]
-    valid = (index >= 0) & (index < N)
-    key = torch.where(valid, index, 0).to(kind).add_(cell * N).masked_fill_(~valid, rows)
-    key, order = torch.sort(key.reshape(-1), stable=True)
-    start = torch.searchsorted(key, torch.arange(rows + 1, device=index.device, dtype=kind), out_int32=narrow)
-    return order.to(kind), start
+    """`by_key`; of the right kind and nothing else where launches are only recorded."""
+    if _recorded is None:
+        return by_key(index, N, slots)
+    kind = torch.int32 if index.numel() < LIMIT else torch.long
+    rows = index.shape[0] * index.shape[3] * slots * N
+    return index.new_empty(index.numel(), dtype=kind), index.new_empty(rows + 1)
 
 
 def _splits(rows: int, tiles: int, block: int, programs: int) -> tuple[int, int]:

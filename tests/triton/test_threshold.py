@@ -1,15 +1,16 @@
-"""The Triton search for the k best keys against the PyTorch path, and its gradients against autograd."""
+"""The search by threshold, which serves any search, against the PyTorch path."""
 
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
 
 from nearfold.kernels import select_torch
 from nearfold.kernels.search import Search
-from nearfold.kernels.triton import select as kernels
+from nearfold.kernels.triton import threshold as kernels
 
 INF = float("inf")
 ANY = [0, -1, 1]
@@ -258,155 +259,12 @@ def test_what_is_not_served_says_why():
         kernels.select(x, x, nearest._replace(metric="gram"))
 
 
-BINS = {"block_m": 16, "classes": 16, "exact_block_m": 16, "exact_block_n": 16}
-
-
-def check_binned(query, key, k, metric, *rest):
-    """The same as the exact search, to the bit; returns how many queries needed it."""
-    score, index, searched_again = kernels.select_binned(query, key, Search(k, metric, False, *rest), **BINS)
-    expected = kernels.select(query, key, Search(k, metric, False, *rest), **BLOCKS)
-    assert torch.equal(index, expected[1])
-    assert torch.equal(score.nan_to_num(7.0), expected[0].nan_to_num(7.0))
-    assert searched_again.shape == (query.shape[0] * query.shape[1],)
-    return searched_again
-
-
-@pytest.mark.parametrize("k", [1, 4])
-def test_bins(k):
-    query, key = torch.randn(1, 2, 37, 3), torch.randn(1, 2, 150, 3)
-    again = check_binned(query, key, k, "dot", *where(37, 150), ANY, False, 0.0)
-    assert (again < 20).all()
-
-
-@pytest.mark.parametrize("rule", [ANY, [1, -1, 1], [0, 4, 2]])
-def test_bins_with_ties(rule):
-    x = small_integers(2, 1, 70, 3)
-    grid = [7, 10]
-    query_index = torch.arange(0, 70, 3)
-    rest = (query_index, torch.arange(70), grid, rule, True, -INF)
-    again = check_binned(x[:, :, ::3], x, 3, "dot", *rest)
-    assert (again > 0).any() == (rule != [0, 4, 2])  # which leaves too few keys for three in a class
-    check_exact(x[:, :, ::3], x, 3, "dot", False, *rest)
-
-
-@pytest.mark.parametrize("kept", [2, 3])
-def test_bins_notice_that_they_left_one_out(kept):
-    key = torch.rand(1, 1, 80, 1)
-    tiles = torch.tensor([0, 2, 4])[:kept]
-    key[0, 0, tiles * 16 + (5 + 45 * tiles) % 16, 0] = torch.tensor([3.0, 5.0, 4.0])[:kept]  # all of one class
-    again = check_binned(torch.ones(1, 1, 19, 1), key, 3, "dot", *where(19, 80), ANY, False, 0.0)
-    assert again.tolist() == [19 if kept == 3 else 0]
-
-
-def test_bins_with_nan_infinity_and_few_keys():
-    query, key = small_integers(1, 2, 18, 3), small_integers(1, 2, 35, 3)
-    query[0, 0, 4, 1] = key[0, 0, 3, 0] = key[0, 1, 34, 2] = math.nan
-    query[0, 0, 5, 0], key[0, 0, 20, 1], key[0, 1, 7, 0] = INF, INF, -INF
-    check_binned(query, key, 9, "dot", *where(18, 35), ANY, False, 0.0)
-    check_binned(query[:, :, :5], key[:, :, :6], 9, "cosine", *where(5, 6), ANY, True, 0.5)
-
-
-def test_when_bins_are_of_use():
-    x = torch.ones(1, 1, 2048, 2, dtype=torch.bfloat16)
-    assert kernels.refusal_binned(x, x, 9, "dot") == ""
-    assert "euclidean" in kernels.refusal_binned(x, x, 9, "euclidean")
-    assert "float32" in kernels.refusal_binned(x.float(), x.float(), 9, "dot")
-    assert "40" in kernels.refusal_binned(x, x, 40, "cosine")
-    assert "100" in kernels.refusal_binned(x, x[:, :, :100], 9, "dot")
-    with pytest.raises(NotImplementedError, match="euclidean"):
-        kernels.select_binned(x, x, Search(3, "euclidean", False, *where(2048, 2048), ANY, False, 0.0))
-
-
-def dense_gradients(grad, query, key, index, metric, squared):
-    """By autograd of the chosen scores among all of them, in float64."""
-    q, k = (x.detach().double().requires_grad_() for x in (query, key))
-    if metric == "euclidean":
-        apart = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
-        chosen = apart.gather(-1, index.clamp(min=0))
-        # a root has no gradient at zero, and there it is taken to be zero
-        score = -chosen if squared else -torch.where(chosen > 0, torch.where(chosen > 0, chosen, 1).sqrt(), 0)
-    else:
-        score = (q @ k.mT).gather(-1, index.clamp(min=0))
-    (score * grad.double() * (index >= 0)).sum().backward()
-    return q.grad, k.grad
-
-
-METRICS = [("dot", False), ("cosine", False), ("euclidean", False), ("euclidean", True)]
-
-
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize(("metric", "squared"), METRICS)
-def test_gradients(metric, squared, deterministic):
-    query = torch.randn(2, 18, 2, 5).transpose(1, 2)
-    key = torch.randn(2, 2, 23, 5)
-    index = torch.rand(2, 2, 18, 23).argsort(-1)[..., :7]
-    index[0, 0, 3, 4:], index[1, 1, 17] = -1, -2
-    index[0, 1, :, 0] = 11  # a key that all have chosen
-    key[0, 1, 11] = query[0, 1, 2]  # one of them at distance zero
-    key[1, 0, 5] = query[1, 0, 6] = 0.25
-    grad = torch.randn(2, 2, 18, 7)
-    found = kernels.select_backward(grad, query, key, index, metric, squared, deterministic=deterministic, block_m=16)
-    for mine, true, like in zip(
-        found, dense_gradients(grad, query, key, index, metric, squared), (query, key), strict=True
-    ):
-        assert mine.dtype == torch.float32
-        assert mine.shape == like.shape
-        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("metric", "squared"), METRICS[1:])
-def test_gradients_of_more_features_than_are_held_at_once(metric, squared, monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_FEATURES", 16)
-    query, key = torch.randn(1, 2, 6, 40), torch.randn(1, 2, 9, 40)
-    index, grad = torch.rand(1, 2, 6, 9).argsort(-1)[..., :4], torch.randn(1, 2, 6, 4)
-    true = dense_gradients(grad, query, key, index, metric, squared)
-    for deterministic in (True, False):
-        found = kernels.select_backward(grad, query, key, index, metric, squared, deterministic=deterministic)
-        for mine, expected in zip(found, true, strict=True):
-            torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("metric", "squared"), [("dot", False), ("euclidean", False)])
-def test_gradients_of_sixteen_bits(metric, squared, dtype):
-    query, key = torch.randn(1, 2, 17, 5).to(dtype), torch.randn(1, 2, 9, 5).to(dtype)
-    index, grad = torch.rand(1, 2, 17, 9).argsort(-1)[..., :4], torch.randn(1, 2, 17, 4)
-    found = kernels.select_backward(grad, query, key, index, metric, squared)
-    for mine, expected in zip(found, dense_gradients(grad, query, key, index, metric, squared), strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-@pytest.mark.parametrize("metric", ["dot", "euclidean"])
-def test_what_nobody_chose_does_not_reach_the_gradients(metric):
-    query, key = torch.randn(1, 1, 4, 3), torch.randn(1, 1, 5, 3)
-    query[0, 0, 2] = math.nan
-    key[0, 0, 0] = math.nan
-    rest = (*where(4, 5), ANY, False, 0.0)
-    _, index = kernels.select(query, key, Search(6, metric, False, *rest), **BLOCKS)
-    assert (index[0, 0, 2] == -2).all()
-    d_query, d_key = kernels.select_backward(torch.ones(1, 1, 4, 6), query, key, index, metric, False)
-    assert d_query.isfinite().all()
-    assert d_key.isfinite().all()
-    assert (d_query[0, 0, 2] == 0).all()
-    assert (d_key[0, 0, 0] == 0).all()
-
-
-def test_gradients_are_deterministic():
-    query, key, grad = torch.randn(1, 2, 40, 5), torch.randn(1, 2, 7, 5), torch.randn(1, 2, 40, 3)
-    index = torch.randint(0, 7, (1, 2, 40, 3))
-    runs = [kernels.select_backward(grad, query, key, index, "euclidean", False) for _ in range(2)]
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
-
-
-def test_gradients_without_queries_or_keys():
-    for M, R in ((0, 3), (3, 0)):
-        grad, index = torch.ones(1, 1, M, 2), torch.full((1, 1, M, 2), -1)
-        d_query, d_key = kernels.select_backward(
-            grad, torch.ones(1, 1, M, 4), torch.ones(1, 1, R, 4), index, "dot", False
-        )
-        assert d_query.shape == (1, 1, M, 4)
-        assert d_key.shape == (1, 1, R, 4)
-        assert (d_query == 0).all()
-        assert (d_key == 0).all()
+def test_offsets_beyond_32_bits():
+    """Three features, half of what 32 bits count apart, in memory that is only claimed; a wrapped offset is in it."""
+    apart, only_claim = 2**30 + 16, getattr(mmap, "MAP_NORESERVE", 0x4000)
+    size = 2 * (2 * 2**31 + 2**20)
+    claimed = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | only_claim)
+    held = torch.frombuffer(claimed, dtype=torch.bfloat16)
+    x = held[2**31 :].as_strided((1, 1, 40, 3), (1, 1, 1, apart))
+    x.copy_(small_integers(1, 1, 40, 3))
+    check_exact(x[:, :, :19], x, 6, "euclidean", True, *where(19, 40), ANY, False, 0.0)
