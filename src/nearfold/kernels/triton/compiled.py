@@ -4,8 +4,8 @@ Registers, shared memory and stack are read from the machine code, so they are w
 a kernel stands in its module's list VARIANTS, as a function without arguments that returns a dict with `fn`,
 `signature` (argument to Triton type), `constexprs`, `num_warps` and `num_stages`; arguments that 1 is passed for stand
 in `constexprs`. A launch compiles anew for integers that are multiples of 16, as strides mostly are: those are written
-"i32:16", or stand in `attrs` as Triton has it. With --odd they count as any other, which takes more registers, for
-elements are then read one by one.
+"i32:16", or stand in `attrs` as Triton has it; pointers are multiples of 16 unless written "*bf16:1". With --odd
+integers count as any other, which takes more registers, for elements are then read one by one.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> di
     if missing:
         raise ValueError(f"{fn.__name__}: signature lacks {', '.join(missing)}")
     marked = {i for i, t in enumerate(types.values()) if t.endswith(":16")} | {i for (i,) in variant.get("attrs", ())}
-    even = [i for i, t in enumerate(types.values()) if t.startswith("*") or (i in marked and not odd)]
-    plain = {a: t.removesuffix(":16") for a, t in types.items()}
+    pointers = {i for i, t in enumerate(types.values()) if t.startswith("*") and not t.endswith(":1")}
+    even = sorted(pointers if odd else pointers | marked)
+    plain = {a: t.partition(":")[0] for a, t in types.items()}
     source = ASTSource(fn, plain, dict(constexprs), {(i,): ALIGNED for i in even})
     start = time.perf_counter()
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
@@ -158,7 +159,7 @@ def _described(module: ModuleType, variant: dict[str, Any], arch: int) -> dict[s
 
 
 def _options(variant: dict[str, Any]) -> dict[str, int]:
-    return {name: variant[name] for name in ("num_warps", "num_stages") if name in variant}
+    return {n: v for n, v in variant.items() if n not in ("fn", "signature", "constexprs", "attrs")}
 
 
 def main(argv: list[str] | None = None) -> int:
