@@ -11,27 +11,25 @@ integers count as any other, which takes more registers, for elements are then r
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import math
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nearfold.kernels.triton as package
+from nearfold.kernels.triton import sass
 
 ALIGNED = [["tt.divisibility", 16]]
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # the tensor cores', best first
-NUMBERS = ("registers", "shared", "stack", "tensor_cores", "seconds")
+TRAFFIC = ("ptx_loads", "sass_loads", "ptx_stores", "sass_stores")
+NUMBERS = ("registers", "shared", "stack", "tensor_cores", *TRAFFIC, "seconds")
 FIELDS = ("module", "kernel", "arch", *NUMBERS, "types", "constexprs", "error")
 
 
@@ -82,11 +80,25 @@ def _size(variant: dict[str, Any]) -> tuple[int, int]:
 
 
 def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> dict[str, Any]:
-    """Registers and stack of a thread, shared memory of a block (bytes), for sm_ARCH.
+    """Registers and stack of a thread, shared memory of a block (bytes), loads and stores, for sm_ARCH.
 
     The stack holds what did not fit into registers: bytes that were spilled. With ``odd``, integers are
     multiples of nothing.
     """
+    start = time.perf_counter()
+    done = built(variant, arch, odd)
+    code = sass.instructions(sass.dump(done.asm["cubin"], "-sass"))
+    return {
+        **resources(done.asm["cubin"]),
+        "shared": done.metadata.shared,  # dynamic: the machine code does not tell
+        "tensor_cores": next((name for name, word in INSTRUCTIONS.items() if word in done.asm["ptx"]), "none"),
+        **sass.traffic(done.asm["ptx"], code),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def built(variant: dict[str, Any], arch: int, odd: bool = False) -> Any:
+    """The compiled kernel, with its stages in ``asm``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -101,33 +113,12 @@ def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> di
     even = sorted(pointers if odd else pointers | marked)
     plain = {a: t.partition(":")[0] for a, t in types.items()}
     source = ASTSource(fn, plain, dict(constexprs), {(i,): ALIGNED for i in even})
-    start = time.perf_counter()
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
-    code = done.asm["ptx"]
-    return {
-        **_resources(done.asm["cubin"]),
-        "shared": done.metadata.shared,  # dynamic: the machine code does not tell
-        "tensor_cores": next((name for name, word in INSTRUCTIONS.items() if word in code), "none"),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
 
 
-@functools.cache
-def _tool() -> str:
-    """Triton's wheel brings it; where another build does not, CUDA's."""
-    import triton
-
-    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(found) if found.exists() else "cuobjdump"
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_tool(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a thread."""
+    text = sass.dump(cubin, "--dump-resource-usage")
     numbers = {name: [int(n) for n in re.findall(rf"\b{name}:(\d+)", text)] for name in ("REG", "STACK")}
     if not all(numbers.values()):
         raise RuntimeError(f"cuobjdump --dump-resource-usage told no registers or no stack:\n{text}")
