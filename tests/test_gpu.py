@@ -3,22 +3,28 @@
 And inside torch's own machinery (tests/test_torch_stack.py, on CUDA) and CUDA graphs they give what they give alone.
 
 Nothing beyond torch, NumPy and pytest is imported, so that this runs on a bare machine: `python -m pytest -m gpu`.
+Every operator's first call is made in a process of its own: an illegal access there fails one test, and not all after.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import test_torch_stack as stack
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, contact, steps
 from benchmarks.gpu.gate import TOLERANCE, judge
 from nearfold.kernels.select import select
 from nearfold.nn import ConvNN2d, knn_attention
 from nearfold.testing import BUDGET, CASES, conform
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +51,17 @@ SIZES = {
 def _float32_is_float32(monkeypatch):
     """cuDNN rounds float32 to TF32 unless told otherwise."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.inductor) if n == contact.COMPILED else n for n in contact.CONTACTS]
+)
+def test_first_call(name, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu.contact", name]
+    here = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    log = tmp_path / "log"
+    (outcome,) = steps.run([steps.Step(name, command, 120, here)], time.monotonic() + 120, log)
+    assert outcome.good, log.read_text()[-4000:]
 
 
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
@@ -95,6 +112,7 @@ def _search(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 # torch's own machinery
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", stack.LAYERS)
 def test_one_compiled_graph_serves_every_size(name):
     stack.check_one_graph(name, "cuda", "inductor", tolerance=1e-4)
