@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 import torch
 
@@ -11,8 +14,8 @@ import triton
 import triton.language as tl
 
 from nearfold.kernels import cuda
-from nearfold.kernels.triton import launches
-from nearfold.nn import Mixer
+from nearfold.kernels.triton import compiled, launches, sass
+from nearfold.nn import ACmix2d, Mixer
 from nearfold.nn.functional import knn_attention
 
 
@@ -86,3 +89,50 @@ def test_outside_it_nothing_is_asked_for_or_patched():
         assert cuda.kernels("select", torch.empty(1, device="meta")) is not None
     assert cuda.kernels("select", torch.empty(1, device="meta")) is None
     assert triton.runtime.jit.KernelInterface.__getitem__ is before
+
+
+# Where an axis of length 1 is mirrored, a coordinate is inside if -|i| > -1, which ptxas 12.8 and 12.9 take for false.
+# Triton 3.6 wrote it so; the second asks for a register that is zero, which any assembler may see through.
+MIRROR = tl.constexpr("abs.s32 $0, $1; neg.s32 $0, $0;")
+NEVER = tl.constexpr("and.b32 $0, $1, 0; add.s32 $0, $0, -1;")
+PLAIN = tl.constexpr("mov.u32 $0, $1;")
+
+
+@triton.jit
+def read_inside(x, out, count, CODE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, count):
+        i = tl.inline_asm_elementwise(CODE, "=r,r", [at + k], dtype=tl.int32, is_pure=True, pack=1)
+        total += tl.load(x + at, mask=i > -1, other=0.0)
+    tl.store(out + at, total)
+
+
+def reads(code: str) -> dict:
+    types = {"x": "*fp32", "out": "*fp32", "count": "i32"}
+    return compiled.compile_variant(
+        {"fn": read_inside, "signature": types, "constexprs": {"CODE": code, "BLOCK": 128}}, 90
+    )
+
+
+def test_loads_that_the_assembler_drops_are_seen():
+    kept, gone = reads(PLAIN.value), reads(NEVER.value)
+    assert "lost" not in kept and kept["ptx_loads"] == 1 <= kept["sass_loads"]
+    assert gone["lost"] == "loses loads: 1 before the assembler, 0 after it"
+
+
+def test_a_mirrored_axis_of_length_one_is_read_by_some_assemblers_only():
+    said = subprocess.run([sass.tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout
+    if not re.search(r"release 12\.[89]\b", said):
+        pytest.skip(f"another ptxas than those known for it: {said.splitlines()[-1]}")
+    assert "loses loads" in reads(MIRROR.value)["lost"]
+
+
+def test_window_attention_at_the_mirrored_border_keeps_its_loads():
+    layer = ACmix2d(64, 64, 7, 3, 4).to("meta", torch.bfloat16)
+    with launches.asked() as found:
+        layer(torch.empty(8, 64, 56, 56, device="meta", dtype=torch.bfloat16)).sum().backward()
+    seen = {launch.name: launch.variant() for launch in found if launch.name.startswith("local_attention")}
+    assert len(seen) == 4 and any(variant["constexprs"].get("MIRROR") for variant in seen.values())
+    for name, variant in seen.items():
+        assert "lost" not in (result := compiled.compile_variant(variant, 90)), f"{name} {result['lost']}"

@@ -1,11 +1,12 @@
 """`python -m nearfold.kernels.triton.compiled`: compiles every kernel for a GPU without one, and tells what each needs.
 
-Registers, shared memory and stack are read from the machine code, so they are what a device would use. A variant of
-a kernel stands in its module's list VARIANTS, as a function without arguments that returns a dict with `fn`,
-`signature` (argument to Triton type), `constexprs`, `num_warps` and `num_stages`; arguments that 1 is passed for stand
-in `constexprs`. A launch compiles anew for integers that are multiples of 16, as strides mostly are: those are written
-"i32:16", or stand in `attrs` as Triton has it; pointers are multiples of 16 unless written "*bf16:1". With --odd
-integers count as any other, which takes more registers, for elements are then read one by one.
+Registers, shared memory and stack are read from the machine code, so they are what a device would use; a variant whose
+loads or stores the assembler has dropped is a fault. A variant of a kernel stands in its module's list VARIANTS, as a
+function without arguments that returns a dict with `fn`, `signature` (argument to Triton type), `constexprs`,
+`num_warps` and `num_stages`; arguments that 1 is passed for stand in `constexprs`. A launch compiles anew for integers
+that are multiples of 16, as strides mostly are: those are written "i32:16", or stand in `attrs` as Triton has it;
+pointers are multiples of 16 unless written "*bf16:1". With --odd integers count as any other, which takes more
+registers, for elements are then read one by one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ALIGNED = [["tt.divisibility", 16]]
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # the tensor cores', best first
 TRAFFIC = ("ptx_loads", "sass_loads", "ptx_stores", "sass_stores")
 NUMBERS = ("registers", "shared", "stack", "tensor_cores", *TRAFFIC, "seconds")
-FIELDS = ("module", "kernel", "arch", *NUMBERS, "types", "constexprs", "error")
+FIELDS = ("module", "kernel", "arch", *NUMBERS, "types", "constexprs", "lost", "error")
 
 
 def modules(names: Iterable[str] = ()) -> list[ModuleType]:
@@ -88,13 +89,29 @@ def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> di
     start = time.perf_counter()
     done = built(variant, arch, odd)
     code = sass.instructions(sass.dump(done.asm["cubin"], "-sass"))
-    return {
+    found = {
         **resources(done.asm["cubin"]),
         "shared": done.metadata.shared,  # dynamic: the machine code does not tell
         "tensor_cores": next((name for name, word in INSTRUCTIONS.items() if word in done.asm["ptx"]), "none"),
         **sass.traffic(done.asm["ptx"], code),
         "seconds": round(time.perf_counter() - start, 2),
     }
+    if gone := lost(found):
+        found["lost"] = gone
+    return found
+
+
+def lost(result: dict[str, Any]) -> str:
+    """What the assembler has dropped of a kernel's loads and stores, in words; empty where all are there.
+
+    It may copy them, as it does where it unrolls a loop, but has no reason to drop one: what is not needed Triton's own
+    compiler leaves out before. Where a condition that guards them is folded away by mistake, they are gone.
+
+    >>> lost({"ptx_loads": 48, "sass_loads": 0, "ptx_stores": 2, "sass_stores": 8})
+    'loses loads: 48 before the assembler, 0 after it'
+    """
+    found = [(what, result[f"ptx_{what}"], result[f"sass_{what}"]) for what in ("loads", "stores")]
+    return "; ".join(f"loses {what}: {m} before the assembler, {n} after it" for what, m, n in found if n < m)
 
 
 def built(variant: dict[str, Any], arch: int, odd: bool = False) -> Any:
@@ -130,7 +147,7 @@ def compile_all(names: Iterable[str], arches: Iterable[int], which: str, odd: bo
     for module in modules(names):
         for variant in chosen([make() for make in module.VARIANTS], which):
             for arch in arches:
-                result = _described(module, variant, arch)
+                result = described(variant, arch)
                 try:
                     result |= compile_variant(variant, arch, odd)
                 except Exception as error:  # Triton's errors and those of its assembler share no class
@@ -138,10 +155,11 @@ def compile_all(names: Iterable[str], arches: Iterable[int], which: str, odd: bo
                 yield result
 
 
-def _described(module: ModuleType, variant: dict[str, Any], arch: int) -> dict[str, Any]:
+def described(variant: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Which variant it is."""
     constants = {k: getattr(v, "__name__", v) for k, v in variant["constexprs"].items()}
     return {
-        "module": module.__name__.rpartition(".")[2],
+        "module": variant["fn"].__module__.rpartition(".")[2],
         "kernel": variant["fn"].__name__,
         "arch": arch,
         "types": ", ".join(_types(variant)),
@@ -171,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: Triton then interprets kernels and compiles none; unset it")
     failed = 0
     for result in compile_all(args.modules, args.arch, args.choose, args.odd):
-        failed += "error" in result
+        failed += "error" in result or "lost" in result
         if args.json:
             print(json.dumps(result), flush=True)
         else:

@@ -991,7 +991,7 @@ def _compiled(
     sized = {a: "i32:16" for a in fn.arg_names if "stride" in a or a in ("M", "R", "e")}
     types = {**sized, **dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(floats, "fp32"), **pointers}
     signature = {name: types.get(name, "i32") for name in fn.arg_names}
-    return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 1}
+    return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 3}
 
 
 def _select_variant(
