@@ -9,7 +9,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 from torch import Tensor
 
@@ -25,12 +25,15 @@ CLOCK = 1.83e9  # what it holds under load; its boost is 1.98
 BYTES, TENSOR = 4.8e12, 989e12  # a second, of memory and of bfloat16 on the tensor cores (half of it in TF32)
 REGISTERS, WARPS, BLOCKS, SHARED = 65536, 64, 32, 228 * 1024
 
+MOST_A_SCORE, WIDE = 8, 8  # the targets for main loops: instructions of a search, bytes a lane of a read
+
 # names of instructions, and how many clocks one of a warp keeps a scheduler's share of its unit
 HALF = (
     *("IADD3", "LOP3", "SHF", "LEA", "PRMT", "SEL", "FSEL", "ISETP", "FSETP", "PLOP3", "FMNMX", "IMNMX"),
     *("VIMNMX", "IABS", "I2F", "F2I", "I2FP", "F2F"),
 )
 CLOCKS = {**dict.fromkeys(HALF, 2), **dict.fromkeys(("MUFU", "POPC", "FLO"), 8), "SHFL": 4}
+LOST = "main loops that read nothing"
 MEMORY = (*sass.READS, *sass.WRITES, "LDS", "STS", "LDSM")
 
 
@@ -47,6 +50,20 @@ class Counted:
     spills: int
     within: int  # instructions of the loops within
     unrolled: int
+
+    @property
+    def misses(self) -> list[str]:
+        """Which of the code's own targets it misses."""
+        found = []
+        if self.main.unit == "score" and self.least > MOST_A_SCORE:
+            found.append(f"{self.least:.1f} instructions a score, more than {MOST_A_SCORE}")
+        if self.main.product and self.ffma:
+            found.append(f"{self.ffma} FFMA in a product that tensor cores could make")
+        if narrow := sum(width < WIDE for width in self.loads):
+            found.append(f"{narrow} of {len(self.loads)} reads below {WIDE} bytes a lane")
+        if self.spills:
+            found.append(f"{self.spills} instructions for what is spilled")
+        return found
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,9 @@ def kernel(launch: Launch) -> Kernel:
     found = _compiled(_Key(launch))
     registers, shared, stack, code, ptx = found
     mains = WORK[launch.name](launch.arguments)
-    chosen = _chosen(launch.name, sass.loops(code), len(mains))
+    chosen = _chosen(sass.loops(code), len(mains))
+    if len(chosen) < len(mains):  # the assembler has lost them: what is left computes something else
+        return Kernel(launch.name, launch, registers, shared, stack, (), {LOST: inf})
     before = sorted(sorted(sass.ptx_loops(ptx), reverse=True)[: len(mains)])
     inside = {id(i) for loop in sass.loops(code) for i in loop.own}
     warps = launch.options["num_warps"]
@@ -166,11 +185,9 @@ def _weight(loop: Loop) -> int:
     return loop.counted((*sass.READS, *sass.TENSOR_CORES))
 
 
-def _chosen(name: str, found: list[Loop], many: int) -> list[Loop]:
-    """The loops that read and multiply most, in the order of the code."""
+def _chosen(found: list[Loop], many: int) -> list[Loop]:
+    """The loops that read and multiply most, in the order of the code; fewer where the code has no more that read."""
     hot = sorted((loop for loop in found if loop.is_hot), key=_weight, reverse=True)[:many]
-    if len(hot) < many:
-        raise ValueError(f"{name}: {many} main loops by benchmarks/gpu/work.py, but the code has {len(hot)} that read")
     return sorted(hot, key=lambda loop: loop.start)
 
 

@@ -23,12 +23,14 @@ class Main:
         trips: how often a program goes round.
         units: how many of what is counted are done in one round.
         within: rounds of the loops within, in one round of it, on average.
+        product: whether it multiplies matrices.
     """
 
     unit: str
     trips: float
     units: float
     within: float = 0.0
+    product: bool = False
 
 
 def insertions(k: int, tiles: int, rows: int) -> float:
@@ -51,9 +53,9 @@ def insertions(k: int, tiles: int, rows: int) -> float:
 def _scores(a: Arguments) -> list[Main]:
     tiles = ceil(a["R"] / a["BN"])
     within = insertions(a["k"], tiles, a["BM"]) / tiles if "KP" in a else 0.0
-    found = [Main("score", tiles, a["BM"] * a["BN"], within)]
+    found = [Main("score", tiles, a["BM"] * a["BN"], within, product=True)]
     if a["CHUNKED"]:
-        found.append(Main("score", tiles * (ceil(a["e"] / a["BE"]) - 1), a["BM"] * a["BN"]))
+        found.append(Main("score", tiles * (ceil(a["e"] / a["BE"]) - 1), a["BM"] * a["BN"], product=True))
     return found
 
 
@@ -77,7 +79,7 @@ def _readers(a: Arguments) -> list[Main]:
 
 def _dense(a: Arguments) -> list[Main]:
     steps = a["c"] // a["L"] * ceil(a["L"] / a["BLOCK_C"])
-    return [Main("entry", a["S"] * steps, a["BLOCK_M"] / steps)]
+    return [Main("entry", a["S"] * steps, a["BLOCK_M"] / steps, product=True)]
 
 
 def _dense_readers(a: Arguments) -> list[Main]:
@@ -85,13 +87,13 @@ def _dense_readers(a: Arguments) -> list[Main]:
     each = a["E"] * outputs / a["N"]
     return [
         Main("slot", a["S"], a["BLOCK_N"]),
-        Main("slot", a["S"] * blocks, a["BLOCK_N"]),
+        Main("slot", a["S"] * blocks, a["BLOCK_N"], product=True),
         Main("entry", a["S"] * blocks * each / a["BLOCK_J"], a["BLOCK_N"] * a["BLOCK_J"]),
     ]
 
 
 def _span(a: Arguments) -> list[Main]:
-    return [Main("entry", a["span"] / a["BLOCK_M"], a["BLOCK_M"])]
+    return [Main("entry", a["span"] / a["BLOCK_M"], a["BLOCK_M"], product=True)]
 
 
 def _window(times: int, letter: str = "s") -> Callable[[Arguments], list[Main]]:
@@ -105,7 +107,7 @@ def _fold(a: Arguments) -> list[Main]:
 def _convolution(a: Arguments) -> list[Main]:
     slots = a["KZ"] * a["KY"] * a["KX"]  # mirror images beyond every window are left out
     parts = ceil(a["R"] / a["BLOCK_R"]) if a["DOT"] else a["R"]
-    return [Main("entry", slots * parts, a["BLOCK_M"] / parts)]
+    return [Main("entry", slots * parts, a["BLOCK_M"] / parts, product=True)]
 
 
 WORK: dict[str, Callable[[Arguments], list[Main]]] = {
