@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks.gpu import contact, first, run, steps
 from benchmarks.gpu.steps import Step
+
+ROOT = Path(__file__).parents[1]
 
 HANGS = (
     "import time, sys, subprocess; print('so far', flush=True); subprocess.Popen(['sleep', '617.25']); time.sleep(600)"
@@ -141,13 +145,40 @@ def test_a_first_call_whose_kernels_do_not_run_or_whose_numbers_are_not_finite_i
     assert not good and "NOT FINITE" in said
 
 
+class Item:
+    """As pytest collects it."""
+
+    def __init__(self, name: str, *markers: str) -> None:
+        self.name, self.markers = name, markers
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name in self.markers else None
+
+
+def shared(pytestconfig: pytest.Config, share: str) -> list[str]:
+    ours = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    config = mock.Mock()
+    config.getoption.return_value = share
+    items = [Item("a"), Item("b", "inductor"), Item("c"), Item("d", "slow"), Item("e"), Item("f", "inductor")]
+    ours.pytest_collection_modifyitems(config, items)
+    return [item.name for item in items]
+
+
+def test_shares_hold_every_test_once_and_what_inductor_compiles_last(pytestconfig):
+    assert shared(pytestconfig, "1/1") == ["d", "a", "c", "e", "b", "f"]
+    assert [shared(pytestconfig, f"{i}/4") for i in range(1, 5)] == [["d", "b"], ["a", "f"], ["c"], ["e"]]
+    for wrong in ("0/4", "5/4", "4", "1/x", "/"):
+        with pytest.raises(pytest.UsageError, match="the second of five"):
+            shared(pytestconfig, wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["smoke", "table"])
 def test_a_part_runs_from_the_command_line(part, tmp_path):
     only = ["--only", "select", "scan"] if part == "smoke" else ["--only", "select"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.first", "--device", "cpu", "--out", tmp_path, "--part", part, *only],
-        cwd=contact.__file__.rpartition("/benchmarks/")[0],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
