@@ -9,6 +9,7 @@ Every operator's first call is made in a process of its own: an illegal access t
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from benchmarks.gpu import cases, contact, steps
 from benchmarks.gpu.gate import TOLERANCE, judge
+from benchmarks.gpu.run import launched
+from nearfold.kernels import cuda
+from nearfold.kernels import triton as triton_kernels
 from nearfold.kernels.select import select
 from nearfold.nn import ConvNN2d, knn_attention
 from nearfold.testing import BUDGET, CASES, conform
@@ -64,6 +68,12 @@ def test_first_call(name, tmp_path):
     assert outcome.good, log.read_text()[-4000:]
 
 
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(triton_kernels.__path__)))
+def test_the_kernels_load(name):
+    """Where they do not, PyTorch's path passes the tests below."""
+    assert cuda.kernels(name, torch.zeros(1, device="cuda")) is not None
+
+
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_on_cuda(name, dtype):
@@ -75,7 +85,9 @@ def test_on_cuda(name, dtype):
 def test_sizes_of_many_tiles(name, dtype):
     build, arguments = SIZES[name]
     torch.manual_seed(0)
-    verdict = judge(build(torch.device("cuda"), dtype, **arguments))
+    with launched() as kernels:
+        verdict = judge(build(torch.device("cuda"), dtype, **arguments))
+    assert kernels, "PyTorch's path is right, too, and is not what this is about"
     assert verdict.right, f"{verdict.where} differs by {verdict.difference:.1e}"
     assert verdict.repeats, "a second run gives other bits"
 

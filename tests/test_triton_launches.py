@@ -15,7 +15,7 @@ import triton.language as tl
 
 from nearfold.kernels import cuda
 from nearfold.kernels.triton import compiled, launches, sass
-from nearfold.nn import ACmix2d, Mixer
+from nearfold.nn import Mixer
 from nearfold.nn.functional import knn_attention
 
 
@@ -126,13 +126,3 @@ def test_a_mirrored_axis_of_length_one_is_read_by_some_assemblers_only():
     if not re.search(r"release 12\.[89]\b", said):
         pytest.skip(f"another ptxas than those known for it: {said.splitlines()[-1]}")
     assert "loses loads" in reads(MIRROR.value)["lost"]
-
-
-def test_window_attention_at_the_mirrored_border_keeps_its_loads():
-    layer = ACmix2d(64, 64, 7, 3, 4).to("meta", torch.bfloat16)
-    with launches.asked() as found:
-        layer(torch.empty(8, 64, 56, 56, device="meta", dtype=torch.bfloat16)).sum().backward()
-    seen = {launch.name: launch.variant() for launch in found if launch.name.startswith("local_attention")}
-    assert len(seen) == 4 and any(variant["constexprs"].get("MIRROR") for variant in seen.values())
-    for name, variant in seen.items():
-        assert "lost" not in (result := compiled.compile_variant(variant, 90)), f"{name} {result['lost']}"
