@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,8 @@ def test_a_step_that_hangs_and_one_that_dies_cost_themselves_alone(tmp_path, cap
         python("deaf", DEAF, 2),
         python("fails", "import sys; print('a fault'); sys.exit(3)"),
         Step("absent", ["no-such-program"], 60),
+        replace(python("idle", "print('3 skipped')"), says=first.PASSED),
+        replace(python("busy", "print('2 passed, 1 skipped'); print('no errors')"), says=first.PASSED),
         python("last", "print('done')"),
     ]
     start = time.monotonic()
@@ -51,6 +54,8 @@ def test_a_step_that_hangs_and_one_that_dies_cost_themselves_alone(tmp_path, cap
         "| smoke | deaf | STOPPED |",
         "| smoke | fails | FAILED (3) |",
         "| smoke | absent | FAILED (127) |",
+        "| smoke | idle | FAILED (1) |",
+        "| smoke | busy | good |",
         "| smoke | last | good |",
     ):
         assert line in table
@@ -59,6 +64,15 @@ def test_a_step_that_hangs_and_one_that_dies_cost_themselves_alone(tmp_path, cap
     assert "early\nall is well" in (tmp_path / "smoke.log").read_text()
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert "sleep 617.25" not in left, "what a stopped step had started is still there"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_tests_that_are_all_skipped_are_no_success(tmp_path):
+    (step, *_) = first.correctness(tmp_path, "cuda", [])
+    command = [*step.command[:-1], "1/1", "tests/test_gpu.py", "-k", "first_call"]
+    (found,) = steps.run([replace(step, command=command)], time.monotonic() + 100, tmp_path / "log")
+    assert found.code == 1 and "did not do its work" in found.said and "skipped" in found.said
 
 
 def test_what_was_compiled_is_kept_for_the_next_part(tmp_path, capsys):

@@ -26,6 +26,7 @@ from benchmarks.gpu.steps import Outcome, Step, lines, run
 MINUTES = 8.5  # of a part; with the end of its last step within nine
 CONTACT_SECONDS = 75.0
 SANITIZED = "many_tiles and bfloat16 and (knn or convnn)"
+PASSED = r"\b\d+ passed"
 HEAD = ("part", "step", "result", "seconds", "what it said last")
 PYTHON = (sys.executable, "-m")
 
@@ -49,7 +50,7 @@ def correctness(out: Path, device: str, names: list[str]) -> list[Step]:
     pytest = [*PYTHON, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short"]
     threads = {"OMP_NUM_THREADS": "1"}
     return [
-        Step(f"tests {i} of {shares}", [*pytest, "--share", f"{i}/{shares}"], MINUTES * 60, threads)
+        Step(f"tests {i} of {shares}", [*pytest, "--share", f"{i}/{shares}"], MINUTES * 60, threads, PASSED)
         for i in range(1, shares + 1)
     ]
 
@@ -76,7 +77,7 @@ def rest(out: Path, device: str, names: list[str]) -> list[Step]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck", "initcheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest]
-        found.append(Step(tool, command, 150, alone))
+        found.append(Step(tool, command, 150, alone, PASSED))
     return found
 
 

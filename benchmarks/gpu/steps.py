@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -20,12 +21,21 @@ KEPT = 200_000  # of a step's output, its last bytes
 
 @dataclass(frozen=True)
 class Step:
-    """A command and the seconds it may take."""
+    """A command and the seconds it may take.
+
+    Attributes:
+        name: in the table.
+        command: program and arguments.
+        seconds: at most.
+        environment: added to this process's.
+        says: a pattern in its output, without which it has not done its work: all tests may have been skipped.
+    """
 
     name: str
     command: Sequence[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
+    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,8 @@ def _end(one: _Running, log: Path) -> Outcome:
     last = lines[-1] if lines else "printed nothing"
     if code is None:
         return Outcome(one.step.name, None, took, f"stopped after {took:.0f} s{left}; its last line: {last}")
+    if code == 0 and not re.search(one.step.says, text):
+        return Outcome(one.step.name, 1, took, f"did not do its work: {last}")
     return Outcome(one.step.name, code, took, last if code >= 0 else f"killed by signal {-code}; its last line: {last}")
 
 

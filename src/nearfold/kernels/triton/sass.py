@@ -17,8 +17,10 @@ from pathlib import Path
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 FUNCTION = re.compile(r"^\s*Function\s*:\s*(\S+)", re.MULTILINE)
-PTX_READS = re.compile(r"\b(?:ld\.(?:volatile\.)?global|cp\.async\.c[ag]\.shared|cp\.async\.bulk\S*\.shared\S*)\S*")
-PTX_WRITES = re.compile(r"\b(?:st\.(?:volatile\.)?global|(?:red|atom)\S*\.global|cp\.async\.bulk\S*\.global\S*)\S*")
+PTX_READS = re.compile(
+    r"\bld\.(?:\w+\.)*global\b|\bcp\.async\.c[ag]\.shared|\bcp\.async\.bulk\S*?\.shared::\w+\.global"
+)
+PTX_WRITES = re.compile(r"\b(?:st|red|atom)\.(?:\w+\.)*global\b|\bcp\.(?:reduce\.)?async\.bulk\S*?\.global\.shared")
 PTX_PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\S*")
 READS = ("LDG", "LDGSTS", "UTMALDG", "UBLKCP")  # all but the first go into shared memory
 WRITES = ("STG", "RED", "REDG", "ATOMG", "UTMASTG", "UTMAREDG", "ATOM")
@@ -192,7 +194,14 @@ def ptx_loops(ptx: str) -> list[int]:
 
 
 def traffic(ptx: str, code: list[Instruction]) -> dict[str, int]:
-    """How many instructions read and write global memory, before the assembler and after it."""
+    """How many instructions read and write global memory, before the assembler and after it.
+
+    >>> ptx = '''@%p1 ld.global.L1::evict_last.v4.b32 {a}, [b]; cp.async.cg.shared.global [s], [b], 16;
+    ... cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [s], [b]; ld.shared.b32 a, [s];
+    ... st.global.b32 [b], {a}; red.global.add.f32 [b], a; cp.async.bulk.tensor.2d.global.shared::cta [b], [s];'''
+    >>> traffic(ptx, [Instruction(0, "", "LDG.E.128", ""), Instruction(16, "", "LDS", "")])
+    {'ptx_loads': 3, 'sass_loads': 1, 'ptx_stores': 3, 'sass_stores': 0}
+    """
     return {
         "ptx_loads": len(PTX_READS.findall(ptx)),
         "sass_loads": sum(i.name in READS for i in code),
