@@ -56,6 +56,23 @@ def test_launches_that_one_compilation_serves_have_one_key():
     assert launches.key(launched().variant()) != launches.key(launched(num_stages=2).variant())
 
 
+def test_a_launch_that_is_seen_is_made(monkeypatch):
+    made = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *given, **named: made.append((self, given, named)))
+    monkeypatch.setattr(toy.fn, "__module__", "nearfold.toy")
+    numbers = torch.empty(20)
+    with launches.seen() as found:
+        toy[(3,)](numbers, numbers, None, 1, 48, 17, 1, 1, True, 2.0, BLOCK=16, num_warps=2)
+        assert len(found) == 1 and found[0].options["num_warps"] == 2
+    ((fn, given, named),) = made
+    assert fn is toy and given[0] is numbers and given[3:] == (1, 48, 17, 1, 1, True, 2.0)
+    assert named == {"grid": (3,), "warmup": False, "BLOCK": 16, "num_warps": 2}
+    monkeypatch.setattr(toy.fn, "__module__", "another.library")
+    with launches.seen() as found:
+        toy[(3,)](numbers, numbers, None, 1, 48, 17, 1, 1, True, 2.0, BLOCK=16)
+    assert len(made) == 2 and not found
+
+
 def test_of_any_size_and_without_a_device():
     q, k, v = torch.empty(3, 64, 64, 2**16, 64, device="meta", dtype=torch.bfloat16).requires_grad_().unbind()
     with launches.asked() as found:
