@@ -28,7 +28,7 @@ def benchmark() -> Iterator[Found]:
     """Of the benchmark's rows, and of the first calls."""
     for name in model.ROWS:
         yield model.asked(name, backward=bool(model.TARGETS[name].both))[0]
-    for name in contact.CONTACTS.keys() - {contact.COMPILED} - cases.CASES.keys():
+    for name in sorted(contact.CONTACTS.keys() - {contact.COMPILED} - cases.CASES.keys()):
         forward, inputs = contact.CONTACTS[name](META, torch.bfloat16, False)
         with launches.asked() as found:
             forward(*(x.requires_grad_() for x in inputs)).sum().backward()

@@ -104,8 +104,9 @@ def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> di
 def lost(result: dict[str, Any]) -> str:
     """What the assembler has dropped of a kernel's loads and stores, in words; empty where all are there.
 
-    It may copy them, as it does where it unrolls a loop, but has no reason to drop one: what is not needed Triton's own
-    compiler leaves out before. Where a condition that guards them is folded away by mistake, they are gone.
+    It may copy them, as where it unrolls a loop, and reads the same place once; but it has no reason to drop one:
+    what is not needed Triton's own compiler leaves out before. Where a condition that guards them is folded away by
+    mistake, they are gone.
 
     >>> lost({"ptx_loads": 48, "sass_loads": 0, "ptx_stores": 2, "sass_stores": 8})
     'loses loads: 48 before the assembler, 0 after it'

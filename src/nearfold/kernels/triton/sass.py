@@ -193,18 +193,29 @@ def ptx_loops(ptx: str) -> list[int]:
     return list(counts.values())
 
 
+def _different(ptx: str, pattern: re.Pattern[str]) -> set[tuple[str, ...]]:
+    """Names, guards and addresses of the instructions that match: a register is written once, but for a loop's own."""
+    found = ((pattern.search(line), line) for line in re.split(r"[;\n]", ptx))
+    return {(m[0], *re.findall(r"@!?%\w+|\[[^\]]*\]", line)) for m, line in found if m}
+
+
 def traffic(ptx: str, code: list[Instruction]) -> dict[str, int]:
-    """How many instructions read and write global memory, before the assembler and after it.
+    r"""How many instructions read and write global memory, before the assembler and after it.
+
+    Before it those that differ in their address or in what guards them: the assembler reads the same place once.
 
     >>> ptx = '''@%p1 ld.global.L1::evict_last.v4.b32 {a}, [b]; cp.async.cg.shared.global [s], [b], 16;
     ... cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [s], [b]; ld.shared.b32 a, [s];
     ... st.global.b32 [b], {a}; red.global.add.f32 [b], a; cp.async.bulk.tensor.2d.global.shared::cta [b], [s];'''
     >>> traffic(ptx, [Instruction(0, "", "LDG.E.128", ""), Instruction(16, "", "LDS", "")])
     {'ptx_loads': 3, 'sass_loads': 1, 'ptx_stores': 3, 'sass_stores': 0}
+    >>> again = "@%p1 ld.global.b32 {a}, [ %r1 + 8 ];\n@%p1 ld.global.b32 {b}, [ %r1 + 8 ];"
+    >>> [traffic(code, [])["ptx_loads"] for code in (again, again.replace("p1", "p2", 1), again.replace("8", "4", 1))]
+    [1, 2, 2]
     """
     return {
-        "ptx_loads": len(PTX_READS.findall(ptx)),
+        "ptx_loads": len(_different(ptx, PTX_READS)),
         "sass_loads": sum(i.name in READS for i in code),
-        "ptx_stores": len(PTX_WRITES.findall(ptx)),
+        "ptx_stores": len(_different(ptx, PTX_WRITES)),
         "sass_stores": sum(i.name in WRITES for i in code),
     }
