@@ -135,7 +135,9 @@ def _operations(i: Instruction) -> float:
 
 
 def kernel(launch: Launch) -> Kernel:
-    """Compile a launch, and count."""
+    """Compile a launch, and count; ValueError where nothing says what its loops do."""
+    if launch.name not in WORK:
+        raise ValueError(f"{launch.name}: benchmarks/gpu/work.py does not say what its main loops do; add it to WORK")
     found = _compiled(_Key(launch))
     registers, shared, stack, code, ptx = found
     mains = WORK[launch.name](launch.arguments)
