@@ -32,6 +32,28 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that no process is left with one of them at the end; the order is otherwise kept."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--share 2/5`: of five processes the second one's tests, where xdist is not installed."""
+    parser.addoption("--share", default="1/1", metavar="I/N", help="every N-th test alone, from the I-th on")
+
+
+def _share(config: pytest.Config) -> tuple[int, int]:
+    given = config.getoption("share")
+    i, slash, n = given.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise pytest.UsageError(f"--share is {given!r}, not as in 2/5: the second of five processes")
+    return int(i), int(n)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no process is left with one of them at the end; last what inductor compiles.
+
+    The order is otherwise kept.
+    """
+    items.sort(
+        key=lambda item: (item.get_closest_marker("slow") is None, item.get_closest_marker("inductor") is not None)
+    )
+    i, n = _share(config)
+    if n > 1:
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % n != i - 1])
+        items[:] = items[i - 1 :: n]

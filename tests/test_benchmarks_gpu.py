@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.case import OURS
-from benchmarks.gpu import __main__, cases, gate, report, run
+from benchmarks.gpu import __main__, cases, gate, machine, report, run
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -146,6 +149,69 @@ def test_a_process_that_hangs_is_stopped():
 
     assert run.apart(work, 0.5, told.append) == "stopped after 0 s"
     assert told == ["so far"]
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch):
+    """As one is that waits for its device. Python does not wait for it either when it ends."""
+    monkeypatch.setattr(run, "PATIENCE", 0.2)
+    monkeypatch.setattr(BaseProcess, "kill", lambda self: None)
+    told, start = [], time.monotonic()
+
+    def work(tell):
+        tell(os.getpid())
+        time.sleep(60)
+
+    said = run.apart(work, 0.5, told.append)
+    took = time.monotonic() - start
+    waited_for = multiprocessing.active_children()
+    os.kill(told[0], signal.SIGKILL)
+    os.waitpid(told[0], 0)
+    assert said == "stopped after 0 s, and its process could not be killed" and took < 20
+    assert told[0] not in [child.pid for child in waited_for]
+
+
+def test_a_process_that_ignores_signals_is_killed():
+    told = []
+
+    def work(tell):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        tell(os.getpid())
+        time.sleep(60)
+
+    assert run.apart(work, 0.5, told.append) == "stopped after 0 s"
+    with pytest.raises(ProcessLookupError):
+        os.kill(told[0], 0)
+
+
+def test_a_program_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", 0.2)
+    killed = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda self: killed.append(self))  # and cannot be killed
+    start = time.monotonic()
+    assert machine._said("sleep", "60") == "" and time.monotonic() - start < 20
+    (process,) = killed
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert machine._said("echo", "a\nb") == "a" and machine._said("false") == machine._said("no-such-program") == ""
+
+
+def test_a_row_without_our_kernels_fails(tmp_path, monkeypatch, capsys):
+    """On a device where they must run: PyTorch's path is right, and is not what the row is about."""
+    monkeypatch.setattr(run, "serves", lambda device: True)
+    assert in_process(tmp_path, "--only", "knn", "select") == 1
+    results, page = only(tmp_path)
+    for entry in results["cases"].values():
+        assert entry["rows"][0]["absent"] == run.NOT_OURS and entry["kernels"] == {} and entry["rounds"] == {}
+        assert not any(key.endswith("_ms") for row in entry["rows"] for key in row)
+    assert run.NOT_OURS in page and run.NOT_OURS in capsys.readouterr().out
+
+
+def test_the_other_way_without_our_kernels_fails():
+    checked = cases.make("select", CPU, torch.bfloat16, tiny=True)
+    forward = checked.case.peers[cases.THRESHOLD].forward
+    assert run._also(checked, forward, kernels_must_run=True)["absent"] == run.NOT_OURS
+    assert "absent" not in run._also(checked, forward, kernels_must_run=False)
 
 
 def test_no_row_starts_when_the_time_is_up(tmp_path):

@@ -3,22 +3,32 @@
 And inside torch's own machinery (tests/test_torch_stack.py, on CUDA) and CUDA graphs they give what they give alone.
 
 Nothing beyond torch, NumPy and pytest is imported, so that this runs on a bare machine: `python -m pytest -m gpu`.
+Every operator's first call is made in a process of its own: an illegal access there fails one test, and not all after.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pkgutil
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import test_torch_stack as stack
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, contact, steps
 from benchmarks.gpu.gate import TOLERANCE, judge
+from benchmarks.gpu.run import launched
+from nearfold.kernels import cuda
+from nearfold.kernels import triton as triton_kernels
 from nearfold.kernels.select import select
 from nearfold.nn import ConvNN2d, knn_attention
 from nearfold.testing import BUDGET, CASES, conform
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +57,23 @@ def _float32_is_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.inductor) if n == contact.COMPILED else n for n in contact.CONTACTS]
+)
+def test_first_call(name, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu.contact", name]
+    here = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    log = tmp_path / "log"
+    (outcome,) = steps.run([steps.Step(name, command, 120, here)], time.monotonic() + 120, log)
+    assert outcome.good, log.read_text()[-4000:]
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(triton_kernels.__path__)))
+def test_the_kernels_load(name):
+    """Where they do not, PyTorch's path passes the tests below."""
+    assert cuda.kernels(name, torch.zeros(1, device="cuda")) is not None
+
+
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_on_cuda(name, dtype):
@@ -58,7 +85,9 @@ def test_on_cuda(name, dtype):
 def test_sizes_of_many_tiles(name, dtype):
     build, arguments = SIZES[name]
     torch.manual_seed(0)
-    verdict = judge(build(torch.device("cuda"), dtype, **arguments))
+    with launched() as kernels:
+        verdict = judge(build(torch.device("cuda"), dtype, **arguments))
+    assert kernels, "PyTorch's path is right, too, and is not what this is about"
     assert verdict.right, f"{verdict.where} differs by {verdict.difference:.1e}"
     assert verdict.repeats, "a second run gives other bits"
 
@@ -95,6 +124,7 @@ def _search(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 # torch's own machinery
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", stack.LAYERS)
 def test_one_compiled_graph_serves_every_size(name):
     stack.check_one_graph(name, "cuda", "inductor", tolerance=1e-4)

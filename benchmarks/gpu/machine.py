@@ -13,16 +13,24 @@ import torch
 import nearfold
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 20.0  # for a program to say it
 SAME = ("gpu", "torch", "triton", "sources")  # measurements with another of these stand in another table
 
 
 def _said(*command: str) -> str:
-    """A program's first line; empty where it is missing or fails."""
+    """A program's first line; empty where it is missing or fails, or does not end: it may wait for its device."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, start_new_session=True
+        )
+    except OSError:
         return ""
-    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return ""
+    return said.strip().partition("\n")[0] if process.returncode == 0 else ""
 
 
 def commit() -> str:

@@ -82,6 +82,8 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     remarks = [rounds]
     if "repeats" in entry:
         remarks.append(f"a second run gives {'the same bits' if entry['repeats'] else 'OTHER BITS'}")
+    if entry.get("kernels"):
+        remarks.append(f"launched {', '.join(f'{n} {name}' for name, n in entry['kernels'].items())}")
     if "clock" in entry:
         remarks.append(f"clock {entry['clock']}")
     return remarks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -17,12 +19,34 @@ from benchmarks.gpu import cases, machine
 from benchmarks.gpu.clock import milliseconds, reason
 from benchmarks.gpu.gate import judge, peer_difference
 from benchmarks.measure import runs
+from nearfold.kernels import cuda
 from nearfold.study.measure import peak_bytes
 
 Entry = dict[str, Any]
 END = "end"
 WRONG = "WRONG"
+NOT_OURS = "none of Nearfold's kernels was launched: what ran is PyTorch's path"
+PATIENCE = 2.0  # seconds that a process has to end by itself, and again after it was killed
 SECONDS = {False: 5.0, True: 0.05}  # for all rounds, forward, and again for forward and backward; by tiny
+
+
+def serves(device: torch.device) -> bool:
+    """Whether our kernels must run on this device."""
+    return device.type == "cuda" or cuda.is_interpreted()
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[Counter[str]]:
+    """How often each of our kernels is launched within it, once it has ended; nothing where there is no Triton."""
+    count: Counter[str] = Counter()
+    try:
+        from nearfold.kernels.triton import launches
+    except ImportError:
+        yield count
+        return
+    with launches.seen() as found:
+        yield count
+    count.update(launch.name for launch in found)
 
 
 def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tell: Callable[[Entry], None]) -> None:
@@ -32,7 +56,8 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tel
     torch.backends.cudnn.allow_tf32 = False  # float32, where it is asked for, is float32 for everyone
     try:
         checked = cases.make(name, device, dtype, tiny)
-        found = judge(checked)
+        with launched() as kernels:
+            found = judge(checked)
     except Exception as error:  # whatever a kernel does must not end the other rows
         ours["absent"] = reason(error)
         tell(entry)
@@ -42,11 +67,16 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tel
         ours["wrong"] = found.where
         tell(entry)
         return
+    entry["kernels"] = dict(sorted(kernels.items()))
+    if serves(device) and not kernels:
+        ours["absent"] = NOT_OURS
+        tell(entry)
+        return
     case, rows = checked.case, {OURS: ours}
     for who, peer in case.peers.items():
         rows[who] = {"who": who, "same": peer.same}
         if who in checked.also:
-            rows[who] |= _also(checked, peer.forward)
+            rows[who] |= _also(checked, peer.forward, serves(device))
         elif peer.same:
             try:
                 rows[who]["difference"] = peer_difference(checked, peer.forward)
@@ -75,16 +105,32 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, tiny: bool, tel
     tell(entry)
 
 
-def _also(checked: cases.Checked, forward: Forward) -> Entry:
+def _also(checked: cases.Checked, forward: Forward, kernels_must_run: bool) -> Entry:
     """What is ours in another way is judged as ours is, on a few parts, and gets no time either where it is wrong."""
     try:
-        found = judge(replace(checked, case=replace(checked.case, ours=forward), parts=checked.parts[:4]))
+        with launched() as kernels:
+            found = judge(replace(checked, case=replace(checked.case, ours=forward), parts=checked.parts[:4]))
     except Exception as error:
         return {"absent": reason(error)}
     told: Entry = {"difference": found.difference}
     if not found.right or not found.repeats:
         told["absent"] = f"{WRONG}: {found.where if not found.right else 'a second run'} differs"
+    elif kernels_must_run and not kernels:
+        told["absent"] = NOT_OURS
     return told
+
+
+def end_process(process: BaseProcess) -> bool:
+    """End a process, and say whether it is gone; one that waits for its device cannot be killed, and is left behind."""
+    process.join(PATIENCE)
+    if not process.is_alive():
+        return True
+    process.kill()
+    process.join(PATIENCE)
+    if not process.is_alive():
+        return True
+    multiprocessing.process._children.discard(process)  # or Python would wait for it before it ends itself
+    return False
 
 
 def apart(work: Callable[[Callable[[Any], None]], None], seconds: float, took: Callable[[Any], None]) -> str:
@@ -97,7 +143,6 @@ def apart(work: Callable[[Callable[[Any], None]], None], seconds: float, took: C
 
     def inside() -> None:
         receiver.close()
-        os.environ.setdefault("NEARFOLD_ENGINE", "off")  # the CPU's; it may not be built here
         torch.set_num_threads(1)  # a fork has lost its parent's pool of threads
         work(sender.send)
         sender.send(END)
@@ -112,12 +157,11 @@ def apart(work: Callable[[Callable[[Any], None]], None], seconds: float, took: C
             if told == END:
                 return ""
             took(told)
-        return f"stopped after {seconds:.0f} s"
+        left = "" if end_process(process) else ", and its process could not be killed"
+        return f"stopped after {seconds:.0f} s{left}"
     except EOFError:  # it ended before its end
         process.join(10)
         return f"its process ended with code {process.exitcode}"
     finally:
-        process.join(2)
-        process.kill()
-        process.join()
+        end_process(process)
         receiver.close()

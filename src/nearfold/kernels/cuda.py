@@ -23,6 +23,7 @@ from nearfold.kernels.engine import OFF
 SEARCHES = ("two_pass", "threshold")
 
 _interpreted = 0  # how many `interpreted()` are open
+_recorded = 0  # how many `recorded()`
 
 
 @functools.cache
@@ -49,9 +50,18 @@ def kernels(name: str, *tensors: Tensor | None) -> ModuleType | None:
     True
     """
     there = [t for t in tensors if t is not None]
-    if not all(t.is_cuda for t in there) and not _interpreted:
+    if not all(t.is_cuda for t in there) and not _interpreted and not _recorded:
         return None
     return _load(name)
+
+
+def serves(t: Tensor, interpreter: bool) -> bool:
+    """Whether the kernels run on a tensor's device; ``interpreter`` says whether Triton interprets them.
+
+    >>> serves(torch.zeros(1), interpreter=True), serves(torch.zeros(1), interpreter=False)
+    (True, False)
+    """
+    return t.device.type == ("meta" if _recorded else "cpu" if interpreter else "cuda")
 
 
 def deterministic() -> bool:
@@ -93,3 +103,14 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpreted -= 1
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Within it the kernels are asked to serve meta tensors, which hold no numbers: triton/launches.py."""
+    global _recorded
+    _recorded += 1
+    try:
+        yield
+    finally:
+        _recorded -= 1

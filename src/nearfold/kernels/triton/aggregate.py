@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nearfold.kernels import cuda
 from nearfold.kernels.aggregate_torch import out_channels
 from nearfold.kernels.triton.by_key import by_key
 
@@ -654,7 +655,7 @@ def refusal(
         return f"operands differ in their dtypes: {', '.join(str(t.dtype) for t in there)}"
     if any(t.device != value.device for t in (*there, index)):
         return f"operands are on different devices: {', '.join(str(t.device) for t in (*there, index))}"
-    if value.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if not cuda.serves(value, INTERPRETED):
         return f"value is on {value.device}, not on a CUDA device"
     if weight is not None and weight.numel() >= LIMIT:
         return f"a weight of {weight.numel()} numbers has offsets beyond 32 bits"

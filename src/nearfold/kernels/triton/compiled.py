@@ -1,38 +1,37 @@
 """`python -m nearfold.kernels.triton.compiled`: compiles every kernel for a GPU without one, and tells what each needs.
 
-Registers, shared memory and stack are read from the machine code, so they are what a device would use. A variant of
-a kernel stands in its module's list VARIANTS, as a function without arguments that returns a dict with `fn`,
-`signature` (argument to Triton type), `constexprs`, `num_warps` and `num_stages`; arguments that 1 is passed for stand
-in `constexprs`. A launch compiles anew for integers that are multiples of 16, as strides mostly are: those are written
-"i32:16", or stand in `attrs` as Triton has it. With --odd they count as any other, which takes more registers, for
-elements are then read one by one.
+Registers, shared memory and stack are read from the machine code, so they are what a device would use; a variant whose
+loads or stores the assembler has dropped is a fault. A variant of a kernel stands in its module's list VARIANTS, as a
+function without arguments that returns a dict with `fn`, `signature` (argument to Triton type), `constexprs`,
+`num_warps` and `num_stages`; arguments that 1 is passed for stand in `constexprs`. A launch compiles anew for integers
+that are multiples of 16, as strides mostly are: those are written "i32:16", or stand in `attrs` as Triton has it;
+pointers are multiples of 16 unless written "*bf16:1". With --odd integers count as any other, which takes more
+registers, for elements are then read one by one.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import json
 import math
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nearfold.kernels.triton as package
+from nearfold.kernels.triton import sass
 
 ALIGNED = [["tt.divisibility", 16]]
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync"}  # the tensor cores', best first
-NUMBERS = ("registers", "shared", "stack", "tensor_cores", "seconds")
-FIELDS = ("module", "kernel", "arch", *NUMBERS, "types", "constexprs", "error")
+TRAFFIC = ("ptx_loads", "sass_loads", "ptx_stores", "sass_stores")
+NUMBERS = ("registers", "shared", "stack", "tensor_cores", *TRAFFIC, "seconds")
+FIELDS = ("module", "kernel", "arch", *NUMBERS, "types", "constexprs", "lost", "error")
 
 
 def modules(names: Iterable[str] = ()) -> list[ModuleType]:
@@ -82,11 +81,42 @@ def _size(variant: dict[str, Any]) -> tuple[int, int]:
 
 
 def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> dict[str, Any]:
-    """Registers and stack of a thread, shared memory of a block (bytes), for sm_ARCH.
+    """Registers and stack of a thread, shared memory of a block (bytes), loads and stores, for sm_ARCH.
 
     The stack holds what did not fit into registers: bytes that were spilled. With ``odd``, integers are
     multiples of nothing.
     """
+    start = time.perf_counter()
+    done = built(variant, arch, odd)
+    code = sass.instructions(sass.dump(done.asm["cubin"], "-sass"))
+    found = {
+        **resources(done.asm["cubin"]),
+        "shared": done.metadata.shared,  # dynamic: the machine code does not tell
+        "tensor_cores": next((name for name, word in INSTRUCTIONS.items() if word in done.asm["ptx"]), "none"),
+        **sass.traffic(done.asm["ptx"], code),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    if gone := lost(found):
+        found["lost"] = gone
+    return found
+
+
+def lost(result: dict[str, Any]) -> str:
+    """What the assembler has dropped of a kernel's loads and stores, in words; empty where all are there.
+
+    It may copy them, as where it unrolls a loop, and reads the same place once; but it has no reason to drop one:
+    what is not needed Triton's own compiler leaves out before. Where a condition that guards them is folded away by
+    mistake, they are gone.
+
+    >>> lost({"ptx_loads": 48, "sass_loads": 0, "ptx_stores": 2, "sass_stores": 8})
+    'loses loads: 48 before the assembler, 0 after it'
+    """
+    found = [(what, result[f"ptx_{what}"], result[f"sass_{what}"]) for what in ("loads", "stores")]
+    return "; ".join(f"loses {what}: {m} before the assembler, {n} after it" for what, m, n in found if n < m)
+
+
+def built(variant: dict[str, Any], arch: int, odd: bool = False) -> Any:
+    """The compiled kernel, with its stages in ``asm``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -97,36 +127,16 @@ def compile_variant(variant: dict[str, Any], arch: int, odd: bool = False) -> di
     if missing:
         raise ValueError(f"{fn.__name__}: signature lacks {', '.join(missing)}")
     marked = {i for i, t in enumerate(types.values()) if t.endswith(":16")} | {i for (i,) in variant.get("attrs", ())}
-    even = [i for i, t in enumerate(types.values()) if t.startswith("*") or (i in marked and not odd)]
-    plain = {a: t.removesuffix(":16") for a, t in types.items()}
+    pointers = {i for i, t in enumerate(types.values()) if t.startswith("*") and not t.endswith(":1")}
+    even = sorted(pointers if odd else pointers | marked)
+    plain = {a: t.partition(":")[0] for a, t in types.items()}
     source = ASTSource(fn, plain, dict(constexprs), {(i,): ALIGNED for i in even})
-    start = time.perf_counter()
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
-    code = done.asm["ptx"]
-    return {
-        **_resources(done.asm["cubin"]),
-        "shared": done.metadata.shared,  # dynamic: the machine code does not tell
-        "tensor_cores": next((name for name, word in INSTRUCTIONS.items() if word in code), "none"),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=_options(variant))
 
 
-@functools.cache
-def _tool() -> str:
-    """Triton's wheel brings it; where another build does not, CUDA's."""
-    import triton
-
-    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(found) if found.exists() else "cuobjdump"
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_tool(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a thread."""
+    text = sass.dump(cubin, "--dump-resource-usage")
     numbers = {name: [int(n) for n in re.findall(rf"\b{name}:(\d+)", text)] for name in ("REG", "STACK")}
     if not all(numbers.values()):
         raise RuntimeError(f"cuobjdump --dump-resource-usage told no registers or no stack:\n{text}")
@@ -138,7 +148,7 @@ def compile_all(names: Iterable[str], arches: Iterable[int], which: str, odd: bo
     for module in modules(names):
         for variant in chosen([make() for make in module.VARIANTS], which):
             for arch in arches:
-                result = _described(module, variant, arch)
+                result = described(variant, arch)
                 try:
                     result |= compile_variant(variant, arch, odd)
                 except Exception as error:  # Triton's errors and those of its assembler share no class
@@ -146,10 +156,11 @@ def compile_all(names: Iterable[str], arches: Iterable[int], which: str, odd: bo
                 yield result
 
 
-def _described(module: ModuleType, variant: dict[str, Any], arch: int) -> dict[str, Any]:
+def described(variant: dict[str, Any], arch: int) -> dict[str, Any]:
+    """Which variant it is."""
     constants = {k: getattr(v, "__name__", v) for k, v in variant["constexprs"].items()}
     return {
-        "module": module.__name__.rpartition(".")[2],
+        "module": variant["fn"].__module__.rpartition(".")[2],
         "kernel": variant["fn"].__name__,
         "arch": arch,
         "types": ", ".join(_types(variant)),
@@ -158,7 +169,7 @@ def _described(module: ModuleType, variant: dict[str, Any], arch: int) -> dict[s
 
 
 def _options(variant: dict[str, Any]) -> dict[str, int]:
-    return {name: variant[name] for name in ("num_warps", "num_stages") if name in variant}
+    return {n: v for n, v in variant.items() if n not in ("fn", "signature", "constexprs", "attrs")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: Triton then interprets kernels and compiles none; unset it")
     failed = 0
     for result in compile_all(args.modules, args.arch, args.choose, args.odd):
-        failed += "error" in result
+        failed += "error" in result or "lost" in result
         if args.json:
             print(json.dumps(result), flush=True)
         else:

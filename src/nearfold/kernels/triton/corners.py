@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nearfold.kernels import cuda
 from nearfold.kernels.corners_torch import Frame
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -219,7 +220,7 @@ def refusal(offset: Tensor, mask: Tensor | None, frame: Frame) -> str:
     there = [t for t in (offset, mask) if t is not None]
     if offset.dtype not in DTYPES or any(t.dtype != offset.dtype for t in there):
         return f"operands are {', '.join(str(t.dtype) for t in there)}, not float32, bfloat16 or float16 alike"
-    if any(t.device.type != ("cpu" if INTERPRETED else "cuda") or t.device != offset.device for t in there):
+    if any(not cuda.serves(t, INTERPRETED) or t.device != offset.device for t in there):
         return f"operands are on {', '.join(str(t.device) for t in there)}, not on one CUDA device"
     starts = zip(frame.out, frame.stride, frame.size, frame.dilation, frame.before, strict=True)
     furthest = max(max(o * t + s * d, abs(b)) for o, t, s, d, b in starts)

@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nearfold.kernels import cuda
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LIMIT = 2**31  # of offsets within a sample, and of programs
@@ -300,7 +302,7 @@ def refusal(
     there = [*maps, weight]
     if weight.dtype not in DTYPES or any(m.dtype != weight.dtype for m in maps):
         return f"operands are {', '.join(str(t.dtype) for t in there)}, not float32, bfloat16 or float16 alike"
-    if any(t.device.type != ("cpu" if INTERPRETED else "cuda") or t.device != weight.device for t in there):
+    if any(not cuda.serves(t, INTERPRETED) or t.device != weight.device for t in there):
         return f"operands are on {', '.join(str(t.device) for t in there)}, not on one CUDA device"
     B, G, _, *grid = maps[0].shape
     window = zip(out, stride, weight.shape[3:], dilation, before, strict=True)
