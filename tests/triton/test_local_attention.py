@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -82,6 +83,8 @@ CASES = {
     "mirrored_often": Case([2], [5], [1], [2], [4], True, ("euclidean", True), scale=0.2),
     "mirrored_often_stride": Case([3, 1], [5, 3], [2, 1], [2, 1], [4, 1], True),
     "one_position": Case([1], [3], [1], [1], [1], True),
+    "mirrored_one_of_two_axes": Case([1, 5], [1, 3], [1, 1], [1, 1], [0, 1], True),
+    "mirrored_far_beyond": Case([1, 3], [7, 9], [1, 1], [1, 1], [3, 4], True, problems=(1, 1)),
     "inside": Case([6, 5], [3, 3], [1, 1], [1, 1], [0, 0], True),
     "stops_early": Case([9, 4], [3, 2], [2, 1], [1, 1], [1, 0], True, out=[2, 2]),
     "reaches_far": Case([3, 4], [3, 2], [2, 1], [1, 1], [0, 1], True, out=[4, 5]),
@@ -124,6 +127,16 @@ def check(operands, case, **blocks):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_pytorch(case):
     check(case.operands(), case)
+
+
+def test_the_mirror_at_every_offset():
+    """A window of five begins anywhere, from its own first slot on to far before the axis."""
+    for n, before in itertools.product((1, 2), (0, 1, 2, 4, 5, 7)):
+        case = Case([n], [5], [1], [1], [before], True, problems=(1, 1), out=[2])
+        operands = case.operands()
+        # an axis of one position is read by all slots alike: gradients at query and key are differences of equals
+        for one, other in zip(mine(operands, case), truth(operands, case), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

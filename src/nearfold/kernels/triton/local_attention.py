@@ -109,8 +109,9 @@ def _offset(i0, i1, i2, s0, s1, s2, LONG: tl.constexpr):  # type: ignore[no-unty
 @triton.jit
 def _mirrored(i, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Coordinates (BM,) brought into 0..n-1: with MIRROR = 1 at most one reflection is due, with 2 any number."""
-    if MIRROR == 1:
-        i = n - 1 - tl.abs(n - 1 - tl.abs(i))
+    if MIRROR == 1:  # not n - 1 - |n - 1 - |i||: with n = 1, ptxas takes -|i| for less than zero, and drops the loads
+        i = tl.abs(i)
+        i = tl.where(i >= n, 2 * n - 2 - i, i)
     if MIRROR == 2:
         period = tl.maximum(2 * n - 2, 1)
         i = tl.abs(i) % period
@@ -855,7 +856,7 @@ def _variants() -> list[Callable[[], dict[str, Any]]]:
     found = [_variant(_fold_kernel, dtype, {"BM": BF}, 0) for dtype in ("fp32", "bf16")]
     for dtype in ("fp32", "bf16"):
         for width in (8, 32, 64, 128, MOST_FEATURES):
-            for axis, metric, mirror in ((0, 0, 0), (1, 0, 0), (0, 1, 2), (1, 2, 1)):
+            for axis, metric, mirror in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 2), (1, 2, 1)):
                 shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "AXIS": axis, "BE": width, "BD": width}
                 found.append(_variant(_forward_kernel, dtype, shape, FORWARD_NUMBERS))
                 found.append(_variant(_query_kernel, dtype, shape, QUERY_NUMBERS))
