@@ -1,8 +1,8 @@
 """What a Triton kernel loads and stores is still there in the machine code.
 
-ptxas 12.8.93 and 12.9.86 take -|i| > -1 for false, which i = 0 makes true: where an axis of one position was mirrored by
-n - 1 - |n - 1 - |i||, window attention's backward kept none of its 48 loads. Which instructions Triton makes of a formula
-differs by its version: with 3.6 the old formula fails here, with 3.9 it does not.
+ptxas 12.8.93 and 12.9.86 take -|i| > -1 for false, which i = 0 makes true: where an axis of one position was mirrored
+by n - 1 - |n - 1 - |i||, window attention's backward kept none of its 48 loads. Which instructions Triton makes of a
+formula differs by its version: with 3.6 the old formula fails here, with 3.9 it does not.
 """
 
 from __future__ import annotations
