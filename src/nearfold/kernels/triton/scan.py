@@ -273,16 +273,20 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     # the decay of a position lies between its state and the one before: the adjoint recurrence is shifted by one
     later = (t + 1 < N)[:, None]
     later_there = later & c_there[None, :]
-    last = (row == T - 1)[:, None]
+    # and runs from the last position to the first: its tiles are read in that order, for Triton's own reverse scans
+    # are wrong on a device where the order of steps matters
+    after = chunk * T + T - row
+    after_there = (after < N)[:, None]
     grad += b * g_stride_b
     u += b * u_stride_b
     delta += b * d_stride_b
     inp += b * i_stride_b
     out += b * o_stride_b
     g = _tile(grad, t, g_stride_n, c, g_stride_c, there)
-    g_later = _tile(grad, t + 1, g_stride_n, c, g_stride_c, later_there)
+    g_after = _tile(grad, after, g_stride_n, c, g_stride_c, after_there & c_there[None, :])
     d = _tile(delta, t, d_stride_n, c, d_stride_c, there)
     d_later = _tile(delta, t + 1, d_stride_n, c, d_stride_c, later_there)
+    d_after = _tile(delta, after, d_stride_n, c, d_stride_c, after_there & c_there[None, :])
     x = d * _tile(u, t, u_stride_n, c, u_stride_c, there)
     d_x = tl.zeros([T, BC], tl.float32)
     through = tl.zeros([T, BC], tl.float32)
@@ -293,7 +297,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         stop = tl.load(backs + cell, mask=c_there, other=0.0)
         put = _row(inp, t, i_stride_n, t < N)
         get = _row(out, t, o_stride_n, t < N)
-        get_later = _row(out, t + 1, o_stride_n, t + 1 < N)
+        get_after = _row(out, after, o_stride_n, after < N)
         inp += i_stride_s
         out += o_stride_s
 
@@ -301,9 +305,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         new = put[:, None] * x
         new = tl.where((row == 0)[:, None], decay * start[None, :] + new, new)
         _, h = tl.associative_scan((decay, new), 0, _after)
-        decay = tl.where(later, tl.exp(d_later * a[None, :]), 1.0)
-        new = tl.where(last, stop[None, :], decay * (get_later[:, None] * g_later))
-        _, back = tl.associative_scan((decay, new), 0, _after, reverse=True)
+        decay = tl.where(after_there, tl.exp(d_after * a[None, :]), 1.0)
+        new = tl.where((row == 0)[:, None], stop[None, :], decay * (get_after[:, None] * g_after))
+        _, back = tl.associative_scan((decay, new), 0, _after)
+        back = tl.flip(back, 0)
 
         adjoint = get[:, None] * g + back
         d_x += put[:, None] * adjoint

@@ -1,4 +1,4 @@
-"""What a Triton kernel loads and stores is still there in the machine code.
+"""Faults of Triton and its assembler that kernels keep clear of; and loads and stores are still there in machine code.
 
 ptxas 12.8.93 and 12.9.86 take -|i| > -1 for false, which i = 0 makes true: where an axis of one position was mirrored
 by n - 1 - |n - 1 - |i||, window attention's backward kept none of its 48 loads. Which instructions Triton makes of a
@@ -7,6 +7,7 @@ formula differs by its version: with 3.6 the old formula fails here, with 3.9 it
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
+import nearfold
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-pytestmark = pytest.mark.slow
-
 ARCH = 90
+KERNELS = Path(nearfold.__file__).parent / "kernels" / "triton"
 TOY = """
 .version 8.0
 .target sm_90
@@ -60,6 +62,23 @@ def lost(found: dict[str, tuple[int, int]]) -> list[str]:
     return [f"of {asked} {kind}, {left} are left" for kind, (asked, left) in found.items() if left < asked]
 
 
+def scans(source: str) -> list[tuple[int, bool]]:
+    """Lines with an associative scan, and whether it says how it runs."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    found = [call for call in calls if getattr(call.func, "attr", "") == "associative_scan"]
+    return [(call.lineno, len(call.args) > 3 or any(k.arg == "reverse" for k in call.keywords)) for call in found]
+
+
+def test_no_scan_is_reversed():
+    """Triton's are wrong on a device where the order of steps matters, and right in the interpreter."""
+    for given in ("reverse=True", "True"):
+        assert scans(f"tl.associative_scan(x, 0, f, {given})") == [(1, True)]
+    found = {file.name: scans(file.read_text()) for file in KERNELS.glob("*.py")}
+    assert any(found.values())
+    assert not [(name, line) for name, lines in found.items() for line, reversed_ in lines if reversed_]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_the_count_sees(condition, tmp_path):
     ptx = TOY.format(condition=CONDITIONS[condition])
@@ -84,6 +103,7 @@ def compiled(variant: dict[str, Any]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
 
 
+@pytest.mark.slow
 def test_mirrored_windows_keep_their_loads(tmp_path):
     """On two axes, the third has one position and is known to: ACmix's window attention."""
     from nearfold.kernels.triton import local_attention as kernels
