@@ -96,8 +96,8 @@ def compiled(variant: dict[str, Any]) -> Any:
 
     fn, constexprs = variant["fn"], variant["constexprs"]
     types = {a: "constexpr" if a in constexprs else variant["signature"][a] for a in fn.arg_names}
-    even = [i for i, t in enumerate(types.values()) if t.startswith("*") or t.endswith(":16")]
-    attrs = {(i,): [["tt.divisibility", 16]] for i in even}
+    even = {(i,) for i, t in enumerate(types.values()) if t.startswith("*") or t.endswith(":16")}
+    attrs = {at: [["tt.divisibility", 16]] for at in even | set(variant.get("attrs", ()))}
     source = ASTSource(fn, {a: t.removesuffix(":16") for a, t in types.items()}, constexprs, attrs)
     options = {name: variant[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
@@ -123,3 +123,25 @@ def test_mirrored_windows_keep_their_loads(tmp_path):
         seen.add((name, constants["AXIS"]))
     assert {name for name, _ in seen} == {"_forward_kernel", "_query_kernel", "_key_kernel"}
     assert {axis for _, axis in seen} == {0, 1}
+
+
+def bytes_of_loads(ptx: str) -> list[int]:
+    """Of every load from memory, how many bytes a thread reads at once.
+
+    >>> bytes_of_loads("@%p1 ld.global.v4.b32 {...}; ld.global.L1::evict_last.b16 { %rs1 }")
+    [16, 2]
+    """
+    found = re.findall(r"\bld\.global\b\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    return [int(many or 1) * int(bits) // 8 for many, bits in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["attention_scale", "attention_scale_entries", "attention_scale_rows"])
+def test_rows_of_a_head_are_read_in_wide_pieces(case):
+    """Of 64 features, 16 bytes at a time: a head's width is an argument, for a quotient is no known multiple of 16."""
+    from nearfold.kernels.triton import aggregate as kernels
+
+    (variant,) = [make() for make in kernels.VARIANTS if make.__name__ == case]
+    loads = bytes_of_loads(compiled(variant).asm["ptx"])
+    assert loads.count(16) >= 2
+    assert loads.count(2) <= 4, f"{loads.count(2)} loads of one number"  # of alpha

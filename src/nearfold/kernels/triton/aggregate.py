@@ -62,6 +62,7 @@ def _scale_kernel(
     H,
     SE,
     O,
+    width,  # of a head, O // H: passed, for then it is known to be a multiple of 16, and rows are read in wide pieces
     mult,  # outputs of one input channel
     vb,
     vn,
@@ -77,7 +78,6 @@ def _scale_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """No kernel, or one input channel to a group: weight (S, O). One program: BLOCK_M outputs, channels of a head."""
-    width = O // H
     blocks = tl.cdiv(width, BLOCK_C)
     tile = tl.program_id(0) % (H * blocks)
     head = tile // blocks
@@ -216,7 +216,8 @@ def _scale_entries_kernel(
     N,
     H,
     SE,
-    O,
+    C,
+    d,
     mult,
     vb,
     vn,
@@ -237,8 +238,7 @@ def _scale_entries_kernel(
 
     KEEP: grad's tile is the gradient at every entry, and read once.
     """
-    C = O // mult
-    d = C // H
+    O = C * mult
     head = tl.program_id(0) % H
     r = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = r < rows
@@ -388,7 +388,7 @@ def _scale_rows_kernel(
     N,
     H,
     SE,
-    O,
+    d,
     mult,
     E: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
@@ -398,7 +398,7 @@ def _scale_rows_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """d_value without a dense kernel. One program: BLOCK_N rows (b, h, n), BLOCK_J readers of each at a time."""
-    d = O // mult // H
+    O = H * d * mult
     blocks = tl.cdiv(d, BLOCK_C)
     q = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = q < cells
@@ -540,6 +540,7 @@ def _scale_weight_kernel(
     H,
     S,
     O,
+    width,
     mult,
     vb,
     vn,
@@ -554,7 +555,6 @@ def _scale_weight_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """partial (splits, S, O): d_weight of one input channel to a group, summed over a split's outputs."""
-    width = O // H
     blocks = tl.cdiv(width, BLOCK_C)
     tile = tl.program_id(0) % (S * H * blocks)
     split = (tl.program_id(0) // (S * H * blocks)).to(tl.int64)
@@ -741,7 +741,7 @@ def aggregate(
         if not dense:
             tile = _fit(O // H, block_c)
             programs = triton.cdiv(B * M, block_m) * H * triton.cdiv(O // H, tile)
-            sizes = (B * M, M, N, H, SE, O, O // C)
+            sizes = (B * M, M, N, H, SE, O, O // H, O // C)
             flags |= {"HAS_WEIGHT": weight is not None, "BLOCK_M": block_m, "BLOCK_C": tile}
             _launch(_scale_kernel, programs, (*operands, *sizes, *strides), flags, options)
             return out
@@ -846,7 +846,7 @@ def aggregate_backward(
             else:
                 more |= {"HAS_WEIGHT": weight is not None, "KEEP": weight is None and d <= block_c}
                 more |= {"BLOCK_C": _fit(d, block_c)}
-                operands = (grad, value, index, a, w, *into, rows, M, N, H, SE, O, mult, *strides)
+                operands = (grad, value, index, a, w, *into, rows, M, N, H, SE, C, d, mult, *strides)
                 _launch(_scale_entries_kernel, row_blocks * H, operands, flags | more, options)
         if scattered is not None:
             d_value = scattered.to(value.dtype)
@@ -863,7 +863,7 @@ def aggregate_backward(
                 tile = _fit(d, block_c)
                 tiles = triton.cdiv(B * H * N, block_n) * triton.cdiv(d, tile)
                 more |= {"HAS_WEIGHT": weight is not None, "BLOCK_C": tile}
-                _launch(_scale_rows_kernel, tiles, (*operands, B * H * N, N, H, SE, O, mult), flags | more, options)
+                _launch(_scale_rows_kernel, tiles, (*operands, B * H * N, N, H, SE, d, mult), flags | more, options)
         if weight is None:
             return d_value, d_alpha, value.new_empty(0)
         if dense:
@@ -879,7 +879,7 @@ def aggregate_backward(
             tiles = S * H * triton.cdiv(O // H, tile)
             splits, span = _splits(rows, tiles, block_m, programs)
             partial = value.new_empty(splits, S, O, dtype=torch.float32)
-            operands = (grad, value, index, a, partial, rows, span, M, N, H, S, O, mult, *strides)
+            operands = (grad, value, index, a, partial, rows, span, M, N, H, S, O, O // H, mult, *strides)
             more = {"BLOCK_M": block_m, "BLOCK_C": tile}
             _launch(_scale_weight_kernel, tiles * splits, operands, flags | more, options)
             d_weight = partial.sum(0).t().reshape(weight.shape)
