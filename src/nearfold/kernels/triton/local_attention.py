@@ -9,10 +9,13 @@ over the outputs whose windows read its positions, and adds up the gradients at 
 mirrored, that is done on the padded grid, and a third kernel adds up what comes from one position. Every sum is taken
 by one thread in one order: equal inputs have equal results, bit for bit.
 
+Features of a position lie side by side wherever a kernel reads: operands that are laid out otherwise, as maps of a
+convolution are, are copied once. A slot is then read in a few wide pieces; feature by feature it took five times the
+instructions.
+
 Shape legend: B batch, H heads, P problems (B x H), e embedded features, d value features, S slots, M outputs, N
 positions of the keys' grid, `*out` and `*grid` the same by axes; of a program BM outputs or positions, BE and BD
-features. A kernel's tiles are (features, BM) with AXIS = 0, (BM, features) with AXIS = 1: the innermost axis is the one
-that lies closest together in memory. Grids of one or two axes get leading axes of size 1.
+features. Grids of one or two axes get leading axes of size 1.
 """
 
 from __future__ import annotations
@@ -77,33 +80,21 @@ def _padded(window: Window, key: Tensor, query: Tensor) -> list[int]:
 
 
 @triton.jit
-def _rows(base, position, there, feature, feature_stride, count, AXIS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Features of positions, whose offsets (BM,) are given, as float32; zero where ``there`` (BM,) is false."""
-    along = feature
+def _rows(base, at, there, feature, count, stride, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Features (BM, BE or BD) of positions ``at`` (BM,) as float32; zero where ``there`` (BM,) is false."""
     if LONG:
-        along = feature.to(tl.int64)
-    at = tl.expand_dims(position, AXIS) + tl.expand_dims(along * feature_stride, 1 - AXIS)
-    good = tl.expand_dims(there, AXIS) & tl.expand_dims(feature < count, 1 - AXIS)
-    return tl.load(base + at, mask=good, other=0.0).to(tl.float32)
+        at = at.to(tl.int64)
+    where = (at * stride)[:, None] + feature[None, :]
+    return tl.load(base + where, mask=there[:, None] & (feature < count)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _put(base, position, there, feature, feature_stride, count, what, AXIS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write what `_rows` would read."""
-    along = feature
+def _put(base, at, there, feature, count, f_stride, stride, what, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write features (BM, BE or BD) of positions ``at`` (BM,), which may lie side by side where features do not."""
     if LONG:
-        along = feature.to(tl.int64)
-    at = tl.expand_dims(position, AXIS) + tl.expand_dims(along * feature_stride, 1 - AXIS)
-    good = tl.expand_dims(there, AXIS) & tl.expand_dims(feature < count, 1 - AXIS)
-    tl.store(base + at, what.to(base.dtype.element_ty), mask=good)
-
-
-@triton.jit
-def _offset(i0, i1, i2, s0, s1, s2, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where (BM,) coordinates lie in memory, from strides."""
-    if LONG:
-        i0, i1, i2 = i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64)
-    return i0 * s0 + i1 * s1 + i2 * s2
+        at, feature = at.to(tl.int64), feature.to(tl.int64)
+    where = (at * stride)[:, None] + (feature * f_stride)[None, :]
+    tl.store(base + where, what.to(base.dtype.element_ty), mask=there[:, None] & (feature < count)[None, :])
 
 
 @triton.jit
@@ -120,14 +111,14 @@ def _mirrored(i, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _read(o, k, stride, dilation, before, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
+def _read(o, k, stride, dilation, before, n, there, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Coordinates (BM,) that slot k of outputs (BM,) reads on an axis, and whether they are on the grid."""
     i = o * stride + k * dilation - before
-    inside = (i >= 0) & (i < n)
     if MIRROR > 0:
         i = _mirrored(i, n, MIRROR)
-        inside = (i >= 0) & (i < n)
-    return i, inside
+    else:
+        there &= (i >= 0) & (i < n)
+    return i, there
 
 
 @triton.jit
@@ -144,13 +135,13 @@ def _reader(j, u, size, stride, dilation, out, STRIDED: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _scores(q, near, METRIC: tl.constexpr, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scores(q, near, METRIC: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores (BM,) without their scale."""
     if METRIC == DOT:
-        score = tl.sum(q * near, AXIS)
+        score = tl.sum(q * near, 1)
     else:
         apart = q - near
-        square = tl.sum(apart * apart, AXIS)
+        square = tl.sum(apart * apart, 1)
         score = -square if METRIC == SQUARE else -tl.sqrt_rn(square)
     return score
 
@@ -189,29 +180,19 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     b0,
     b1,
     b2,
-    q_b,  # strides in memory: batch, head, feature, axes
+    q_b,  # strides in memory: batch, head, position
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -226,40 +207,37 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), there, f_e, q_f, e, AXIS, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e, q_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM], tl.float32)
-    acc = tl.expand_dims(acc, AXIS) + tl.expand_dims(tl.zeros([BD], tl.float32), 1 - AXIS)
+    acc = tl.zeros([BM, BD], tl.float32)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = tl.where(inside, _scores(q, near, METRIC, AXIS) * scale, float("-inf"))
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)  # which a NaN never becomes: it goes into the sum
                 base = tl.where(larger == float("-inf"), 0.0, larger)
                 keep = tl.exp(most - base)
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                acc = acc * tl.expand_dims(keep, AXIS) + near * tl.expand_dims(weight, AXIS)
+                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                acc = acc * keep[:, None] + near * weight[:, None]
 
     most = tl.where(most == float("-inf"), 0.0, most)
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
-    acc = acc * tl.expand_dims(inverse, AXIS)
+    acc = acc * inverse[:, None]
     y += problem * d * M
     stats += problem * 2 * M
     if LONG:
         m = m.to(tl.int64)
-    _put(y, m, there, f_d, M, d, acc, AXIS, LONG)
+    _put(y, m, there, f_d, d, M, 1, acc, LONG)
     most = tl.where(total == total, most, float("nan"))
     tl.store(stats + m, most.to(stats.dtype.element_ty), mask=there)
     tl.store(stats + M + m, inverse.to(stats.dtype.element_ty), mask=there)
@@ -294,41 +272,26 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     b0,
     b1,
     b2,
-    g_b,  # strides in memory: batch, head, feature, axes
+    g_b,  # strides in memory: batch, head, position
     g_h,
-    g_f,
-    g_0,
-    g_1,
-    g_2,
+    g_n,
     q_b,
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     w_b,
     w_h,
     w_f,
-    w_0,
-    w_1,
-    w_2,
+    w_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -343,31 +306,29 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), there, f_e, q_f, e, AXIS, LONG)
-    g = _rows(grad + b * g_b + h * g_h, _offset(o0, o1, o2, g_0, g_1, g_2, LONG), there, f_d, g_f, d, AXIS, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e, q_n, LONG)
+    g = _rows(grad + b * g_b + h * g_h, m, there, f_d, d, g_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     delta = tl.zeros([BM], tl.float32)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = tl.where(inside, _scores(q, near, METRIC, AXIS) * scale, float("-inf"))
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)
                 base = tl.where(larger == float("-inf"), 0.0, larger)
                 keep = tl.exp(most - base)
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                delta = delta * keep + weight * tl.where(inside, tl.sum(g * near, AXIS), 0.0)
+                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                delta = delta * keep + weight * tl.where(inside, tl.sum(g * near, 1), 0.0)
     most = tl.where(most == float("-inf"), 0.0, most)
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
     delta = delta * inverse
@@ -380,27 +341,25 @@ def _query_kernel(  # type: ignore[no-untyped-def]
 
     acc = tl.zeros_like(q)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                d_weight = tl.sum(g * near, AXIS)
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = _scores(q, near, METRIC, AXIS)
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                d_weight = tl.sum(g * near, 1)
+                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                score = _scores(q, near, METRIC)
                 alpha = tl.exp(score * scale - most) * inverse
                 d_score = tl.where(inside, (d_weight - delta) * alpha * scale, 0.0)
                 if METRIC == DOT:
-                    acc += near * tl.expand_dims(d_score, AXIS)
+                    acc += near * d_score[:, None]
                 else:
                     factor = _of_difference(d_score, score, METRIC)
-                    acc += (q - near) * tl.expand_dims(factor, AXIS)
+                    acc += (q - near) * factor[:, None]
     d_query += b * w_b + h * w_h
-    _put(d_query, _offset(o0, o1, o2, w_0, w_1, w_2, LONG), there, f_e, w_f, e, acc, AXIS, LONG)
+    _put(d_query, m, there, f_e, e, w_f, w_n, acc, LONG)
 
 
 @triton.jit
@@ -439,48 +398,31 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     c0,  # how many outputs may read a position, per axis
     c1,
     c2,
-    g_b,  # strides in memory: batch, head, feature, axes
+    g_b,  # strides in memory: batch, head, position
     g_h,
-    g_f,
-    g_0,
-    g_1,
-    g_2,
+    g_n,
     q_b,
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     w_b,
     w_h,
     w_f,
-    w_0,
-    w_1,
-    w_2,
+    w_n,
     x_b,
     x_h,
     x_f,
-    x_0,
-    x_1,
-    x_2,
+    x_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     STRIDED: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -505,8 +447,9 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         i0, i1, i2 = _mirrored(j0 - b0, n0, MIRROR), _mirrored(j1 - b1, n1, MIRROR), _mirrored(j2 - b2, n2, MIRROR)
     else:
         p0, p1, p2 = j0 + b0, j1 + b1, j2 + b2
-    k = _rows(key + b * k_b + h * k_h, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), there, f_e, k_f, e, AXIS, LONG)
-    v = _rows(value + b * v_b + h * v_h, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), there, f_d, v_f, d, AXIS, LONG)
+    near = (i0 * n1 + i1) * n2 + i2
+    k = _rows(key + b * k_b + h * k_h, near, there, f_e, e, k_n, LONG)
+    v = _rows(value + b * v_b + h * v_h, near, there, f_d, d, v_n, LONG)
 
     of_key, of_value = tl.zeros_like(k), tl.zeros_like(v)
     for u0 in range(0, c0):
@@ -524,19 +467,19 @@ def _key_kernel(  # type: ignore[no-untyped-def]
                 most = tl.load(rows + m, mask=good, other=0.0)
                 inverse = tl.load(rows + M + m, mask=good, other=0.0)
                 delta = tl.load(rows + M + M + m, mask=good, other=0.0)
-                q = _rows(query, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), good, f_e, q_f, e, AXIS, LONG)
-                g = _rows(grad, _offset(o0, o1, o2, g_0, g_1, g_2, LONG), good, f_d, g_f, d, AXIS, LONG)
-                score = _scores(q, k, METRIC, AXIS)
+                q = _rows(query, m, good, f_e, e, q_n, LONG)
+                g = _rows(grad, m, good, f_d, d, g_n, LONG)
+                score = _scores(q, k, METRIC)
                 alpha = tl.where(good, tl.exp(score * scale - most) * inverse, 0.0)
-                d_score = tl.where(good, (tl.sum(g * v, AXIS) - delta) * alpha * scale, 0.0)
-                of_value += g * tl.expand_dims(alpha, AXIS)
+                d_score = tl.where(good, (tl.sum(g * v, 1) - delta) * alpha * scale, 0.0)
+                of_value += g * alpha[:, None]
                 if METRIC == DOT:
-                    of_key += q * tl.expand_dims(d_score, AXIS)
+                    of_key += q * d_score[:, None]
                 else:  # a key that is NaN stays where it is read
-                    apart = tl.where(tl.expand_dims(good, AXIS), q - k, 0.0)
-                    of_key -= apart * tl.expand_dims(_of_difference(d_score, score, METRIC), AXIS)
-    _put(d_key, _offset(j0, j1, j2, w_0, w_1, w_2, LONG), there, f_e, w_f, e, of_key, AXIS, LONG)
-    _put(d_value, _offset(j0, j1, j2, x_0, x_1, x_2, LONG), there, f_d, x_f, d, of_value, AXIS, LONG)
+                    apart = tl.where(good[:, None], q - k, 0.0)
+                    of_key -= apart * _of_difference(d_score, score, METRIC)[:, None]
+    _put(d_key, at, there, f_e, e, w_f, w_n, of_key, LONG)
+    _put(d_value, at, there, f_d, d, x_f, x_n, of_value, LONG)
 
 
 @triton.jit
@@ -611,11 +554,6 @@ def _three(numbers: list[int] | tuple[int, ...], fill: int) -> list[int]:
     return [fill] * (3 - len(numbers)) + list(numbers)
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Of (B, H, c, *grid) the strides, with leading axes."""
-    return [*x.stride()[:3], *_three(x.stride()[3:], 0)]
-
-
 def _geometry(window: Window) -> list[int]:
     """Sizes, strides, dilations and padding of all axes."""
     return [
@@ -647,9 +585,20 @@ def _long(*tensors: Tensor) -> bool:
     )
 
 
-def _axis(key: Tensor, value: Tensor) -> int:
-    """The innermost axis of tiles: features where they lie side by side, positions otherwise."""
-    return int(key.stride(2) == 1 and value.stride(2) == 1)
+def _read_from(x: Tensor) -> Tensor:
+    """(B, H, c, *grid) as (B, H, N, c), features side by side: a view, or a copy of what is laid out otherwise."""
+    rows = x.flatten(3).mT
+    return rows if rows.stride(3) == 1 else rows.contiguous()
+
+
+def _write_to(x: Tensor) -> Tensor:
+    """(B, H, c, *grid) as (B, H, c, N), which `_written` takes back: a view, or another tensor."""
+    return x.flatten(3)
+
+
+def _written(flat: Tensor, x: Tensor) -> None:
+    if flat.data_ptr() != x.data_ptr():
+        x.copy_(flat.view(x.shape))
 
 
 def _features(n: int) -> int:
@@ -709,15 +658,15 @@ def local_attention(
     BE, BD = _features(e), _features(d)
     BM, warps = _block(BE, BD, FORWARD_NUMBERS)
     BM = block or BM
+    operands = [_read_from(t) for t in (query, key, value)]
     with torch.cuda.device_of(query):
         _forward_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(query, key, value, y, stats, H, e, d),
+            *(*operands, y, stats, H, e, d),
             *(*_three(out, 1), *_three(key.shape[3:], 1), *_geometry(window)),
-            *(*_strides(query), *_strides(key), *_strides(value), float(scale)),
+            *(*(n for t in operands for n in t.stride()[:3]), float(scale)),
             METRIC=_metric(metric, squared),
             MIRROR=_mirror(window, key, query),
-            LONG=_long(query, key, value, y),
-            AXIS=_axis(key, value),
+            LONG=_long(*operands, y),
             BM=BM,
             BE=BE,
             BD=BD,
@@ -759,32 +708,31 @@ def local_attention_backward(
     d, M, grid = value.shape[2], math.prod(out), list(key.shape[3:])
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     rows = query.new_empty(B, H, 3, M, dtype=torch.float32)
-    to_key, to_value, landing = d_key, d_value, grid
+    to_query, to_key, to_value, landing = _write_to(d_query), _write_to(d_key), _write_to(d_value), grid
     mirror = _mirror(window, key, query)
     if reflect:
         landing = _landing(window, grid, out)
-        to_key, to_value = (query.new_empty(B, H, c, *landing, dtype=torch.float32) for c in (e, d))
+        to_key, to_value = (query.new_empty(B, H, c, math.prod(landing), dtype=torch.float32) for c in (e, d))
     strided = max(stride) > 1
     readers = [
         (s - 1) * g // t + 1 if strided else s for s, g, t in zip(size, dilation, stride, strict=True)
     ]  # that may read one position
+    operands = [_read_from(t) for t in (grad, query, key, value)]
     switches: dict[str, Any] = {
         "METRIC": _metric(metric, squared),
         "MIRROR": mirror,
-        "LONG": _long(grad, query, key, value, d_query, to_key, to_value, rows),
-        "AXIS": _axis(key, value),
+        "LONG": _long(*operands, to_query, to_key, to_value, rows),
         "BE": _features(e),
         "BD": _features(d),
     }
-    geometry, operands = _geometry(window), [_strides(t) for t in (grad, query, key, value)]
-    flat = [n for strides in operands for n in strides]
+    geometry, flat = _geometry(window), [n for t in operands for n in t.stride()[:3]]
     with torch.cuda.device_of(query):
         BM, warps = _block(switches["BE"], switches["BD"], QUERY_NUMBERS)
         BM = block or BM
         _query_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(grad, query, key, value, d_query, rows, H, e, d),
+            *(*operands, to_query, rows, H, e, d),
             *(*_three(out, 1), *_three(grid, 1), *geometry),
-            *(*flat, *_strides(d_query), float(scale)),
+            *(*flat, *to_query.stride(), float(scale)),
             **switches,
             BM=BM,
             num_warps=warps,
@@ -792,17 +740,20 @@ def local_attention_backward(
         BM, warps = _block(switches["BE"], switches["BD"], KEY_NUMBERS)
         BM = block or BM
         _key_kernel[(triton.cdiv(math.prod(landing), BM) * B * H,)](
-            *(grad, query, key, value, rows, to_key, to_value, H, e, d),
+            *(*operands, rows, to_key, to_value, H, e, d),
             *(*_three(out, 1), *_three(grid, 1), *_three(landing, 1), *geometry, *_three(readers, 1)),
-            *(*flat, *_strides(to_key), *_strides(to_value), float(scale)),
+            *(*flat, *to_key.stride(), *to_value.stride(), float(scale)),
             **switches,
             STRIDED=strided,
             BM=BM,
             num_warps=warps,
         )
+    _written(to_query, d_query)
+    for to, found in ((to_key, d_key), (to_value, d_value)):
         if reflect:
-            _fold(to_key, d_key, before)
-            _fold(to_value, d_value, before)
+            _fold(to, landing, found, before)
+        else:
+            _written(to, found)
     return d_query, d_key, d_value
 
 
@@ -812,35 +763,33 @@ def _landing(window: Window, grid: list[int], out: list[int]) -> list[int]:
     return [b + n + a for b, n, a in zip(window.before, grid, after, strict=True)]
 
 
-def _fold(padded: Tensor, found: Tensor, before: list[int]) -> None:
-    """Write the sums over mirrored copies (B, H, c, *padded) into (B, H, c, *grid)."""
+def _fold(padded: Tensor, landing: list[int], found: Tensor, before: list[int]) -> None:
+    """Write the sums over mirrored copies (B, H, c, L), on a grid of the sizes ``landing``, into (B, H, c, *grid)."""
     B, H, c, *grid = found.shape
-    landing = padded.shape[3:]
     lengths = [max(n - 1, 1) for n in grid]
     first = [-b // g for b, g in zip(before, lengths, strict=True)]
     last = [(n - b - 1) // g + 1 for n, b, g in zip(landing, before, lengths, strict=True)]
-    _fold_kernel[(triton.cdiv(found.numel(), BF),)](
-        *(padded, found, B * H * c, H, c, *_three(grid, 1), *_three(landing, 1), *_three(before, 0)),
-        *(*_three(first, 0), *_three(last, 1), *_strides(found)),
-        BM=BF,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(found):
+        _fold_kernel[(triton.cdiv(found.numel(), BF),)](
+            *(padded, found, B * H * c, H, c, *_three(grid, 1), *_three(landing, 1), *_three(before, 0)),
+            *(*_three(first, 0), *_three(last, 1), *found.stride()[:3], *_three(found.stride()[3:], 0)),
+            BM=BF,
+            num_warps=4,
+        )
 
 
 def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) -> Callable[[], dict[str, Any]]:
-    """What a launch of that kernel on two axes would compile, the innermost strides being 1."""
+    """What a launch on two axes would compile, a convolution's maps being copied, gradients laid out as they are."""
 
     def make() -> dict[str, Any]:
-        # a leading axis that is missing, and what lies side by side in memory
-        ones = [f"{name}0" for name in "mnlstdcz"]
-        ones += [f"{name}_f" if constexprs.get("AXIS") else f"{name}_2" for name in "gqkvwx"]
-        even = ("_b", "_h", "_0", "_1", "_2") if constexprs.get("AXIS") else ("_b", "_h", "_f")
-        signature = {name: "i32:16" if name.endswith(even) else "i32" for name in kernel.arg_names}
+        ones = [f"{name}0" for name in "mnlstdcz"]  # a leading axis that is missing
+        ones += ["w_2"] if kernel is _fold_kernel else ["w_n", "x_n"]  # positions lie side by side
+        signature = {n: "i32:16" if n.endswith(("_b", "_h", "_f", "_n")) else "i32" for n in kernel.arg_names}
         signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats", "found")}
         signature |= {name: f"*{dtype}" for name in ("d_query", "d_key", "d_value")}
         signature |= {"padded": "*fp32", "scale": "fp32"}
         if kernel is not _fold_kernel:
-            signature["rows"] = "*fp32"
+            signature |= {"rows": "*fp32", "e": "i32:16", "d": "i32:16"}
         if constexprs.get("MIRROR"):
             signature |= {"d_key": "*fp32", "d_value": "*fp32"}
         chosen = {n: v for n, v in (dict.fromkeys(ones, 1) | constexprs).items() if n in kernel.arg_names}
@@ -855,12 +804,12 @@ def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) 
 def _variants() -> list[Callable[[], dict[str, Any]]]:
     found = [_variant(_fold_kernel, dtype, {"BM": BF}, 0) for dtype in ("fp32", "bf16")]
     for dtype in ("fp32", "bf16"):
-        for width in (8, 32, 64, 128, MOST_FEATURES):
-            for axis, metric, mirror in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 2), (1, 2, 1)):
-                shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "AXIS": axis, "BE": width, "BD": width}
+        for width in (16, 32, 64, 128, MOST_FEATURES):
+            for metric, mirror in ((0, 0), (0, 1), (1, 2), (2, 1)):
+                shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "BE": width, "BD": width}
                 found.append(_variant(_forward_kernel, dtype, shape, FORWARD_NUMBERS))
                 found.append(_variant(_query_kernel, dtype, shape, QUERY_NUMBERS))
-                found.append(_variant(_key_kernel, dtype, shape | {"STRIDED": metric == 0 and axis == 1}, KEY_NUMBERS))
+                found.append(_variant(_key_kernel, dtype, shape | {"STRIDED": metric == 1}, KEY_NUMBERS))
     return found
 
 
