@@ -157,3 +157,19 @@ def test_windows_are_read_in_wide_pieces():
         loads = bytes_of_loads(compiled(variant).asm["ptx"])
         name = f"{variant['fn'].__name__} {variant['signature']['query']}"
         assert set(loads) <= {4, 16} and loads.count(16) > loads.count(4), f"{name}: {loads}"  # 4: a row's softmax
+
+
+@pytest.mark.slow
+def test_channels_of_a_group_are_read_along_their_positions():
+    """Threads beside one another read numbers beside one another, and a channel's weights in wide pieces."""
+    from nearfold.kernels.triton import grouped_conv as kernels
+
+    found = [make() for make in kernels.VARIANTS if make()["fn"] is kernels._conv_kernel]
+    found = [v for v in found if v["constexprs"]["BLOCK_W"] >= 4 and v["constexprs"]["SHIFT"]]
+    assert found
+    for variant in found:
+        ptx, constants = compiled(variant).asm["ptx"], variant["constexprs"]
+        loads = bytes_of_loads(ptx)
+        weights, near = constants["BLOCK_W"] // 4, constants["BLOCK_M"] // 128  # loads of a thread for a channel
+        assert loads.count(16) * near == (len(loads) - loads.count(16)) * weights > 0, f"{constants}: {loads}"
+        assert "shfl" not in ptx
