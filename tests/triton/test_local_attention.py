@@ -257,5 +257,8 @@ def test_what_it_serves():
     assert "257" in kernels.refusal(query, key, wide, *window, "dot")
     huge = [t[..., :1, :1].expand(*t.shape[:3], 2**16, 2**16) for t in (query, key, value)]
     assert "32 bits" in kernels.refusal(*huge, *window, "dot")
+    long = torch.empty(1).expand(1, 1, 1, 2**30)
+    assert kernels.refusal(long, long, long, [3], [1], [1], [1], False, "dot") == ""
+    assert "32 bits" in kernels.refusal(long, long, long, [3], [1], [1], [1], True, "dot")  # the mirror's period
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.local_attention(query.double(), key.double(), value.double(), *case.arguments())

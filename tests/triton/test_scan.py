@@ -253,8 +253,9 @@ def test_it_says_what_it_does_not_serve():
     wide = [x.double() for x in values]
     assert "torch.float64" in refusal(*wide)
     assert "torch.float16" in refusal(values[0], values[1].half(), *values[2:])
-    long = torch.empty(1, device="meta").expand(1, 2**31, 1)
-    assert "32 bits" in refusal(long, long, values[2], long, long)
+    for positions in (2**31, 2**31 - 1):  # the last chunk goes on past the end
+        long = torch.empty(1, device="meta").expand(1, positions, 1)
+        assert "32 bits" in refusal(long, long, values[2], long, long)
     with pytest.raises(NotImplementedError, match="not float32, bfloat16 or float16 alike"):
         scan(*wide)
     with pytest.raises(NotImplementedError, match="not float32, bfloat16 or float16 alike"):

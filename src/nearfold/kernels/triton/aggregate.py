@@ -36,7 +36,13 @@ LIMIT = 2**31  # of 32-bit offsets: within rows and weights; the sort's keys tak
 def _gather(value, at, ok, N, vn, channel, ok_channel, vc):
     """Rows ``at`` of value; zeros where there is none."""
     there = (ok & (at >= 0) & (at < N))[:, None] & ok_channel[None, :]
-    return tl.load(value[:, None] + at[:, None] * vn + channel[None, :] * vc, mask=there, other=0.0)
+    return tl.load(value[:, None] + at.to(tl.int64)[:, None] * vn + channel[None, :] * vc, mask=there, other=0.0)
+
+
+@triton.jit
+def _row_of(cell, N, H):
+    """Where row n of sample b is, b N + n, given the number of (b, h, n): N H may not fit 32 bits."""
+    return cell // N // H * N + cell % N
 
 
 @triton.jit
@@ -277,7 +283,7 @@ def _scale_entries_kernel(
                 d_read *= a[:, None]
             if ATOMIC:
                 tl.atomic_add(
-                    d_value[:, None] + at[:, None] * C + channel[None, :],
+                    d_value[:, None] + at.to(tl.int64)[:, None] * C + channel[None, :],
                     d_read,
                     mask=there[:, None] & ok_c[None, :],
                     sem="relaxed",
@@ -363,7 +369,7 @@ def _dense_entries_kernel(
             if ATOMIC:
                 there = ok & (at >= 0) & (at < N)
                 tl.atomic_add(
-                    d_value[:, None] + at[:, None] * (G * c) + channel[None, :],
+                    d_value[:, None] + at.to(tl.int64)[:, None] * (G * c) + channel[None, :],
                     d_near,
                     mask=there[:, None] & ok_k[None, :],
                     sem="relaxed",
@@ -426,7 +432,7 @@ def _scale_rows_kernel(
         if HAS_ALPHA:
             d_read *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, :, None]
         acc += tl.sum(d_read, 1)
-    into = d_value + ((q // (N * H) * N + q % N) * (H * d))[:, None] + channel
+    into = d_value + (_row_of(q, N, H) * (H * d))[:, None] + channel
     tl.store(into, acc.to(d_value.dtype.element_ty), mask=ok[:, None] & ok_k[None, :])
 
 

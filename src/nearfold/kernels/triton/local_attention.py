@@ -64,10 +64,11 @@ def refusal(
         return f"{query.shape[2]} and {value.shape[2]} features, more than {MOST_FEATURES}"
     padded = _padded(Window(size, stride, dilation, before, reflect), key, query)
     most = max(math.prod(query.shape[3:]), math.prod(key.shape[3:]), math.prod(padded))
+    period = 2 * max(key.shape[3:]) if reflect else 0
     features = max(query.shape[2], value.shape[2])
     problems = query.shape[0] * query.shape[1]
     programs = problems * max(triton.cdiv(most, FEWEST), triton.cdiv(most * features, BF))
-    if max(most, programs) >= 2**31:
+    if max(most, period, programs) >= 2**31:
         return "positions or programs do not fit 32 bits"
     return ""
 

@@ -41,7 +41,8 @@ def refusal(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
         return f"the operands are {found}, not float32, bfloat16 or float16 alike"
     batch, positions, channels = u.shape
     blocks = triton.cdiv(channels, GRADIENT_CHANNELS) * triton.cdiv(A.shape[1], MOST_STATES)
-    if max(positions, batch * scan_torch.chunks_of(positions) * blocks, channels * A.shape[1]) >= 2**31:
+    past_the_end = positions + 2 * scan_torch.CHUNK
+    if max(past_the_end, batch * scan_torch.chunks_of(positions) * blocks, channels * A.shape[1]) >= 2**31:
         return "positions, states or programs do not fit 32 bits"
     return ""
 
