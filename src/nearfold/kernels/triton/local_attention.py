@@ -6,8 +6,8 @@ largest score so far, the sum of exponentials and the weighted sum of values, sc
 The backward has two kernels. By outputs: one walk finds the softmax and its inner product with the gradient, in float32
 whatever the inputs' type, a second one adds up the gradient at the queries. By positions of the keys: a program walks
 over the outputs whose windows read its positions, and adds up the gradients at keys and values. Where the border is
-mirrored, that is done on the padded grid, and a third kernel adds up what comes from one position. Every sum is taken
-by one thread in one order: equal inputs have equal results, bit for bit.
+mirrored, that is done on the padded grid, whose strips are then added to what they mirror. Every sum is taken in one
+order: equal inputs have equal results, bit for bit.
 
 Features of a position lie side by side wherever a kernel reads: operands that are laid out otherwise, as maps of a
 convolution are, are copied once. A slot is then read in a few wide pieces; feature by feature it took five times the
@@ -34,7 +34,6 @@ from nearfold.kernels.local_attention_torch import Window
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_FEATURES = 256  # of a row, held at once
 MOST_AXES = 3
-BF = 256  # numbers of a program that folds
 FEWEST = 8  # BM
 
 DOT, DISTANCE, SQUARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -65,9 +64,8 @@ def refusal(
     padded = _padded(Window(size, stride, dilation, before, reflect), key, query)
     most = max(math.prod(query.shape[3:]), math.prod(key.shape[3:]), math.prod(padded))
     period = 2 * max(key.shape[3:]) if reflect else 0
-    features = max(query.shape[2], value.shape[2])
     problems = query.shape[0] * query.shape[1]
-    programs = problems * max(triton.cdiv(most, FEWEST), triton.cdiv(most * features, BF))
+    programs = problems * triton.cdiv(most, FEWEST)
     if max(most, period, programs) >= 2**31:
         return "positions or programs do not fit 32 bits"
     return ""
@@ -483,73 +481,6 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     _put(d_value, at, there, f_d, d, x_f, x_n, of_value, LONG)
 
 
-@triton.jit
-def _image(i, sheet, n, length):  # type: ignore[no-untyped-def]
-    """Where the mirrored copies (BM,) of coordinates lie in a sheet, and whether they are this sheet's.
-
-    Sheets of max(n - 1, 1) positions lie side by side, every other one reversed; a border belongs to the right one.
-    """
-    odd = sheet % 2 != 0
-    good = i != tl.where(odd, n - 1 - length, length)
-    return sheet * length + tl.where(odd, n - 1 - i, i), good
-
-
-@triton.jit
-def _fold_kernel(  # type: ignore[no-untyped-def]
-    padded,  # (P, c, *padded) float32
-    found,
-    rows,  # P c
-    H,
-    c,
-    n0,  # sizes of the grid, and of the padded one; the padding
-    n1,
-    n2,
-    l0,
-    l1,
-    l2,
-    b0,
-    b1,
-    b2,
-    f0,  # the sheets of mirrored copies: first ones and the ones after the last, per axis
-    f1,
-    f2,
-    z0,
-    z1,
-    z2,
-    w_b,  # strides in memory: batch, head, feature, axes
-    w_h,
-    w_f,
-    w_0,
-    w_1,
-    w_2,
-    BM: tl.constexpr,
-):
-    N = n0 * n1 * n2
-    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # of (P, c, *grid)
-    row = entry // N
-    at = (entry - row * N).to(tl.int32)
-    there = row < rows
-    i2, i1, i0 = at % n2, at // n2 % n1, at // n2 // n1
-    first = row * l0 * l1 * l2
-    acc = tl.zeros([BM], tl.float32)
-    for v0 in range(f0, z0):
-        j0, in0 = _image(i0, v0, n0, tl.maximum(n0 - 1, 1))
-        j0 += b0
-        in0 &= there & (j0 >= 0) & (j0 < l0)
-        for v1 in range(f1, z1):
-            j1, in1 = _image(i1, v1, n1, tl.maximum(n1 - 1, 1))
-            j1 += b1
-            in1 &= in0 & (j1 >= 0) & (j1 < l1)
-            for v2 in range(f2, z2):
-                j2, good = _image(i2, v2, n2, tl.maximum(n2 - 1, 1))
-                j2 += b2
-                good &= in1 & (j2 >= 0) & (j2 < l2)
-                acc += tl.load(padded + first + ((j0 * l1 + j1) * l2 + j2), mask=good, other=0.0)
-    b, h, f = row // c // H, row // c % H, row % c
-    to = i0.to(tl.int64) * w_0 + i1.to(tl.int64) * w_1 + i2.to(tl.int64) * w_2
-    tl.store(found + (to + b * w_b + h * w_h + f * w_f), acc.to(found.dtype.element_ty), mask=there)
-
-
 def _three(numbers: list[int] | tuple[int, ...], fill: int) -> list[int]:
     """One number per axis, with leading axes as a kernel wants them."""
     return [fill] * (3 - len(numbers)) + list(numbers)
@@ -710,10 +641,11 @@ def local_attention_backward(
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     rows = query.new_empty(B, H, 3, M, dtype=torch.float32)
     to_query, to_key, to_value, landing = _write_to(d_query), _write_to(d_key), _write_to(d_value), grid
-    mirror = _mirror(window, key, query)
+    mirror, padded = _mirror(window, key, query), None
     if reflect:
-        landing = _landing(window, grid, out)
-        to_key, to_value = (query.new_empty(B, H, c, math.prod(landing), dtype=torch.float32) for c in (e, d))
+        landing = _padded(window, key, query)
+        padded = query.new_empty(B, H, e + d, *landing, dtype=torch.float32)
+        to_key, to_value = padded.flatten(3).split([e, d], 2)
     strided = max(stride) > 1
     readers = [
         (s - 1) * g // t + 1 if strided else s for s, g, t in zip(size, dilation, stride, strict=True)
@@ -750,33 +682,35 @@ def local_attention_backward(
             num_warps=warps,
         )
     _written(to_query, d_query)
-    for to, found in ((to_key, d_key), (to_value, d_value)):
-        if reflect:
-            _fold(to, landing, found, before)
-        else:
-            _written(to, found)
+    if padded is not None:
+        of_key, of_value = _folded(padded, grid, before).split([e, d], 2)
+        d_key.copy_(of_key), d_value.copy_(of_value)
+    else:
+        _written(to_key, d_key)
+        _written(to_value, d_value)
     return d_query, d_key, d_value
 
 
-def _landing(window: Window, grid: list[int], out: list[int]) -> list[int]:
-    """Sizes of the padded grid, as far as outputs read it."""
-    after = window.after(torch.Size(grid), torch.Size(out))
-    return [b + n + a for b, n, a in zip(window.before, grid, after, strict=True)]
+def _folded(padded: Tensor, grid: list[int], before: list[int]) -> Tensor:
+    """(B, H, c, *padded) added up over mirrored copies, to (B, H, c, *grid): a part of the same memory.
 
-
-def _fold(padded: Tensor, landing: list[int], found: Tensor, before: list[int]) -> None:
-    """Write the sums over mirrored copies (B, H, c, L), on a grid of the sizes ``landing``, into (B, H, c, *grid)."""
-    B, H, c, *grid = found.shape
-    lengths = [max(n - 1, 1) for n in grid]
-    first = [-b // g for b, g in zip(before, lengths, strict=True)]
-    last = [(n - b - 1) // g + 1 for n, b, g in zip(landing, before, lengths, strict=True)]
-    with torch.cuda.device_of(found):
-        _fold_kernel[(triton.cdiv(found.numel(), BF),)](
-            *(padded, found, B * H * c, H, c, *_three(grid, 1), *_three(landing, 1), *_three(before, 0)),
-            *(*_three(first, 0), *_three(last, 1), *found.stride()[:3], *_three(found.stride()[3:], 0)),
-            BM=BF,
-            num_warps=4,
-        )
+    Sheets of max(n - 1, 1) positions lie side by side, every other one reversed. PyTorch adds strip by strip: only the
+    border is read twice, where one kernel for all positions would ask each of them for its copies.
+    """
+    for axis, (n, b) in enumerate(zip(grid, before, strict=True), 3):
+        inside, end, length = padded.narrow(axis, b, n), padded.shape[axis] - b, max(n - 1, 1)
+        for sheet in range(-b // length, (end - 1) // length + 1):
+            first, last = max(sheet * length, -b), min((sheet + 1) * length, end)
+            if sheet == 1:
+                first = max(first, n)  # what it begins with is inside
+            if sheet == 0 or first >= last:
+                continue
+            strip, at = padded.narrow(axis, b + first, last - first), first - sheet * length
+            if sheet % 2:
+                strip, at = strip.flip(axis), n - at - (last - first)
+            inside.narrow(axis, at, last - first).add_(strip)
+        padded = inside
+    return padded
 
 
 def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) -> Callable[[], dict[str, Any]]:
@@ -784,26 +718,22 @@ def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) 
 
     def make() -> dict[str, Any]:
         ones = [f"{name}0" for name in "mnlstdcz"]  # a leading axis that is missing
-        ones += ["w_2"] if kernel is _fold_kernel else ["w_n", "x_n"]  # positions lie side by side
+        ones += ["w_n", "x_n"]  # positions lie side by side
         signature = {n: "i32:16" if n.endswith(("_b", "_h", "_f", "_n")) else "i32" for n in kernel.arg_names}
-        signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats", "found")}
+        signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats")}
         signature |= {name: f"*{dtype}" for name in ("d_query", "d_key", "d_value")}
-        signature |= {"padded": "*fp32", "scale": "fp32"}
-        if kernel is not _fold_kernel:
-            signature |= {"rows": "*fp32", "e": "i32:16", "d": "i32:16"}
+        signature |= {"rows": "*fp32", "e": "i32:16", "d": "i32:16", "scale": "fp32"}
         if constexprs.get("MIRROR"):
             signature |= {"d_key": "*fp32", "d_value": "*fp32"}
         chosen = {n: v for n, v in (dict.fromkeys(ones, 1) | constexprs).items() if n in kernel.arg_names}
-        warps = 4
-        if "BE" in constexprs:
-            chosen["BM"], warps = _block(constexprs["BE"], constexprs["BD"], numbers)
+        chosen["BM"], warps = _block(constexprs["BE"], constexprs["BD"], numbers)
         return {"fn": kernel, "signature": signature, "constexprs": chosen, "num_warps": warps, "num_stages": 3}
 
     return make
 
 
 def _variants() -> list[Callable[[], dict[str, Any]]]:
-    found = [_variant(_fold_kernel, dtype, {"BM": BF}, 0) for dtype in ("fp32", "bf16")]
+    found = []
     for dtype in ("fp32", "bf16"):
         for width in (16, 32, 64, 128, MOST_FEATURES):
             for metric, mirror in ((0, 0), (0, 1), (1, 2), (2, 1)):
