@@ -173,3 +173,16 @@ def test_channels_of_a_group_are_read_along_their_positions():
         weights, near = constants["BLOCK_W"] // 4, constants["BLOCK_M"] // 128  # loads of a thread for a channel
         assert loads.count(16) * near == (len(loads) - loads.count(16)) * weights > 0, f"{constants}: {loads}"
         assert "shfl" not in ptx
+
+
+@pytest.mark.slow
+def test_recurrences_stay_in_a_thread():
+    """Of the scan's gradient: a thread holds many positions of a channel, so few numbers go from thread to thread."""
+    from nearfold.kernels.triton import scan as kernels
+
+    found = [v for v in (make() for make in kernels.VARIANTS) if v["fn"] is kernels._gradient_kernel]
+    assert found
+    for variant in found:
+        numbers = variant["constexprs"]["T"] * variant["constexprs"]["BC"] // 32  # of a thread
+        exchanged = compiled(variant).asm["ptx"].count("shfl")
+        assert exchanged < 24 * numbers, f"{exchanged} for {numbers} numbers"  # 21; 31 were rows known to be aligned

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 32  # of a walk, in registers
 WALK_CHANNELS = 32
 GRADIENT_CHANNELS = 16
-UNKNOWN = ("g_stride_c", "u_stride_c", "d_stride_c")
+UNALIGNED = ("C", *(f"{name}_stride_{axis}" for name in "gud" for axis in "bn"))
 STAGES = tl.constexpr(4)
 
 
@@ -222,9 +222,9 @@ def _after(decay, end, next_decay, next_end):  # type: ignore[no-untyped-def]
     return decay * next_decay, tl.where(end == 0, next_end, next_decay * end + next_end)
 
 
-# were it known that channels lie side by side, a thread would hold several channels of few positions, and the
+# were rows of channels known to be aligned, a thread would read several channels of few positions at once, and the
 # recurrences would cross threads; so it holds many positions of one channel, and a third of the instructions is saved
-@triton.jit(do_not_specialize=UNKNOWN)
+@triton.jit(do_not_specialize=UNALIGNED)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad,
     u,
@@ -526,10 +526,10 @@ def scan_backward(
 
 def _compiled(fn: Any, constexprs: dict[str, Any], pointers: dict[str, str], warps: int) -> dict:
     """What a compiler needs to build a kernel without a device; arguments not named otherwise are int32."""
-    unknown = UNKNOWN if fn is _gradient_kernel else ()
-    beside = [name for name in fn.arg_names if name.endswith(("stride_c", "stride_s")) and name not in unknown]
+    unaligned = UNALIGNED if fn is _gradient_kernel else ()
+    beside = [name for name in fn.arg_names if name.endswith(("stride_c", "stride_s"))]
     constexprs = {**constexprs, **dict.fromkeys(beside, 1)}
-    types = {**dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(unknown, "i32"), **pointers}
+    types = {**dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(unaligned, "i32"), **pointers}
     signature = {name: types.get(name, "i32:16" if "stride" in name else "i32") for name in fn.arg_names}
     return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 3}
 
