@@ -30,7 +30,6 @@ CASES = [
     (1, 33, 3, 3, 1, 4, 4),
     (1, 70, 1, 16, 16, 1, 16),
     (1, 301, 3, 2, 8, 4, 2),
-    (1, 999, 2, 1, 32, 2, 2),
 ]
 
 
@@ -85,6 +84,15 @@ def test_equals_a_loop_over_time(case):
     mine = found(values, chunk=case[4], block_c=case[5], block_s=case[6])
     assert mine[0].dtype == torch.float32
     agree(mine, wanted(values), BUDGET[torch.float32])
+
+
+def test_a_long_sequence_of_many_chunks():
+    """32 chunks as a device has them; nothing grows, for the error would, too."""
+    u, delta, A, B, C = operands(1, 999, 4, 1)
+    values = [u, delta, -A.abs(), B, C]
+    mine, truth = found(values, chunk=32), wanted(values)
+    agree(mine[:3] + mine[4:], truth[:3] + truth[4:], BUDGET[torch.float32])
+    agree(mine[3:4], truth[3:4], 3e-6)  # the gradient at A is a sum over positions, whose terms cancel here
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
