@@ -149,12 +149,21 @@ def test_short_types_lose_only_their_rounding(name, dtype):
 def test_any_layout(name):
     case = CASES[name]
     channels_last = [t.movedim(2, -1).contiguous().movedim(-1, 2) for t in case.operands()]
-    assert all(kernels._read_from(t).data_ptr() == t.data_ptr() for t in channels_last)  # no copy
     check(channels_last, case)
     query, key, value, grad = case.operands()
     key = key[:, :1].expand(-1, 2, *[-1] * (key.dim() - 2))  # one key for all heads
     wide = torch.randn(*value.shape[:-1], 2 * value.shape[-1])
     check([query.mT.contiguous().mT, key, wide[..., ::2], grad[..., :1].expand_as(grad)], case, block=16)
+
+
+def test_what_is_read_without_a_copy():
+    """Rows of 16, 32, ... features side by side; others are copied, with zeros up to the next multiple of 16."""
+    last = torch.randn(2, 3, 5, 2, 16).permute(0, 3, 4, 1, 2)
+    assert kernels._read_from(last).data_ptr() == last.data_ptr()
+    for x in (last.contiguous(), last[:, :, :9], torch.randn(1, 2, 20, 7), last[..., 1:]):
+        rows, c = kernels._read_from(x), x.shape[2]
+        assert rows.stride(3) == 1 and rows.shape[3] % 16 == 0 and not any(n % 16 for n in rows.stride()[:3])
+        assert torch.equal(rows[..., :c].mT, x.flatten(3)) and not rows[..., c:].any()
 
 
 def test_offsets_of_64_bits(monkeypatch):

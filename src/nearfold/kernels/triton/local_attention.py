@@ -159,8 +159,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     y,  # (P, d, M)
     stats,  # (P, 2, M)
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the window; then the window's strides, dilations and padding
     m1,
     m2,
@@ -206,7 +208,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e, q_n, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e_read, q_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -218,7 +220,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             for u2 in range(0, s2):
                 i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
                 at = (i0 * n1 + i1) * n2 + i2
-                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
                 score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)  # which a NaN never becomes: it goes into the sum
                 base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -226,7 +228,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
                 acc = acc * keep[:, None] + near * weight[:, None]
 
     most = tl.where(most == float("-inf"), 0.0, most)
@@ -251,8 +253,10 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     d_query,
     rows,  # (P, 3, M) float32: the largest score, one over the sum of exponentials, weights times their gradients
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the window; then the window's strides, dilations and padding
     m1,
     m2,
@@ -305,8 +309,8 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e, q_n, LONG)
-    g = _rows(grad + b * g_b + h * g_h, m, there, f_d, d, g_n, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e_read, q_n, LONG)
+    g = _rows(grad + b * g_b + h * g_h, m, there, f_d, d_read, g_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -318,7 +322,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
             for u2 in range(0, s2):
                 i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
                 at = (i0 * n1 + i1) * n2 + i2
-                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
                 score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)
                 base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -326,7 +330,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
                 delta = delta * keep + weight * tl.where(inside, tl.sum(g * near, 1), 0.0)
     most = tl.where(most == float("-inf"), 0.0, most)
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
@@ -346,9 +350,9 @@ def _query_kernel(  # type: ignore[no-untyped-def]
             for u2 in range(0, s2):
                 i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
                 at = (i0 * n1 + i1) * n2 + i2
-                near = _rows(value, at, inside, f_d, d, v_n, LONG)
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
                 d_weight = tl.sum(g * near, 1)
-                near = _rows(key, at, inside, f_e, e, k_n, LONG)
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
                 score = _scores(q, near, METRIC)
                 alpha = tl.exp(score * scale - most) * inverse
                 d_score = tl.where(inside, (d_weight - delta) * alpha * scale, 0.0)
@@ -371,8 +375,10 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     d_key,  # on the grid, or with MIRROR > 0 on the padded one
     d_value,
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the grid that d_key and d_value are on
     m1,
     m2,
@@ -447,8 +453,8 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     else:
         p0, p1, p2 = j0 + b0, j1 + b1, j2 + b2
     near = (i0 * n1 + i1) * n2 + i2
-    k = _rows(key + b * k_b + h * k_h, near, there, f_e, e, k_n, LONG)
-    v = _rows(value + b * v_b + h * v_h, near, there, f_d, d, v_n, LONG)
+    k = _rows(key + b * k_b + h * k_h, near, there, f_e, e_read, k_n, LONG)
+    v = _rows(value + b * v_b + h * v_h, near, there, f_d, d_read, v_n, LONG)
 
     of_key, of_value = tl.zeros_like(k), tl.zeros_like(v)
     for u0 in range(0, c0):
@@ -466,8 +472,8 @@ def _key_kernel(  # type: ignore[no-untyped-def]
                 most = tl.load(rows + m, mask=good, other=0.0)
                 inverse = tl.load(rows + M + m, mask=good, other=0.0)
                 delta = tl.load(rows + M + M + m, mask=good, other=0.0)
-                q = _rows(query, m, good, f_e, e, q_n, LONG)
-                g = _rows(grad, m, good, f_d, d, g_n, LONG)
+                q = _rows(query, m, good, f_e, e_read, q_n, LONG)
+                g = _rows(grad, m, good, f_d, d_read, g_n, LONG)
                 score = _scores(q, k, METRIC)
                 alpha = tl.where(good, tl.exp(score * scale - most) * inverse, 0.0)
                 d_score = tl.where(good, (tl.sum(g * v, 1) - delta) * alpha * scale, 0.0)
@@ -518,9 +524,19 @@ def _long(*tensors: Tensor) -> bool:
 
 
 def _read_from(x: Tensor) -> Tensor:
-    """(B, H, c, *grid) as (B, H, N, c), features side by side: a view, or a copy of what is laid out otherwise."""
+    """(B, H, c, *grid) as (B, H, N, c), features side by side: a view, or a copy of what is laid out otherwise.
+
+    Triton reads wide pieces where all strides and the features are known to be multiples of 16. The copy has zeros
+    up to the next one, if features are not so few that zeros would be most of it.
+    """
     rows = x.flatten(3).mT
-    return rows if rows.stride(3) == 1 else rows.contiguous()
+    c = rows.shape[3]
+    if c >= 8 and c % 16:
+        padded = rows.new_zeros(*rows.shape[:3], c + -c % 16)
+        padded[..., :c] = rows
+        return padded
+    aligned = c < 8 or not any(n % 16 for n in rows.stride()[:3])
+    return rows if aligned and rows.stride(3) == 1 else rows.contiguous()
 
 
 def _write_to(x: Tensor) -> Tensor:
@@ -593,7 +609,7 @@ def local_attention(
     operands = [_read_from(t) for t in (query, key, value)]
     with torch.cuda.device_of(query):
         _forward_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(*operands, y, stats, H, e, d),
+            *(*operands, y, stats, H, e, d, operands[1].shape[3], operands[2].shape[3]),
             *(*_three(out, 1), *_three(key.shape[3:], 1), *_geometry(window)),
             *(*(n for t in operands for n in t.stride()[:3]), float(scale)),
             METRIC=_metric(metric, squared),
@@ -658,12 +674,13 @@ def local_attention_backward(
         "BE": _features(e),
         "BD": _features(d),
     }
+    read = operands[2].shape[3], operands[3].shape[3]
     geometry, flat = _geometry(window), [n for t in operands for n in t.stride()[:3]]
     with torch.cuda.device_of(query):
         BM, warps = _block(switches["BE"], switches["BD"], QUERY_NUMBERS)
         BM = block or BM
         _query_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(*operands, to_query, rows, H, e, d),
+            *(*operands, to_query, rows, H, e, d, *read),
             *(*_three(out, 1), *_three(grid, 1), *geometry),
             *(*flat, *to_query.stride(), float(scale)),
             **switches,
@@ -673,7 +690,7 @@ def local_attention_backward(
         BM, warps = _block(switches["BE"], switches["BD"], KEY_NUMBERS)
         BM = block or BM
         _key_kernel[(triton.cdiv(math.prod(landing), BM) * B * H,)](
-            *(*operands, rows, to_key, to_value, H, e, d),
+            *(*operands, rows, to_key, to_value, H, e, d, *read),
             *(*_three(out, 1), *_three(grid, 1), *_three(landing, 1), *geometry, *_three(readers, 1)),
             *(*flat, *to_key.stride(), *to_value.stride(), float(scale)),
             **switches,
@@ -722,7 +739,7 @@ def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) 
         signature = {n: "i32:16" if n.endswith(("_b", "_h", "_f", "_n")) else "i32" for n in kernel.arg_names}
         signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats")}
         signature |= {name: f"*{dtype}" for name in ("d_query", "d_key", "d_value")}
-        signature |= {"rows": "*fp32", "e": "i32:16", "d": "i32:16", "scale": "fp32"}
+        signature |= {"rows": "*fp32", "e_read": "i32:16", "d_read": "i32:16", "scale": "fp32"}
         if constexprs.get("MIRROR"):
             signature |= {"d_key": "*fp32", "d_value": "*fp32"}
         chosen = {n: v for n, v in (dict.fromkeys(ones, 1) | constexprs).items() if n in kernel.arg_names}
@@ -735,7 +752,7 @@ def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) 
 def _variants() -> list[Callable[[], dict[str, Any]]]:
     found = []
     for dtype in ("fp32", "bf16"):
-        for width in (16, 32, 64, 128, MOST_FEATURES):
+        for width in (8, 32, 64, 128, MOST_FEATURES):
             for metric, mirror in ((0, 0), (0, 1), (1, 2), (2, 1)):
                 shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "BE": width, "BD": width}
                 found.append(_variant(_forward_kernel, dtype, shape, FORWARD_NUMBERS))
