@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {80: 160 * 1024, 90: 227 * 1024}  # bytes that a block may have
 SPILLS = {  # (module, kernel): bytes that a thread may spill; others none
     ("aggregate", "_dense_entries_kernel"): 16,
-    ("local_attention", "_query_kernel"): 8,
+    ("grouped_conv", "_conv_kernel"): 8,
     ("scan", "_gradient_kernel"): 64,
     ("select_backward", "_query_kernel"): 8,
     ("threshold", "_select_kernel"): 64,

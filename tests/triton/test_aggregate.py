@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from nearfold.kernels import aggregate_torch
+from nearfold.kernels.triton.aggregate import _row_of
 
 triton_aggregate = pytest.importorskip("nearfold.kernels.triton.aggregate")
 aggregate, backward = triton_aggregate.aggregate, triton_aggregate.aggregate_backward
@@ -315,3 +318,18 @@ def test_variants_are_what_is_launched():
     for name, entry in described.items():
         assert set(entry["signature"]) == set(entry["fn"].arg_names), name
         assert entry["constexprs"].keys() == {k for k, kind in entry["signature"].items() if kind == "constexpr"}, name
+
+
+@triton.jit
+def _rows(cells, made, N, H):
+    at = tl.arange(0, 4)
+    tl.store(made + at, _row_of(tl.load(cells + at), N, H))
+
+
+def test_rows_of_more_cells_than_32_bits_number():
+    """A cell is (b, h, n), and its row in value b N + n."""
+    N, H = 2**28, 16
+    cells = torch.tensor([5, N + 5, N * H + 7, 2 * N * H + 3 * N + 9])
+    made = torch.empty_like(cells)
+    _rows[(1,)](cells, made, N, H)
+    assert made.tolist() == [5, 5, N + 7, 2 * N + 9]

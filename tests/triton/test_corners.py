@@ -165,3 +165,19 @@ def test_it_says_what_it_does_not_serve():
     with cuda.interpreted():  # and PyTorch does
         share, _ = operator.corners(offset.double(), None, *vars(frame).values())
     assert share.dtype == torch.float64
+
+
+def test_strides_that_fit_32_bits_where_their_multiples_do_not():
+    """Slots and axes are 2^30 numbers apart, in memory that is hardly touched."""
+    frame, apart = Frame([2, 2, 2], [1, 1, 1], [3, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 0]), 2**30
+    room = torch.empty(4 * apart + 2, dtype=torch.float16)
+    offset, mask = room.as_strided((1, 3, 3, 1), (0, apart, apart, 0)), room.as_strided((1, 3, 1), (0, apart, 0), 1)
+    room[::apart].copy_(torch.rand(5).half())
+    mask.copy_(torch.rand(1, 3, 1).half())
+    grad = torch.randn(1, 1, 24).half()
+    results = []
+    for operands in ((offset, mask), (offset.contiguous(), mask.contiguous())):
+        share, index = torch.empty(1, 24, 1).half(), torch.empty(1, 24, 1, dtype=torch.long)
+        kernels.corners(*operands, frame, share, index)
+        results.append([share, index, *kernels.corners_backward(grad, *operands, frame)])
+    assert all(torch.equal(far, near) for far, near in zip(*results, strict=True))

@@ -134,6 +134,18 @@ def test_any_strides():
         agree(mine, plain, 0)
 
 
+def test_the_last_split_ends_with_the_batch():
+    """Five tiles in two splits of three: the sixth would be of the next sample, which is not there."""
+    case = (1, 1, (2,), 3, [150], [3], [1], [1], [1], [150], False)
+    maps, weight = operands(case)
+    grad = torch.randn(1, 3, 1, 150)
+    beyond = [torch.cat((t, torch.full_like(t, math.nan))) for t in (grad, maps[0])]
+    rest = (weight, *case[6:9], case[10])
+    assert kernels._splits(5, 3, 60) == (2, 3)
+    inside = kernels.grouped_conv_backward(grad, maps, *rest, block=32, programs=60)
+    agree(kernels.grouped_conv_backward(beyond[0][:1], [beyond[1][:1]], *rest, block=32, programs=60), inside, 0)
+
+
 def test_what_is_not_a_number_stays_where_it_is_read():
     case = CASES["acmix"]
     maps, weight = operands(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -82,6 +83,8 @@ CASES = {
     "mirrored_often": Case([2], [5], [1], [2], [4], True, ("euclidean", True), scale=0.2),
     "mirrored_often_stride": Case([3, 1], [5, 3], [2, 1], [2, 1], [4, 1], True),
     "one_position": Case([1], [3], [1], [1], [1], True),
+    "mirrored_one_of_two_axes": Case([1, 5], [1, 3], [1, 1], [1, 1], [0, 1], True),
+    "mirrored_far_beyond": Case([1, 3], [7, 9], [1, 1], [1, 1], [3, 4], True, problems=(1, 1)),
     "inside": Case([6, 5], [3, 3], [1, 1], [1, 1], [0, 0], True),
     "stops_early": Case([9, 4], [3, 2], [2, 1], [1, 1], [1, 0], True, out=[2, 2]),
     "reaches_far": Case([3, 4], [3, 2], [2, 1], [1, 1], [0, 1], True, out=[4, 5]),
@@ -126,6 +129,16 @@ def test_equals_pytorch(case):
     check(case.operands(), case)
 
 
+def test_the_mirror_at_every_offset():
+    """A window of five begins anywhere, from its own first slot on to far before the axis."""
+    for n, before in itertools.product((1, 2), (0, 1, 2, 4, 5, 7)):
+        case = Case([n], [5], [1], [1], [before], True, problems=(1, 1), out=[2])
+        operands = case.operands()
+        # an axis of one position is read by all slots alike: gradients at query and key are differences of equals
+        for one, other in zip(mine(operands, case), truth(operands, case), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["one_axis", "stops_early"])
 def test_short_types_lose_only_their_rounding(name, dtype):
@@ -136,12 +149,21 @@ def test_short_types_lose_only_their_rounding(name, dtype):
 def test_any_layout(name):
     case = CASES[name]
     channels_last = [t.movedim(2, -1).contiguous().movedim(-1, 2) for t in case.operands()]
-    assert kernels._axis(*channels_last[1:3]) == 1
     check(channels_last, case)
     query, key, value, grad = case.operands()
     key = key[:, :1].expand(-1, 2, *[-1] * (key.dim() - 2))  # one key for all heads
     wide = torch.randn(*value.shape[:-1], 2 * value.shape[-1])
     check([query.mT.contiguous().mT, key, wide[..., ::2], grad[..., :1].expand_as(grad)], case, block=16)
+
+
+def test_what_is_read_without_a_copy():
+    """Rows of 16, 32, ... features side by side; others are copied, with zeros up to the next multiple of 16."""
+    last = torch.randn(2, 3, 5, 2, 16).permute(0, 3, 4, 1, 2)
+    assert kernels._read_from(last).data_ptr() == last.data_ptr()
+    for x in (last.contiguous(), last[:, :, :9], torch.randn(1, 2, 20, 7), last[..., 1:]):
+        rows, c = kernels._read_from(x), x.shape[2]
+        assert rows.stride(3) == 1 and rows.shape[3] % 16 == 0 and not any(n % 16 for n in rows.stride()[:3])
+        assert torch.equal(rows[..., :c].mT, x.flatten(3)) and not rows[..., c:].any()
 
 
 def test_offsets_of_64_bits(monkeypatch):
@@ -228,7 +250,7 @@ def test_nothing_of_slots_by_positions_is_made(reflect):
     with Largest() as seen:
         _, stats = kernels.local_attention(*operands[:3], *case.arguments())
         kernels.local_attention_backward(operands[3], *operands[:3], stats, *case.arguments())
-    assert 0 < seen.bytes <= 4 * 4 * (23 + 8)
+    assert 0 < seen.bytes <= 4 * (4 + 4) * (23 + 8)  # gradients at key and value, padded
 
 
 def test_what_it_serves():
@@ -244,5 +266,8 @@ def test_what_it_serves():
     assert "257" in kernels.refusal(query, key, wide, *window, "dot")
     huge = [t[..., :1, :1].expand(*t.shape[:3], 2**16, 2**16) for t in (query, key, value)]
     assert "32 bits" in kernels.refusal(*huge, *window, "dot")
+    long = torch.empty(1).expand(1, 1, 1, 2**30)
+    assert kernels.refusal(long, long, long, [3], [1], [1], [1], False, "dot") == ""
+    assert "32 bits" in kernels.refusal(long, long, long, [3], [1], [1], [1], True, "dot")  # the mirror's period
     with pytest.raises(NotImplementedError, match="float64"):
         kernels.local_attention(query.double(), key.double(), value.double(), *case.arguments())

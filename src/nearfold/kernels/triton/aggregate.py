@@ -38,7 +38,13 @@ LIMIT = 2**31  # of 32-bit offsets: within rows and weights; the sort's keys tak
 def _gather(value, at, ok, N, vn, channel, ok_channel, vc):
     """Rows ``at`` of value; zeros where there is none."""
     there = (ok & (at >= 0) & (at < N))[:, None] & ok_channel[None, :]
-    return tl.load(value[:, None] + at[:, None] * vn + channel[None, :] * vc, mask=there, other=0.0)
+    return tl.load(value[:, None] + at.to(tl.int64)[:, None] * vn + channel[None, :] * vc, mask=there, other=0.0)
+
+
+@triton.jit
+def _row_of(cell, N, H):
+    """Where row n of sample b is, b N + n, given the number of (b, h, n): N H may not fit 32 bits."""
+    return cell // N // H * N + cell % N
 
 
 @triton.jit
@@ -64,6 +70,7 @@ def _scale_kernel(
     H,
     SE,
     O,
+    width,  # of a head, O // H: passed, for then it is known to be a multiple of 16, and rows are read in wide pieces
     mult,  # outputs of one input channel
     vb,
     vn,
@@ -79,7 +86,6 @@ def _scale_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """No kernel, or one input channel to a group: weight (S, O). One program: BLOCK_M outputs, channels of a head."""
-    width = O // H
     blocks = tl.cdiv(width, BLOCK_C)
     tile = tl.program_id(0) % (H * blocks)
     head = tile // blocks
@@ -218,7 +224,8 @@ def _scale_entries_kernel(
     N,
     H,
     SE,
-    O,
+    C,
+    d,
     mult,
     vb,
     vn,
@@ -239,8 +246,7 @@ def _scale_entries_kernel(
 
     KEEP: grad's tile is the gradient at every entry, and read once.
     """
-    C = O // mult
-    d = C // H
+    O = C * mult
     head = tl.program_id(0) % H
     r = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = r < rows
@@ -279,7 +285,7 @@ def _scale_entries_kernel(
                 d_read *= a[:, None]
             if ATOMIC:
                 tl.atomic_add(
-                    d_value[:, None] + at[:, None] * C + channel[None, :],
+                    d_value[:, None] + at.to(tl.int64)[:, None] * C + channel[None, :],
                     d_read,
                     mask=there[:, None] & ok_c[None, :],
                     sem="relaxed",
@@ -365,7 +371,7 @@ def _dense_entries_kernel(
             if ATOMIC:
                 there = ok & (at >= 0) & (at < N)
                 tl.atomic_add(
-                    d_value[:, None] + at[:, None] * (G * c) + channel[None, :],
+                    d_value[:, None] + at.to(tl.int64)[:, None] * (G * c) + channel[None, :],
                     d_near,
                     mask=there[:, None] & ok_k[None, :],
                     sem="relaxed",
@@ -390,7 +396,7 @@ def _scale_rows_kernel(
     N,
     H,
     SE,
-    O,
+    d,
     mult,
     E: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
@@ -400,7 +406,7 @@ def _scale_rows_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """d_value without a dense kernel. One program: BLOCK_N rows (b, h, n), BLOCK_J readers of each at a time."""
-    d = O // mult // H
+    O = H * d * mult
     blocks = tl.cdiv(d, BLOCK_C)
     q = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = q < cells
@@ -428,7 +434,7 @@ def _scale_rows_kernel(
         if HAS_ALPHA:
             d_read *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, :, None]
         acc += tl.sum(d_read, 1)
-    into = d_value + ((q // (N * H) * N + q % N) * (H * d))[:, None] + channel
+    into = d_value + (_row_of(q, N, H) * (H * d))[:, None] + channel
     tl.store(into, acc.to(d_value.dtype.element_ty), mask=ok[:, None] & ok_k[None, :])
 
 
@@ -542,6 +548,7 @@ def _scale_weight_kernel(
     H,
     S,
     O,
+    width,
     mult,
     vb,
     vn,
@@ -556,7 +563,6 @@ def _scale_weight_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """partial (splits, S, O): d_weight of one input channel to a group, summed over a split's outputs."""
-    width = O // H
     blocks = tl.cdiv(width, BLOCK_C)
     tile = tl.program_id(0) % (S * H * blocks)
     split = (tl.program_id(0) // (S * H * blocks)).to(tl.int64)
@@ -743,7 +749,7 @@ def aggregate(
         if not dense:
             tile = _fit(O // H, block_c)
             programs = triton.cdiv(B * M, block_m) * H * triton.cdiv(O // H, tile)
-            sizes = (B * M, M, N, H, SE, O, O // C)
+            sizes = (B * M, M, N, H, SE, O, O // H, O // C)
             flags |= {"HAS_WEIGHT": weight is not None, "BLOCK_M": block_m, "BLOCK_C": tile}
             _launch(_scale_kernel, programs, (*operands, *sizes, *strides), flags, options)
             return out
@@ -838,7 +844,7 @@ def aggregate_backward(
             else:
                 more |= {"HAS_WEIGHT": weight is not None, "KEEP": weight is None and d <= block_c}
                 more |= {"BLOCK_C": _fit(d, block_c)}
-                operands = (grad, value, index, a, w, *into, rows, M, N, H, SE, O, mult, *strides)
+                operands = (grad, value, index, a, w, *into, rows, M, N, H, SE, C, d, mult, *strides)
                 _launch(_scale_entries_kernel, row_blocks * H, operands, flags | more, options)
         if scattered is not None:
             d_value = scattered.to(value.dtype)
@@ -855,7 +861,7 @@ def aggregate_backward(
                 tile = _fit(d, block_c)
                 tiles = triton.cdiv(B * H * N, block_n) * triton.cdiv(d, tile)
                 more |= {"HAS_WEIGHT": weight is not None, "BLOCK_C": tile}
-                _launch(_scale_rows_kernel, tiles, (*operands, B * H * N, N, H, SE, O, mult), flags | more, options)
+                _launch(_scale_rows_kernel, tiles, (*operands, B * H * N, N, H, SE, d, mult), flags | more, options)
         if weight is None:
             return d_value, d_alpha, value.new_empty(0)
         if dense:
@@ -871,7 +877,7 @@ def aggregate_backward(
             tiles = S * H * triton.cdiv(O // H, tile)
             splits, span = _splits(rows, tiles, block_m, programs)
             partial = value.new_empty(splits, S, O, dtype=torch.float32)
-            operands = (grad, value, index, a, partial, rows, span, M, N, H, S, O, mult, *strides)
+            operands = (grad, value, index, a, partial, rows, span, M, N, H, S, O, O // H, mult, *strides)
             more = {"BLOCK_M": block_m, "BLOCK_C": tile}
             _launch(_scale_weight_kernel, tiles * splits, operands, flags | more, options)
             d_weight = partial.sum(0).t().reshape(weight.shape)

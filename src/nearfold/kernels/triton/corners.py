@@ -51,13 +51,15 @@ def _places(
     part_z = tl.zeros((BLOCK_M,), tl.float32)
     part_y = tl.zeros((BLOCK_M,), tl.float32)
     lost = m < 0
-    if A == 3:
+    if A == 3:  # axes are stepped along: a stride times an axis may not fit 32 bits
         low_z, part_z, found = _place(offset, ok, m // (OY * OX) * tz + s // (KY * KX) * dz - bz, Z)
         lost |= found
+        offset += o_a
     if A >= 2:
-        low_y, part_y, found = _place(offset + (A - 2) * o_a, ok, m // OX % OY * ty + s // KX % KY * dy - by, Y)
+        low_y, part_y, found = _place(offset, ok, m // OX % OY * ty + s // KX % KY * dy - by, Y)
         lost |= found
-    low_x, part_x, found = _place(offset + (A - 1) * o_a, ok, m % OX * tx + s % KX * dx - bx, X)
+        offset += o_a
+    low_x, part_x, found = _place(offset, ok, m % OX * tx + s % KX * dx - bx, X)
     return low_z, low_y, low_x, part_z, part_y, part_x, lost | found
 
 
@@ -117,15 +119,15 @@ def _corners_kernel(
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = m < M
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    p, s = row // S, (row % S).to(tl.int32)
-    wide = m.to(tl.int64)
+    p, wide_s = row // S, row % S
+    s, wide = wide_s.to(tl.int32), m.to(tl.int64)
+    offset += p * o_p + wide_s * o_s
     low_z, low_y, low_x, part_z, part_y, part_x, lost = _places(
-        offset + p * o_p + s * o_s + wide * o_m, m, ok, s, OY, OX, KY, KX, Z, Y, X, tz, ty, tx, dz, dy, dx, bz, by, bx,
-        o_a, A, BLOCK_M,
-    )  # fmt: skip
+        offset + wide * o_m, m, ok, s, OY, OX, KY, KX, Z, Y, X, tz, ty, tx, dz, dy, dx, bz, by, bx, o_a, A, BLOCK_M
+    )
     whole = tl.full((BLOCK_M,), 1.0, tl.float32)
     if HAS_MASK:
-        whole = tl.load(mask + p * m_p + s * m_s + wide * m_m, mask=ok, other=0.0).to(tl.float32)
+        whole = tl.load(mask + p * m_p + wide_s * m_s + wide * m_m, mask=ok, other=0.0).to(tl.float32)
     into = row * (1 << A) * M + m
     for e in tl.static_range(1 << A):
         at, inside = _corner(low_z, low_y, low_x, e, Z, Y, X)
@@ -179,12 +181,12 @@ def _backward_kernel(
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = m < M
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    p, s = row // S, (row % S).to(tl.int32)
-    wide = m.to(tl.int64)
+    p, wide_s = row // S, row % S
+    s, wide = wide_s.to(tl.int32), m.to(tl.int64)
+    offset += p * o_p + wide_s * o_s
     low_z, low_y, low_x, part_z, part_y, part_x, lost = _places(
-        offset + p * o_p + s * o_s + wide * o_m, m, ok, s, OY, OX, KY, KX, Z, Y, X, tz, ty, tx, dz, dy, dx, bz, by, bx,
-        o_a, A, BLOCK_M,
-    )  # fmt: skip
+        offset + wide * o_m, m, ok, s, OY, OX, KY, KX, Z, Y, X, tz, ty, tx, dz, dy, dx, bz, by, bx, o_a, A, BLOCK_M
+    )
     grad += p * g_p + wide * g_m
     of_mask = tl.zeros((BLOCK_M,), tl.float32)
     of_z = tl.zeros((BLOCK_M,), tl.float32)
@@ -203,7 +205,7 @@ def _backward_kernel(
         of_x += tl.where(there, g * z * y * (1 if e % 2 else -1), 0.0)
     if HAS_MASK:
         tl.store(d_mask + row * M + m, of_mask.to(d_mask.dtype.element_ty), mask=ok)
-        whole = tl.load(mask + p * m_p + s * m_s + wide * m_m, mask=ok, other=0.0).to(tl.float32)
+        whole = tl.load(mask + p * m_p + wide_s * m_s + wide * m_m, mask=ok, other=0.0).to(tl.float32)
         of_z *= whole
         of_y *= whole
         of_x *= whole

@@ -4,16 +4,19 @@ Bytes of ACmix with C channels, in numbers per position: this reads 3 C and writ
 before it convolves (4 C) and puts the result in order (2 C): 12 against 4, and 6 C more where the border is mirrored or
 uneven and has to be padded. The backward reads C and writes 3 C for the maps and reads 4 C for the kernel: 8 against
 PyTorch's 10, which also keeps the joined maps until then. Products are 27 H C with H heads (H <= 4; 81 C after a first
-step with more): with H = 4 they are 27 FLOP a byte in bfloat16, above what a device does outside its tensor cores (14
-on H200) and far below what those do. Hence 16-bit numbers go to the tensor cores, although groups are so narrow that
-half of a tile is empty and more.
+step with more). A thread multiplies them one by one: groups are so narrow that of a tensor core's tile three quarters
+would be empty, and what fills it, number by number, takes several times the instructions. The weight's gradient, a sum
+over positions, has tiles that are filled, and goes there with 16-bit numbers.
+
+Positions of a map lie side by side wherever a kernel reads: maps that are laid out otherwise are copied once. Where
+outputs are the grid's positions, as in ACmix, a slot is one shift of them all.
 
 One kernel walks the slots and adds up channels; with TURNED it goes from the inputs to the outputs that read them, so
 the gradient at the maps is a sum in one fixed order. That at the weight is a partial sum per span of outputs, added up
 by PyTorch.
 
-Shape legend: B batch, G groups, R channels of a group that are read, W that are written, S slots, rows: B times the
-positions written. Three grid axes z, y, x; fewer are led by axes of one position.
+Shape legend: B batch, G groups, R channels of a group that are read, W that are written, S slots, N positions of a
+map. Three grid axes z, y, x; fewer are led by axes of one position.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, disable-error-code="possibly-undefined"
@@ -33,14 +36,19 @@ from nearfold.kernels import cuda
 INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LIMIT = 2**31  # of offsets within a sample, and of programs
-FEW = 2  # so many channels are multiplied without tensor cores, which would be seven eighths idle
+FEW = 2  # so many channels have a weight's gradient without tensor cores, which would be seven eighths idle
+LEAST = 128  # positions of a program
 PROGRAMS = 1024  # a device's fill; the weight's gradient is split over the outputs into about as many
 
 
 @triton.jit
-def _split(at, Y, X):
-    """Coordinates of a position."""
-    return at // (Y * X), at // X % Y, at % X
+def _split(at, Z, Y, X):
+    """Coordinates of a position; divisions take longer than all else that is done for one, and Z is mostly 1."""
+    row = at // X
+    z = row * 0
+    if Z > 1:
+        z = row // Y
+    return z, row - z * Y, at - row * X
 
 
 @triton.jit
@@ -73,6 +81,18 @@ def _step(at, k, size, other, step, dilation, before, image, first, TURNED: tl.c
 
 
 @triton.jit
+def _map(m0, m1, m2, m3, which: tl.constexpr):
+    m = m0
+    if which == 1:
+        m = m1
+    if which == 2:
+        m = m2
+    if which == 3:
+        m = m3
+    return m
+
+
+@triton.jit
 def _channel(m0, m1, m2, m3, c, width, stride, MAPS: tl.constexpr):
     """Where channel c begins; maps of ``width`` channels follow one another."""
     which = c // width
@@ -95,6 +115,25 @@ def _multiplied(x, y, acc, dtype: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _meeting(
+    m, z, y, x, kz, ky, kx, Z, Y, X, OZ, OY, OX, tz, ty, tx, dz, dy, dx, bz, by, bx, jz, jy, jx, fz, fy, fx,
+    TURNED: tl.constexpr, REFLECT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """`_step` on three axes: what positions m (z, y, x) meet through a slot, and whether it is there."""
+    pz, ok_z = _step(z, kz, Z, OZ, tz, dz, bz, jz, fz, TURNED, REFLECT)
+    py, ok_y = _step(y, ky, Y, OY, ty, dy, by, jy, fy, TURNED, REFLECT)
+    px, ok_x = _step(x, kx, X, OX, tx, dx, bx, jx, fx, TURNED, REFLECT)
+    if SHIFT:
+        away = ((kz * dz - bz) * Y + ky * dy - by) * X + kx * dx - bx
+        at = m - away if TURNED else m + away
+    elif TURNED:
+        at = (pz * OY + py) * OX + px
+    else:
+        at = (pz * Y + py) * X + px
+    return at, ok_z & ok_y & ok_x
+
+
+@triton.jit
 def _conv_kernel(
     r0,
     r1,
@@ -104,8 +143,8 @@ def _conv_kernel(
     w1,
     w2,
     w3,
-    weight,  # (G, S, R, W), one of the last two innermost
-    rows,
+    factors,  # (G, S, R, W in whole blocks) float32
+    N,  # that are written; passed, for a product is no known multiple of 16
     G,
     R,
     W,
@@ -138,74 +177,58 @@ def _conv_kernel(
     r_b,
     r_g,
     r_c,
-    r_z,
-    r_y,
-    r_x,
     w_b,
     w_g,
     w_c,
-    w_z,
-    w_y,
-    w_x,
-    f_r,  # of weight
-    f_w,
     READ: tl.constexpr,  # maps
     WRITTEN: tl.constexpr,
     TURNED: tl.constexpr,
     REFLECT: tl.constexpr,
-    DOT: tl.constexpr,
-    WIDEN: tl.constexpr,
+    SHIFT: tl.constexpr,  # outputs are the grid's positions, and a slot is a shift
     BLOCK_W: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program: BLOCK_M positions, BLOCK_W channels of a group. Positions last: they lie side by side in a map."""
+    """One program: BLOCK_M positions of a sample, BLOCK_W channels of a group."""
     blocks = tl.cdiv(W, BLOCK_W)
-    tile = tl.program_id(0) % (G * blocks)
-    g = tile // blocks
-    row = (tl.program_id(0) // (G * blocks)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tile % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    tiles = tl.cdiv(N, BLOCK_M)
+    block = tl.program_id(0) % blocks
+    m = tl.program_id(0) // blocks % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tl.program_id(0) // blocks // tiles
+    b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
+    o = tl.arange(0, BLOCK_W)
     if TURNED:
-        AY, AX = Y, X
-        positions = Z * Y * X
+        z, y, x = _split(m, Z, Y, X)
     else:
-        AY, AX = OY, OX
-        positions = OZ * OY * OX
-    b = (row // positions).to(tl.int32)
-    z, y, x = _split((row % positions).to(tl.int32), AY, AX)
-    ok = row < rows
-    reach = b.to(tl.int64) * r_b + g.to(tl.int64) * r_g
+        z, y, x = _split(m, OZ, OY, OX)
+    ok = m < N
+    reach = b * r_b + g * r_g
+    padded = blocks * BLOCK_W
+    factors += g * (KZ * KY * KX) * R * padded + block * BLOCK_W
     acc = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
-    for step in range(KZ * KY * KX * images):
-        slot, image = step // images, step % images
-        kz, ky, kx = _split(slot, KY, KX)
-        jz, jy, jx = _split(image, iy, ix)
-        pz, ok_z = _step(z, kz, Z, OZ, tz, dz, bz, jz, fz, TURNED, REFLECT)
-        py, ok_y = _step(y, ky, Y, OY, ty, dy, by, jy, fy, TURNED, REFLECT)
-        px, ok_x = _step(x, kx, X, OX, tx, dx, bx, jx, fx, TURNED, REFLECT)
-        there = ok & ok_z & ok_y & ok_x
-        at = reach + pz * r_z + py * r_y + px * r_x
-        factors = weight + (g * (KZ * KY * KX) + slot) * R * W + o * f_w
-        # most mirror images lie beyond every window
-        if not (TURNED and REFLECT) or tl.max(there.to(tl.int32), 0) > 0:
-            if DOT:
-                for start in range(0, R, BLOCK_R):
-                    c = start + tl.arange(0, BLOCK_R)
-                    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
-                    near = tl.load(base[:, None] + at[None, :], mask=(c < R)[:, None] & there[None, :], other=0.0)
-                    w = tl.load(
-                        factors[:, None] + c[None, :] * f_r, mask=(o < W)[:, None] & (c < R)[None, :], other=0.0
-                    )
-                    acc = _multiplied(w, near, acc, weight.dtype.element_ty, WIDEN)
-            else:
-                for c in range(R):
-                    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
-                    near = tl.load(base + at, mask=there, other=0.0).to(tl.float32)
-                    w = tl.load(factors + c * f_r, mask=o < W, other=0.0).to(tl.float32)
-                    acc += w[:, None] * near[None, :]
-    base = _channel(w0, w1, w2, w3, o, w_width, w_c, WRITTEN)
-    into = b.to(tl.int64) * w_b + g.to(tl.int64) * w_g + z * w_z + y * w_y + x * w_x
-    tl.store(base[:, None] + into[None, :], acc.to(w0.dtype.element_ty), mask=(o < W)[:, None] & ok[None, :])
+    for kz in range(KZ):
+        for ky in range(KY):
+            for kx in range(KX):
+                for image in range(images):
+                    jz, jy, jx = _split(image, images, iy, ix)
+                    at, there = _meeting(
+                        m, z, y, x, kz, ky, kx, Z, Y, X, OZ, OY, OX, tz, ty, tx, dz, dy, dx, bz, by, bx, jz, jy, jx,
+                        fz, fy, fx, TURNED, REFLECT, SHIFT,
+                    )  # fmt: skip
+                    there &= ok
+                    # most mirror images lie beyond every window
+                    if not (TURNED and REFLECT) or tl.max(there.to(tl.int32), 0) > 0:
+                        beside = factors
+                        for which in tl.static_range(READ):
+                            base = _map(r0, r1, r2, r3, which) + reach
+                            for _ in range(r_width):
+                                near = tl.load(base + at, mask=there, other=0.0).to(tl.float32)
+                                acc += tl.load(beside + o)[:, None] * near[None, :]
+                                base += r_c
+                                beside += padded
+                factors += R * padded
+    o += block * BLOCK_W
+    base = _channel(w0, w1, w2, w3, o, w_width, w_c, WRITTEN) + (b * w_b + g * w_g)
+    tl.store(base[:, None] + m[None, :], acc.to(w0.dtype.element_ty), mask=(o < W)[:, None] & ok[None, :])
 
 
 @triton.jit
@@ -216,8 +239,9 @@ def _weight_kernel(
     r2,
     r3,
     partial,  # (splits, G, S, W, R) float32
-    rows,
-    span,  # outputs of a split, whole blocks
+    N,  # of the outputs
+    tiles,  # of BLOCK_M outputs, in all samples
+    span,  # tiles of a split
     G,
     R,
     W,
@@ -243,17 +267,12 @@ def _weight_kernel(
     g_b,
     g_g,
     g_c,
-    g_z,
-    g_y,
-    g_x,
     r_b,
     r_g,
     r_c,
-    r_z,
-    r_y,
-    r_x,
     READ: tl.constexpr,
     REFLECT: tl.constexpr,
+    SHIFT: tl.constexpr,
     DOT: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -263,29 +282,33 @@ def _weight_kernel(
     """One program: a slot of a group, BLOCK_W by BLOCK_R of its channels, the outputs of a split."""
     slots = KZ * KY * KX
     w_blocks, r_blocks = tl.cdiv(W, BLOCK_W), tl.cdiv(R, BLOCK_R)
-    tile = tl.program_id(0) % (G * slots * w_blocks * r_blocks)
-    split = (tl.program_id(0) // (G * slots * w_blocks * r_blocks)).to(tl.int64)
-    c = tile % r_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    o = tile // r_blocks % w_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-    slot = tile // (r_blocks * w_blocks) % slots
-    g = (tile // (r_blocks * w_blocks * slots)).to(tl.int64)
-    kz, ky, kx = _split(slot, KY, KX)
-    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ)
-    into = partial + ((split * G + g) * slots + slot) * W * R
+    kind = tl.program_id(0) % (G * slots * w_blocks * r_blocks)
+    split = tl.program_id(0) // (G * slots * w_blocks * r_blocks)
+    c = kind % r_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    o = kind // r_blocks % w_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    slot = kind // (r_blocks * w_blocks) % slots
+    g = (kind // (r_blocks * w_blocks * slots)).to(tl.int64)
+    kz, ky, kx = _split(slot, KZ, KY, KX)
+    base = _channel(r0, r1, r2, r3, c, r_width, r_c, READ) + g * r_g
+    grad += g * g_g
+    in_sample = tl.cdiv(N, BLOCK_M)
+    into = partial + ((split.to(tl.int64) * G + g) * slots + slot) * W * R
     acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32) if DOT else tl.zeros((BLOCK_W, BLOCK_R, BLOCK_M), tl.float32)
-    for start in range(0, span, BLOCK_M):
-        row = split * span + start + tl.arange(0, BLOCK_M)
-        ok = row < rows
-        b = row // (OZ * OY * OX)
-        z, y, x = _split((row % (OZ * OY * OX)).to(tl.int32), OY, OX)
-        pz, ok_z = _step(z, kz, Z, OZ, tz, dz, bz, 0, 0, False, REFLECT)
-        py, ok_y = _step(y, ky, Y, OY, ty, dy, by, 0, 0, False, REFLECT)
-        px, ok_x = _step(x, kx, X, OX, tx, dx, bx, 0, 0, False, REFLECT)
-        there = ok & ok_z & ok_y & ok_x
-        at = b * r_b + g * r_g + pz * r_z + py * r_y + px * r_x
-        near = tl.load(base[:, None] + at[None, :], mask=(c < R)[:, None] & there[None, :], other=0.0)
-        at = b * g_b + g * g_g + z * g_z + y * g_y + x * g_x
-        upper = tl.load(grad + (o * g_c)[:, None] + at[None, :], mask=(o < W)[:, None] & ok[None, :], other=0.0)
+    for i in range(0, span):
+        tile = split * span + i
+        b = (tile // in_sample).to(tl.int64)
+        m = tile % in_sample * BLOCK_M + tl.arange(0, BLOCK_M)
+        ok = m < tl.where(tile < tiles, N, 0)
+        z, y, x = _split(m, OZ, OY, OX)
+        at, there = _meeting(
+            m, z, y, x, kz, ky, kx, Z, Y, X, OZ, OY, OX, tz, ty, tx, dz, dy, dx, bz, by, bx, 0, 0, 0, 0, 0, 0,
+            False, REFLECT, SHIFT,
+        )  # fmt: skip
+        there &= ok
+        near = tl.load((base + b * r_b)[:, None] + at[None, :], mask=(c < R)[:, None] & there[None, :], other=0.0)
+        upper = tl.load(
+            (grad + b * g_b + o * g_c)[:, None] + m[None, :], mask=(o < W)[:, None] & ok[None, :], other=0.0
+        )
         if DOT:
             acc = _multiplied(upper, tl.trans(near), acc, grad.dtype.element_ty, WIDEN)
         else:
@@ -309,8 +332,8 @@ def refusal(
     reach = [(o - 1) * t + s * d + abs(b) for o, t, s, d, b in window]
     inputs, outputs = weight.shape[2], weight.shape[1]
     sample = G * max(inputs * math.prod(grid), outputs * math.prod(out))
-    programs = B * max(math.prod(grid), math.prod(out)) * G * max(inputs, outputs)  # at most
-    if 4 * max(*reach, *grid, weight.numel(), sample, *map(_span, maps)) >= LIMIT or programs >= 64 * LIMIT:
+    programs = B * G * max(inputs, outputs) * triton.cdiv(max(math.prod(grid), math.prod(out)), LEAST)  # at most
+    if 4 * max(*reach, *grid, weight.numel(), sample, *map(_span, maps)) >= LIMIT or programs >= LIMIT:
         return "offsets within a sample, or programs, do not fit 32 bits"
     return ""
 
@@ -329,17 +352,17 @@ def _three(numbers: Sequence[int], missing: int) -> list[int]:
     return [missing] * (3 - len(numbers)) + list(numbers)
 
 
+def _positions_last(x: Tensor) -> Tensor:
+    """(B, G, c, *grid) as (B, G, c, N), positions side by side: a view, or a copy of what is laid out otherwise."""
+    flat = x.flatten(3)
+    return flat if flat.stride(3) == 1 or flat.shape[3] == 1 else flat.contiguous()
+
+
 def _joined(maps: Sequence[Tensor]) -> list[Tensor]:
-    """The maps themselves where they are laid out alike, as those of one projection are; else one map of all."""
-    first = maps[0]
-    if all(m.shape == first.shape and m.stride() == first.stride() for m in maps):
-        return list(maps)
-    return [torch.cat(list(maps), 2)]
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of batch, group, channel and three axes, for (B, G, c, *grid)."""
-    return (*x.stride()[:3], *_three(x.stride()[3:], 0))
+    """(B, G, c, N): the maps themselves where they are laid out alike, as those of one projection are; else one map."""
+    flat = [_positions_last(m) for m in maps]
+    alike = all(m.shape == flat[0].shape and m.stride() == flat[0].stride() for m in flat)
+    return flat if alike else [torch.cat(flat, 2)]
 
 
 def _four(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -368,20 +391,25 @@ def _images(
     return (math.prod(counts), *_three(counts, 1)[1:], *_three(firsts, 0))
 
 
-def _blocks(dtype: torch.dtype, read: int, written: int) -> dict[str, Any]:
+def _blocks(written: int, positions: int) -> dict[str, Any]:
     """Tiles of `_conv_kernel` that stay in registers."""
-    if dtype == torch.float32 or written <= FEW:
-        wide = _fit(written, 32)
-        return {"DOT": False, "BLOCK_W": wide, "BLOCK_R": 1, "BLOCK_M": _fit(2048 // wide, 512, 128)}
-    wide = _fit(written, 64, 16)
-    return {"DOT": True, "BLOCK_W": wide, "BLOCK_R": _fit(read, 64, 16), "BLOCK_M": 128}
+    wide = _fit(written, 16)
+    return {"BLOCK_W": wide, "BLOCK_M": _fit(positions, min(512, 4096 // wide), LEAST)}
+
+
+def _is_shift(
+    grid: Sequence[int], size: Sequence[int], stride: list[int], dilation: list[int], before: list[int], out: list[int]
+) -> bool:
+    """Whether outputs are the grid's positions, and a slot reads all of them at one distance."""
+    return list(grid) == list(out) and max(stride) == 1
 
 
 def _weight_blocks(dtype: torch.dtype, read: int, written: int) -> dict[str, Any]:
     """Tiles of `_weight_kernel`, likewise."""
     if dtype == torch.float32 or min(read, written) <= FEW:
         return {"DOT": False, "BLOCK_W": _fit(written, 4), "BLOCK_R": _fit(read, 16), "BLOCK_M": 128}
-    return {"DOT": True, "BLOCK_W": _fit(written, 64, 16), "BLOCK_R": _fit(read, 64, 16), "BLOCK_M": 64}
+    wide, deep = _fit(written, 64, 16), _fit(read, 64, 16)
+    return {"DOT": True, "BLOCK_W": wide, "BLOCK_R": deep, "BLOCK_M": 4096 // max(wide, deep)}
 
 
 def _walk(
@@ -392,25 +420,25 @@ def _walk(
     images: tuple[int, ...],
     turned: bool,
     reflect: bool,
+    shift: bool,
     block: int | None,
 ) -> None:
-    """`_conv_kernel` from maps (B, G, c, *positions) to others; factors (G, S, R, W)."""
-    B, G = read[0].shape[:2]
+    """`_conv_kernel` from maps (B, G, c, N) to others; factors (G, S, R, W)."""
+    B, G, _, N = written[0].shape
     R, W = factors.shape[2:]
-    switches = _blocks(factors.dtype, R, W)
+    switches = _blocks(W, N)
     switches["BLOCK_M"] = block or switches["BLOCK_M"]
-    # those that a thread holds, or that a tile's row holds, lie side by side
-    factors = factors.mT.contiguous().mT if switches["DOT"] else factors.contiguous()
-    rows = B * math.prod(written[0].shape[3:])
-    programs = triton.cdiv(rows, switches["BLOCK_M"]) * G * triton.cdiv(W, switches["BLOCK_W"])
-    _conv_kernel[(programs,)](
-        *(*_four(read), *_four(written), factors, rows, G, R, W, read[0].shape[2], written[0].shape[2]),
-        *(*geometry, *images, *_strides(read[0]), *_strides(written[0]), *factors.stride()[2:]),
+    blocks = triton.cdiv(W, switches["BLOCK_W"])
+    whole = factors.new_zeros(*factors.shape[:3], blocks * switches["BLOCK_W"], dtype=torch.float32)
+    whole[..., :W] = factors
+    _conv_kernel[(blocks * triton.cdiv(N, switches["BLOCK_M"]) * B * G,)](
+        *(*_four(read), *_four(written), whole, N, G, R, W, read[0].shape[2], written[0].shape[2]),
+        *(*geometry, *images, *read[0].stride()[:3], *written[0].stride()[:3]),
         READ=len(read),
         WRITTEN=len(written),
         TURNED=turned,
         REFLECT=reflect,
-        WIDEN=INTERPRETED,
+        SHIFT=shift,
         **switches,
         num_warps=4,
         num_stages=3,
@@ -440,9 +468,10 @@ def grouped_conv(
     if y.numel() == 0:
         return y
     factors = weight.flatten(3).permute(0, 3, 2, 1)
+    window = (grid, weight.shape[3:], stride, dilation, before, out)
+    written, images, shift = y.transpose(1, 2).flatten(3), (1, 1, 1, 0, 0, 0), not reflect and _is_shift(*window)
     with torch.cuda.device_of(weight):
-        geometry = _geometry(grid, weight.shape[3:], stride, dilation, before, out)
-        _walk(_joined(maps), [y.transpose(1, 2)], factors, geometry, (1, 1, 1, 0, 0, 0), False, reflect, block)
+        _walk(_joined(maps), [written], factors, _geometry(*window), images, False, reflect, shift, block)
     return y
 
 
@@ -474,63 +503,72 @@ def grouped_conv_backward(
     O, I, *size = weight.shape[1:]
     if grad.numel() == 0 or weight.numel() == 0 or maps[0].numel() == 0:
         return [*(d.zero_() for d in d_maps), weight.new_zeros(weight.shape)]
-    read = _joined(maps)
-    written = d_maps if len(read) == len(maps) else [torch.empty_like(read[0])]
+    read, upper = _joined(maps), _positions_last(upper)
+    written = [d.flatten(3) for d in d_maps]
+    first = written[0].stride()
+    in_place = first[3] == 1 and all(
+        w.data_ptr() == d.data_ptr() and w.shape == written[0].shape and w.stride() == first
+        for w, d in zip(written, d_maps, strict=True)
+    )
+    if not in_place:
+        written = [weight.new_empty(B, G, I, math.prod(grid))]
     window = (grid, size, stride, dilation, before, out)
-    geometry = _geometry(*window)
-    rows, switches = B * math.prod(out), _weight_blocks(weight.dtype, I, O)
+    geometry, shift = _geometry(*window), not reflect and _is_shift(*window)
+    switches = _weight_blocks(weight.dtype, I, O)
     switches["BLOCK_M"] = block or switches["BLOCK_M"]
-    tiles = G * math.prod(size) * triton.cdiv(O, switches["BLOCK_W"]) * triton.cdiv(I, switches["BLOCK_R"])
-    splits, span = _splits(rows, tiles, switches["BLOCK_M"], programs)
+    tiles = B * triton.cdiv(math.prod(out), switches["BLOCK_M"])
+    kinds = G * math.prod(size) * triton.cdiv(O, switches["BLOCK_W"]) * triton.cdiv(I, switches["BLOCK_R"])
+    splits, span = _splits(tiles, kinds, programs)
     partial = weight.new_empty(splits, G, math.prod(size), O, I, dtype=torch.float32)
     with torch.cuda.device_of(weight):
         factors = weight.flatten(3).permute(0, 3, 1, 2)
         images = _images(*window) if reflect else (1, 1, 1, 0, 0, 0)
-        _walk([upper], written, factors, geometry, images, True, reflect, block)
-        _weight_kernel[(tiles * splits,)](
-            *(upper, *_four(read), partial, rows, span, G, I, O, read[0].shape[2], *geometry),
-            *(*_strides(upper), *_strides(read[0])),
+        _walk([upper], written, factors, geometry, images, True, reflect, shift, block)
+        _weight_kernel[(kinds * splits,)](
+            *(upper, *_four(read), partial, math.prod(out), tiles, span, G, I, O, read[0].shape[2], *geometry),
+            *(*upper.stride()[:3], *read[0].stride()[:3]),
             READ=len(read),
             REFLECT=reflect,
+            SHIFT=shift,
             WIDEN=INTERPRETED,
             **switches,
             num_warps=4,
             num_stages=3,
         )
-    if written is not d_maps:
+    if not in_place:
         for d_map, part in zip(d_maps, written[0].split([m.shape[2] for m in maps], 2), strict=True):
-            d_map.copy_(part)
+            d_map.copy_(part.unflatten(3, grid))
     d_weight = partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape).to(weight.dtype)
     return [*d_maps, d_weight.contiguous()]
 
 
-def _splits(rows: int, tiles: int, block: int, programs: int) -> tuple[int, int]:
-    """(splits, outputs of one): as many as fill the device, each of four blocks at least; of sizes alone."""
-    splits = max(1, min(triton.cdiv(programs, tiles), triton.cdiv(rows, 4 * block)))
-    span = triton.cdiv(triton.cdiv(rows, splits), block) * block
-    return triton.cdiv(rows, span), span
+def _splits(tiles: int, kinds: int, programs: int) -> tuple[int, int]:
+    """(splits, tiles of one): as many as fill the device, each of four tiles at least; of sizes alone."""
+    splits = max(1, min(triton.cdiv(programs, kinds), triton.cdiv(tiles, 4)))
+    span = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, span), span
 
 
 def _variant(
     kernel: Any, maps: int, inputs: int, outputs: int, dtype: torch.dtype, turned: bool = False, reflect: bool = False
 ) -> Callable[[], dict[str, Any]]:
-    """What a launch on contiguous maps of two axes compiles, 3 by 3 slots, stride and dilation 1."""
+    """What a launch on maps of two axes compiles, 3 by 3 slots, stride and dilation 1."""
 
     def make() -> dict[str, Any]:
-        of_weight = kernel is _weight_kernel
         read, written = (outputs, inputs) if turned else (inputs, outputs)
-        blocks = (_weight_blocks if of_weight else _blocks)(dtype, read, written)
-        ones = ["Z", "OZ", "KZ", "tz", "ty", "tx", "dz", "dy", "dx", "by", "bx", "r_x", "w_x", "g_x"]
-        ones += ["f_r" if blocks["DOT"] else "f_w"]
+        of_weight = kernel is _weight_kernel
+        blocks = _weight_blocks(dtype, read, written) if of_weight else _blocks(written, 3136)
+        ones = ["Z", "OZ", "KZ", "tz", "ty", "tx", "dz", "dy", "dx", "by", "bx"]
         ones += [] if reflect and turned else ["images", "iy", "ix"]
-        constexprs = {n: 1 for n in ones if n in kernel.arg_names} | {"REFLECT": reflect, "WIDEN": False} | blocks
+        constexprs = {n: 1 for n in ones if n in kernel.arg_names} | {"REFLECT": reflect, "SHIFT": not reflect} | blocks
         if of_weight:
-            constexprs |= {"READ": maps}
+            constexprs |= {"READ": maps, "WIDEN": False}
         else:
             constexprs |= {"READ": 1 if turned else maps, "WRITTEN": maps if turned else 1, "TURNED": turned}
         signature = {n: "i32:16" if n[-2:] in ("_b", "_g", "_c") else "i32" for n in kernel.arg_names}
-        tensors = ("grad", "weight", *(f"{a}{i}" for a in "rw" for i in range(4)))
-        signature |= dict.fromkeys(tensors, f"*{DTYPES[dtype]}") | {"partial": "*fp32", "rows": "i32:16"}
+        tensors = ("grad", *(f"{a}{i}" for a in "rw" for i in range(4)))
+        signature |= dict.fromkeys(tensors, f"*{DTYPES[dtype]}") | dict.fromkeys(("partial", "factors"), "*fp32")
+        signature["N"] = "i32:16"
         used = {n: t for n, t in signature.items() if n in kernel.arg_names}
         return {"fn": kernel, "signature": used, "constexprs": constexprs, "num_warps": 4, "num_stages": 3}
 

@@ -6,13 +6,16 @@ largest score so far, the sum of exponentials and the weighted sum of values, sc
 The backward has two kernels. By outputs: one walk finds the softmax and its inner product with the gradient, in float32
 whatever the inputs' type, a second one adds up the gradient at the queries. By positions of the keys: a program walks
 over the outputs whose windows read its positions, and adds up the gradients at keys and values. Where the border is
-mirrored, that is done on the padded grid, and a third kernel adds up what comes from one position. Every sum is taken
-by one thread in one order: equal inputs have equal results, bit for bit.
+mirrored, that is done on the padded grid, whose strips are then added to what they mirror. Every sum is taken in one
+order: equal inputs have equal results, bit for bit.
+
+Features of a position lie side by side wherever a kernel reads: operands that are laid out otherwise, as maps of a
+convolution are, are copied once. A slot is then read in a few wide pieces; feature by feature it took five times the
+instructions.
 
 Shape legend: B batch, H heads, P problems (B x H), e embedded features, d value features, S slots, M outputs, N
 positions of the keys' grid, `*out` and `*grid` the same by axes; of a program BM outputs or positions, BE and BD
-features. A kernel's tiles are (features, BM) with AXIS = 0, (BM, features) with AXIS = 1: the innermost axis is the one
-that lies closest together in memory. Grids of one or two axes get leading axes of size 1.
+features. Grids of one or two axes get leading axes of size 1.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from nearfold.kernels.local_attention_torch import Window
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_FEATURES = 256  # of a row, held at once
 MOST_AXES = 3
-BF = 256  # numbers of a program that folds
 FEWEST = 8  # BM
 
 DOT, DISTANCE, SQUARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -61,10 +63,10 @@ def refusal(
         return f"{query.shape[2]} and {value.shape[2]} features, more than {MOST_FEATURES}"
     padded = _padded(Window(size, stride, dilation, before, reflect), key, query)
     most = max(math.prod(query.shape[3:]), math.prod(key.shape[3:]), math.prod(padded))
-    features = max(query.shape[2], value.shape[2])
+    period = 2 * max(key.shape[3:]) if reflect else 0
     problems = query.shape[0] * query.shape[1]
-    programs = problems * max(triton.cdiv(most, FEWEST), triton.cdiv(most * features, BF))
-    if max(most, programs) >= 2**31:
+    programs = problems * triton.cdiv(most, FEWEST)
+    if max(most, period, programs) >= 2**31:
         return "positions or programs do not fit 32 bits"
     return ""
 
@@ -77,40 +79,29 @@ def _padded(window: Window, key: Tensor, query: Tensor) -> list[int]:
 
 
 @triton.jit
-def _rows(base, position, there, feature, feature_stride, count, AXIS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Features of positions, whose offsets (BM,) are given, as float32; zero where ``there`` (BM,) is false."""
-    along = feature
+def _rows(base, at, there, feature, count, stride, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Features (BM, BE or BD) of positions ``at`` (BM,) as float32; zero where ``there`` (BM,) is false."""
     if LONG:
-        along = feature.to(tl.int64)
-    at = tl.expand_dims(position, AXIS) + tl.expand_dims(along * feature_stride, 1 - AXIS)
-    good = tl.expand_dims(there, AXIS) & tl.expand_dims(feature < count, 1 - AXIS)
-    return tl.load(base + at, mask=good, other=0.0).to(tl.float32)
+        at = at.to(tl.int64)
+    where = (at * stride)[:, None] + feature[None, :]
+    return tl.load(base + where, mask=there[:, None] & (feature < count)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _put(base, position, there, feature, feature_stride, count, what, AXIS: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write what `_rows` would read."""
-    along = feature
+def _put(base, at, there, feature, count, f_stride, stride, what, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write features (BM, BE or BD) of positions ``at`` (BM,), which may lie side by side where features do not."""
     if LONG:
-        along = feature.to(tl.int64)
-    at = tl.expand_dims(position, AXIS) + tl.expand_dims(along * feature_stride, 1 - AXIS)
-    good = tl.expand_dims(there, AXIS) & tl.expand_dims(feature < count, 1 - AXIS)
-    tl.store(base + at, what.to(base.dtype.element_ty), mask=good)
-
-
-@triton.jit
-def _offset(i0, i1, i2, s0, s1, s2, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where (BM,) coordinates lie in memory, from strides."""
-    if LONG:
-        i0, i1, i2 = i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64)
-    return i0 * s0 + i1 * s1 + i2 * s2
+        at, feature = at.to(tl.int64), feature.to(tl.int64)
+    where = (at * stride)[:, None] + (feature * f_stride)[None, :]
+    tl.store(base + where, what.to(base.dtype.element_ty), mask=there[:, None] & (feature < count)[None, :])
 
 
 @triton.jit
 def _mirrored(i, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Coordinates (BM,) brought into 0..n-1: with MIRROR = 1 at most one reflection is due, with 2 any number."""
-    if MIRROR == 1:
-        i = n - 1 - tl.abs(n - 1 - tl.abs(i))
+    if MIRROR == 1:  # not n - 1 - |n - 1 - |i||: with n = 1, ptxas takes -|i| for less than zero, and drops the loads
+        i = tl.abs(i)
+        i = tl.where(i >= n, 2 * n - 2 - i, i)
     if MIRROR == 2:
         period = tl.maximum(2 * n - 2, 1)
         i = tl.abs(i) % period
@@ -119,14 +110,14 @@ def _mirrored(i, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _read(o, k, stride, dilation, before, n, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
+def _read(o, k, stride, dilation, before, n, there, MIRROR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Coordinates (BM,) that slot k of outputs (BM,) reads on an axis, and whether they are on the grid."""
     i = o * stride + k * dilation - before
-    inside = (i >= 0) & (i < n)
     if MIRROR > 0:
         i = _mirrored(i, n, MIRROR)
-        inside = (i >= 0) & (i < n)
-    return i, inside
+    else:
+        there &= (i >= 0) & (i < n)
+    return i, there
 
 
 @triton.jit
@@ -143,13 +134,13 @@ def _reader(j, u, size, stride, dilation, out, STRIDED: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _scores(q, near, METRIC: tl.constexpr, AXIS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scores(q, near, METRIC: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores (BM,) without their scale."""
     if METRIC == DOT:
-        score = tl.sum(q * near, AXIS)
+        score = tl.sum(q * near, 1)
     else:
         apart = q - near
-        square = tl.sum(apart * apart, AXIS)
+        square = tl.sum(apart * apart, 1)
         score = -square if METRIC == SQUARE else -tl.sqrt_rn(square)
     return score
 
@@ -168,8 +159,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     y,  # (P, d, M)
     stats,  # (P, 2, M)
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the window; then the window's strides, dilations and padding
     m1,
     m2,
@@ -188,29 +181,19 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     b0,
     b1,
     b2,
-    q_b,  # strides in memory: batch, head, feature, axes
+    q_b,  # strides in memory: batch, head, position
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -225,40 +208,37 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), there, f_e, q_f, e, AXIS, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e_read, q_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM], tl.float32)
-    acc = tl.expand_dims(acc, AXIS) + tl.expand_dims(tl.zeros([BD], tl.float32), 1 - AXIS)
+    acc = tl.zeros([BM, BD], tl.float32)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = tl.where(inside, _scores(q, near, METRIC, AXIS) * scale, float("-inf"))
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
+                score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)  # which a NaN never becomes: it goes into the sum
                 base = tl.where(larger == float("-inf"), 0.0, larger)
                 keep = tl.exp(most - base)
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                acc = acc * tl.expand_dims(keep, AXIS) + near * tl.expand_dims(weight, AXIS)
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
+                acc = acc * keep[:, None] + near * weight[:, None]
 
     most = tl.where(most == float("-inf"), 0.0, most)
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
-    acc = acc * tl.expand_dims(inverse, AXIS)
+    acc = acc * inverse[:, None]
     y += problem * d * M
     stats += problem * 2 * M
     if LONG:
         m = m.to(tl.int64)
-    _put(y, m, there, f_d, M, d, acc, AXIS, LONG)
+    _put(y, m, there, f_d, d, M, 1, acc, LONG)
     most = tl.where(total == total, most, float("nan"))
     tl.store(stats + m, most.to(stats.dtype.element_ty), mask=there)
     tl.store(stats + M + m, inverse.to(stats.dtype.element_ty), mask=there)
@@ -273,8 +253,10 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     d_query,
     rows,  # (P, 3, M) float32: the largest score, one over the sum of exponentials, weights times their gradients
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the window; then the window's strides, dilations and padding
     m1,
     m2,
@@ -293,41 +275,26 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     b0,
     b1,
     b2,
-    g_b,  # strides in memory: batch, head, feature, axes
+    g_b,  # strides in memory: batch, head, position
     g_h,
-    g_f,
-    g_0,
-    g_1,
-    g_2,
+    g_n,
     q_b,
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     w_b,
     w_h,
     w_f,
-    w_0,
-    w_1,
-    w_2,
+    w_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -342,31 +309,29 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     key += b * k_b + h * k_h
     value += b * v_b + h * v_h
     f_e, f_d = tl.arange(0, BE), tl.arange(0, BD)
-    q = _rows(query + b * q_b + h * q_h, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), there, f_e, q_f, e, AXIS, LONG)
-    g = _rows(grad + b * g_b + h * g_h, _offset(o0, o1, o2, g_0, g_1, g_2, LONG), there, f_d, g_f, d, AXIS, LONG)
+    q = _rows(query + b * q_b + h * q_h, m, there, f_e, e_read, q_n, LONG)
+    g = _rows(grad + b * g_b + h * g_h, m, there, f_d, d_read, g_n, LONG)
 
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     delta = tl.zeros([BM], tl.float32)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = tl.where(inside, _scores(q, near, METRIC, AXIS) * scale, float("-inf"))
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
+                score = tl.where(inside, _scores(q, near, METRIC) * scale, float("-inf"))
                 larger = tl.where(score > most, score, most)
                 base = tl.where(larger == float("-inf"), 0.0, larger)
                 keep = tl.exp(most - base)
                 weight = tl.exp(score - base)
                 most = larger
                 total = total * keep + weight
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                delta = delta * keep + weight * tl.where(inside, tl.sum(g * near, AXIS), 0.0)
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
+                delta = delta * keep + weight * tl.where(inside, tl.sum(g * near, 1), 0.0)
     most = tl.where(most == float("-inf"), 0.0, most)
     inverse = tl.where(total == 0, 0.0, 1.0 / total)
     delta = delta * inverse
@@ -379,27 +344,25 @@ def _query_kernel(  # type: ignore[no-untyped-def]
 
     acc = tl.zeros_like(q)
     for u0 in range(0, s0):
-        i0, in0 = _read(o0, u0, t0, d0, b0, n0, MIRROR)
-        in0 &= there
+        i0, in0 = _read(o0, u0, t0, d0, b0, n0, there, MIRROR)
         for u1 in range(0, s1):
-            i1, in1 = _read(o1, u1, t1, d1, b1, n1, MIRROR)
-            in1 &= in0
+            i1, in1 = _read(o1, u1, t1, d1, b1, n1, in0, MIRROR)
             for u2 in range(0, s2):
-                i2, inside = _read(o2, u2, t2, d2, b2, n2, MIRROR)
-                inside &= in1
-                near = _rows(value, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), inside, f_d, v_f, d, AXIS, LONG)
-                d_weight = tl.sum(g * near, AXIS)
-                near = _rows(key, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), inside, f_e, k_f, e, AXIS, LONG)
-                score = _scores(q, near, METRIC, AXIS)
+                i2, inside = _read(o2, u2, t2, d2, b2, n2, in1, MIRROR)
+                at = (i0 * n1 + i1) * n2 + i2
+                near = _rows(value, at, inside, f_d, d_read, v_n, LONG)
+                d_weight = tl.sum(g * near, 1)
+                near = _rows(key, at, inside, f_e, e_read, k_n, LONG)
+                score = _scores(q, near, METRIC)
                 alpha = tl.exp(score * scale - most) * inverse
                 d_score = tl.where(inside, (d_weight - delta) * alpha * scale, 0.0)
                 if METRIC == DOT:
-                    acc += near * tl.expand_dims(d_score, AXIS)
+                    acc += near * d_score[:, None]
                 else:
                     factor = _of_difference(d_score, score, METRIC)
-                    acc += (q - near) * tl.expand_dims(factor, AXIS)
+                    acc += (q - near) * factor[:, None]
     d_query += b * w_b + h * w_h
-    _put(d_query, _offset(o0, o1, o2, w_0, w_1, w_2, LONG), there, f_e, w_f, e, acc, AXIS, LONG)
+    _put(d_query, m, there, f_e, e, w_f, w_n, acc, LONG)
 
 
 @triton.jit
@@ -412,8 +375,10 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     d_key,  # on the grid, or with MIRROR > 0 on the padded one
     d_value,
     H,
-    e,
+    e,  # features that are written; then those that are read, with the zeros after them
     d,
+    e_read,
+    d_read,
     m0,  # sizes of out, of the grid, of the grid that d_key and d_value are on
     m1,
     m2,
@@ -438,48 +403,31 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     c0,  # how many outputs may read a position, per axis
     c1,
     c2,
-    g_b,  # strides in memory: batch, head, feature, axes
+    g_b,  # strides in memory: batch, head, position
     g_h,
-    g_f,
-    g_0,
-    g_1,
-    g_2,
+    g_n,
     q_b,
     q_h,
-    q_f,
-    q_0,
-    q_1,
-    q_2,
+    q_n,
     k_b,
     k_h,
-    k_f,
-    k_0,
-    k_1,
-    k_2,
+    k_n,
     v_b,
     v_h,
-    v_f,
-    v_0,
-    v_1,
-    v_2,
+    v_n,
     w_b,
     w_h,
     w_f,
-    w_0,
-    w_1,
-    w_2,
+    w_n,
     x_b,
     x_h,
     x_f,
-    x_0,
-    x_1,
-    x_2,
+    x_n,
     scale,
     METRIC: tl.constexpr,
     MIRROR: tl.constexpr,
     STRIDED: tl.constexpr,
     LONG: tl.constexpr,
-    AXIS: tl.constexpr,
     BM: tl.constexpr,
     BE: tl.constexpr,
     BD: tl.constexpr,
@@ -504,8 +452,9 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         i0, i1, i2 = _mirrored(j0 - b0, n0, MIRROR), _mirrored(j1 - b1, n1, MIRROR), _mirrored(j2 - b2, n2, MIRROR)
     else:
         p0, p1, p2 = j0 + b0, j1 + b1, j2 + b2
-    k = _rows(key + b * k_b + h * k_h, _offset(i0, i1, i2, k_0, k_1, k_2, LONG), there, f_e, k_f, e, AXIS, LONG)
-    v = _rows(value + b * v_b + h * v_h, _offset(i0, i1, i2, v_0, v_1, v_2, LONG), there, f_d, v_f, d, AXIS, LONG)
+    near = (i0 * n1 + i1) * n2 + i2
+    k = _rows(key + b * k_b + h * k_h, near, there, f_e, e_read, k_n, LONG)
+    v = _rows(value + b * v_b + h * v_h, near, there, f_d, d_read, v_n, LONG)
 
     of_key, of_value = tl.zeros_like(k), tl.zeros_like(v)
     for u0 in range(0, c0):
@@ -523,96 +472,24 @@ def _key_kernel(  # type: ignore[no-untyped-def]
                 most = tl.load(rows + m, mask=good, other=0.0)
                 inverse = tl.load(rows + M + m, mask=good, other=0.0)
                 delta = tl.load(rows + M + M + m, mask=good, other=0.0)
-                q = _rows(query, _offset(o0, o1, o2, q_0, q_1, q_2, LONG), good, f_e, q_f, e, AXIS, LONG)
-                g = _rows(grad, _offset(o0, o1, o2, g_0, g_1, g_2, LONG), good, f_d, g_f, d, AXIS, LONG)
-                score = _scores(q, k, METRIC, AXIS)
+                q = _rows(query, m, good, f_e, e_read, q_n, LONG)
+                g = _rows(grad, m, good, f_d, d_read, g_n, LONG)
+                score = _scores(q, k, METRIC)
                 alpha = tl.where(good, tl.exp(score * scale - most) * inverse, 0.0)
-                d_score = tl.where(good, (tl.sum(g * v, AXIS) - delta) * alpha * scale, 0.0)
-                of_value += g * tl.expand_dims(alpha, AXIS)
+                d_score = tl.where(good, (tl.sum(g * v, 1) - delta) * alpha * scale, 0.0)
+                of_value += g * alpha[:, None]
                 if METRIC == DOT:
-                    of_key += q * tl.expand_dims(d_score, AXIS)
+                    of_key += q * d_score[:, None]
                 else:  # a key that is NaN stays where it is read
-                    apart = tl.where(tl.expand_dims(good, AXIS), q - k, 0.0)
-                    of_key -= apart * tl.expand_dims(_of_difference(d_score, score, METRIC), AXIS)
-    _put(d_key, _offset(j0, j1, j2, w_0, w_1, w_2, LONG), there, f_e, w_f, e, of_key, AXIS, LONG)
-    _put(d_value, _offset(j0, j1, j2, x_0, x_1, x_2, LONG), there, f_d, x_f, d, of_value, AXIS, LONG)
-
-
-@triton.jit
-def _image(i, sheet, n, length):  # type: ignore[no-untyped-def]
-    """Where the mirrored copies (BM,) of coordinates lie in a sheet, and whether they are this sheet's.
-
-    Sheets of max(n - 1, 1) positions lie side by side, every other one reversed; a border belongs to the right one.
-    """
-    odd = sheet % 2 != 0
-    good = i != tl.where(odd, n - 1 - length, length)
-    return sheet * length + tl.where(odd, n - 1 - i, i), good
-
-
-@triton.jit
-def _fold_kernel(  # type: ignore[no-untyped-def]
-    padded,  # (P, c, *padded) float32
-    found,
-    rows,  # P c
-    H,
-    c,
-    n0,  # sizes of the grid, and of the padded one; the padding
-    n1,
-    n2,
-    l0,
-    l1,
-    l2,
-    b0,
-    b1,
-    b2,
-    f0,  # the sheets of mirrored copies: first ones and the ones after the last, per axis
-    f1,
-    f2,
-    z0,
-    z1,
-    z2,
-    w_b,  # strides in memory: batch, head, feature, axes
-    w_h,
-    w_f,
-    w_0,
-    w_1,
-    w_2,
-    BM: tl.constexpr,
-):
-    N = n0 * n1 * n2
-    entry = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # of (P, c, *grid)
-    row = entry // N
-    at = (entry - row * N).to(tl.int32)
-    there = row < rows
-    i2, i1, i0 = at % n2, at // n2 % n1, at // n2 // n1
-    first = row * l0 * l1 * l2
-    acc = tl.zeros([BM], tl.float32)
-    for v0 in range(f0, z0):
-        j0, in0 = _image(i0, v0, n0, tl.maximum(n0 - 1, 1))
-        j0 += b0
-        in0 &= there & (j0 >= 0) & (j0 < l0)
-        for v1 in range(f1, z1):
-            j1, in1 = _image(i1, v1, n1, tl.maximum(n1 - 1, 1))
-            j1 += b1
-            in1 &= in0 & (j1 >= 0) & (j1 < l1)
-            for v2 in range(f2, z2):
-                j2, good = _image(i2, v2, n2, tl.maximum(n2 - 1, 1))
-                j2 += b2
-                good &= in1 & (j2 >= 0) & (j2 < l2)
-                acc += tl.load(padded + first + ((j0 * l1 + j1) * l2 + j2), mask=good, other=0.0)
-    b, h, f = row // c // H, row // c % H, row % c
-    to = i0.to(tl.int64) * w_0 + i1.to(tl.int64) * w_1 + i2.to(tl.int64) * w_2
-    tl.store(found + (to + b * w_b + h * w_h + f * w_f), acc.to(found.dtype.element_ty), mask=there)
+                    apart = tl.where(good[:, None], q - k, 0.0)
+                    of_key -= apart * _of_difference(d_score, score, METRIC)[:, None]
+    _put(d_key, at, there, f_e, e, w_f, w_n, of_key, LONG)
+    _put(d_value, at, there, f_d, d, x_f, x_n, of_value, LONG)
 
 
 def _three(numbers: list[int] | tuple[int, ...], fill: int) -> list[int]:
     """One number per axis, with leading axes as a kernel wants them."""
     return [fill] * (3 - len(numbers)) + list(numbers)
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Of (B, H, c, *grid) the strides, with leading axes."""
-    return [*x.stride()[:3], *_three(x.stride()[3:], 0)]
 
 
 def _geometry(window: Window) -> list[int]:
@@ -646,9 +523,30 @@ def _long(*tensors: Tensor) -> bool:
     )
 
 
-def _axis(key: Tensor, value: Tensor) -> int:
-    """The innermost axis of tiles: features where they lie side by side, positions otherwise."""
-    return int(key.stride(2) == 1 and value.stride(2) == 1)
+def _read_from(x: Tensor) -> Tensor:
+    """(B, H, c, *grid) as (B, H, N, c), features side by side: a view, or a copy of what is laid out otherwise.
+
+    Triton reads wide pieces where all strides and the features are known to be multiples of 16. The copy has zeros
+    up to the next one, if features are not so few that zeros would be most of it.
+    """
+    rows = x.flatten(3).mT
+    c = rows.shape[3]
+    if c >= 8 and c % 16:
+        padded = rows.new_zeros(*rows.shape[:3], c + -c % 16)
+        padded[..., :c] = rows
+        return padded
+    aligned = c < 8 or not any(n % 16 for n in rows.stride()[:3])
+    return rows if aligned and rows.stride(3) == 1 else rows.contiguous()
+
+
+def _write_to(x: Tensor) -> Tensor:
+    """(B, H, c, *grid) as (B, H, c, N), which `_written` takes back: a view, or another tensor."""
+    return x.flatten(3)
+
+
+def _written(flat: Tensor, x: Tensor) -> None:
+    if flat.data_ptr() != x.data_ptr():
+        x.copy_(flat.view(x.shape))
 
 
 def _features(n: int) -> int:
@@ -708,15 +606,15 @@ def local_attention(
     BE, BD = _features(e), _features(d)
     BM, warps = _block(BE, BD, FORWARD_NUMBERS)
     BM = block or BM
+    operands = [_read_from(t) for t in (query, key, value)]
     with torch.cuda.device_of(query):
         _forward_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(query, key, value, y, stats, H, e, d),
+            *(*operands, y, stats, H, e, d, operands[1].shape[3], operands[2].shape[3]),
             *(*_three(out, 1), *_three(key.shape[3:], 1), *_geometry(window)),
-            *(*_strides(query), *_strides(key), *_strides(value), float(scale)),
+            *(*(n for t in operands for n in t.stride()[:3]), float(scale)),
             METRIC=_metric(metric, squared),
             MIRROR=_mirror(window, key, query),
-            LONG=_long(query, key, value, y),
-            AXIS=_axis(key, value),
+            LONG=_long(*operands, y),
             BM=BM,
             BE=BE,
             BD=BD,
@@ -758,32 +656,33 @@ def local_attention_backward(
     d, M, grid = value.shape[2], math.prod(out), list(key.shape[3:])
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     rows = query.new_empty(B, H, 3, M, dtype=torch.float32)
-    to_key, to_value, landing = d_key, d_value, grid
-    mirror = _mirror(window, key, query)
+    to_query, to_key, to_value, landing = _write_to(d_query), _write_to(d_key), _write_to(d_value), grid
+    mirror, padded = _mirror(window, key, query), None
     if reflect:
-        landing = _landing(window, grid, out)
-        to_key, to_value = (query.new_empty(B, H, c, *landing, dtype=torch.float32) for c in (e, d))
+        landing = _padded(window, key, query)
+        padded = query.new_empty(B, H, e + d, *landing, dtype=torch.float32)
+        to_key, to_value = padded.flatten(3).split([e, d], 2)
     strided = max(stride) > 1
     readers = [
         (s - 1) * g // t + 1 if strided else s for s, g, t in zip(size, dilation, stride, strict=True)
     ]  # that may read one position
+    operands = [_read_from(t) for t in (grad, query, key, value)]
     switches: dict[str, Any] = {
         "METRIC": _metric(metric, squared),
         "MIRROR": mirror,
-        "LONG": _long(grad, query, key, value, d_query, to_key, to_value, rows),
-        "AXIS": _axis(key, value),
+        "LONG": _long(*operands, to_query, to_key, to_value, rows),
         "BE": _features(e),
         "BD": _features(d),
     }
-    geometry, operands = _geometry(window), [_strides(t) for t in (grad, query, key, value)]
-    flat = [n for strides in operands for n in strides]
+    read = operands[2].shape[3], operands[3].shape[3]
+    geometry, flat = _geometry(window), [n for t in operands for n in t.stride()[:3]]
     with torch.cuda.device_of(query):
         BM, warps = _block(switches["BE"], switches["BD"], QUERY_NUMBERS)
         BM = block or BM
         _query_kernel[(triton.cdiv(M, BM) * B * H,)](
-            *(grad, query, key, value, d_query, rows, H, e, d),
+            *(*operands, to_query, rows, H, e, d, *read),
             *(*_three(out, 1), *_three(grid, 1), *geometry),
-            *(*flat, *_strides(d_query), float(scale)),
+            *(*flat, *to_query.stride(), float(scale)),
             **switches,
             BM=BM,
             num_warps=warps,
@@ -791,75 +690,74 @@ def local_attention_backward(
         BM, warps = _block(switches["BE"], switches["BD"], KEY_NUMBERS)
         BM = block or BM
         _key_kernel[(triton.cdiv(math.prod(landing), BM) * B * H,)](
-            *(grad, query, key, value, rows, to_key, to_value, H, e, d),
+            *(*operands, rows, to_key, to_value, H, e, d, *read),
             *(*_three(out, 1), *_three(grid, 1), *_three(landing, 1), *geometry, *_three(readers, 1)),
-            *(*flat, *_strides(to_key), *_strides(to_value), float(scale)),
+            *(*flat, *to_key.stride(), *to_value.stride(), float(scale)),
             **switches,
             STRIDED=strided,
             BM=BM,
             num_warps=warps,
         )
-        if reflect:
-            _fold(to_key, d_key, before)
-            _fold(to_value, d_value, before)
+    _written(to_query, d_query)
+    if padded is not None:
+        of_key, of_value = _folded(padded, grid, before).split([e, d], 2)
+        d_key.copy_(of_key), d_value.copy_(of_value)
+    else:
+        _written(to_key, d_key)
+        _written(to_value, d_value)
     return d_query, d_key, d_value
 
 
-def _landing(window: Window, grid: list[int], out: list[int]) -> list[int]:
-    """Sizes of the padded grid, as far as outputs read it."""
-    after = window.after(torch.Size(grid), torch.Size(out))
-    return [b + n + a for b, n, a in zip(window.before, grid, after, strict=True)]
+def _folded(padded: Tensor, grid: list[int], before: list[int]) -> Tensor:
+    """(B, H, c, *padded) added up over mirrored copies, to (B, H, c, *grid): a part of the same memory.
 
-
-def _fold(padded: Tensor, found: Tensor, before: list[int]) -> None:
-    """Write the sums over mirrored copies (B, H, c, *padded) into (B, H, c, *grid)."""
-    B, H, c, *grid = found.shape
-    landing = padded.shape[3:]
-    lengths = [max(n - 1, 1) for n in grid]
-    first = [-b // g for b, g in zip(before, lengths, strict=True)]
-    last = [(n - b - 1) // g + 1 for n, b, g in zip(landing, before, lengths, strict=True)]
-    _fold_kernel[(triton.cdiv(found.numel(), BF),)](
-        *(padded, found, B * H * c, H, c, *_three(grid, 1), *_three(landing, 1), *_three(before, 0)),
-        *(*_three(first, 0), *_three(last, 1), *_strides(found)),
-        BM=BF,
-        num_warps=4,
-    )
+    Sheets of max(n - 1, 1) positions lie side by side, every other one reversed. PyTorch adds strip by strip: only the
+    border is read twice, where one kernel for all positions would ask each of them for its copies.
+    """
+    for axis, (n, b) in enumerate(zip(grid, before, strict=True), 3):
+        inside, end, length = padded.narrow(axis, b, n), padded.shape[axis] - b, max(n - 1, 1)
+        for sheet in range(-b // length, (end - 1) // length + 1):
+            first, last = max(sheet * length, -b), min((sheet + 1) * length, end)
+            if sheet == 1:
+                first = max(first, n)  # what it begins with is inside
+            if sheet == 0 or first >= last:
+                continue
+            strip, at = padded.narrow(axis, b + first, last - first), first - sheet * length
+            if sheet % 2:
+                strip, at = strip.flip(axis), n - at - (last - first)
+            inside.narrow(axis, at, last - first).add_(strip)
+        padded = inside
+    return padded
 
 
 def _variant(kernel: Any, dtype: str, constexprs: dict[str, Any], numbers: int) -> Callable[[], dict[str, Any]]:
-    """What a launch of that kernel on two axes would compile, the innermost strides being 1."""
+    """What a launch on two axes would compile, a convolution's maps being copied, gradients laid out as they are."""
 
     def make() -> dict[str, Any]:
-        # a leading axis that is missing, and what lies side by side in memory
-        ones = [f"{name}0" for name in "mnlstdcz"]
-        ones += [f"{name}_f" if constexprs.get("AXIS") else f"{name}_2" for name in "gqkvwx"]
-        even = ("_b", "_h", "_0", "_1", "_2") if constexprs.get("AXIS") else ("_b", "_h", "_f")
-        signature = {name: "i32:16" if name.endswith(even) else "i32" for name in kernel.arg_names}
-        signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats", "found")}
+        ones = [f"{name}0" for name in "mnlstdcz"]  # a leading axis that is missing
+        ones += ["w_n", "x_n"]  # positions lie side by side
+        signature = {n: "i32:16" if n.endswith(("_b", "_h", "_f", "_n")) else "i32" for n in kernel.arg_names}
+        signature |= {name: f"*{dtype}" for name in ("grad", "query", "key", "value", "y", "stats")}
         signature |= {name: f"*{dtype}" for name in ("d_query", "d_key", "d_value")}
-        signature |= {"padded": "*fp32", "scale": "fp32"}
-        if kernel is not _fold_kernel:
-            signature["rows"] = "*fp32"
+        signature |= {"rows": "*fp32", "e_read": "i32:16", "d_read": "i32:16", "scale": "fp32"}
         if constexprs.get("MIRROR"):
             signature |= {"d_key": "*fp32", "d_value": "*fp32"}
         chosen = {n: v for n, v in (dict.fromkeys(ones, 1) | constexprs).items() if n in kernel.arg_names}
-        warps = 4
-        if "BE" in constexprs:
-            chosen["BM"], warps = _block(constexprs["BE"], constexprs["BD"], numbers)
+        chosen["BM"], warps = _block(constexprs["BE"], constexprs["BD"], numbers)
         return {"fn": kernel, "signature": signature, "constexprs": chosen, "num_warps": warps, "num_stages": 3}
 
     return make
 
 
 def _variants() -> list[Callable[[], dict[str, Any]]]:
-    found = [_variant(_fold_kernel, dtype, {"BM": BF}, 0) for dtype in ("fp32", "bf16")]
+    found = []
     for dtype in ("fp32", "bf16"):
         for width in (8, 32, 64, 128, MOST_FEATURES):
-            for axis, metric, mirror in ((0, 0, 0), (1, 0, 0), (0, 1, 2), (1, 2, 1)):
-                shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "AXIS": axis, "BE": width, "BD": width}
+            for metric, mirror in ((0, 0), (0, 1), (1, 2), (2, 1)):
+                shape = {"METRIC": metric, "MIRROR": mirror, "LONG": False, "BE": width, "BD": width}
                 found.append(_variant(_forward_kernel, dtype, shape, FORWARD_NUMBERS))
                 found.append(_variant(_query_kernel, dtype, shape, QUERY_NUMBERS))
-                found.append(_variant(_key_kernel, dtype, shape | {"STRIDED": metric == 0 and axis == 1}, KEY_NUMBERS))
+                found.append(_variant(_key_kernel, dtype, shape | {"STRIDED": metric == 1}, KEY_NUMBERS))
     return found
 
 

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_STATES = 32  # of a walk, in registers
 WALK_CHANNELS = 32
 GRADIENT_CHANNELS = 16
-UNKNOWN = ("g_stride_c", "u_stride_c", "d_stride_c")
+UNALIGNED = ("C", *(f"{name}_stride_{axis}" for name in "gud" for axis in "bn"))
 STAGES = tl.constexpr(4)
 
 
@@ -41,7 +41,8 @@ def refusal(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str:
         return f"the operands are {found}, not float32, bfloat16 or float16 alike"
     batch, positions, channels = u.shape
     blocks = triton.cdiv(channels, GRADIENT_CHANNELS) * triton.cdiv(A.shape[1], MOST_STATES)
-    if max(positions, batch * scan_torch.chunks_of(positions) * blocks, channels * A.shape[1]) >= 2**31:
+    past_the_end = positions + 2 * scan_torch.CHUNK
+    if max(past_the_end, batch * scan_torch.chunks_of(positions) * blocks, channels * A.shape[1]) >= 2**31:
         return "positions, states or programs do not fit 32 bits"
     return ""
 
@@ -221,9 +222,9 @@ def _after(decay, end, next_decay, next_end):  # type: ignore[no-untyped-def]
     return decay * next_decay, tl.where(end == 0, next_end, next_decay * end + next_end)
 
 
-# were it known that channels lie side by side, a thread would hold several channels of few positions, and the
+# were rows of channels known to be aligned, a thread would read several channels of few positions at once, and the
 # recurrences would cross threads; so it holds many positions of one channel, and a third of the instructions is saved
-@triton.jit(do_not_specialize=UNKNOWN)
+@triton.jit(do_not_specialize=UNALIGNED)
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad,
     u,
@@ -273,16 +274,20 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     # the decay of a position lies between its state and the one before: the adjoint recurrence is shifted by one
     later = (t + 1 < N)[:, None]
     later_there = later & c_there[None, :]
-    last = (row == T - 1)[:, None]
+    # and runs from the last position to the first: its tiles are read in that order, for Triton's own reverse scans
+    # are wrong on a device where the order of steps matters
+    after = chunk * T + T - row
+    after_there = (after < N)[:, None]
     grad += b * g_stride_b
     u += b * u_stride_b
     delta += b * d_stride_b
     inp += b * i_stride_b
     out += b * o_stride_b
     g = _tile(grad, t, g_stride_n, c, g_stride_c, there)
-    g_later = _tile(grad, t + 1, g_stride_n, c, g_stride_c, later_there)
+    g_after = _tile(grad, after, g_stride_n, c, g_stride_c, after_there & c_there[None, :])
     d = _tile(delta, t, d_stride_n, c, d_stride_c, there)
     d_later = _tile(delta, t + 1, d_stride_n, c, d_stride_c, later_there)
+    d_after = _tile(delta, after, d_stride_n, c, d_stride_c, after_there & c_there[None, :])
     x = d * _tile(u, t, u_stride_n, c, u_stride_c, there)
     d_x = tl.zeros([T, BC], tl.float32)
     through = tl.zeros([T, BC], tl.float32)
@@ -293,7 +298,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         stop = tl.load(backs + cell, mask=c_there, other=0.0)
         put = _row(inp, t, i_stride_n, t < N)
         get = _row(out, t, o_stride_n, t < N)
-        get_later = _row(out, t + 1, o_stride_n, t + 1 < N)
+        get_after = _row(out, after, o_stride_n, after < N)
         inp += i_stride_s
         out += o_stride_s
 
@@ -301,9 +306,10 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         new = put[:, None] * x
         new = tl.where((row == 0)[:, None], decay * start[None, :] + new, new)
         _, h = tl.associative_scan((decay, new), 0, _after)
-        decay = tl.where(later, tl.exp(d_later * a[None, :]), 1.0)
-        new = tl.where(last, stop[None, :], decay * (get_later[:, None] * g_later))
-        _, back = tl.associative_scan((decay, new), 0, _after, reverse=True)
+        decay = tl.where(after_there, tl.exp(d_after * a[None, :]), 1.0)
+        new = tl.where((row == 0)[:, None], stop[None, :], decay * (get_after[:, None] * g_after))
+        _, back = tl.associative_scan((decay, new), 0, _after)
+        back = tl.flip(back, 0)
 
         adjoint = get[:, None] * g + back
         d_x += put[:, None] * adjoint
@@ -520,10 +526,10 @@ def scan_backward(
 
 def _compiled(fn: Any, constexprs: dict[str, Any], pointers: dict[str, str], warps: int) -> dict:
     """What a compiler needs to build a kernel without a device; arguments not named otherwise are int32."""
-    unknown = UNKNOWN if fn is _gradient_kernel else ()
-    beside = [name for name in fn.arg_names if name.endswith(("stride_c", "stride_s")) and name not in unknown]
+    unaligned = UNALIGNED if fn is _gradient_kernel else ()
+    beside = [name for name in fn.arg_names if name.endswith(("stride_c", "stride_s"))]
     constexprs = {**constexprs, **dict.fromkeys(beside, 1)}
-    types = {**dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(unknown, "i32"), **pointers}
+    types = {**dict.fromkeys(constexprs, "constexpr"), **dict.fromkeys(unaligned, "i32"), **pointers}
     signature = {name: types.get(name, "i32:16" if "stride" in name else "i32") for name in fn.arg_names}
     return {"fn": fn, "signature": signature, "constexprs": constexprs, "num_warps": warps, "num_stages": 3}
 
