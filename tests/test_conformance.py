@@ -258,7 +258,7 @@ def test_the_suite_sees_a_wrong_kernel(monkeypatch):
 
     right = local.shifted
     broken = [
-        ("nearest(5, position(chebyshev)) | ranked | kernel", [(select_torch, "_ranked", backwards)]),
+        ("nearest(5, position(chebyshev)) | ranked | kernel", [(select_torch, "ranked", backwards)]),
         ("window(3) | box | softmax", [(local, "shifted", shifted), (local_attention_torch, "shifted", shifted)]),
         (
             "nearest(5, euclidean) | ranked | softmax",
@@ -408,12 +408,12 @@ def test_forward_mode_is_refused_or_right(text):
 @pytest.mark.parametrize("levels", [2, 50, 5000, 10**9], ids=["ties everywhere", "many", "few", "none"])
 def test_the_search_is_a_stable_sort(levels):
     """Few values or many: the k best are those of a stable descending sort, in its order."""
-    from nearfold.kernels.select_torch import _ranked
+    from nearfold.kernels.select_torch import ranked
 
     generator = torch.Generator().manual_seed(0)
     for count in (128, 300, 1033, 4096):
         score = (torch.randn(2, 20, count, generator=generator) * levels).round() / levels
         truth = score.sort(dim=-1, descending=True, stable=True)
         for k in (1, 9, 30):
-            best, index = _ranked(score.clone(), k)
+            best, index = ranked(score.clone(), k)
             assert torch.equal(index, truth.indices[..., :k]) and torch.equal(best, truth.values[..., :k])

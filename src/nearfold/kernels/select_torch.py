@@ -28,7 +28,7 @@ def _bits(score: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ranked(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, ties by the lowest index. NaN must be gone."""
     best, index, tied = _classes(score, k) if _worth_classes(score.shape[-1], k) else _plain(score, k)
     if tied.any():
@@ -189,7 +189,7 @@ def select(query: Tensor, key: Tensor, search: Search) -> tuple[Tensor, Tensor]:
                     block, kept, slack, query[ps, ms], key[ps], own_column, rank_again, forbidden
                 )
             else:
-                found_score, found = _ranked(block, kept)
+                found_score, found = ranked(block, kept)
             score[ps, ms, :kept], index[ps, ms, :kept] = found_score, found
     index.masked_fill_(score == float("-inf"), INVALID)
     if rooted:
@@ -230,7 +230,7 @@ def _refined(
     """
     p, m, R = block.shape
     more = min(R, k + MARGIN)
-    rough, found = _ranked(block, more)
+    rough, found = ranked(block, more)
     exact = torch.empty_like(rough)
     flat = exact.view(p * m, more)
     for part, _, q, rows in _chosen(query, key, found):
@@ -252,7 +252,7 @@ def _refined(
             if column is not None:
                 row.masked_fill_(torch.arange(R, device=row.device) == column[j, None], again)
             row.masked_fill_(row.isnan(), float("-inf"))
-            exact[i, j], found[i, j] = _ranked(row, k)
+            exact[i, j], found[i, j] = ranked(row, k)
     return exact, found
 
 

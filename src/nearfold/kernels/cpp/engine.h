@@ -7,6 +7,7 @@
 
 #include "local.h"
 #include "neighbors.h"
+#include "points.h"
 #include "scan.h"
 
 namespace nearfold {
@@ -135,6 +136,8 @@ struct Engine {
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);
     int (*scan_backward_double)(const ScanBackwardArgs<double> &);
+    int (*points_float)(const PointsArgs<float> &);
+    int (*points_double)(const PointsArgs<double> &);
 };
 
 extern const Engine engine_generic;

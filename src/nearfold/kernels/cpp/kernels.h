@@ -37,6 +37,8 @@ int scan_float(const ScanArgs<float> &);
 int scan_double(const ScanArgs<double> &);
 int scan_backward_float(const ScanBackwardArgs<float> &);
 int scan_backward_double(const ScanBackwardArgs<double> &);
+int points_float(const PointsArgs<float> &);
+int points_double(const PointsArgs<double> &);
 
 }  // namespace NEARFOLD_ISA
 }  // namespace nearfold

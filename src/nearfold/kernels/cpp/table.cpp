@@ -42,6 +42,8 @@ extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
     NEARFOLD_ISA::scan_double,
     NEARFOLD_ISA::scan_backward_float,
     NEARFOLD_ISA::scan_backward_double,
+    NEARFOLD_ISA::points_float,
+    NEARFOLD_ISA::points_double,
 };
 
 }  // namespace nearfold
