@@ -1,4 +1,4 @@
-"""`knn` and `knn_graph`: against sorted distances, scikit-learn's trees, and the order that PyTorch Geometric documents."""
+"""`knn` and `knn_graph`: against sorted distances, scikit-learn's trees, and the order of PyTorch Geometric."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ similarity one in `similarity`). ``kind`` names the place where a word may stand
 or candidates. All of them can be had from here.
 """
 
+from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -57,6 +58,7 @@ __all__ = [
     "Deformable",
     "Dense",
     "Depthwise",
+    "Edge",
     "Experts",
     "First",
     "Generated",
@@ -74,6 +76,7 @@ __all__ = [
     "Path",
     "Random",
     "Ranked",
+    "Relative",
     "Rho",
     "Row",
     "Scan",
