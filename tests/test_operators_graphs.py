@@ -16,7 +16,7 @@ from nearfold import parse
 from nearfold.kernels.edges import largest
 from nearfold.lower import lower
 from nearfold.lower.verdict import Facts
-from nearfold.nn import Mixer
+from nearfold.nn import EdgeConv, MaxRelativeConv2d, Mixer
 
 pytestmark = pytest.mark.usefixtures("float64")
 BACKENDS = ("auto", "oracle")
@@ -220,3 +220,72 @@ def test_channels_that_groups_do_not_divide_say_so():
 def test_a_window_whose_padding_has_no_query_says_so():
     with pytest.raises(ValueError, match="leaves outputs without a query"):
         Mixer("window(3, padding=3) | box | mean*edge", 4)(torch.randn(1, 4, 6, 6))
+
+
+@pytest.mark.parametrize("aggregation", ["max", "mean", "sum"])
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_points_have_the_neighbours_of_their_positions(aggregation, hidden):
+    """Every pair one by one: neighbours by the coordinates, values by the features."""
+    layer = scrambled(EdgeConv(3, 4, 5, aggregation=aggregation, hidden=hidden))
+    x, position = torch.randn(2, 3, 12, requires_grad=True), torch.rand(2, 12, 2)
+
+    def truth(x):
+        out = []
+        for b in range(2):
+            for i in range(12):
+                near = (position[b] - position[b, i]).norm(dim=1).argsort()[:5]
+                each = []
+                for j in near:
+                    y = torch.cat([x[b, :, i], x[b, :, j] - x[b, :, i]])
+                    if hidden:
+                        y = F.leaky_relu(layer.hidden_weight @ y + layer.hidden_bias, 0.2)
+                        each.append(layer.edge_weight @ y + layer.bias)
+                    else:
+                        each.append(F.leaky_relu(layer.edge_weight @ y + layer.bias, 0.2))
+                stacked = torch.stack(each)
+                out.append({"max": stacked.amax(0), "mean": stacked.mean(0), "sum": stacked.sum(0)}[aggregation])
+        return torch.stack(out).unflatten(0, (2, 12)).mT
+
+    close(layer(x, position), truth(x))
+    probe, leaves = torch.randn(2, 4, 12), [x, *layer.parameters()]
+    found, wanted = (torch.autograd.grad((y * probe).sum(), leaves) for y in (layer(x, position), truth(x)))
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+
+
+def test_points_without_positions_have_the_neighbours_of_their_features():
+    layer, x = EdgeConv(3, 4, 5), torch.randn(2, 3, 12)
+    close(layer(x), layer(x, x.mT))
+    assert layer(x[:0], torch.rand(0, 12, 3)).shape == (0, 4, 12)
+    assert EdgeConv(3, 4)(x[..., :7], torch.rand(2, 7, 3)).shape == (2, 4, 7)
+
+
+def test_points_compile_and_run_under_autocast():
+    layer, x, position = EdgeConv(3, 4, 5), torch.randn(2, 3, 12), torch.rand(2, 12, 3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    close(compiled(x, position), layer(x, position))
+    layer, x = layer.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, position)
+    torch.testing.assert_close(y.float(), layer(x, position), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: EdgeConv(3, 4)(torch.randn(2, 3, 8), torch.randn(2, 7, 3)), "8 points in each of 2 inputs"),
+        (lambda: EdgeConv(3, 4)(torch.randn(2, 3, 8), torch.full((2, 8, 3), math.nan)), "row 0 is not finite"),
+        (lambda: EdgeConv(3, 4)(torch.randn(2, 3, 8), [1.0]), "position must be a torch.Tensor"),
+        (lambda: EdgeConv(3, 4, aggregation="min"), "aggregation must be one of max, mean, sum"),
+    ],
+)
+def test_wrong_points_are_named(call, said):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert said in str(error.value)
+
+
+def test_the_named_layer_is_the_catalogues():
+    layer = MaxRelativeConv2d(8, 8)
+    assert layer.operation == parse("nearest(9, cosine) | ranked | max*relative(groups=4)")
+    assert MaxRelativeConv2d(8, 4, stride=2)(torch.randn(1, 8, 5, 6)).shape == (1, 4, 3, 3)

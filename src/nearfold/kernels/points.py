@@ -162,6 +162,18 @@ def _neighbours(
     return nearest_points(y, x, y_first, x_first, k, metric, own)
 
 
+def nearest_in_each(position: Tensor, k: int) -> Tensor:
+    """The k nearest points (B, N, k) of every point among the N of its own input (B, N, e), itself among them."""
+    B, N, e = position.shape
+    flat = position.detach().reshape(B * N, e)
+    if not torch.compiler.is_compiling():  # a look at the numbers would break the graph
+        _require_points("position", flat, "", None)
+    flat = flat.float() if flat.dtype in LOW else flat
+    firsts = torch.arange(B + 1) * N
+    at = nearest_points(flat, flat, firsts, firsts.clone(), k, "euclidean", False).unflatten(0, (B, N))
+    return at - (torch.arange(B, device=at.device) * N)[:, None, None]
+
+
 @operator("nearfold::nearest_points")
 def nearest_points(
     query: Tensor, key: Tensor, query_first: Tensor, key_first: Tensor, k: int, metric: str, own: bool

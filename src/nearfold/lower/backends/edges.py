@@ -76,11 +76,15 @@ def _alpha(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
+    call.rows()  # made before the search, which may ask for them without gradients
+    return bring(call, *_chosen(call))
+
+
+def bring(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
+    """What neighbours bring (B, O, *out): at positions (B|1, H|1, M, S), and their scores where those are read."""
     rho, kernel = call.op.weight.rho, call.op.weight.kernel
-    dtype = autocast_dtype(call.value) or call.value.dtype
-    rows = call.rows().to(dtype)  # before the search, which may ask for them without gradients
-    score, at = _chosen(call)
-    B, H = call.value.shape[0], call.heads
+    B, H, dtype = call.value.shape[0], call.heads, autocast_dtype(call.value) or call.value.dtype
+    rows = call.rows().to(dtype)
     own = None if kernel is None else own_values(call).transpose(1, 2).to(dtype)
     at_BMS = at[:, 0].expand(B, -1, -1)
     if isinstance(kernel, Edge):
