@@ -176,10 +176,15 @@ class Max(_Static):
     }
     dynamic = True
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
-    paths = ("window", "block", "nearest", "first", "scattered", "axial", "union")
+    paths = ("window", "block", "nearest", "first", "scattered", "axial")
     takes_kernel = False
     heads = 1
     project = None
+
+    def require(self, op: Basic) -> None:
+        for path in op.path.inside:
+            if not one_of(path, self.paths):
+                raise ValueError(f"{self.word} goes with path {' or '.join(self.paths)}, got {path}")
 
 
 @dataclass(frozen=True)
