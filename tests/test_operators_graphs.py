@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers.formulas import close, positions, scrambled
 
 from nearfold import parse
+from nearfold.kernels import engine
 from nearfold.kernels.edges import largest
 from nearfold.lower import lower
 from nearfold.lower.verdict import Facts
@@ -169,7 +170,36 @@ def test_of_equal_values_the_first_slot_has_the_gradient():
         (found,) = torch.autograd.grad(layer(x).sum(), x)
         assert found[0].tolist() == [[5.0, 0.0, 0.0, 0.0, 0.0]] * 2
     rows = torch.tensor([[[1.0], [math.nan], [7.0]]])
-    assert largest(rows, torch.tensor([[[0, 1, 2], [2, 0, -1], [-1, -1, -1]]])).tolist() == [[[1], [2], [-1]]]
+    assert largest(rows, torch.tensor([[[0, 1, 2], [2, 0, -1], [-1, -1, -1]]]))[1].tolist() == [[[1], [2], [-1]]]
+
+
+@pytest.mark.parametrize("name", engine.names())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_is_a_loops(name, dtype):
+    """Few levels: many are equal, and the first counts."""
+    rows = torch.randn(2, 9, 37, dtype=dtype).mul(2).round()
+    at = torch.randint(-3, 9, (2, 70, 5)).clamp(min=-1)
+    rows[0, 3, 5] = math.nan
+    with engine.forced(name):
+        best, where = largest(rows, at)
+    for b, m, c in ((b, m, c) for b in range(2) for m in range(70) for c in range(37)):
+        read = [n for n in at[b, m].tolist() if n >= 0]
+        lost = [n for n in read if rows[b, n, c].isnan()]
+        first = max(read, key=lambda n: rows[b, n, c].item(), default=-1) if not lost else lost[0]
+        assert where[b, m, c] == first
+        assert best[b, m, c] == (rows[b, first, c] if read else 0) or lost
+
+
+@pytest.mark.parametrize("name", engine.names())
+def test_the_largest_has_both_derivatives(name):
+    rows = torch.randn(2, 7, 21, requires_grad=True)
+    at = torch.randint(-1, 7, (2, 5, 3))
+    with engine.forced(name):
+        torch.library.opcheck(largest.registered, (rows, at))
+        assert torch.autograd.gradcheck(lambda rows: largest(rows, at)[0], rows)
+        assert torch.autograd.gradgradcheck(lambda rows: largest(rows, at)[0].square(), rows)
+        with pytest.raises(ValueError, match="beyond"):
+            largest(rows, at + 7)
 
 
 @pytest.mark.parametrize("weight", ["max", "max*relative", "mean*relative", "max*edge", "mean*edge(hidden=3)", "edge"])

@@ -138,6 +138,10 @@ struct Engine {
     int (*scan_backward_double)(const ScanBackwardArgs<double> &);
     int (*points_float)(const PointsArgs<float> &);
     int (*points_double)(const PointsArgs<double> &);
+    int (*largest_float)(const LargestArgs<float> &);
+    int (*largest_double)(const LargestArgs<double> &);
+    int (*largest_backward_float)(const LargestBackwardArgs<float> &);
+    int (*largest_backward_double)(const LargestBackwardArgs<double> &);
 };
 
 extern const Engine engine_generic;

@@ -39,6 +39,10 @@ int scan_backward_float(const ScanBackwardArgs<float> &);
 int scan_backward_double(const ScanBackwardArgs<double> &);
 int points_float(const PointsArgs<float> &);
 int points_double(const PointsArgs<double> &);
+int largest_float(const LargestArgs<float> &);
+int largest_double(const LargestArgs<double> &);
+int largest_backward_float(const LargestBackwardArgs<float> &);
+int largest_backward_double(const LargestBackwardArgs<double> &);
 
 }  // namespace NEARFOLD_ISA
 }  // namespace nearfold

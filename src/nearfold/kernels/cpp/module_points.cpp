@@ -1,4 +1,4 @@
-// Bindings of the search among points.
+// Bindings of the search among points, and of the largest of neighbours.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
@@ -28,10 +28,14 @@ struct Table;
 template <>
 struct Table<float> {
     static constexpr auto points = &Engine::points_float;
+    static constexpr auto largest = &Engine::largest_float;
+    static constexpr auto largest_backward = &Engine::largest_backward_float;
 };
 template <>
 struct Table<double> {
     static constexpr auto points = &Engine::points_double;
+    static constexpr auto largest = &Engine::largest_double;
+    static constexpr auto largest_backward = &Engine::largest_backward_double;
 };
 
 template <class T>
@@ -55,8 +59,42 @@ void points(Array<const T, 2> query, Array<const T, 2> key, Array<const int64_t,
     run(Table<T>::points, a);
 }
 
+template <class A>
+bool is(const A &array, int64_t one, int64_t other, int64_t last) {
+    return static_cast<int64_t>(array.shape(0)) == one && static_cast<int64_t>(array.shape(1)) == other &&
+           static_cast<int64_t>(array.shape(2)) == last && contiguous(array);
+}
+
+template <class T>
+void largest(Array<const T, 3> value, Array<const int64_t, 3> at, Array<T, 3> out, Array<int64_t, 3> where, int threads) {
+    LargestArgs<T> a;
+    a.B = value.shape(0), a.N = value.shape(1), a.C = value.shape(2), a.M = at.shape(1), a.S = at.shape(2);
+    require(contiguous(value) && is(at, a.B, a.M, a.S), "largest: value must be (B, N, C) and at (B, M, S), contiguous");
+    require(is(out, a.B, a.M, a.C) && is(where, a.B, a.M, a.C), "largest: out and where must be (B, M, C), contiguous");
+    require(threads >= 1 && a.S <= most_rows, "largest: threads is at least 1");
+    a.value = value.data(), a.at = at.data(), a.out = out.data(), a.where = where.data(), a.threads = threads;
+    run(Table<T>::largest, a);
+}
+
+template <class T>
+void largest_backward(Array<const T, 3> grad, Array<const int64_t, 3> where, Array<T, 3> d_value, int threads) {
+    LargestBackwardArgs<T> a{};
+    a.of.B = d_value.shape(0), a.of.N = d_value.shape(1), a.of.C = d_value.shape(2), a.of.M = grad.shape(1);
+    require(contiguous(d_value) && is(grad, a.of.B, a.of.M, a.of.C) && is(where, a.of.B, a.of.M, a.of.C),
+            "largest: grad and where must be (B, M, C), contiguous, next to value");
+    require(threads >= 1, "largest: threads is at least 1");
+    if (a.of.B == 0 || a.of.C == 0) return;
+    a.of.where = const_cast<int64_t *>(where.data()), a.of.threads = threads;
+    a.grad = grad.data(), a.d_value = d_value.data();
+    run(Table<T>::largest_backward, a);
+}
+
 template <class T>
 void bind(nb::module_ &m) {
+    m.def("largest", &largest<T>, "value"_a.noconvert(), "at"_a.noconvert(), "out"_a.noconvert(), "where"_a.noconvert(),
+          "threads"_a);
+    m.def("largest_backward", &largest_backward<T>, "grad"_a.noconvert(), "where"_a.noconvert(), "d_value"_a.noconvert(),
+          "threads"_a);
     m.def("points", &points<T>, "query"_a.noconvert(), "key"_a.noconvert(), "query_first"_a.noconvert(),
           "key_first"_a.noconvert(), "own"_a, "index"_a.noconvert(), "threads"_a);
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfold.grammar.unions import alone
 from nearfold.grammar.words import Edge, Max, Nearest, Relative
 from nearfold.kernels.aggregate import aggregate
-from nearfold.kernels.edges import largest_pair, largest_slot, largest_values, pairs
+from nearfold.kernels.edges import largest, largest_pair, largest_slot, pairs
 from nearfold.kernels.names import INVALID, LOST
 from nearfold.lower.call import Call, autocast_dtype, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish, own_values
@@ -93,7 +93,7 @@ def bring(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
         y = _edge(call, rows.to(wide), own.to(wide), at_BMS, None if isinstance(rho, Max) else _alpha(call, score, at))
         y = y.to(dtype)
     elif isinstance(rho, Max):
-        y = largest_values(rows, at_BMS)
+        y = largest(rows, at_BMS)[0]
         if own is not None:
             y = y - own * (at_BMS >= 0).any(-1, keepdim=True)
     else:
