@@ -102,7 +102,8 @@ class EdgeConv(Mixer):
                 f" got {tuple(position.shape)}"
             )
         operation = self.operation
-        assert isinstance(operation, Basic) and isinstance(operation.path, Nearest)
-        at = nearest_in_each(position, min(operation.path.k, x.shape[2]))
+        assert isinstance(operation, Basic)
+        (k,) = operation.path.slot_shape(1)
+        at = nearest_in_each(position, min(k, x.shape[2]))
         call = Call(frame(operation, tuple(x.shape[2:]), (), False), self.tensors(), x, None, None, x)
         return edges.bring(call, None, at[:, None])
