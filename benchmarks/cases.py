@@ -131,6 +131,12 @@ CASES: dict[str, Spec] = {
         {"shape": (2, 50, 12), "heads": 3, "state": 5},
     ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
+    "points": Spec(
+        "knn of points in clouds",
+        language.points,
+        {"shape": (65536, 3), "k": 16, "clouds": 32},
+        {"shape": (300, 3), "k": 5, "clouds": 4},
+    ),
     "conv_tax": Spec("conv in the grammar", build.conv_tax, {"shape": IMAGE}, {"shape": TINY_IMAGE}),
     "attention_tax": Spec(
         "attention in the grammar",

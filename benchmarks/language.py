@@ -1,17 +1,22 @@
-"""Cases of the wider language: scans, neighbourhoods that stay inside, deformable convolution; and their peers.
+"""Cases of the wider language: scans, neighbourhoods inside, deformable convolution, points; and their peers.
 
 Shape legend: B batch, C channels, H heads, N positions, s numbers of a state, k slots of a window on one axis.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import optional
 from benchmarks.build import Shape, _optional, _with_path
 from benchmarks.case import Case, Forward, Peer
-from benchmarks.peers import projected
+from benchmarks.peers import addmm_topk, projected
+from nearfold import knn
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.nn import DeformConv2d, Mixer, deform_conv
@@ -121,6 +126,40 @@ def grid_sample_deformable(x: Tensor, offset: Tensor, weight: Tensor, mask: Tens
         read.append(seen if mask is None else seen * mask[:, slot : slot + 1])
     columns_BKN = torch.stack(read, 2).flatten(1, 2).flatten(2)
     return (weight.flatten(1) @ columns_BKN).unflatten(2, (height, width))
+
+
+def points(shape: Shape, k: int, clouds: int) -> Case:
+    """`nearfold.knn` among points in clouds of different sizes: the nearest of each cloud for each of its points."""
+    N = shape[0]
+    cuts = torch.randperm(N - 1)[: clouds - 1].sort().values + 1
+    batch = torch.zeros(N, dtype=torch.long).index_fill_(0, cuts, 1).cumsum(0)
+    sizes = batch.bincount().tolist()
+
+    def ours(x: Tensor) -> Tensor:
+        return knn(x, x, k, batch, batch)[1]
+
+    def distances(index: Tensor, x: Tensor) -> Tensor:
+        """Nearest first; equally near ones may be exchanged."""
+        own = torch.cat([torch.arange(len(c)).repeat_interleave(min(k, len(c))) + at for c, at in _clouds(x, sizes)])
+        return (x[own].double() - x[index].double()).norm(dim=-1)
+
+    def by_cloud(search: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat([search(c, min(k, len(c))).flatten() + at for c, at in _clouds(x, sizes)])
+
+    product = by_cloud(lambda c, k: addmm_topk(c, c, k))
+    found = {"matmul + topk by cloud": Peer(product, backward=False, part=distances)}
+    absent: dict[str, str] = {}
+    trees = _optional(lambda: by_cloud(optional.sklearn_tree()), absent, "scikit-learn trees by cloud")
+    if trees is not None:
+        peer = Peer(trees, backward=False, dtype=torch.float32, part=distances, allocator=False)
+        found["scikit-learn trees by cloud"] = peer
+    return Case((torch.rand(shape),), ours, _with_path(ours, found), absent, backward=False)
+
+
+def _clouds(x: Tensor, sizes: list[int]) -> list[tuple[Tensor, int]]:
+    """Every cloud, and its first row."""
+    firsts = [0, *itertools.accumulate(sizes)][:-1]
+    return list(zip(x.split(sizes), firsts, strict=True))
 
 
 def deformable(shape: Shape, modulated: bool) -> Case:

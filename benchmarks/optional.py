@@ -77,6 +77,17 @@ def sklearn_search(k: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda query, key: torch.from_numpy(index(key).kneighbors(query.numpy())[1])
 
 
+def sklearn_tree() -> Callable[[Tensor, int], Tensor]:
+    """scikit-learn's k-d tree of points among themselves, built anew at every call, as ours is."""
+    from sklearn.neighbors import NearestNeighbors
+
+    def search(points: Tensor, k: int) -> Tensor:
+        tree = NearestNeighbors(n_neighbors=k, algorithm="kd_tree").fit(points.numpy())
+        return torch.from_numpy(tree.kneighbors(points.numpy(), return_distance=False))
+
+    return search
+
+
 def faiss_search(k: int) -> Callable[[Tensor, Tensor], Tensor]:
     """FAISS's exact search (IndexFlatL2); building it is not timed."""
     import faiss

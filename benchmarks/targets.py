@@ -71,6 +71,8 @@ TARGETS: list[Target] = [
     *_faster("deformable_layer", "grid_sample", 5, 5),
     *_faster("scan", "loop over time", 20, 20),
     Target("scan", "associative scan", "forward", 3),
+    Target("points", "scikit-learn trees by cloud", "forward", 1.5),
+    Target("points", "matmul + topk by cloud", "forward", 4),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
     *_faster("union", "SDPA, dense mask", 8, 12),

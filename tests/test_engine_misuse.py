@@ -38,12 +38,15 @@ from helpers.misuse_calls import (
     right_deform_conv,
     right_grouped,
     right_grouped_backward,
+    right_largest,
+    right_largest_backward,
     right_local,
     right_local_backward,
     right_local_scores,
     right_local_scores_backward,
     right_local_sum,
     right_local_sum_backward,
+    right_points,
     right_scan,
     right_scan_backward,
     right_select,
@@ -63,9 +66,11 @@ from nearfold import nn
 from nearfold.kernels import engine
 from nearfold.kernels.aggregate import aggregate, aggregate_backward
 from nearfold.kernels.corners import corners, corners_backward
+from nearfold.kernels.edges import largest, largest_backward
 from nearfold.kernels.grouped_conv import grouped_conv, grouped_conv_backward
 from nearfold.kernels.local import local_scores, local_scores_backward, local_sum, local_sum_backward
 from nearfold.kernels.local_attention import local_attention, local_attention_backward
+from nearfold.kernels.points import nearest_points
 from nearfold.kernels.scan import selective_scan, selective_scan_backward
 from nearfold.kernels.select import select, select_backward
 from nearfold.kernels.slot_scores import slot_scores, slot_scores_backward
@@ -132,6 +137,17 @@ OPERATORS = {
         right_grouped_backward,
         lambda a: [m.shape for m in (*a["maps"], a["weight"])],
     ),
+    "largest": (largest, right_largest, lambda a: [(*a["at"].shape[:2], a["rows"].shape[2])] * 2),
+    "largest_backward": (
+        largest_backward,
+        right_largest_backward,
+        lambda a: [(len(a["grad"]), int(a["positions"]), a["grad"].shape[2])],
+    ),
+    "nearest_points": (
+        lambda metric="euclidean", **a: nearest_points(metric=metric, **a),
+        right_points,
+        lambda a: [(len(a["query"]), int(a["k"]))],
+    ),
     "local_scores": (local_scores, right_local_scores, lambda a: [local_scored(a)]),
     "local_scores_backward": (
         local_scores_backward,
@@ -156,10 +172,12 @@ MADE = [
     (nn.CrossAttention(8, 2), two_inputs),
     (nn.DeformConv2d(8, 8, offset_groups=2, modulated=True), image),
     (nn.DynamicConv2d(8, 8), image),
+    (nn.EdgeConv(8, 8, 5), sequence),
     (nn.Involution2d(8, 3), image),
     (nn.KVTAttention(8, 2, k=5), tokens),
     (nn.LargeKernelConv2d(8, 7), image),
     (nn.LinearAttention(8, 2, causal=True), tokens),
+    (nn.MaxRelativeConv2d(8, 8), image),
     (nn.Mixer("window(3) | box | inverse*kernel", 8), image),
     (nn.NeighborhoodAttention1d(8, 2, 3, step=4, relative_bias=True), sequence),
     (nn.NeighborhoodAttention2d(8, 2, 3, relative_bias=True), image),
@@ -202,8 +220,10 @@ RAW = (
     "scan",
     "corners",
     "deformed",
+    "largest",
 )
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
+RAW["_engine.points"] = (None, raw("points"), None)
 CHUNKS = {"operators": OPERATORS, "engine": RAW, "layers": LAYERS, "making": MAKING}
 TARGETS = OPERATORS | LAYERS | RAW | MAKING
 

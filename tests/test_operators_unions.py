@@ -150,6 +150,11 @@ def test_a_nan_query_is_lost_alone():
             assert lost[2, 2] and lost.sum() == 1, (text, backend)
 
 
+def test_the_oracle_takes_an_empty_batch():
+    layer = Mixer("window(3, cosine) & nearest(4, cosine) | ranked | softmax(heads=2)", 4, backend="oracle")
+    assert layer(torch.randn(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
+    from nearfold.kernels.points import knn, knn_graph
     from nearfold.look import mixing_matrix
     from nearfold.recognise import complexity, describe
     from nearfold.surgery.convert import convert
@@ -30,6 +31,8 @@ __all__ = [
     "complexity",
     "convert",
     "describe",
+    "knn",
+    "knn_graph",
     "mixing_matrix",
     "parse",
     "preset",
@@ -60,6 +63,8 @@ _NAMES = {
     "complexity": "recognise",
     "convert": "surgery",
     "describe": "recognise",
+    "knn": "kernels.points",
+    "knn_graph": "kernels.points",
     "mixing_matrix": "look",
     "parse": "grammar",
     "preset": "grammar",

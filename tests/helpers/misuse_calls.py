@@ -77,6 +77,32 @@ def right_scan_backward(rng):
     return {"grad": torch.randn_like(a["u"]), **a, "states": states}
 
 
+def right_largest(rng):
+    B, N, C, M, S = (rng.randint(1, n) for n in (2, 9, 40, 70, 5))
+    rows = torch.randn(B, N, C, dtype=rng.choice([torch.float32, torch.float64]))
+    return {"rows": rows, "at": torch.randint(-1, N, (B, M, S))}
+
+
+def right_largest_backward(rng):
+    a = right_largest(rng)
+    (B, N, C), M = a["rows"].shape, a["at"].shape[1]
+    return {
+        "grad": torch.randn(B, M, C, dtype=a["rows"].dtype),
+        "where": torch.randint(-1, N, (B, M, C)),
+        "positions": N,
+    }
+
+
+def right_points(rng):
+    own, e, n = rng.random() < 0.5, rng.randint(1, 8), rng.randint(1, 4)
+    dtype = rng.choice([torch.float32, torch.float64])
+    key_first = torch.tensor([rng.randint(0, 80) * (i > 0) for i in range(n + 1)]).cumsum(0)
+    query_first = key_first if own else torch.tensor([rng.randint(0, 9) * (i > 0) for i in range(n + 1)]).cumsum(0)
+    rows = {"query": query_first, "key": key_first}
+    points = {name: torch.randn(int(first[-1]), e, dtype=dtype).round(decimals=1) for name, first in rows.items()}
+    return points | {"query_first": query_first, "key_first": key_first.clone(), "own": own, "k": rng.randint(1, 9)}
+
+
 def right_corners(rng):
     grid, out, size, stride, dilation, before, _ = _window(rng)
     P, dtype = rng.randint(1, 3), rng.choice([torch.float32, torch.float64])
@@ -378,6 +404,17 @@ def raw(name):
             return right_shift(rng, name) | threads
         if name.startswith("deformed"):
             return right_deformed(rng, name) | threads
+        if name == "points":
+            a = right_points(rng)
+            return a | {"to_index": numbers(torch.long, len(a["query"]), a.pop("k"))} | threads
+        if name == "largest":
+            a = right_largest(rng)
+            shape = (*a["at"].shape[:2], a["rows"].shape[2])
+            return a | {"to_out": numbers(a["rows"].dtype, *shape), "to_where": numbers(torch.long, *shape)} | threads
+        if name == "largest_backward":
+            a = right_largest_backward(rng)
+            B, _, C = a["grad"].shape
+            return a | {"d_rows": numbers(a["grad"].dtype, B, a.pop("positions"), C)} | threads
         if name == "scan":
             a = right_scan(rng)
             y, states = (numbers(a["u"].dtype, *shape) for shape in scanned(a))

@@ -379,6 +379,22 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2511.14137",
         ),
     ),
+    "graphs": (
+        Entry(
+            "vig",
+            "Vision GNN: max-relative",
+            "nearest(9, cosine) | ranked | max*relative(groups=4)",
+            ("the 9 most similar", "by rank", "the largest difference, beside the own value"),
+            "arXiv 2206.00272",
+        ),
+        Entry(
+            "edgeconv",
+            "EdgeConv (DGCNN)",
+            "nearest(20, euclidean) | ranked | max*edge",
+            ("the 20 nearest in features", "by rank", "the largest of a perceptron of each pair"),
+            "arXiv 1801.07829",
+        ),
+    ),
     "state spaces": (
         Entry(
             "mamba",

@@ -163,18 +163,28 @@ class Mean(_Plain):
 
 @dataclass(frozen=True)
 class Max(_Static):
-    """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling."""
+    """alpha = 1 for the slot with the channel's largest value (the first of them), 0 for the others: max pooling.
+
+    Under `relative` or `edge` the largest is that of what these make of the slots.
+    """
 
     word = "max"
     examples: ClassVar[dict[str, str]] = {
         "window_max": "window((3, 2), stride=2, mode=reflect) | box | max",
+        "nearest_max": "nearest(4, cosine) | ranked | max",
+        "block_max": "block((2, 3)) | box | max",
     }
     dynamic = True
     primitive = ("LARGEST", 2)  # which slot counts depends on the input
-    paths = ("window",)
+    paths = ("window", "block", "nearest", "first", "scattered", "axial")
     takes_kernel = False
     heads = 1
     project = None
+
+    def require(self, op: Basic) -> None:
+        for path in op.path.inside:
+            if not one_of(path, self.paths):
+                raise ValueError(f"{self.word} goes with path {' or '.join(self.paths)}, got {path}")
 
 
 @dataclass(frozen=True)
@@ -292,6 +302,7 @@ class Kernel(Word):
     """Learned weights over slots, in torch's layout (out, in / groups, *slots)."""
 
     kind = "kernel"
+    edges: ClassVar[bool] = False  # whether what a slot brings depends on the query's own value; no numbers for slots
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ or candidates. All of them can be had from here.
 """
 
 from nearfold.grammar.blocks import NearestBlocks
+from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -59,6 +60,7 @@ __all__ = [
     "Deformable",
     "Dense",
     "Depthwise",
+    "Edge",
     "Experts",
     "First",
     "Generated",
@@ -78,6 +80,7 @@ __all__ = [
     "Path",
     "Random",
     "Ranked",
+    "Relative",
     "Rho",
     "Row",
     "Scan",

@@ -55,7 +55,8 @@ class WindowGeometry:
             after = tuple(r - b for r, b in zip(reach, before, strict=True))
         else:
             before = after = as_tuple(path.padding, ndim, "padding")
-        if op.weight.rho.needs_score and any(b > a for b, a in zip(before, anchor, strict=True)):
+        compares = op.weight.rho.needs_score or (op.weight.kernel is not None and op.weight.kernel.edges)
+        if compares and any(b > a for b, a in zip(before, anchor, strict=True)):
             raise ValueError(f"{op}: padding={before} leaves outputs without a query; at most {anchor} here")
         return WindowGeometry(size, as_tuple(path.stride, ndim, "stride"), dilation, before, after, anchor)
 

@@ -109,6 +109,10 @@ class PathMeaning(Meaning):
         """What every slot reads."""
         raise NotImplementedError
 
+    def own(self, call: Call) -> Tensor:
+        """Raster positions (M,) of the queries among the values."""
+        return call.query_index()
+
     def allowed(self, call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
         """Which keys a query may read at all (M, N); None for every one."""
         return call.op.shape.allows(query_M, key_N)
@@ -169,6 +173,10 @@ class KernelMeaning(Meaning):
     reads_features: ClassVar[bool] = False  # whether it reads query and key beside the value
     bias_of: ClassVar[str] = "weight"  # the parameter that its bias is drawn like; empty: it has none
     late_bias: ClassVar[bool] = False  # whether `finish` must have happened before a bias can be added
+
+    def messages(self, call: Call, read_BCMS: Tensor, own_BCM1: Tensor) -> Tensor:
+        """What slots bring (B, C', M, S) of what they read and the query's own value, of a kernel with ``edges``."""
+        return read_BCMS
 
     def groups(self, kernel: Any, channels: int) -> int | None:
         """In how many groups of so many channels it maps them, as a convolution does; None where it is no such map."""

@@ -2,6 +2,8 @@
 
     y_i = sum over slots s of alpha[i, s] * W_s * value[index[i, s]]
 
+Under `relative` and `edge` a slot brings what the kernel makes of value[index[i, s]] and the query's own value.
+
 Shape legend: B batch, C value channels, H heads, d channels of a head, M outputs, N positions, S slots,
 O output channels, G groups.
 """
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nearfold.lower.call import Call
-from nearfold.lower.kernel import finish, kernel_weight, values
+from nearfold.lower.kernel import brought, finish, kernel_weight
 from nearfold.lower.selection import Selection, select
 from nearfold.lower.weighting import alpha_of, constant_alpha
 
@@ -20,10 +22,10 @@ from nearfold.lower.weighting import alpha_of, constant_alpha
 def run(call: Call) -> Tensor:
     """One call, from the formula: (B, O, *out)."""
     chosen = select(call)
-    value_BCN = values(call)
-    alpha = weights(call, chosen).to(value_BCN.dtype)
-    y_BOM = aggregate(value_BCN, chosen, alpha, kernel_weight(call), max(call.heads, alpha.shape[1]))
-    return finish(call, y_BOM.unflatten(2, call.out_grid))
+    read_BCMS = brought(call, chosen.index)
+    alpha = weights(call, chosen).to(read_BCMS.dtype)
+    y_BOM = aggregate(read_BCMS, chosen, alpha, kernel_weight(call), max(call.heads, alpha.shape[1]))
+    return finish(call, y_BOM.to(call.value.dtype).unflatten(2, call.out_grid))
 
 
 def weights(call: Call, chosen: Selection) -> Tensor:
@@ -45,16 +47,11 @@ def weights(call: Call, chosen: Selection) -> Tensor:
 
 
 def aggregate(
-    value_BCN: Tensor, chosen: Selection, alpha: Tensor, kernel: tuple[Tensor, int] | None, heads: int
+    read_BCMS: Tensor, chosen: Selection, alpha: Tensor, kernel: tuple[Tensor, int] | None, heads: int
 ) -> Tensor:
     """Sum over slots: (B, O, M)."""
-    value_BHdN = value_BCN.unflatten(1, (heads, -1))
-    B, H, d, _ = value_BHdN.shape
-    M, S = chosen.index.shape[-2:]
-    index = chosen.index.expand(B, H, M, S)
-    read = value_BHdN.gather(3, index.reshape(B, H, 1, M * S).expand(B, H, d, M * S)).unflatten(3, (M, S))
-    read = read.masked_fill(~chosen.valid.unsqueeze(2), 0)
-    read_BCMS = (read * alpha.unsqueeze(2)).flatten(1, 2)
+    read_BHdMS = read_BCMS.unflatten(1, (heads, -1)).masked_fill(~chosen.valid.unsqueeze(2), 0)
+    read_BCMS = (read_BHdMS * alpha.unsqueeze(2)).flatten(1, 2)
     if chosen.entries > 1:
         read_BCMS = read_BCMS.unflatten(-1, (-1, chosen.entries)).sum(-1)
     if kernel is None:

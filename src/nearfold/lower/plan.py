@@ -15,7 +15,7 @@ from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
-from nearfold.lower.backends import block, blocks, conv, gather, knn, linear, local, scan, sdpa, union
+from nearfold.lower.backends import block, blocks, conv, edges, gather, knn, linear, local, scan, sdpa, union
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
@@ -23,13 +23,17 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks)
+    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks, edges)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
 
 def verdicts(facts: Facts) -> dict[str, Verdict]:
     """Every backend's verdict, in order of preference; the oracle last."""
+    kernel = facts.op.weight.kernel
+    if kernel is not None and kernel.edges:
+        no = Verdict.no(f"kernel {kernel.word} reads pairs of positions")
+        return dict.fromkeys(BACKENDS, no) | {edges.NAME: edges.supports(facts), "oracle": ORACLE}
     return {name: module.supports(facts) for name, module in BACKENDS.items()} | {"oracle": ORACLE}
 
 

@@ -70,6 +70,9 @@ class TableMeaning(PathMeaning):
             score = (score if bias is None else score + bias).masked_fill(~valid_MS, float("-inf"))
         return Selection(flat_MS[None, None], valid_MS[None, None], score, count_positions(call.grid))
 
+    def own(self, call: Call) -> Tensor:
+        return self.home(call.op, call.grid, call.value.device)
+
 
 class OwnTable(TableMeaning):
     """A path from outside, by what it reads; outputs lie on the input's grid."""

@@ -14,6 +14,7 @@ from nearfold.nn.attention import (
     TokenMLP,
 )
 from nearfold.nn.functional import deform_conv, knn_attention
+from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
     BranchingAttention,
     BranchingConv2d,
@@ -39,10 +40,12 @@ __all__ = [
     "CrossAttention",
     "DeformConv2d",
     "DynamicConv2d",
+    "EdgeConv",
     "Involution2d",
     "KVTAttention",
     "LargeKernelConv2d",
     "LinearAttention",
+    "MaxRelativeConv2d",
     "Mixer",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",

@@ -8,6 +8,7 @@
 #include "deformed.h"
 #include "local.h"
 #include "neighbors.h"
+#include "points.h"
 #include "scan.h"
 
 namespace nearfold {
@@ -144,6 +145,12 @@ struct Engine {
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);
     int (*scan_backward_double)(const ScanBackwardArgs<double> &);
+    int (*points_float)(const PointsArgs<float> &);
+    int (*points_double)(const PointsArgs<double> &);
+    int (*largest_float)(const LargestArgs<float> &);
+    int (*largest_double)(const LargestArgs<double> &);
+    int (*largest_backward_float)(const LargestBackwardArgs<float> &);
+    int (*largest_backward_double)(const LargestBackwardArgs<double> &);
 };
 
 extern const Engine engine_generic;

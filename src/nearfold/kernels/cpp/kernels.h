@@ -45,6 +45,12 @@ int scan_float(const ScanArgs<float> &);
 int scan_double(const ScanArgs<double> &);
 int scan_backward_float(const ScanBackwardArgs<float> &);
 int scan_backward_double(const ScanBackwardArgs<double> &);
+int points_float(const PointsArgs<float> &);
+int points_double(const PointsArgs<double> &);
+int largest_float(const LargestArgs<float> &);
+int largest_double(const LargestArgs<double> &);
+int largest_backward_float(const LargestBackwardArgs<float> &);
+int largest_backward_double(const LargestBackwardArgs<double> &);
 
 // The kernels that layers are made of, by the type of their numbers.
 template <class T>

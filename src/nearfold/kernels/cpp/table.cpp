@@ -50,6 +50,12 @@ extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
     NEARFOLD_ISA::scan_double,
     NEARFOLD_ISA::scan_backward_float,
     NEARFOLD_ISA::scan_backward_double,
+    NEARFOLD_ISA::points_float,
+    NEARFOLD_ISA::points_double,
+    NEARFOLD_ISA::largest_float,
+    NEARFOLD_ISA::largest_double,
+    NEARFOLD_ISA::largest_backward_float,
+    NEARFOLD_ISA::largest_backward_double,
 };
 
 }  // namespace nearfold

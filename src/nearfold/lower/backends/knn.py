@@ -15,6 +15,7 @@ from nearfold.grammar.words import (
     Box,
     Dense,
     Depthwise,
+    Max,
     Nearest,
     Ranked,
     Rho,
@@ -38,9 +39,11 @@ NAME = "knn"
 
 
 def supports(facts: Facts) -> Verdict:
-    """Path nearest, with anything."""
+    """Path nearest, with anything but the largest value."""
     if not isinstance(facts.op.path, Nearest):
         return Verdict.no(f"path is {facts.op.path.word}, not nearest")
+    if isinstance(facts.op.weight.rho, Max):
+        return Verdict.no("weight max is another one for every channel")
     if recall_of(facts.op) == 1:
         return Verdict.yes("selection and aggregation by tiles", "roundoff")
     method = approximate.describe(facts.op.path.similarity.reduced)

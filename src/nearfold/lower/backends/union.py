@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearfold.grammar import Basic
 from nearfold.grammar.unions import alone
-from nearfold.grammar.words import Experts, Nearest, Softmax, Union
+from nearfold.grammar.words import Experts, Max, Nearest, Softmax, Union
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
@@ -44,8 +44,8 @@ def supports(facts: Facts) -> Verdict:
     tables = any(is_table(path) for path in op.path.paths)
     if tables and op.weight.rho.needs_score and op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
-    if isinstance(op.weight.kernel, Experts):
-        return Verdict.no(f"weight {op.weight} is another one for every input")
+    if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, Experts):
+        return Verdict.no(f"weight {op.weight} is another one for every channel or input")
     return Verdict.yes("selection by tiles, scores of the other slots, sums over all of them", "roundoff")
 
 

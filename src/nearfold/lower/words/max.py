@@ -1,6 +1,6 @@
-"""`max`: the largest value of a window, channel by channel.
+"""`max`: the largest of what the slots bring, channel by channel.
 
-Shape legend: B batch, C channels, M outputs, N positions, S slots.
+Shape legend: B batch, C channels, H heads, M outputs, S slots.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nearfold.grammar.words import Max
 from nearfold.lower.call import Call
+from nearfold.lower.kernel import brought
 from nearfold.lower.meaning import RhoMeaning, means
 from nearfold.lower.weighting import wide_dtype
 
@@ -26,7 +27,6 @@ class MaxMeaning(RhoMeaning):
         return channels
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
-        value_BCN = call.value.flatten(2)
-        read = value_BCN[:, :, index[0, 0]].masked_fill(~valid, float("-inf"))
-        first = read.argmax(-1, keepdim=True)
-        return torch.zeros_like(read, dtype=wide_dtype(call)).scatter_(-1, first, 1.0) * valid
+        read_BCMS = brought(call, index).masked_fill(~valid, float("-inf"))
+        first = read_BCMS.argmax(-1, keepdim=True)
+        return torch.zeros_like(read_BCMS, dtype=wide_dtype(call)).scatter_(-1, first, 1.0) * valid

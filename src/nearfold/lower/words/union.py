@@ -122,6 +122,9 @@ class UnionMeaning(TableMeaning):
         part = next(part for part in alone(op) if is_table(part.path))
         return meaning(part.path).home(part, grid, device)
 
+    def own(self, call: Call) -> Tensor:
+        return meaning(call.op.path.inside[0]).own(on(call, alone(call.op)[0]))
+
     def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
         index_MS = _table(op, grid, device)
         valid_MS = index_MS >= 0
@@ -131,12 +134,11 @@ class UnionMeaning(TableMeaning):
         if self.is_table(call.op.path):
             return super().select(call)
         found = [meaning(part.path).select(on(call, part)) for part in alone(call.op)]
-        B, H = (max(one.index.shape[axis] for one in found) for axis in (0, 1))
+        B, H = call.value.shape[0], max(one.index.shape[1] for one in found)
         scores = [one.score for one in found if one.score is not None]
         score = None
         if scores:
             H = max(H, *(s.shape[1] for s in scores))
-            B = max(B, *(s.shape[0] for s in scores))
             each = [scores[0].new_zeros(one.index.shape) if one.score is None else one.score for one in found]
             score = torch.cat([s.expand(B, H, -1, -1) for s in each], -1)
         index, valid = together(
