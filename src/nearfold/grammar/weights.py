@@ -292,6 +292,7 @@ class Kernel(Word):
     """Learned weights over slots, in torch's layout (out, in / groups, *slots)."""
 
     kind = "kernel"
+    everywhere: ClassVar[bool] = False  # whether its slots are the offsets of a whole map
 
 
 @dataclass(frozen=True)

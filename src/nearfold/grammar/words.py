@@ -6,6 +6,7 @@ similarity one in `similarity`). ``kind`` names the place where a word may stand
 or candidates. All of them can be had from here.
 """
 
+from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -47,6 +48,7 @@ from nearfold.grammar.weights import (
 
 __all__ = [
     "ORDERS",
+    "S4D",
     "All",
     "AllCandidates",
     "Axial",
@@ -54,16 +56,21 @@ __all__ = [
     "Box",
     "Candidates",
     "Causal",
+    "Continuous",
+    "ContinuousDepthwise",
     "Deformable",
     "Dense",
     "Depthwise",
     "Experts",
     "First",
     "Generated",
+    "GlobalFilter",
     "Grid",
+    "Hyena",
     "Identity",
     "Inverse",
     "Kernel",
+    "Long",
     "Max",
     "Mean",
     "Modulated",
@@ -84,6 +91,7 @@ __all__ = [
     "Shift",
     "Size",
     "Softmax",
+    "Spectral",
     "Strided",
     "Table",
     "Union",
