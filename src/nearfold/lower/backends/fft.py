@@ -1,9 +1,10 @@
 """`fft`: a kernel as long as the map is a product of spectra; nothing of size N x N.
 
-Kernels that end at the border are transformed with as many zeros as keep its sides apart. A kernel of few frequencies
-needs only these: they are matrix products. All of it is PyTorch, on every device.
+Kernels that end at the border are `nearfold::long_conv`. A kernel of few frequencies needs only these: they are matrix
+products. All of it is PyTorch, on every device.
 
-Shape legend: B batch, C channels, O output channels, G groups, H heads, N positions, e embedded features.
+Shape legend: B batch, C channels, O output channels, H heads, n positions of an axis, K frequencies of it,
+e embedded features.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfold._kept import once
 from nearfold.grammar.words import Identity, Long, Spectral
+from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.names import DOT_LIKE
-from nearfold.lower.call import Call, count_positions
+from nearfold.lower.call import Call, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish
 from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
@@ -44,68 +45,29 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("convolution is a product of spectra", "roundoff")
 
 
-@once
-def fast_length(least: int) -> int:
-    """The first even length from ``least`` on without a prime above 7.
-
-    >>> fast_length(111), fast_length(1), fast_length(1022)
-    (112, 2, 1024)
-    """
-    n = least + least % 2
-    while True:
-        rest = n
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 2
-
-
-def _multiplied(x_BC: Tensor, kernel_OC: Tensor, groups: int) -> Tensor:
-    """Spectra times spectra, channel by channel or mapped: (B, O, *K)."""
-    if kernel_OC.shape[1] == 1 and groups == x_BC.shape[1] == kernel_OC.shape[0]:
-        return x_BC * kernel_OC[:, 0]
-    x, kernel = x_BC.flatten(2).unflatten(1, (groups, -1)), kernel_OC.flatten(2).unflatten(0, (groups, -1))
-    y = torch.einsum("bgck,gock->bgok", x, kernel)
-    return y.flatten(1, 2).unflatten(2, x_BC.shape[2:])
-
-
 def _padded(call: Call) -> Convolve:
-    """A kernel that ends at the border. Its first slot is the offset -(slots - outputs), so outputs begin there."""
-    kernel, groups = _numbers(call)
-    lines = (count_positions(call.grid),) if call.op.shape.causal else call.grid
-    axes = list(range(2, 2 + len(lines)))
-    slots = kernel.shape[2:]
-    least = [2 * n - 1 for n in lines]
-    # a compiler leaves sizes open: it cannot look for a length
-    length = [n + 1 for n in least] if torch.compiler.is_compiling() else [fast_length(n) for n in least]
-    spectrum = torch.fft.rfftn(kernel, length, axes)
-    where = (..., *(slice(s - n, s) for s, n in zip(slots, lines, strict=True)))
-
-    def convolve(x: Tensor) -> Tensor:
-        y = _multiplied(torch.fft.rfftn(x.flatten(2).unflatten(2, lines), length, axes), spectrum, groups)
-        return torch.fft.irfftn(y, length, axes)[where].flatten(2).unflatten(2, call.grid)
-
-    return convolve
-
-
-def _numbers(call: Call) -> tuple[Tensor, int]:
+    """A kernel that ends at the border."""
+    refuse_derivatives(call)
     own = meaning(call.op.weight.kernel)
     assert isinstance(own, LongMeaning)
     kernel = own.numbers(call)
-    return kernel, own.parts(call.op.weight.kernel, kernel.shape[0])
+    groups = own.parts(call.op.weight.kernel, kernel.shape[0])
+    lines = (count_positions(call.grid),) if call.op.shape.causal else call.grid
+
+    def convolve(x: Tensor) -> Tensor:
+        return long_conv(x.flatten(2).unflatten(2, lines), kernel, groups).flatten(2).unflatten(2, call.grid)
+
+    return convolve
 
 
 def _closed(call: Call) -> Convolve:
     """A spectrum of all frequencies on a grid that closes around its border."""
     own, axes = meaning(call.op.weight.kernel), list(range(2, 2 + call.ndim))
     assert isinstance(own, SpectralMeaning)
-    spectrum = own.response(call)
+    spectrum = own.response(call)[:, 0]
 
     def convolve(x: Tensor) -> Tensor:
-        y = _multiplied(torch.fft.rfftn(x, call.grid, axes), spectrum, own.parts(call.op.weight.kernel, len(spectrum)))
-        return torch.fft.irfftn(y, call.grid, axes)
+        return torch.fft.irfftn(torch.fft.rfftn(x, call.grid, axes) * spectrum, call.grid, axes)
 
     return convolve
 
@@ -123,7 +85,7 @@ def _lowest(call: Call) -> Convolve:
         y = torch.view_as_complex((x @ last.flatten(1)).unflatten(-1, (-1, 2)))
         for axis, wave_nK in enumerate(every[:-1], 2):
             y = torch.tensordot(y, wave_nK.conj(), dims=([axis], [0])).movedim(-1, axis)
-        y = _multiplied(y, spectrum, 1)
+        y = torch.einsum("bc...,oc...->bo...", y, spectrum)
         for axis, wave_nK in enumerate(every[:-1], 2):
             y = torch.tensordot(y, wave_nK, dims=([axis], [1])).movedim(-1, axis)
         back = torch.view_as_real(every[-1].mT.conj().resolve_conj().contiguous()).movedim(-1, 1).flatten(0, 1)
@@ -139,6 +101,9 @@ def _counted(wave_nK: Tensor) -> Tensor:
 
 def run(call: Call) -> Tensor:
     """(B, O, *grid)."""
+    if not call.value.shape[0]:  # no transform takes an empty batch
+        made = meaning(call.op.weight.kernel).made(call)
+        return finish(call, call.value.new_zeros(0, made, *call.grid) + call.value.sum())
     with full_precision(call.value):
         kernel = call.op.weight.kernel
         assert isinstance(kernel, Long)
