@@ -23,7 +23,7 @@ from nearfold.kernels import second
 from nearfold.kernels.names import require_tensors
 from nearfold.kernels.operator import operator
 
-CHUNK = {"cpu": 1 << 21, "other": 1 << 28}
+CHUNK = {"cpu": 1 << 22, "other": 1 << 28}
 """Bytes of a spectrum that is held at once: what a cache holds, or what keeps a GPU busy."""
 
 

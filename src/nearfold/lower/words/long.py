@@ -140,7 +140,8 @@ class S4DMeaning(LongMeaning):
 def _powers(weight_Cn: Tensor, step_Cn: Tensor, count: int) -> Tensor:
     """2 Re sum over n of weight exp(step l), for l from 0 to count - 1: (C, count)."""
     near = torch.arange(SPAN, device=step_Cn.device)
-    far = torch.arange((count + SPAN - 1) // SPAN, device=step_Cn.device) * SPAN
+    # one more than needed: a compiler makes a graph of its own where there may be one alone
+    far = torch.arange(count // SPAN + 2, device=step_Cn.device) * SPAN
     first_Cfn = (weight_Cn[..., None] * torch.exp(step_Cn[..., None] * far)).transpose(1, 2)
     line = (first_Cfn @ torch.exp(step_Cn[..., None] * near)).flatten(1)
     return 2 * line.real[:, :count]

@@ -18,6 +18,7 @@ from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import GlobalFilter, Spectral
 from nearfold.lower.call import Call, count_positions
+from nearfold.lower.geometry import surely
 from nearfold.lower.meaning import Sizes, means
 from nearfold.lower.parameters import Parameter
 from nearfold.lower.weighting import wide_dtype
@@ -105,7 +106,7 @@ class GlobalFilterMeaning(SpectralMeaning):
     def response(self, call: Call) -> Tensor:
         weight = call.params["weight"].to(wide_dtype(call))
         size = as_tuple(cast(GlobalFilter, call.op.weight.kernel).size, call.ndim, "size")
-        if size != call.grid:
+        if not all(surely(n == m) for n, m in zip(size, call.grid, strict=True)):
             for axis, n in enumerate((*call.grid[:-1], call.grid[-1] // 2 + 1), 1):
                 weight = _resized(weight, axis, n)
         return torch.view_as_complex(weight.contiguous())[:, None]
