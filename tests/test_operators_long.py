@@ -16,6 +16,8 @@ from helpers.formulas import close, positions, scrambled
 
 from nearfold import parse
 from nearfold.kernels import engine
+from nearfold.kernels import long_conv as module
+from nearfold.kernels.long_conv import long_conv
 from nearfold.lower import explain
 from nearfold.nn import Mixer
 
@@ -356,9 +358,62 @@ def test_second_derivatives(text):
     assert torch.autograd.gradgradcheck(call, (x, weight), fast_mode=True, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 3000, 1 << 22])
+@pytest.mark.parametrize(("slots", "groups"), [((4, 5), 4), ((7, 9), 4), ((5, 9), 2), ((7, 6), 1)])
+def test_a_part_of_the_channels_at_a_time(chunk, slots, groups, monkeypatch):
+    """Against torch's convolution, for any number of slots from n to 2 n - 1."""
+    monkeypatch.setitem(module.CHUNK, "cpu", chunk)
+    value = torch.randn(2, 4, 4, 5, requires_grad=True)
+    kernel = torch.randn(4 if groups == 4 else 6, 4 // groups, *slots, requires_grad=True)
+
+    def truth(value, kernel):
+        before = [s - 1 for s in slots]
+        y = F.conv2d(F.pad(value, (before[1], before[1], before[0], before[0])), kernel.flip(-1, -2), groups=groups)
+        first = [s - n for s, n in zip(slots, (4, 5), strict=True)]
+        return y[..., first[0] : first[0] + 4, first[1] : first[1] + 5]
+
+    probe, inputs = torch.randn_like(truth(value, kernel)), (value, kernel)
+    close(long_conv(value, kernel, groups), truth(value, kernel))
+    found = torch.autograd.grad((long_conv(value, kernel, groups) * probe).sum(), inputs)
+    for one, other in zip(found, torch.autograd.grad((truth(value, kernel) * probe).sum(), inputs), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_opcheck(groups):
+    value = torch.randn(2, 4, 5, requires_grad=True)
+    kernel = torch.randn(4, 4 // groups, 7, requires_grad=True)
+    torch.library.opcheck(long_conv.registered, (value, kernel, groups))
+    torch.library.opcheck(long_conv.registered, (value[:0], kernel, groups))
+    long_conv(value[:0], kernel, groups).sum().backward()
+    assert not kernel.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "kernel", "groups", "said"),
+    [
+        ((2, 4, 5), (4, 1, 4), 4, "takes a kernel of n to 2 n - 1 slots, got (4,) on (5,)"),
+        ((2, 4, 5), (4, 1, 10), 4, "takes a kernel of n to 2 n - 1 slots"),
+        ((2, 4, 5), (4, 1, 5, 5), 4, "kernel (O, C / groups, *slots)"),
+        ((2, 4, 5), (4, 2, 5), 4, "groups=4 must divide O=4 and C=4"),
+        ((2, 4, 5), (4, 1, 5), 0, "groups=0 must divide"),
+    ],
+)
+def test_operands_that_do_not_fit_say_so(value, kernel, groups, said):
+    with pytest.raises(ValueError) as error:
+        long_conv(torch.randn(value), torch.randn(kernel), groups)
+    assert said in str(error.value)
+
+
 def test_explain_counts_transforms():
+    """2.5 L log2 L for each of 2 x 8 maps, there and back, and of 8 kernels; 4 L for each product, and the network."""
     found = explain("all | row | continuous_depthwise(8)", (2, 8, 16, 16))
-    assert found.parts[0].backend == "fft" and found.forward_flops > 0 and found.backward_flops > 0
+    network = 2 * 31 * 31 * (2 * 8 + 8 * 8 + 8 * 8)
+    each = 2.5 * 32 * 32 * 10
+    assert found.parts[0].backend == "fft" and found.backward_flops > found.forward_flops
+    assert found.forward_flops == network + 40 * each + 4 * 16 * 32 * 32
+    there_and_back = explain("all | row | global_filter(16)", (2, 8, 16, 16)).forward_flops
+    assert there_and_back == 2 * 16 * 2.5 * 256 * 8
 
 
 @pytest.mark.parametrize(
