@@ -23,8 +23,9 @@ from nearfold.kernels import second
 from nearfold.kernels.names import require_tensors
 from nearfold.kernels.operator import operator
 
-CHUNK = {"cpu": 1 << 22, "other": 1 << 28}
-"""Bytes of a spectrum that is held at once: what a cache holds, or what keeps a GPU busy."""
+CHUNK = {"cpu": 1 << 24, "other": 1 << 28}
+"""Bytes of a spectrum that is held at once: memory that the allocator keeps and a cache holds, in so few parts that
+threads seldom wait for each other; on a GPU what keeps it busy."""
 
 
 @once
@@ -58,7 +59,10 @@ class _Transform:
 
     def map(self, x: Tensor) -> Tensor:
         """(.., *n) -> (.., *K)."""
-        return torch.fft.rfftn(x, self.length, self.axes)
+        spectrum = torch.fft.rfft(x, self.length[-1])
+        for axis, n in zip(self.axes[:-1], self.length[:-1], strict=True):
+            spectrum = torch.fft.fft(spectrum, n, axis)
+        return spectrum
 
     def kernel(self, w: Tensor) -> Tensor:
         """(.., *s) -> (.., *K)."""
@@ -68,7 +72,9 @@ class _Transform:
 
     def back(self, spectrum: Tensor) -> Tensor:
         """(.., *K) -> (.., *n)."""
-        return torch.fft.irfftn(spectrum, self.length, self.axes)[(..., *(slice(n) for n in self.grid))]
+        for axis, n in zip(self.axes[:-1], self.grid[:-1], strict=True):
+            spectrum = torch.fft.ifft(spectrum, dim=axis).narrow(axis, 0, n)
+        return torch.fft.irfft(spectrum, self.length[-1])[..., : self.grid[-1]]
 
     def back_to_kernel(self, spectrum: Tensor) -> Tensor:
         """(.., *K) -> (.., *s)."""
