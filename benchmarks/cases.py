@@ -130,6 +130,12 @@ CASES: dict[str, Spec] = {
         {"shape": (2, 2048, 192), "heads": 6, "state": 64},
         {"shape": (2, 50, 12), "heads": 3, "state": 5},
     ),
+    "full_kernel": Spec(
+        "depthwise convolution with a full kernel",
+        language.full_kernel,
+        {"shape": (8, 192, 56, 56)},
+        {"shape": (2, 4, 7, 6)},
+    ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
     "points": Spec(
         "knn of points in clouds",

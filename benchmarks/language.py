@@ -17,6 +17,7 @@ from benchmarks.build import Shape, _optional, _with_path
 from benchmarks.case import Case, Forward, Peer
 from benchmarks.peers import addmm_topk, projected
 from nearfold import knn
+from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.nn import DeformConv2d, Mixer, deform_conv
@@ -85,6 +86,32 @@ def state_space_duality(shape: Shape, heads: int, state: int) -> Case:
         return torch.stack(rows, 2)
 
     return Case(inputs, decayed_attention, {"loop over time": Peer(loop)})
+
+
+def direct_depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel with a number for every offset as a convolution; on rows of channels, where oneDNN is at its best."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, kernel.flip(-1, -2), padding=tuple(n - 1 for n in x.shape[2:]), groups=x.shape[1])
+
+
+def transformed(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same by torch.fft over all channels at once."""
+    height, width = x.shape[2:]
+    length = [2 * height, 2 * width]
+    y = torch.fft.irfft2(torch.fft.rfft2(x, length) * torch.fft.rfft2(kernel[:, 0], length), length)
+    return y[..., height - 1 : 2 * height - 1, width - 1 : 2 * width - 1]
+
+
+def full_kernel(shape: Shape) -> Case:
+    """`nearfold::long_conv`, depthwise, with a number for every offset of the map."""
+    _, C, height, width = shape
+    inputs = (torch.randn(shape), torch.randn(C, 1, 2 * height - 1, 2 * width - 1) * height**-1)
+    found = {
+        # its backward takes minutes, and so does its forward in float64
+        "direct depthwise": Peer(direct_depthwise, dtype=torch.float32, backward=False),
+        "torch.fft": Peer(transformed),
+    }
+    return Case(inputs, lambda x, kernel: long_conv(x, kernel, C), found)
 
 
 def unfold_inside(layer: Mixer, x: Tensor, window: int, heads: int) -> Tensor:

@@ -73,6 +73,8 @@ TARGETS: list[Target] = [
     Target("scan", "associative scan", "forward", 3),
     Target("points", "scikit-learn trees by cloud", "forward", 1.5),
     Target("points", "matmul + topk by cloud", "forward", 4),
+    Target("full_kernel", "direct depthwise", "forward", 3),
+    Target("full_kernel", "torch.fft", "both", 1),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
     *_faster("union", "SDPA, dense mask", 8, 12),

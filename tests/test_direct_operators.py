@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nearfold import nn
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.grouped_conv import grouped_conv
+from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.operator import unwatched
 from nearfold.kernels.select import select
 
@@ -36,6 +37,7 @@ def calls():
         "select": (select, (q, k, 3, "euclidean", False, AT, AT, [7], [0, -1, 1], False, 0.0)),
         "aggregate": (aggregate, (v, index, None, w, 1)),
         "no gradient": (aggregate, (v.detach(), index, None, w.detach(), 1)),
+        "long_conv": (long_conv, (numbers(2, 4, 5), numbers(4, 1, 7), 4)),
         "grouped_conv": (grouped_conv, (maps, kernel, [2, 1], [1, 1], [1, 1], [3, 6], True)),
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nearfold.grammar import Basic, parse
-from nearfold.grammar.words import Depthwise, Experts, Separable
+from nearfold.grammar.words import S4D, ContinuousDepthwise, Depthwise, Experts, GlobalFilter, Hyena, Separable
 from nearfold.look import looks, mixing_matrix
 from nearfold.lower import oracle
 from nearfold.lower.call import pointwise
@@ -44,13 +44,16 @@ def made(name):
     return layer, x, context, mixing_matrix(layer, x, context=context)
 
 
+EACH_ALONE = Depthwise | Separable | ContinuousDepthwise | GlobalFilter | Hyena | S4D
+
+
 def without_block(name):
     """Zeros that `block(padded)` adds take part, and have no column: tests/test_block_padding.py."""
     op = parse(CASES[name])
     return (
         isinstance(op, Basic)
         and not getattr(op.path, "padded", False)
-        and isinstance(op.weight.kernel, Depthwise | Separable | None)
+        and isinstance(op.weight.kernel, EACH_ALONE | None)
     )
 
 

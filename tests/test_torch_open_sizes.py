@@ -45,6 +45,10 @@ LAYERS = {
     "attention": lambda: Mixer("all | row | softmax(heads=2)", C),
     "KVTAttention": lambda: KVTAttention(C, 2, k=3),
     "SelfAttention": lambda: SelfAttention(C, 2),
+    "continuous kernel": lambda: Mixer("all | row | continuous_depthwise(8, length=9)", C),
+    "state space": lambda: Mixer("all | causal | s4d(8)", C),
+    "lowest frequencies": lambda: Mixer("all | row | spectral(3)", C),
+    "global filter": lambda: Mixer("all | row | global_filter((12, 10))", C),
 }
 TOKENS = ("KVTAttention", "SelfAttention")
 QUICK = ("ConvNN2d", "NeighborhoodAttention2d")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nearfold.nn import (
+    S4D,
     ACmix2d,
     BlockAttention2d,
     BranchingAttention,
@@ -16,6 +17,8 @@ from nearfold.nn import (
     DeformConv2d,
     DynamicConv2d,
     EdgeConv,
+    GlobalFilter2d,
+    Hyena,
     Involution2d,
     KVTAttention,
     LargeKernelConv2d,
@@ -29,6 +32,7 @@ from nearfold.nn import (
     SelectiveScan2d,
     SelfAttention,
     SlidingWindowAttention,
+    SpectralConv2d,
     StridedAttention,
     TokenMixer,
 )
@@ -71,6 +75,9 @@ TOKENS = {
     "LinearAttention": lambda **k: LinearAttention(12, 3, **k),
     "SelectiveScan": lambda **k: SelectiveScan(12, 5, rank=2, **k),
     "SelectiveScan heads": lambda **k: SelectiveScan(12, 5, num_heads=3, reverse=True, **k),
+    "Hyena": lambda **k: Hyena(12, 4, 16, num_heads=6, **k),
+    "S4D": lambda **k: S4D(12, 4, **k),
+    "S4D both ways": lambda **k: S4D(12, 4, bidirectional=True, **k),
 }
 OTHERS = {
     "ConvNN3d": (lambda: ConvNN3d(4, 6, 5), lambda n=4: (2, 4, n, 3, n + 1)),
@@ -93,6 +100,8 @@ OTHERS = {
     "EdgeConv mean": (lambda: EdgeConv(4, 6, 5, aggregation="mean", hidden=3), lambda n=7: (2, 4, n)),
     "SelectiveScan2d": (lambda: SelectiveScan2d(4, 3), lambda n=7: (2, 4, n, n + 2)),
     "SelectiveScan2d snake": (lambda: SelectiveScan2d(4, 3, order="snake"), lambda n=7: (2, 4, n, n + 2)),
+    "SpectralConv2d": (lambda: SpectralConv2d(4, 6, (2, 3)), lambda n=7: (2, 4, n, n + 2)),
+    "GlobalFilter2d": (lambda: GlobalFilter2d(4, (7, 9)), lambda n=7: (2, 4, n, n + 2)),
 }
 # name -> (constructor, an input of it at size n)
 LAYERS = (

@@ -154,7 +154,8 @@ class Basic(Operation):
         self.path.require(self)
         rho.require(self)
         kernel = self.weight.kernel
-        if kernel is not None and not kernel.edges and not (self.path.takes_kernel and rho.takes_kernel):
+        plain = kernel is None or kernel.edges
+        if not plain and not (rho.takes_kernel and (self.path.takes_kernel or kernel.everywhere)):
             raise ValueError(
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"

@@ -303,6 +303,7 @@ class Kernel(Word):
 
     kind = "kernel"
     edges: ClassVar[bool] = False  # whether what a slot brings depends on the query's own value; no numbers for slots
+    everywhere: ClassVar[bool] = False  # whether its slots are the offsets of a whole map
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ or candidates. All of them can be had from here.
 
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.graphs import Edge, Relative
+from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -50,6 +51,7 @@ from nearfold.grammar.weights import (
 
 __all__ = [
     "ORDERS",
+    "S4D",
     "All",
     "AllCandidates",
     "Axial",
@@ -57,6 +59,8 @@ __all__ = [
     "Box",
     "Candidates",
     "Causal",
+    "Continuous",
+    "ContinuousDepthwise",
     "Deformable",
     "Dense",
     "Depthwise",
@@ -64,11 +68,14 @@ __all__ = [
     "Experts",
     "First",
     "Generated",
+    "GlobalFilter",
     "Grid",
+    "Hyena",
     "Identity",
     "Indexer",
     "Inverse",
     "Kernel",
+    "Long",
     "Max",
     "Mean",
     "Modulated",
@@ -92,6 +99,7 @@ __all__ = [
     "Shift",
     "Size",
     "Softmax",
+    "Spectral",
     "Strided",
     "Table",
     "Union",

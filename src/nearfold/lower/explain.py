@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nearfold._numbers import integer, plain, shown
 from nearfold.grammar import Basic, Operation
 from nearfold.kernels import engine
+from nearfold.kernels.long_conv import TRANSFORMS
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import MOST_NUMBERS, parameters
 from nearfold.lower.plan import apply, lower, operation, verdicts
@@ -144,9 +145,9 @@ def explain(
         name: torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=grad) for name, spec in specs.items()
     }
     x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
-    with FlopCounterMode(display=False) as forward:
+    with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as forward:
         y = apply(op, params, x, out_channels=out_channels, context=x.detach() if op.needs_context else None)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as backward:
         if grad and y.requires_grad:
             y.sum().backward()
     count = sum(math.prod(spec.shape) for spec in specs.values())

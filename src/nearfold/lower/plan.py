@@ -15,7 +15,20 @@ from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
-from nearfold.lower.backends import block, blocks, conv, edges, gather, knn, linear, local, scan, sdpa, union
+from nearfold.lower.backends import (
+    block,
+    blocks,
+    conv,
+    edges,
+    fft,
+    gather,
+    knn,
+    linear,
+    local,
+    scan,
+    sdpa,
+    union,
+)
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
@@ -23,7 +36,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks, edges)
+    m.NAME: m for m in (conv, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, edges)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
@@ -63,7 +76,10 @@ def lower(facts: Facts, backend: str = "auto") -> str:
 def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None) -> None:
     for part in op.parts:
         if not (meaning(part.path).takes_mask(part) and meaning(part.weight.rho).takes_mask):
-            raise ValueError(f"{part}: a mask goes with the paths all and nearest(k), without self, padding and table")
+            raise ValueError(
+                f"{part}: a mask goes with the paths all and nearest(k), without self, padding, table and a kernel as "
+                "long as the map"
+            )
     keys = math.prod((x if context is None else context).shape[2:])
     wanted = (x.shape[0], mask.shape[1] if mask.dim() == 4 else 1, math.prod(x.shape[2:]), keys)
     fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape[:2], wanted[:2], strict=True))

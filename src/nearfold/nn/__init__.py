@@ -24,11 +24,13 @@ from nearfold.nn.layers import (
     ConvNNAttention,
     KVTAttention,
 )
+from nearfold.nn.long import S4D, GlobalFilter2d, Hyena, SpectralConv2d
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.nn.scans import SelectiveScan, SelectiveScan2d
 from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, LargeKernelConv2d, Pool2d
 
 __all__ = [
+    "S4D",
     "ACmix2d",
     "BlockAttention2d",
     "BranchingAttention",
@@ -41,6 +43,8 @@ __all__ = [
     "DeformConv2d",
     "DynamicConv2d",
     "EdgeConv",
+    "GlobalFilter2d",
+    "Hyena",
     "Involution2d",
     "KVTAttention",
     "LargeKernelConv2d",
@@ -55,6 +59,7 @@ __all__ = [
     "SelectiveScan2d",
     "SelfAttention",
     "SlidingWindowAttention",
+    "SpectralConv2d",
     "StridedAttention",
     "TokenMLP",
     "TokenMixer",

@@ -38,6 +38,10 @@ def _initial(spec: Parameter) -> Tensor:
     if kind == "step":  # softplus of it is uniform in its logarithm between 0.001 and 0.1
         step = torch.exp(tensor.uniform_(math.log(1e-3), math.log(1e-1)))
         return step + torch.log(-torch.expm1(-step))
+    if kind == "log_step":  # its exponential lies between 0.001 and 0.1, uniform in its logarithm
+        return tensor.uniform_(math.log(1e-3), math.log(1e-1))
+    if kind == "harmonics":  # pi n along the last axis (S4D-Lin, arXiv 2206.11893)
+        return (math.pi * torch.arange(spec.shape[-1])).expand(spec.shape).clone()
     assert kind == "shift"
     slots = math.prod(spec.shape[2:])
     return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()

@@ -26,6 +26,8 @@ def supports(facts: Facts) -> Verdict:
     op = facts.op
     if not isinstance(op.path, All):
         return Verdict.no(f"path is {op.path.word}, not all")
+    if op.weight.kernel is not None:
+        return Verdict.no("a kernel weighs every offset by another number")
     if isinstance(op.weight.rho, Table):
         return Verdict.yes("a table over positions is F.linear", "roundoff")
     whole = all_ones(op.path.stride)

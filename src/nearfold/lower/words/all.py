@@ -17,6 +17,7 @@ from nearfold.grammar.words import All
 from nearfold.lower.bias import alibi, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, PathMeaning, meaning, means
+from nearfold.lower.offsets import by_offset
 from nearfold.lower.selection import Selection, allowed, metric_scores
 
 
@@ -31,10 +32,10 @@ class AllMeaning(PathMeaning):
         return op if shape is op.shape else dataclasses.replace(op, shape=shape)
 
     def takes_mask(self, op: Basic) -> bool:
-        return True
+        return op.weight.kernel is None
 
     def select(self, call: Call) -> Selection:
-        return every(call)
+        return every(call) if call.op.weight.kernel is None else by_offset(call, every(call))
 
     def bias(self, op: Basic, params: dict[str, Tensor], grid: Lengths, query_M: Tensor, like: Tensor) -> Tensor:
         at_aN = Place(grid, like.device, like.dtype).index().T.to(torch.promote_types(like.dtype, torch.float32))
