@@ -154,8 +154,9 @@ class Basic(Operation):
         self.path.require(self)
         rho.require(self)
         kernel = self.weight.kernel
-        plain = kernel is None or kernel.edges
-        if not plain and not (rho.takes_kernel and (self.path.takes_kernel or kernel.everywhere)):
+        numbered = kernel is not None and not kernel.edges
+        everywhere = kernel is not None and kernel.everywhere
+        if numbered and not (rho.takes_kernel and (self.path.takes_kernel or everywhere)):
             raise ValueError(
                 f"a kernel needs a fixed number of slots and a number for each, which {self.path.word} with {rho.word} "
                 f"does not have; got {self.weight}. Use nearest(k) or window(size), or a weight without a kernel"
