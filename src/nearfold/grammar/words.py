@@ -25,6 +25,7 @@ from nearfold.grammar.paths import (
 )
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
+from nearfold.grammar.sparse import Entmax, Sparsemax
 from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
     Dense,
@@ -42,6 +43,7 @@ from nearfold.grammar.weights import (
     Rho,
     Selective,
     Separable,
+    Shares,
     Shift,
     Softmax,
     Table,
@@ -59,6 +61,7 @@ __all__ = [
     "Deformable",
     "Dense",
     "Depthwise",
+    "Entmax",
     "Experts",
     "First",
     "Generated",
@@ -86,9 +89,11 @@ __all__ = [
     "Selector",
     "Separable",
     "Shape",
+    "Shares",
     "Shift",
     "Size",
     "Softmax",
+    "Sparsemax",
     "Strided",
     "Table",
     "Union",

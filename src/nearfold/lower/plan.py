@@ -15,7 +15,7 @@ from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
-from nearfold.lower.backends import block, blocks, conv, gather, knn, linear, local, scan, sdpa, union
+from nearfold.lower.backends import block, blocks, conv, dense, gather, knn, linear, local, scan, sdpa, union
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
@@ -23,7 +23,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks)
+    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks, dense)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
@@ -121,11 +121,10 @@ def _masked(facts: Facts, backend: str, masked: str) -> str:
                 f"backend={backend!r} does not run {facts.op} with a mask; those that do: {', '.join(able)}"
             )
         return able[0] if backend == "auto" else backend
-    if backend not in ("auto", "sdpa", "oracle"):
-        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
-    if backend == "auto":
-        return "sdpa" if sdpa.supports(facts).ok else "oracle"
-    return backend
+    pairs = {"sdpa": sdpa.supports(facts).ok, "dense": dense.supports(facts).ok, "oracle": True}
+    if backend not in ("auto", *pairs):
+        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa, dense or oracle")
+    return next(name for name, ok in pairs.items() if ok) if backend == "auto" else backend
 
 
 @once
