@@ -3,7 +3,7 @@
 In PyTorch on every device: Newton's method finds the threshold. The sum of the shares is convex and falls in it, so
 that from the left each step stays left of the root. A few passes over scores in cache replace a sort of them.
 
-Shape legend: any leading axes, S slots last; R rows.
+Shape legend: any leading axes, S slots last; R rows, G groups of slots.
 """
 
 from __future__ import annotations
@@ -15,32 +15,43 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels.names import require_tensors
 from nearfold.kernels.operator import operator
 
-BLOCK_BYTES = 1 << 20  # of scores that stay in cache over all steps
-STEPS = 60  # 8 to 15 are taken; each divides excess times slope by 4 at least: enough for 2**30 scores in float64
+BLOCK_BYTES = 2 << 20  # of scores that stay in cache over all steps
+GROUP = 32  # scores of which the best alone takes part in the first steps
+STEPS = 60  # fewer than 15 are taken; each divides excess times slope by 4 at least: enough for 2**30 scores in float64
 
 
 def _excess(above_RS: Tensor, power: int) -> tuple[Tensor, Tensor]:
     """How much too large the sum of the shares is, and its slope (R, 1), at a tau that leaves this above it."""
     if power == 1:
         return above_RS.sum(-1, keepdim=True) - 1, above_RS.sign().sum(-1, keepdim=True)
-    return (above_RS * above_RS).sum(-1, keepdim=True) - 1, 2 * above_RS.sum(-1, keepdim=True)
+    return above_RS.square().sum(-1, keepdim=True) - 1, 2 * above_RS.sum(-1, keepdim=True)
 
 
-def _shares(score_RS: Tensor, power: int) -> Tensor:
-    """Shares of rows without NaN; rows of -inf alone are zero."""
-    z_RS = score_RS / power
-    top = z_RS.amax(-1, keepdim=True)
-    z_RS = z_RS.sub_(top.masked_fill(top == float("-inf"), 0))
-    tau = torch.full_like(top, -1.0)
-    above_RS = torch.empty_like(z_RS)
+def _raise(tau: Tensor, z_RS: Tensor, above_RS: Tensor, power: int) -> None:
+    """Newton's steps from a tau (R, 1) that is not too large, in place, until they are nothing but rounding."""
     near = 4 * torch.finfo(z_RS.dtype).eps
     for _ in range(STEPS):
         torch.sub(z_RS, tau, out=above_RS).clamp_(min=0)
         excess, slope = _excess(above_RS, power)
-        step = (excess / slope).masked_fill_(slope == 0, 0).clamp_(min=0)
+        step = (excess / slope).masked_fill_(slope == 0, 0)  # below zero by rounding only, which it then makes good
         tau += step
         if not bool((step > near).any()):
             break
+
+
+def _shares(score_RS: Tensor, power: int) -> Tensor:
+    """Shares of rows without NaN; rows of -inf alone are zero."""
+    z_RS, S = score_RS / power, score_RS.shape[-1]
+    best_RG = z_RS[:, : S - S % GROUP].unflatten(-1, (-1, GROUP)).amax(-1)
+    best_RG = torch.cat([best_RG, z_RS[:, S - S % GROUP :]], -1)
+    top = best_RG.amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0)
+    best_RG, z_RS = best_RG.sub_(top), z_RS.sub_(top)
+    tau = torch.full_like(top, -1.0)
+    if S > 2 * GROUP:  # what the best of every group ask for is a start from the left
+        _raise(tau, best_RG, torch.empty_like(best_RG), power)
+    above_RS = torch.empty_like(z_RS)
+    _raise(tau, z_RS, above_RS, power)
     return torch.sub(z_RS, tau, out=above_RS).clamp_(min=0).pow_(power)
 
 
