@@ -75,8 +75,7 @@ def run(call: Call) -> Tensor:
             bias = score_bias(op, call.params, call.grid, at_m, score)
             score = (score if bias is None else score + bias).masked_fill(~valid, float("-inf"))
         alpha = alpha_of(rho, score, valid.expand_as(score))
-        with torch.autocast(value.device.type, enabled=False):
-            return alpha.to(wide) @ value
+        return alpha.to(wide) @ value
 
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *biases))
     again = record and len(query_M) > rows and not is_transformed(value, *call.params.values())
