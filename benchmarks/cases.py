@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language, small
+from benchmarks import build, language, small, sparse
 from benchmarks.case import Case
 
 
@@ -129,6 +129,9 @@ CASES: dict[str, Spec] = {
         language.state_space_duality,
         {"shape": (2, 2048, 192), "heads": 6, "state": 64},
         {"shape": (2, 50, 12), "heads": 3, "state": 5},
+    ),
+    "entmax": Spec(
+        "entmax attention", sparse.entmax, {"shape": (1, 4096, 64), "heads": 2}, {"shape": TINY_TOKENS, "heads": 3}
     ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
     "conv_tax": Spec("conv in the grammar", build.conv_tax, {"shape": IMAGE}, {"shape": TINY_IMAGE}),

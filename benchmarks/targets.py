@@ -71,6 +71,7 @@ TARGETS: list[Target] = [
     *_faster("deformable_layer", "grid_sample", 5, 5),
     *_faster("scan", "loop over time", 20, 20),
     Target("scan", "associative scan", "forward", 3),
+    *_faster("entmax", "sort", 3, 3),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
     *_no_slower("small_mixer", "nn.Conv2d 3x3", 1.15, 1.1),

@@ -224,8 +224,8 @@ def test_thresholds_and_top_p_leave_what_they_say(least, top_p):
 
 
 def test_a_kernel_reads_zero_where_nothing_is_left():
-    """ConvNN with a threshold: the own slot stays, and the maps of ranks that are not there add nothing."""
-    layer = scrambled(Mixer("nearest(4, cosine, self, least=0.3) | ranked | kernel", 3, 5))
+    """ConvNN with a threshold: the own slot stays, the maps of ranks that are not there add nothing."""
+    layer = scrambled(Mixer("nearest(4, cosine, self=0.1, least=0.3) | ranked | kernel", 3, 5))
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
 
     def truth(x):
