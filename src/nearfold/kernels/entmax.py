@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels.names import require_tensors
 from nearfold.kernels.operator import operator
 
-BLOCK_BYTES = 2 << 20  # of scores that stay in cache over all steps
+BLOCK_BYTES = 4 << 20  # of scores that stay in cache over all steps
 GROUP = 32  # scores of which the best alone takes part in the first steps
 STEPS = 60  # fewer than 15 are taken; each divides excess times slope by 4 at least: enough for 2**30 scores in float64
 

@@ -25,7 +25,7 @@ from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 
 NAME = "dense"
-BLOCK_BYTES = 2 << 20  # of scores held at once, several times over; more leave the cache
+BLOCK_BYTES = 4 << 20  # of scores held at once, several times over; more leave the cache, fewer wait for threads
 
 
 def supports(facts: Facts) -> Verdict:
