@@ -105,8 +105,10 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     """By the Jacobian diag(s) - s s^T / sum(s), s = alpha ** (2 - order); in operators that have derivatives again."""
     (alpha,) = ctx.saved_tensors
     there = alpha > 0
-    s = alpha.masked_fill(~there, 1) ** (1 - 1 / ctx.power)
-    s = s.masked_fill(~there, 0)
+    if ctx.power == 2 and not torch.is_grad_enabled():
+        s = alpha.sqrt()  # whose own derivative at zero nobody asks for
+    else:
+        s = (alpha.masked_fill(~there, 1) ** (1 - 1 / ctx.power)).masked_fill(~there, 0)
     total = s.sum(-1, keepdim=True)
     mean = (s * grad).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1)
     found = s * (grad - mean)
