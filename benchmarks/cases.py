@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language, small, sparse
+from benchmarks import build, language, shares, small, sparse
 from benchmarks.case import Case
 
 
@@ -135,6 +135,9 @@ CASES: dict[str, Spec] = {
         language.full_kernel,
         {"shape": (8, 192, 56, 56)},
         {"shape": (2, 4, 7, 6)},
+    ),
+    "entmax": Spec(
+        "entmax attention", shares.entmax, {"shape": (1, 4096, 64), "heads": 2}, {"shape": TINY_TOKENS, "heads": 3}
     ),
     "search": Spec("search alone", build.search, {"shape": (4096, 64), "k": 9}, {"shape": (60, 8), "k": 9}),
     "points": Spec(

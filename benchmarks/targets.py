@@ -75,6 +75,7 @@ TARGETS: list[Target] = [
     Target("points", "matmul + topk by cloud", "forward", 4),
     Target("full_kernel", "direct depthwise", "forward", 3),
     Target("full_kernel", "torch.fft", "both", 1),
+    *_faster("entmax", "sort", 3, 3),
     *_faster("conv_tax", "nn.Conv2d 3x3", 0.97, 0.97),
     *_faster("attention_tax", "nn.MultiheadAttention", 0.97, 0.97),
     *_faster("union", "SDPA, dense mask", 8, 12),

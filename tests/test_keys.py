@@ -85,7 +85,6 @@ def test_hardly_any_operation_with_a_mask_runs_on_the_oracle():
 KNOWN_SLOW = {
     "pool_max", "window_max",  # F.max_pool takes no mask
     "window_euclidean", "window_inverse", "window_position",  # distances over a table of slots
-    "all_euclidean", "all_identity",  # without a mask, too
 }  # fmt: skip
 
 QUICK_ALONE = ("conv", "kvt", "mamba", "attention_alibi", "union_kernel", "deformable", "linear_attention", "sinks")

@@ -335,6 +335,8 @@ class Nearest(Path):
     ``recall`` below 1 allows an approximate search, expected to find at least this share of the k; it is exact where
     that is as fast, and always on the oracle. With ``cross`` the positions are those of the context, another input.
     ``by`` chooses by another similarity than the one that weighs, or by an `indexer`; a choice has no gradient.
+    ``least`` and ``top_p`` let the data decide how many of the k there are: only slots that score at least this number,
+    and the fewest of the best whose softmax over them holds this share (arXiv 2502.02770). An own slot stays.
     """
 
     word = "nearest"
@@ -345,6 +347,9 @@ class Nearest(Path):
         " | softmax(heads=4, scale=-1.0)*kernel(groups=4)",
         "nearest_by": "nearest(4, scaled, by=cosine) | ranked | softmax(heads=2)",
         "nearest_by_position": "nearest(5, euclidean, self, by=position) | box | softmax(heads=2)",
+        "nearest_least": "nearest(7, cosine, least=0.1, top_p=0.8, self) | box | softmax(heads=2)*depthwise",
+        "nearest_least_mean": "nearest(5, euclidean, window(5), least=-3.5) | ranked | mean*kernel",
+        "nearest_top_p": "nearest(6, dot, top_p=0.6) | causal | ones(heads=2)",
         "nearest_cross": "nearest(3, cosine, random(4), cross) | ranked | softmax(heads=2, kv=1)*depthwise",
     }
     primitive = ("CONTENT_AWARE", 2)
@@ -360,6 +365,8 @@ class Nearest(Path):
     recall: float = 1.0
     cross: bool = False
     by: Similarity | Selector | None = None
+    least: float | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -384,6 +391,14 @@ class Nearest(Path):
         number(self, "recall", self.recall)
         check(0 < self.recall <= 1, self, "recall", self.recall, "above 0 and at most 1 (exact)")
         object.__setattr__(self, "recall", float(self.recall))
+        for name in ("least", "top_p"):
+            given = getattr(self, name)
+            if given is not None:
+                number(self, name, given)
+                check(self.by is None and self.again is None, self, name, given, "left out beside by and again")
+                object.__setattr__(self, name, float(given))
+        if self.top_p is not None:
+            check(0 < self.top_p < 1, self, "top_p", self.top_p, "above 0 and below 1; leave it out for all of the k")
         if self.by is not None:
             self._require_by(self.by)
         if getattr(self.similarity, "relative", False):
@@ -398,6 +413,11 @@ class Nearest(Path):
         else:
             plain = self.recall == 1 and self.padding == 0 and not self.cross
             check(plain, self, "by", str(by), "a similarity beside recall, padding or cross")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the scores decide how many of the k slots there are."""
+        return self.least is not None or self.top_p is not None
 
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
         return (self.k,)

@@ -342,6 +342,36 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2511.14137",
         ),
     ),
+    "how many, by the data": (
+        Entry(
+            "sparsemax",
+            "Sparsemax attention",
+            "all | row | sparsemax(heads=4)",
+            ("everywhere", "one slot per position", "similarity, projected onto the simplex"),
+            "arXiv 1602.02068",
+        ),
+        Entry(
+            "entmax",
+            "Entmax attention, 1.5",
+            "all | row | entmax(heads=4)",
+            ("everywhere", "one slot per position", "similarity, entmaxed: exact zeros"),
+            "arXiv 1905.05702",
+        ),
+        Entry(
+            "entmax_causal",
+            "Sparse transformer by entmax",
+            "all | causal | entmax(heads=4)",
+            ("everywhere before", "causal row", "similarity, entmaxed: exact zeros"),
+            "arXiv 1909.00015",
+        ),
+        Entry(
+            "top_p",
+            "Top-p sparse attention (Twilight)",
+            "nearest(16, scaled, top_p=0.9) | ranked | softmax(heads=4)",
+            ("the fewest of the 16 most similar that hold 0.9", "by rank", "similarity, softmaxed"),
+            "arXiv 2502.02770",
+        ),
+    ),
     "several paths": (
         Entry(
             "sinks",

@@ -86,14 +86,13 @@ class Identity(_Plain):
 
 
 @dataclass(frozen=True)
-class Softmax(Rho):
-    """alpha = softmax over the slots of scale * score.
+class Shares(Rho):
+    """A rho that makes shares, which add up to one, of scale * score.
 
     ``kv`` heads of keys and values, each shared by heads / kv heads of queries: grouped-query attention (arXiv
     2305.13245), multi-query with one (arXiv 1911.02150).
     """
 
-    word = "softmax"
     primitive = ("DYNAMIC_ATTENTION", 2)
     heads: int = 1
     scale: float = 1.0
@@ -109,6 +108,17 @@ class Softmax(Rho):
             check(ok, self, "project", self.project, "left out, or with k and v, next to kv")
         number(self, "scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))
+
+
+@dataclass(frozen=True)
+class Softmax(Shares):
+    """alpha = softmax over the slots of scale * score.
+
+    ``kv`` heads of keys and values, each shared by heads / kv heads of queries: grouped-query attention (arXiv
+    2305.13245), multi-query with one (arXiv 1911.02150).
+    """
+
+    word = "softmax"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from nearfold.grammar.paths import (
 )
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
+from nearfold.grammar.sparse import Entmax, Sparsemax
 from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
     Dense,
@@ -44,6 +45,7 @@ from nearfold.grammar.weights import (
     Rho,
     Selective,
     Separable,
+    Shares,
     Shift,
     Softmax,
     Table,
@@ -65,6 +67,7 @@ __all__ = [
     "Dense",
     "Depthwise",
     "Edge",
+    "Entmax",
     "Experts",
     "First",
     "Generated",
@@ -96,9 +99,11 @@ __all__ = [
     "Selector",
     "Separable",
     "Shape",
+    "Shares",
     "Shift",
     "Size",
     "Softmax",
+    "Sparsemax",
     "Spectral",
     "Strided",
     "Table",

@@ -157,6 +157,10 @@ class RhoMeaning(Meaning):
         """Scores (B, H, M, S), -inf where they are not ``valid``, to alpha, zero there."""
         raise NotImplementedError
 
+    def weigh_fast(self, rho: Any, score: Tensor, valid: Tensor) -> Tensor:
+        """The same for the fast backends, where there is a faster way."""
+        return self.weigh(rho, score, valid)
+
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
         """Alpha (B|1, H|1, M, S) without scores, zero where not ``valid``, of that shape; None where it reads some."""
         return None

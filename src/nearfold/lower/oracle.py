@@ -38,7 +38,7 @@ def weights(call: Call, chosen: Selection) -> Tensor:
         alpha = constant_alpha(call, per_slot, chosen.index)
     if alpha is None:
         assert chosen.score is not None
-        return alpha_of(call.op.weight.rho, chosen.score, chosen.valid)
+        return alpha_of(call.op.weight.rho, chosen.score, chosen.valid, fast=False)
     if chosen.coefficient is not None:
         alpha = alpha.repeat_interleave(chosen.entries, -1) * chosen.coefficient
     if chosen.score is not None:  # a query that was NaN

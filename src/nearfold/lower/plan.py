@@ -19,6 +19,7 @@ from nearfold.lower.backends import (
     block,
     blocks,
     conv,
+    dense,
     edges,
     fft,
     gather,
@@ -36,7 +37,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, edges)
+    m.NAME: m for m in (conv, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, edges, dense)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
@@ -141,11 +142,10 @@ def _masked(facts: Facts, backend: str, masked: str) -> str:
                 f"backend={backend!r} does not run {facts.op} with a mask; those that do: {', '.join(able)}"
             )
         return able[0] if backend == "auto" else backend
-    if backend not in ("auto", "sdpa", "oracle"):
-        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa or oracle")
-    if backend == "auto":
-        return "sdpa" if sdpa.supports(facts).ok else "oracle"
-    return backend
+    pairs = {"sdpa": sdpa.supports(facts).ok, "dense": dense.supports(facts).ok, "oracle": True}
+    if backend not in ("auto", *pairs):
+        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa, dense or oracle")
+    return next(name for name, ok in pairs.items() if ok) if backend == "auto" else backend
 
 
 @once

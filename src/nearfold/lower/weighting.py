@@ -34,9 +34,10 @@ def wide_dtype(call: Call) -> torch.dtype:
     return torch.promote_types(call.value.dtype, torch.float32)
 
 
-def alpha_of(rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
-    """Alpha (B, H, M, S): zero in slots that are not valid, NaN where the score is."""
-    alpha = meaning(rho).weigh(rho, score, valid)
+def alpha_of(rho: Rho, score: Tensor, valid: Tensor, fast: bool = True) -> Tensor:
+    """Alpha (B, H, M, S): zero in slots that are not valid, NaN where the score is. ``fast``: as the backends do it."""
+    means = meaning(rho)
+    alpha = (means.weigh_fast if fast else means.weigh)(rho, score, valid)
     # a query that was NaN has no valid slot, and its output is NaN all the same
     return alpha.masked_fill(score.isnan(), float("nan"))
 

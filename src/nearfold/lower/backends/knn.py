@@ -102,6 +102,7 @@ def _settled(at: Frame) -> Neighbors | None:
         and isinstance(op.shape, Ranked)
         and path.again is None
         and path.by is None
+        and not path.prunes
         and path.k <= MOST_SLOTS
         and (own is False or (own is True and path.k > 1))
         and recall_of(op) == 1

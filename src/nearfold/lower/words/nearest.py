@@ -151,12 +151,15 @@ class NearestMeaning(PathMeaning):
         valid = ranked > float("-inf")
         if path.include_self is not False:
             valid = torch.cat([torch.ones_like(valid[..., :1]), valid[..., 1:]], -1)
+        lost_M1 = q_M.isnan().any(-1, keepdim=True)
+        if path.prunes:
+            valid = kept_slots(path, ranked, valid)
+            ranked = ranked.masked_fill(~valid, float("-inf"))
         index = index.masked_fill(~valid, 0)
         if call.op.shape.raster:
             behind = key_R.shape[0] + count_positions(call.padded)
             order = index.masked_fill(~valid, behind).sort(dim=-1, stable=True).indices
             index, valid, ranked = index.gather(-1, order), valid.gather(-1, order), ranked.gather(-1, order)
-        lost_M1 = q_M.isnan().any(-1, keepdim=True)
         ranked = ranked.masked_fill(lost_M1, float("nan"))
         return Selection(index, valid, ranked, count_positions(call.padded))
 
@@ -173,6 +176,22 @@ def chosen_by(call: Call) -> Call:
 def _by_alone(op: Basic) -> Basic:
     path = cast(Nearest, op.path)
     return dataclasses.replace(op, path=dataclasses.replace(path, similarity=cast(Similarity, path.by), by=None))
+
+
+def kept_slots(path: Nearest, ranked: Tensor, valid: Tensor) -> Tensor:
+    """Which of the valid slots (B, H, M, S), best first, ``least`` and ``top_p`` leave; an own one is the first."""
+    first = torch.zeros_like(valid)
+    first[..., : int(path.include_self is not False)] = True
+    kept = valid
+    if path.least is not None:
+        kept = kept & ((ranked >= path.least) | first)
+    if path.top_p is not None:  # of what is left
+        with torch.no_grad():
+            score = ranked.masked_fill(~kept, torch.finfo(ranked.dtype).min)
+            share = torch.softmax(score, -1).masked_fill(~kept, 0)
+            before = share.cumsum(-1) - share
+        kept = kept & (before < path.top_p)
+    return kept
 
 
 def candidates_of(call: Call) -> Tensor:

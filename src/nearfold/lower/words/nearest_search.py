@@ -13,14 +13,14 @@ from torch import Tensor
 
 from nearfold.grammar.operation import Basic
 from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
-from nearfold.kernels.names import DOT_LIKE, LOST
+from nearfold.kernels.names import DOT_LIKE, INVALID, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.selection import metric_scores
 from nearfold.lower.words.indexer import indexed, indexed_by
-from nearfold.lower.words.nearest import candidate_index, candidates_of, chosen_by, rule_of
+from nearfold.lower.words.nearest import candidate_index, candidates_of, chosen_by, kept_slots, rule_of
 
 
 def recall_of(op: Basic) -> float:
@@ -37,6 +37,16 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
     assert isinstance(path, Nearest)
     if path.by is not None:
         return _chosen(call)
+    score, at = _ranked(call, path)
+    if path.prunes:
+        assert score is not None
+        at = at.expand_as(score)
+        at = at.masked_fill(~kept_slots(path, score, at >= 0) & (at != LOST), INVALID)
+    return None if all_ones(call.op.weight.rho) else score, at
+
+
+def _ranked(call: Call, path: Nearest) -> tuple[Tensor | None, Tensor]:
+    """The k that are most similar, best first, behind the own slot where there is one."""
     query, key, factor = call.compared()
     own_key = key
     if call.keep is not None:  # a key that is NaN is never chosen
@@ -81,7 +91,7 @@ def searched(call: Call) -> tuple[Tensor | None, Tensor]:
     if own:
         home = query_M[:, None].expand(B, H, -1, 1)
         at = torch.cat([home if k else _lost_home(home, query_m), at], -1)
-    if all_ones(call.op.weight.rho):
+    if all_ones(call.op.weight.rho) and not path.prunes:
         return None, at
     if own:
         score = torch.cat(

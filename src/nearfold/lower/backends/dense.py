@@ -1,0 +1,92 @@
+"""`dense`: every score of path `all`, a block of queries at a time; whatever the rho makes of them.
+
+Under gradients each block is made anew in the backward pass, so that no matrix of all pairs is ever held. (Not so where
+torch.compile or torch.func records the whole: they hold what they want.)
+
+Shape legend: B batch, H heads, N positions, M outputs, m queries of a block, d value features of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nearfold.grammar import Basic
+from nearfold.grammar.words import All, Mean, Ones
+from nearfold.kernels.names import DOT_LIKE
+from nearfold.lower.bias import score_bias
+from nearfold.lower.call import Call, is_transformed, split_heads
+from nearfold.lower.geometry import all_positions
+from nearfold.lower.kernel import finish, values
+from nearfold.lower.meaning import meaning
+from nearfold.lower.selection import allowed, metric_scores
+from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.weighting import alpha_of
+
+NAME = "dense"
+BLOCK_BYTES = 4 << 20  # of scores held at once, several times over; more leave the cache, fewer wait for threads
+
+
+def supports(facts: Facts) -> Verdict:
+    """Path all under a rho that makes alpha of scores, or of which slots there are."""
+    op = facts.op
+    if not isinstance(op.path, All):
+        return Verdict.no(f"path is {op.path.word}, not all")
+    if not (op.weight.rho.needs_score or isinstance(op.weight.rho, (Ones, Mean))):
+        return Verdict.no(f"rho {op.weight.rho.word} is not made of scores")
+    return Verdict.yes("all scores, by blocks of queries that are made again in the backward pass", "roundoff")
+
+
+def takes_keys(op: Basic) -> bool:
+    """Whether it heeds a mask of the keys."""
+    return True
+
+
+def _rows(call: Call, pairs: int, wide: int) -> int:
+    """Queries of a block: all of them where nothing is held, or where their number is not known yet."""
+    if call.value.is_meta or torch.compiler.is_compiling():
+        return 1 << 62
+    return max(1, BLOCK_BYTES // max(pairs * wide, 1))
+
+
+def run(call: Call) -> Tensor:
+    """(B, C, *out)."""
+    op, rho = call.op, call.op.weight.rho
+    value = split_heads(values(call), call.heads)
+    near, query_M = call.similarity, meaning(rho).queries(call)
+    key_N = all_positions(value.shape[2], value.device)
+    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    value = value.to(wide)
+    query, key = call.embedded() if rho.needs_score else (None, None)
+    biases = [p for p in call.params.values() if p.requires_grad]
+    # distances hold the differences of all features
+    each = key.shape[-1] if key is not None and near.reduced not in DOT_LIKE else 1
+    rows = _rows(call, value.shape[0] * call.heads * len(key_N), each * wide.itemsize)
+
+    def block(query: Tensor | None, key: Tensor | None, value: Tensor, at_m: Tensor) -> Tensor:
+        mask = allowed(call, at_m, key_N)
+        valid = value.new_ones((len(at_m), len(key_N)), dtype=torch.bool) if mask is None else mask
+        valid = valid if valid.dim() == 4 else valid[None, None]
+        if query is None or key is None:
+            score = torch.zeros(valid.shape, dtype=wide, device=value.device)
+        else:
+            score = metric_scores(near.reduced, near.squared, query, key)
+            bias = score_bias(op, call.params, call.grid, at_m, score)
+            score = (score if bias is None else score + bias).masked_fill(~valid, float("-inf"))
+        alpha = alpha_of(rho, score, valid.expand_as(score))
+        return alpha.to(wide) @ value
+
+    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *biases))
+    again = record and len(query_M) > rows and not is_transformed(value, *call.params.values())
+    made = []
+    for start in range(0, len(query_M), min(rows, max(len(query_M), 1))):
+        at_m = query_M[start : start + rows]
+        query_m = None if query is None else query[:, :, at_m]
+        if again:
+            made.append(checkpoint(block, query_m, key, value, at_m, use_reentrant=False, preserve_rng_state=False))
+        else:
+            made.append(block(query_m, key, value, at_m))
+    y = made[0] if len(made) == 1 else torch.cat(made, 2)
+    y = y.expand(value.shape[0], call.heads, -1, -1).transpose(2, 3).flatten(1, 2)
+    return finish(call, y.to(dtype).unflatten(2, call.out_grid))
