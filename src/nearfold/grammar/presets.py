@@ -186,6 +186,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2103.14030",
         ),
         Entry(
+            "maxvit_grid",
+            "Grid attention (MaxViT)",
+            "block(7, scaled(bias=table), spread) | box | softmax(heads=4)",
+            ("a block spread over the whole grid", "dense square, with holes", "similarity and a table, softmaxed"),
+            "arXiv 2204.01697",
+        ),
+        Entry(
             "acmix",
             "ACmix",
             "a*(window(7, scaled(relative), mode=reflect) | box | softmax(heads=4, project=qkv))"
