@@ -34,7 +34,6 @@ def agree(layer, x, truth):
 
 def timm(name):
     """A module of timm, or a visible skip."""
-    pytest.importorskip("torch")
     try:
         load("torchvision")
         return load(f"timm.{name}")
@@ -52,7 +51,9 @@ def out(layer, x, y):
 def test_grid_attention_is_maxvits(bias):
     """Cut and put together by timm's own functions; a bias counts steps of the grid, as its table does."""
     maxxvit, size, heads = timm("models.maxxvit"), (3, 2), 2
-    layer = scrambled(Mixer(f"block((3, 2){', scaled(bias=table)' if bias else ''}, spread) | box | softmax(heads=2)", 6))
+    layer = scrambled(
+        Mixer(f"block((3, 2){', scaled(bias=table)' if bias else ''}, spread) | box | softmax(heads=2)", 6)
+    )
     x = torch.randn(2, 6, 6, 8, requires_grad=True)
 
     def truth(x):
@@ -84,3 +85,64 @@ def test_grids_that_do_not_divide_are_spread_as_far(grid):
 def test_spread_does_not_go_with_a_shift():
     with pytest.raises(ValueError, match="left out next to spread"):
         Mixer("block(4, shift=2, spread) | box | softmax", 4)
+
+
+ADAPTIVE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+@pytest.mark.parametrize("grid", [(11,), (9, 7), (4, 5, 3)])
+def test_pooled_bins_are_pvts_linear_attention(grid):
+    """PVT v2 pools the map adaptively and projects keys and values of what is left."""
+    layer, x = scrambled(Mixer("pooled(3, bins) | row | softmax(heads=2)", 6, ndim=len(grid))), torch.randn(2, 6, *grid)
+
+    def truth(x):
+        (q,), (_, k, v) = project(layer, x, "query"), project(layer, ADAPTIVE[len(grid)](x, 3))
+        return out(layer, x, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    agree(layer, x.requires_grad_(), truth)
+
+
+def pools(layer, x, blocks):
+    """Attention to the means of blocks, each a list of positions, one query at a time; reads(i, block) says which."""
+    q, k, v = project(layer, x)
+    rows = []
+    for i in range(q.shape[2]):
+        read = [at for at in blocks(i) if at]
+        if not read:
+            rows.append(torch.zeros_like(v[:, :, 0]))
+            continue
+        mean_k, mean_v = (torch.stack([sum(t[:, :, j] for j in at) / len(at) for at in read], 2) for t in (k, v))
+        weight = torch.softmax((q[:, :, i, None] * mean_k).sum(-1) / math.sqrt(q.shape[-1]), -1)
+        rows.append((weight[..., None] * mean_v).sum(2))
+    return out(layer, x, torch.stack(rows, 2).transpose(1, 2).flatten(2))
+
+
+def test_pooled_blocks_at_the_end_are_cut_short():
+    layer, x = scrambled(Mixer("pooled((2, 3)) | row | softmax(heads=2)", 4)), torch.randn(2, 4, 5, 7)
+    cut = [
+        [a * 7 + b for a in range(p, min(p + 2, 5)) for b in range(r, min(r + 3, 7))]
+        for p in range(0, 5, 2)
+        for r in range(0, 7, 3)
+    ]
+    agree(layer, x.requires_grad_(), lambda x: pools(layer, x, lambda i: cut))
+
+
+def test_compressed_keys_are_the_whole_blocks_up_to_the_query():
+    """And so what comes later changes nothing."""
+    layer = scrambled(Mixer("pooled(3) | causal | softmax(heads=2)", 4, ndim=1))
+    x = torch.randn(2, 4, 11, requires_grad=True)
+    agree(layer, x, lambda x: pools(layer, x, lambda i: [[p, p + 1, p + 2] for p in range(0, 9, 3) if p + 2 <= i]))
+    close(layer(x)[..., :7], layer(x[..., :7]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mean_is_one_of_the_keys_that_are_there(causal):
+    layer = scrambled(Mixer(f"pooled(3) | {'causal' if causal else 'row'} | softmax(heads=2)", 4, ndim=1))
+    x, keep = torch.randn(1, 4, 10, requires_grad=True), torch.tensor([[1, 0, 1, 0, 0, 0, 1, 1, 1, 0]]).bool()
+    # a query that is absent itself asks with the bias of its projection alone, as the layer says
+    there = [at for at in range(10) if keep[0, at]]
+    cut = [[p for p in range(first, min(first + 3, 10)) if keep[0, p]] for first in range(0, 10, 3)]
+    wanted = pools(layer, x, lambda i: [at for n, at in enumerate(cut) if not causal or 3 * n + 2 <= i])
+    for backend in BACKENDS:
+        layer.backend = backend
+        close(layer(x, mask=keep)[..., there], wanted[..., there])

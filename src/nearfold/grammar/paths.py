@@ -216,8 +216,8 @@ class Block(Path):
     inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
     torchvision and transformers, where a size does not divide the map. (timm fills a map up after it has shifted it.)
 
-    With ``spread`` the ``size`` positions of a block lie as far apart as the grid lets them, n / size (rounded up) along
-    an axis of n: the grid attention of MaxViT (arXiv 2204.01697). A bias then counts steps of that length.
+    With ``spread`` the ``size`` positions of a block lie as far apart as the grid lets them, n / size (rounded up)
+    along an axis of n: the grid attention of MaxViT (arXiv 2204.01697). A bias then counts steps of that length.
     """
 
     word = "block"

@@ -273,6 +273,29 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2105.01601",
         ),
     ),
+    "fewer keys": (
+        Entry(
+            "pvt_linear",
+            "Attention to pooled keys (PVT v2, linear)",
+            "pooled(7, bins) | row | softmax(heads=4)",
+            ("the means of 7 x 7 parts of the map", "one slot per part", "similarity, softmaxed"),
+            "arXiv 2106.13797",
+        ),
+        Entry(
+            "mvit_pooled",
+            "Pooling attention (MViT), mean keys",
+            "pooled(2) | row | softmax(heads=4)",
+            ("the means of 2 x 2 blocks", "one slot per block", "similarity, softmaxed"),
+            "arXiv 2104.11227",
+        ),
+        Entry(
+            "nsa_compressed",
+            "Compressed attention (a branch of NSA, 1-D)",
+            "pooled(8) | causal | softmax(heads=4)",
+            ("the means of the blocks before", "causal, by blocks", "similarity, softmaxed"),
+            "arXiv 2502.11089",
+        ),
+    ),
     "nearest neighbours": (
         Entry(
             "conv_nearest",

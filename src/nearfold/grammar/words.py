@@ -23,6 +23,7 @@ from nearfold.grammar.paths import (
     Size,
     Window,
 )
+from nearfold.grammar.pooled import Pooled
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
 from nearfold.grammar.unions import Axial, First, Scattered, Union
@@ -76,6 +77,7 @@ __all__ = [
     "Normalized",
     "Ones",
     "Path",
+    "Pooled",
     "Random",
     "Ranked",
     "Rho",
