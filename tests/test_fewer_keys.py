@@ -146,3 +146,79 @@ def test_a_mean_is_one_of_the_keys_that_are_there(causal):
     for backend in BACKENDS:
         layer.backend = backend
         close(layer(x, mask=keep)[..., there], wanted[..., there])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_cross_covariance_is_timms_xca(fused):
+    layer, x = scrambled(Mixer("window(1) | box | cross_covariance(2)", 6)), torch.randn(2, 6, 3, 5)
+    theirs = timm("models.xcit").XCA(6, 2, qkv_bias=True)
+    theirs.fused_attn = fused
+    named = dict(theirs.named_parameters())
+
+    def truth(x):
+        own = dict(layer.named_parameters())
+        given = {
+            "qkv.weight": torch.cat([own[f"{name}_weight"] for name in ("query", "key", "value")]),
+            "qkv.bias": torch.cat([own[f"{name}_bias"] for name in ("query", "key", "value")]),
+            "proj.weight": own["out_weight"],
+            "proj.bias": own["out_bias"],
+            "temperature": own["temperature"].view(2, 1, 1),
+        }
+        assert given.keys() == named.keys()
+        y = torch.func.functional_call(theirs, given, (x.flatten(2).mT,))
+        return y.mT.unflatten(2, x.shape[2:])
+
+    agree(layer, x.requires_grad_(), truth)
+
+
+def test_a_mask_of_the_keys_takes_positions_out_of_the_covariance():
+    layer, x = scrambled(Mixer("window(1) | box | cross_covariance(2)", 6, ndim=1)), torch.randn(2, 6, 7)
+    keep = torch.arange(7) < torch.tensor([[4], [4]])
+    for backend in BACKENDS:
+        layer.backend = backend
+        close(layer(x, mask=keep)[..., :4], layer(x[..., :4]))
+
+
+def test_the_temporal_shift_is_the_papers_code():
+    """An eighth of the channels from the next frame, an eighth from the one before."""
+    layer, x = Mixer("tsm", 17, ndim=1), torch.randn(2, 17, 6)
+
+    def truth(x):
+        y = torch.zeros_like(x)
+        y[:, :2, :-1] = x[:, :2, 1:]
+        y[:, 2:4, 1:] = x[:, 2:4, :-1]
+        y[:, 4:] = x[:, 4:]
+        return y
+
+    agree(layer, x.requires_grad_(), truth)
+
+
+@pytest.mark.parametrize(("size", "axis"), [("(1, 5)", 3), ("(5, 1)", 2)])
+@pytest.mark.parametrize("channels", [5, 7, 12])
+def test_the_axial_shift_is_the_papers_code(size, axis, channels):
+    """The map padded by zeros, chunks of the channels rolled by -2 to 2, and cut out again."""
+    layer, x = Mixer(f"window({size}) | box | channel_shift", channels), torch.randn(2, channels, 6, 7)
+
+    def truth(x):
+        chunks = F.pad(x, (2, 2, 2, 2)).chunk(5, 1)
+        rolled = [torch.roll(chunk, way, axis) for chunk, way in zip(chunks, range(-2, 3), strict=False)]
+        return torch.cat(rolled, 1)[:, :, 2:-2, 2:-2]
+
+    agree(layer, x.requires_grad_(), truth)
+
+
+def test_shares_of_both_axes_are_four_directions():
+    """As S2-MLP shifts, but for zeros at the border: down, up, right, left, a quarter of the channels each."""
+    layer, x = Mixer("window(3) | box | channel_shift(share=0.25)", 8), torch.randn(2, 8, 4, 5)
+
+    def truth(x):
+        y = torch.zeros_like(x)
+        y[:, :2, :-1] = x[:, :2, 1:]
+        y[:, 2:4, 1:] = x[:, 2:4, :-1]
+        y[:, 4:6, :, :-1] = x[:, 4:6, :, 1:]
+        y[:, 6:, :, 1:] = x[:, 6:, :, :-1]
+        return y
+
+    agree(layer, x.requires_grad_(), truth)
+    with pytest.raises(ValueError, match="at most 1 / 4"):
+        Mixer("window(3) | box | channel_shift(share=0.3)", 8)

@@ -296,6 +296,30 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2502.11089",
         ),
     ),
+    "between channels": (
+        Entry(
+            "xca",
+            "Cross-covariance attention (XCiT)",
+            "window(1) | box | cross_covariance(4)",
+            ("the position itself", "one slot", "a map of its channels, made by the whole input"),
+            "arXiv 2106.09681",
+        ),
+        Entry(
+            "tsm",
+            "Temporal shift (TSM, 1-D)",
+            "window(3) | box | channel_shift(share=0.125)",
+            ("a fixed window", "dense", "one slot for every channel, nothing learned"),
+            "arXiv 1811.08383",
+        ),
+        Entry(
+            "as_mlp",
+            "Axial shift (AS-MLP)",
+            "(window((1, 5)) | box | ones(project=vo)*channel_shift)"
+            " + (window((5, 1)) | box | ones(project=vo)*channel_shift)",
+            ("a row and a column of a window", "dense lines", "one slot for every channel, nothing learned"),
+            "arXiv 2107.08391",
+        ),
+    ),
     "nearest neighbours": (
         Entry(
             "conv_nearest",

@@ -292,6 +292,7 @@ class Kernel(Word):
     """Learned weights over slots, in torch's layout (out, in / groups, *slots)."""
 
     kind = "kernel"
+    default_projections: ClassVar[str] = ""  # where the rho does not say; empty: the rho's own
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,7 @@ class Shift(Kernel):
     examples: ClassVar[dict[str, str]] = {
         "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
     }
+    default_projections = "qkv"
     primitive = ("SHARED_KERNEL", 1)
     heads: int
     interleaved: bool = False

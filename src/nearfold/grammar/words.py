@@ -7,6 +7,7 @@ or candidates. All of them can be had from here.
 """
 
 from nearfold.grammar.blocks import NearestBlocks
+from nearfold.grammar.channels import ChannelShift, CrossCovariance
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -57,6 +58,8 @@ __all__ = [
     "Box",
     "Candidates",
     "Causal",
+    "ChannelShift",
+    "CrossCovariance",
     "Deformable",
     "Dense",
     "Depthwise",

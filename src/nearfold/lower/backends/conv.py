@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
+from nearfold.grammar.words import CrossCovariance, Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
 from nearfold.kernels.whole import whole
@@ -207,6 +207,8 @@ def run(call: Call) -> Tensor:
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     kernel = op.weight.kernel
+    if isinstance(kernel, CrossCovariance):  # its window is the position itself
+        return finish(call, call.value)
     # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
     more = meaning(kernel).reads_more(kernel)
     value = values(call).unflatten(2, call.grid) if more else call.value
