@@ -222,3 +222,30 @@ def test_shares_of_both_axes_are_four_directions():
     agree(layer, x.requires_grad_(), truth)
     with pytest.raises(ValueError, match="at most 1 / 4"):
         Mixer("window(3) | box | channel_shift(share=0.3)", 8)
+
+
+@pytest.mark.parametrize("grid", [(11,), (9, 7), (4, 5, 3)])
+def test_agents_ask_and_are_asked(grid):
+    """softmax(Q A^T) (softmax(A K^T) V), the agents pooled from the queries as the public code does."""
+    layer, x = scrambled(Mixer("all | row | agent(3, heads=2)", 6, ndim=len(grid))), torch.randn(2, 6, *grid)
+
+    def truth(x):
+        q, k, v = project(layer, x)
+        a = ADAPTIVE[len(grid)](q.mT.flatten(1, 2).unflatten(2, grid), 3).flatten(2).unflatten(1, (2, 3)).mT
+        heard = torch.softmax(a @ k.mT * 3**-0.5, -1) @ v
+        return out(layer, x, (torch.softmax(q @ a.mT * 3**-0.5, -1) @ heard).transpose(1, 2).flatten(2))
+
+    agree(layer, x.requires_grad_(), truth)
+
+
+def test_agents_are_the_means_of_what_is_there():
+    layer, x = scrambled(Mixer("all | row | agent(2, heads=2)", 4, ndim=1)), torch.randn(1, 4, 8)
+    keep = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 1]]).bool()
+    q, k, v = (t[:, :, keep[0]] for t in project(layer, x))
+    a = torch.stack([q[:, :, :2].mean(2), q[:, :, 2:].mean(2)], 2)
+    heard = torch.softmax(a @ k.mT * 2**-0.5, -1) @ v
+    y = (torch.softmax(q @ a.mT * 2**-0.5, -1) @ heard).transpose(1, 2).flatten(2)
+    wanted = F.linear(y, layer.out_weight, layer.out_bias).mT
+    for backend in BACKENDS:
+        layer.backend = backend
+        close(layer(x, mask=keep)[..., keep[0]], wanted)

@@ -1,12 +1,13 @@
-"""Words for fewer keys than positions."""
+"""Words for fewer keys than positions, and for fewer that ask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from nearfold.grammar.paths import Path, Size
+from nearfold.grammar.paths import All, Path, Size
 from nearfold.grammar.similarity import Dot, Scaled, Similarity
+from nearfold.grammar.weights import Rho, require_projections
 from nearfold.grammar.word import check, sizes
 
 if TYPE_CHECKING:
@@ -55,3 +56,34 @@ class Pooled(Path):
             raise ValueError(
                 f"pooled | causal is for sequences in blocks: give size as one number and leave bins out, got {self}"
             )
+
+
+@dataclass(frozen=True)
+class Agent(Rho):
+    """alpha = softmax(Q A^T) softmax(A K^T), scores scaled: agents A ask every key, and the queries ask the agents.
+
+    The agents are the mean queries of ``size`` bins along every axis, as F.adaptive_avg_pool cuts them: the cost is
+    linear in the positions. Source: arXiv 2312.08874, eq. 4, without its biases; its depthwise convolution of the
+    values is a term of a sum.
+    """
+
+    word = "agent"
+    examples: ClassVar[dict[str, str]] = {
+        "agent_heads": "all | row | agent(3, heads=2)",
+        "agent_axes": "all | row | agent((2, 9), project=v)",
+    }
+    primitive = ("DYNAMIC_ATTENTION", 2)
+    paths = ("all",)
+    takes_kernel = False
+    size: Size
+    heads: int = 1
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes(self, size=self.size)
+        require_projections(self)
+
+    def require(self, op: Basic) -> None:
+        super().require(op)
+        if op.path != All() or op.shape.word != "row":
+            raise ValueError(f"agent goes with all | row, without arguments of all, got {op.path} | {op.shape}")

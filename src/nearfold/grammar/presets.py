@@ -295,6 +295,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             ("the means of the blocks before", "causal, by blocks", "similarity, softmaxed"),
             "arXiv 2502.11089",
         ),
+        Entry(
+            "agent",
+            "Agent attention",
+            "all | row | agent(4, heads=4)",
+            ("everywhere", "one slot per position", "what 4 x 4 mean queries heard, softmaxed twice"),
+            "arXiv 2312.08874",
+        ),
     ),
     "between channels": (
         Entry(

@@ -40,7 +40,8 @@ class _Static(Rho):
     default_projections = ""
 
 
-def _rho(word: Any) -> None:
+def require_projections(word: Any) -> None:
+    """ValueError where heads or projections of a rho are none."""
     positive(word, heads=word.heads)
     if word.project is not None:
         ok = word.project == "none" or (
@@ -59,7 +60,7 @@ class _Plain(Rho):
     project: str | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Softmax(Rho):
     kv: int | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         if self.kv is not None:
             positive(self, kv=self.kv)
             check(self.heads % self.kv == 0, self, "kv", self.kv, f"a divisor of heads={self.heads}")
@@ -202,7 +203,7 @@ class Generated(Rho):
     project: str | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         check(type(self.reduction) is int and self.reduction >= 0, self, "reduction", self.reduction, "an int >= 0")
         check(
             self.activation in ("none", "softmax", "sigmoid"),
@@ -278,7 +279,7 @@ class Selective(Rho):
     heads = 1
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         if self.scan_heads is not None:
             positive(self, heads=self.scan_heads)
             check(self.rank is None, self, "rank", self.rank, "left out next to heads")

@@ -24,7 +24,7 @@ from nearfold.grammar.paths import (
     Size,
     Window,
 )
-from nearfold.grammar.pooled import Pooled
+from nearfold.grammar.pooled import Agent, Pooled
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
 from nearfold.grammar.unions import Axial, First, Scattered, Union
@@ -51,6 +51,7 @@ from nearfold.grammar.weights import (
 
 __all__ = [
     "ORDERS",
+    "Agent",
     "All",
     "AllCandidates",
     "Axial",

@@ -154,7 +154,7 @@ class RhoMeaning(Meaning):
         raise NotImplementedError
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
-        """Alpha (B|1, H|1, M, S) without scores, zero where not ``valid``, of that shape; None where it reads some."""
+        """Alpha (B|1, H|1, M, S) made of the call, zero where not ``valid``; None where it is made of the scores."""
         return None
 
     def finish(self, call: Call, y: Tensor) -> Tensor:

@@ -28,9 +28,8 @@ def run(call: Call) -> Tensor:
 
 def weights(call: Call, chosen: Selection) -> Tensor:
     """Alpha times the coefficient of what a slot reads (B|1, H|1, M, S)."""
-    per_slot, alpha = chosen.per_slot(chosen.valid), None
-    if chosen.score is None or call.op.weight.rho.needs_score is False:
-        alpha = constant_alpha(call, per_slot, chosen.index)
+    per_slot = chosen.per_slot(chosen.valid)
+    alpha = constant_alpha(call, per_slot, chosen.index)
     if alpha is None:
         assert chosen.score is not None
         alpha = alpha_of(call.op.weight.rho, chosen.score, per_slot)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
-from nearfold.grammar.words import Pooled, Softmax
+from nearfold.grammar.words import Pooled, Size, Softmax
 from nearfold.kernels.attention import attention
 from nearfold.lower.call import Call, split_heads
 from nearfold.lower.verdict import Facts, Verdict
@@ -37,31 +37,33 @@ def takes_keys(op: Basic) -> bool:
     return True
 
 
-def _means(call: Call, x: Tensor) -> Tensor:
-    """(B, C, *grid) -> (B, C, *blocks)."""
-    path = call.op.path
-    assert isinstance(path, Pooled)
-    size = as_tuple(path.size, call.ndim, "size")
-    return _BINS[call.ndim](x, size) if path.bins else _MEAN[call.ndim](x, size, size, ceil_mode=True)
+def means(call: Call, x: Tensor, size: Size, bins: bool) -> tuple[Tensor, Tensor | None]:
+    """Means (B, C, *blocks) of a map (B, C, *grid) over what is there, and which blocks hold any of it (B, 1, 1, P)."""
+    size = as_tuple(size, call.ndim, "size")
+
+    def pool(x: Tensor) -> Tensor:
+        return _BINS[call.ndim](x, size) if bins else _MEAN[call.ndim](x, size, size, ceil_mode=True)
+
+    if call.keep is None:
+        return pool(x), None
+    # what is absent is zero: the mean of the others is larger by the share of those
+    share = pool(call.keep.to(x.dtype).view(-1, 1, *call.grid))
+    return pool(x) / share.masked_fill(share == 0, 1), (share > 0).flatten(2)[:, :, None]
 
 
 def run(call: Call) -> Tensor:
     """(B, C, *grid)."""
-    rho = call.op.weight.rho
-    assert isinstance(rho, Softmax)
+    rho, path = call.op.weight.rho, call.op.path
+    assert isinstance(rho, Softmax) and isinstance(path, Pooled)
     query, key, scale = call.embedded_differences()
     value = call.value
-    B, H, e = value.shape[0], call.heads, key.shape[-1]
+    B, H = value.shape[0], call.heads
     key = key.expand(B, H, -1, -1).transpose(2, 3).flatten(1, 2).unflatten(2, call.grid)
-    key, value = (_means(call, t) for t in (key.to(value.dtype), value))
+    (key, there), (value, _) = (means(call, t, path.size, path.bins) for t in (key.to(value.dtype), value))
     mask = readable(call.op, call.grid, value.device)
-    if call.keep is not None:  # what is absent is zero: the mean of the others is larger by the share of those
-        share = _means(call, call.keep.to(value.dtype).view(B, 1, *call.grid))
-        key, value = (t / share.masked_fill(share == 0, 1) for t in (key, value))
-        there = (share > 0).flatten(2)[:, :, None]
+    if there is not None:
         mask = there if mask is None else there & mask
     key, value = split_heads(key, H), split_heads(value, H)
-    assert key.shape[-1] == e
     y = attention(query.to(value.dtype).expand(B, H, -1, -1), key, value, mask, scale=scale * rho.scale)
     if mask is not None:  # a query that may read nothing
         y = y.masked_fill(~mask.any(-1, True), 0)

@@ -1,6 +1,7 @@
-"""`pooled`: the mean keys and values of blocks.
+"""`pooled`: the mean keys and values of blocks; `agent`: mean queries that ask for the others.
 
-Shape legend: B batch, H heads, M queries, N positions, P blocks, s positions of a block, e embedded features.
+Shape legend: B batch, H heads, M queries, N positions, P blocks, s positions of a block, a agents,
+e embedded features.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from torch import Tensor
 from nearfold._kept import kept
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
-from nearfold.grammar.words import Pooled
+from nearfold.grammar.words import Agent, Pooled
 from nearfold.kernels.names import INVALID
-from nearfold.lower.call import Call, count_positions
-from nearfold.lower.meaning import Lengths, PathMeaning, means
+from nearfold.lower.call import Call, count_positions, split_heads
+from nearfold.lower.meaning import Lengths, PathMeaning, RhoMeaning, means
 from nearfold.lower.selection import Selection, metric_scores
+from nearfold.lower.weighting import wide_dtype
 
 
 @means(Pooled)
@@ -35,9 +37,7 @@ class PooledMeaning(PathMeaning):
         q_BHMe, k_BHNe = call.embedded()
         path, N = cast(Pooled, call.op.path), count_positions(call.grid)
         at_Ps = _positions(as_tuple(path.size, call.ndim, "size"), path.bins, call.grid, k_BHNe.device)
-        there_BPs = (at_Ps >= 0)[None] if call.keep is None else (at_Ps >= 0) & call.keep[:, at_Ps.clamp(min=0)]
-        share_BPs = there_BPs / there_BPs.sum(-1, keepdim=True).clamp(min=1).to(k_BHNe.dtype)
-        k_BHPe = (k_BHNe[:, :, at_Ps.clamp(min=0)] * share_BPs[:, None, ..., None]).sum(-2)
+        k_BHPe, there_BPs, share_BPs = _means(call, k_BHNe, at_Ps)
         valid_BMP = there_BPs.any(-1)[:, None]
         if (read_MP := readable(call.op, call.grid, at_Ps.device)) is not None:
             valid_BMP = valid_BMP & read_MP
@@ -47,6 +47,35 @@ class PooledMeaning(PathMeaning):
         index = at_Ps.flatten().expand_as(valid).masked_fill(~valid, 0)
         share = share_BPs[:, None, None].expand(-1, -1, N, -1, -1).flatten(-2)
         return Selection(index, valid, score, N, share, at_Ps.shape[1])
+
+
+@means(Agent)
+class AgentMeaning(RhoMeaning):
+    """Two softmaxes, multiplied."""
+
+    takes_mask = False
+
+    def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
+        assert call.query is not None and call.key is not None
+        q_BHNe, k_BHNe = (split_heads(t, call.heads).to(wide_dtype(call)) for t in (call.query, call.key))
+        size = as_tuple(cast(Agent, call.op.weight.rho).size, call.ndim, "size")
+        a_BHae, there_Bas, _ = _means(call, q_BHNe, _positions(size, True, call.grid, q_BHNe.device))
+        scale, there_B11a = q_BHNe.shape[-1] ** -0.5, there_Bas.any(-1)[:, None, None]
+        asked = _softmax(metric_scores("dot", False, a_BHae, k_BHNe) * scale, valid[:, :, :1])
+        heard = _softmax(metric_scores("dot", False, q_BHNe, a_BHae) * scale, there_B11a)
+        return heard @ asked
+
+
+def _softmax(score: Tensor, valid: Tensor) -> Tensor:
+    """Of the slots that are valid; zero in the others."""
+    return torch.softmax(score.masked_fill(~valid, torch.finfo(score.dtype).min), -1).masked_fill(~valid, 0)
+
+
+def _means(call: Call, x_BHNe: Tensor, at_Ps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means (B, H, P, e) over blocks, which of their positions are there (B|1, P, s), and the share of each."""
+    there_BPs = (at_Ps >= 0)[None] if call.keep is None else (at_Ps >= 0) & call.keep[:, at_Ps.clamp(min=0)]
+    share_BPs = there_BPs / there_BPs.sum(-1, keepdim=True).clamp(min=1).to(x_BHNe.dtype)
+    return (x_BHNe[:, :, at_Ps.clamp(min=0)] * share_BPs[:, None, ..., None]).sum(-2), there_BPs, share_BPs
 
 
 def readable(op: Basic, grid: Lengths, device: torch.device) -> Tensor | None:
