@@ -249,3 +249,44 @@ def test_agents_are_the_means_of_what_is_there():
     for backend in BACKENDS:
         layer.backend = backend
         close(layer(x, mask=keep)[..., keep[0]], wanted)
+
+
+UP = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def wide(layer, channels, groups):
+    """The kernel as torch has it: (in, out / groups, *slots), not (out, in / groups, *slots)."""
+    parts = [part.transpose(0, 1) for part in layer.get_parameter("weight").chunk(groups)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("transposed(2, up=2)", {"stride": 2}),
+        ("transposed(3, up=2)", {"stride": 2, "padding": 1, "output_padding": 1}),
+        ("transposed(4, up=2)", {"stride": 2, "padding": 1}),
+        ("transposed(2, up=3)", {"stride": 3, "output_padding": 1}),
+        ("transposed(5, up=3, padding=0)", {"stride": 3}),
+        ("transposed(3, up=2, dilation=2, padding=1)", {"stride": 2, "padding": 1, "dilation": 2}),
+    ],
+)
+def test_transposed_convolution_is_torchs(text, given, ndim):
+    layer = scrambled(Mixer(f"{text} | box | kernel(groups=2)", 4, 6, ndim=ndim))
+    x = torch.randn(2, 4, *(4, 3, 2)[:ndim], requires_grad=True)
+    agree(layer, x, lambda x: UP[ndim](x, wide(layer, 4, 2), layer.bias, groups=2, **given))
+
+
+def test_transposed_at_step_one_cuts_before():
+    """Where torch's function has no name for one more at the end than at the start."""
+    layer, x = scrambled(Mixer("transposed(2) | box | depthwise", 3, ndim=1)), torch.randn(2, 3, 5, requires_grad=True)
+    agree(layer, x, lambda x: F.conv_transpose1d(x, layer.weight, layer.bias, groups=3)[..., 1:])
+
+
+def test_transposed_axes_and_no_output():
+    layer = scrambled(Mixer("transposed((3, 2), up=(1, 2), padding=(0, 1)) | box | kernel", 2, 3))
+    x = torch.randn(1, 2, 4, 3, requires_grad=True)
+    agree(layer, x, lambda x: F.conv_transpose2d(x, wide(layer, 2, 1), layer.bias, (1, 2), (0, 1)))
+    with pytest.raises(ValueError, match="padding leaves no output"):
+        Mixer("transposed(2, padding=3) | box | kernel", 2)(torch.ones(1, 2, 4, 4))

@@ -55,6 +55,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 1609.03499",
         ),
         Entry(
+            "conv_transposed",
+            "Transposed convolution",
+            "transposed(4, up=2) | box | kernel",
+            ("a fixed window on a grid twice as fine", "dense square", "one shared kernel"),
+            "arXiv 1411.4038",
+        ),
+        Entry(
             "depthwise",
             "Depthwise convolution",
             "window(3) | box | depthwise",

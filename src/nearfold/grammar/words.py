@@ -27,6 +27,7 @@ from nearfold.grammar.paths import (
 from nearfold.grammar.pooled import Agent, Pooled
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
+from nearfold.grammar.transposed import Transposed
 from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
     Dense,
@@ -97,6 +98,7 @@ __all__ = [
     "Softmax",
     "Strided",
     "Table",
+    "Transposed",
     "Union",
     "Window",
 ]

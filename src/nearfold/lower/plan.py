@@ -15,7 +15,21 @@ from nearfold.grammar import Basic, Operation, parse
 from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
-from nearfold.lower.backends import agent, block, blocks, conv, gather, knn, linear, local, pooled, scan, sdpa, union
+from nearfold.lower.backends import (
+    agent,
+    block,
+    blocks,
+    conv,
+    gather,
+    knn,
+    linear,
+    local,
+    pooled,
+    scan,
+    sdpa,
+    transposed,
+    union,
+)
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
 from nearfold.lower.frame import Frame
@@ -23,7 +37,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, scan, knn, local, gather, union, blocks, pooled, agent)
+    m.NAME: m for m in (conv, transposed, block, sdpa, linear, scan, knn, local, gather, union, blocks, pooled, agent)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
