@@ -9,7 +9,6 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
@@ -17,6 +16,7 @@ from nearfold.grammar.words import ChannelShift, CrossCovariance
 from nearfold.lower.call import Call
 from nearfold.lower.meaning import KernelMeaning, Lengths, Sizes, means
 from nearfold.lower.parameters import Parameter, require_divides
+from nearfold.lower.selection import metric_scores
 
 
 @means(CrossCovariance)
@@ -48,10 +48,10 @@ def _channel_map(call: Call) -> Tensor:
     """How every channel of a head is made of the others, (B, H, d, e), for every input."""
     assert call.query is not None and call.key is not None
     heads, wide = cast(CrossCovariance, call.op.weight.kernel).heads, torch.promote_types(call.x.dtype, torch.float32)
-    q_BHdN, k_BHeN = (
-        F.normalize(t.to(wide).flatten(2).unflatten(1, (heads, -1)), dim=-1) for t in (call.query, call.key)
-    )
-    score_BHde = q_BHdN @ k_BHeN.mT
+    q_BHdN, k_BHeN = (t.to(wide).flatten(2).unflatten(1, (heads, -1)) for t in (call.query, call.key))
+    size_BHd, size_BHe = (torch.linalg.vector_norm(t, dim=-1).clamp(min=1e-12) for t in (q_BHdN, k_BHeN))
+    # d^2 numbers are divided instead of d N; in float32 at least, for the sums over positions may be large
+    score_BHde = metric_scores("dot", False, q_BHdN, k_BHeN) / size_BHd[..., None] / size_BHe[..., None, :]
     return torch.softmax(score_BHde * call.params["temperature"][:, None, None], -1)
 
 
