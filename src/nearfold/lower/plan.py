@@ -16,7 +16,6 @@ from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import (
-    agent,
     block,
     blocks,
     conv,
@@ -37,7 +36,7 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, transposed, block, sdpa, linear, scan, knn, local, gather, union, blocks, pooled, agent)
+    m.NAME: m for m in (conv, transposed, block, sdpa, linear, scan, knn, local, gather, union, blocks, pooled)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
