@@ -62,18 +62,18 @@ class ChannelShiftMeaning(KernelMeaning):
     bias_of = ""
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
-        _slot_of(cast(ChannelShift, op.weight.kernel), op.path.slot_shape(sizes.ndim), sizes.inner)
+        slots_of(cast(ChannelShift, op.weight.kernel), op.path.slot_shape(sizes.ndim), sizes.inner)
         return {}
 
     def weight(self, call: Call) -> tuple[Tensor, int]:
         slots, channels = call.op.path.slot_shape(call.ndim), call.value.shape[1]
-        found = _slot_of(cast(ChannelShift, call.op.weight.kernel), slots, channels)
+        found = slots_of(cast(ChannelShift, call.op.weight.kernel), slots, channels)
         slot_C1 = torch.cat([torch.full((many, 1), at, device=call.value.device) for at, many in found])
         one_hot_CS = slot_C1 == torch.arange(math.prod(slots), device=slot_C1.device)
         return one_hot_CS.to(call.value.dtype).view(channels, 1, *slots), channels
 
 
-def _slot_of(kernel: ChannelShift, slots: Lengths, channels: int) -> list[tuple[int, int]]:
+def slots_of(kernel: ChannelShift, slots: Lengths, channels: int) -> list[tuple[int, int]]:
     """Which slot, in raster order, how many of the channels read, from the first channel on."""
     total, steps = math.prod(slots), [math.prod(slots[axis + 1 :]) for axis in range(len(slots))]
     if kernel.share is None:
