@@ -89,6 +89,11 @@ QUIETLY = settings(deadline=None, suppress_health_check=list(HealthCheck), deran
 OPERATIONS = given(op=operations(), grid=st.tuples(st.integers(1, 7), st.integers(1, 6)), seed=st.integers(0, 99))
 
 
+def near_a_pole(op):
+    """Whether `inverse` reads scores that are no distances: at zero 1 / (1e-8 - score) multiplies rounding by 1e8."""
+    return any(part.weight.rho.word == "inverse" and part.path.similarity.word != "euclidean" for part in op.parts)
+
+
 def check_generated(op, grid, seed):
     try:
         forward(*make(op, grid))
@@ -99,7 +104,7 @@ def check_generated(op, grid, seed):
             forward(layer, x)
         assert str(refused.value) == str(e)
         return
-    assume(not tie_prone(op))
+    assume(not tie_prone(op) and not near_a_pole(op))
     conform(op, grid, seed=seed)
 
 

@@ -16,7 +16,6 @@ from nearfold.grammar.words import (
     Path,
     Rho,
     Shape,
-    Shift,
 )
 
 
@@ -48,7 +47,7 @@ class Weight:
         """The learned pointwise maps, letters of "qkvo"."""
         project = self.rho.project
         if project is None:
-            return "qkv" if isinstance(self.kernel, Shift) else self.rho.default_projections
+            return getattr(self.kernel, "default_projections", "") or self.rho.default_projections
         return "" if project == "none" else project
 
 

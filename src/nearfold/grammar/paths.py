@@ -215,6 +215,9 @@ class Block(Path):
     Blocks that reach beyond the grid are cut short. With ``padded`` the grid is first filled up to whole blocks by zero
     inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
     torchvision and transformers, where a size does not divide the map. (timm fills a map up after it has shifted it.)
+
+    With ``spread`` the ``size`` positions of a block lie as far apart as the grid lets them, n / size (rounded up)
+    along an axis of n: the grid attention of MaxViT (arXiv 2204.01697). A bias then counts steps of that length.
     """
 
     word = "block"
@@ -222,6 +225,8 @@ class Block(Path):
         "block_kernel": "block(2, shift=1) | box | mean*kernel",
         "block_cosine": "block((2, 3), cosine) | box | softmax(heads=2)*separable(groups=2)",
         "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
+        "block_spread": "block((2, 4), scaled(bias=table), spread) | box | softmax(heads=2)",
+        "block_spread_kernel": "block(3, padded, spread) | box | ones*kernel(groups=2)",
     }
     primitive = ("STATIC_BLOCK", 1)
     shapes = ("box",)
@@ -229,6 +234,7 @@ class Block(Path):
     similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     shift: Size = 0
     padded: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +245,7 @@ class Block(Path):
         axes = max(len(size), len(shift))
         pairs = zip(shift * (axes // max(len(shift), 1)), size * (axes // len(size)), strict=False)
         check(ok and all(n < m for n, m in pairs), self, "shift", self.shift, "from 0 to size - 1")
+        check(not (self.spread and any(shift)), self, "shift", self.shift, "left out next to spread")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 1609.03499",
         ),
         Entry(
+            "conv_transposed",
+            "Transposed convolution",
+            "transposed(4, up=2) | box | kernel",
+            ("a fixed window on a grid twice as fine", "dense square", "one shared kernel"),
+            "arXiv 1411.4038",
+        ),
+        Entry(
             "depthwise",
             "Depthwise convolution",
             "window(3) | box | depthwise",
@@ -186,6 +193,13 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2103.14030",
         ),
         Entry(
+            "maxvit_grid",
+            "Grid attention (MaxViT)",
+            "block(7, scaled(bias=table), spread) | box | softmax(heads=4)",
+            ("a block spread over the whole grid", "dense square, with holes", "similarity and a table, softmaxed"),
+            "arXiv 2204.01697",
+        ),
+        Entry(
             "acmix",
             "ACmix",
             "a*(window(7, scaled(relative), mode=reflect) | box | softmax(heads=4, project=qkv))"
@@ -264,6 +278,60 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
             "all | row | table(64)",
             ("everywhere", "one slot per position", "a learned table"),
             "arXiv 2105.01601",
+        ),
+    ),
+    "fewer keys": (
+        Entry(
+            "pvt_linear",
+            "Attention to pooled keys (PVT v2, linear)",
+            "pooled(7, bins) | row | softmax(heads=4)",
+            ("the means of 7 x 7 parts of the map", "one slot per part", "similarity, softmaxed"),
+            "arXiv 2106.13797",
+        ),
+        Entry(
+            "mvit_pooled",
+            "Pooling attention (MViT), mean keys",
+            "pooled(2) | row | softmax(heads=4)",
+            ("the means of 2 x 2 blocks", "one slot per block", "similarity, softmaxed"),
+            "arXiv 2104.11227",
+        ),
+        Entry(
+            "nsa_compressed",
+            "Compressed attention (a branch of NSA, 1-D)",
+            "pooled(8) | causal | softmax(heads=4)",
+            ("the means of the blocks before", "causal, by blocks", "similarity, softmaxed"),
+            "arXiv 2502.11089",
+        ),
+        Entry(
+            "agent",
+            "Agent attention",
+            "all | row | agent(4, heads=4)",
+            ("everywhere", "one slot per position", "what 4 x 4 mean queries heard, softmaxed twice"),
+            "arXiv 2312.08874",
+        ),
+    ),
+    "between channels": (
+        Entry(
+            "xca",
+            "Cross-covariance attention (XCiT)",
+            "window(1) | box | cross_covariance(4)",
+            ("the position itself", "one slot", "a map of its channels, made by the whole input"),
+            "arXiv 2106.09681",
+        ),
+        Entry(
+            "tsm",
+            "Temporal shift (TSM, 1-D)",
+            "window(3) | box | channel_shift(share=0.125)",
+            ("a fixed window", "dense", "one slot for every channel, nothing learned"),
+            "arXiv 1811.08383",
+        ),
+        Entry(
+            "as_mlp",
+            "Axial shift (AS-MLP)",
+            "(window((1, 5)) | box | ones(project=vo)*channel_shift)"
+            " + (window((5, 1)) | box | ones(project=vo)*channel_shift)",
+            ("a row and a column of a window", "dense lines", "one slot for every channel, nothing learned"),
+            "arXiv 2107.08391",
         ),
     ),
     "nearest neighbours": (

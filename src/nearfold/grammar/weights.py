@@ -40,7 +40,8 @@ class _Static(Rho):
     default_projections = ""
 
 
-def _rho(word: Any) -> None:
+def require_projections(word: Any) -> None:
+    """ValueError where heads or projections of a rho are none."""
     positive(word, heads=word.heads)
     if word.project is not None:
         ok = word.project == "none" or (
@@ -59,7 +60,7 @@ class _Plain(Rho):
     project: str | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Shares(Rho):
     kv: int | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         if self.kv is not None:
             positive(self, kv=self.kv)
             check(self.heads % self.kv == 0, self, "kv", self.kv, f"a divisor of heads={self.heads}")
@@ -222,7 +223,7 @@ class Generated(Rho):
     project: str | None = None
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         check(type(self.reduction) is int and self.reduction >= 0, self, "reduction", self.reduction, "an int >= 0")
         check(
             self.activation in ("none", "softmax", "sigmoid"),
@@ -298,7 +299,7 @@ class Selective(Rho):
     heads = 1
 
     def __post_init__(self) -> None:
-        _rho(self)
+        require_projections(self)
         if self.scan_heads is not None:
             positive(self, heads=self.scan_heads)
             check(self.rank is None, self, "rank", self.rank, "left out next to heads")
@@ -314,6 +315,7 @@ class Kernel(Word):
     kind = "kernel"
     edges: ClassVar[bool] = False  # whether what a slot brings depends on the query's own value; no numbers for slots
     everywhere: ClassVar[bool] = False  # whether its slots are the offsets of a whole map
+    default_projections: ClassVar[str] = ""  # where the rho does not say; empty: the rho's own
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,7 @@ class Shift(Kernel):
     examples: ClassVar[dict[str, str]] = {
         "shift_bias": "window(3, stride=2) | box | shift(2, interleaved, bias)",
     }
+    default_projections = "qkv"
     primitive = ("SHARED_KERNEL", 1)
     heads: int
     interleaved: bool = False

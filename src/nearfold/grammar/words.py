@@ -7,6 +7,7 @@ or candidates. All of them can be had from here.
 """
 
 from nearfold.grammar.blocks import NearestBlocks
+from nearfold.grammar.channels import ChannelShift, CrossCovariance
 from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
 from nearfold.grammar.paths import (
@@ -25,9 +26,11 @@ from nearfold.grammar.paths import (
     Size,
     Window,
 )
+from nearfold.grammar.pooled import Agent, Pooled
 from nearfold.grammar.selectors import Indexer, Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided
 from nearfold.grammar.sparse import Entmax, Sparsemax
+from nearfold.grammar.transposed import Transposed
 from nearfold.grammar.unions import Axial, First, Scattered, Union
 from nearfold.grammar.weights import (
     Dense,
@@ -54,6 +57,7 @@ from nearfold.grammar.weights import (
 __all__ = [
     "ORDERS",
     "S4D",
+    "Agent",
     "All",
     "AllCandidates",
     "Axial",
@@ -61,8 +65,10 @@ __all__ = [
     "Box",
     "Candidates",
     "Causal",
+    "ChannelShift",
     "Continuous",
     "ContinuousDepthwise",
+    "CrossCovariance",
     "Deformable",
     "Dense",
     "Depthwise",
@@ -88,6 +94,7 @@ __all__ = [
     "Normalized",
     "Ones",
     "Path",
+    "Pooled",
     "Random",
     "Ranked",
     "Relative",
@@ -107,6 +114,7 @@ __all__ = [
     "Spectral",
     "Strided",
     "Table",
+    "Transposed",
     "Union",
     "Window",
 ]

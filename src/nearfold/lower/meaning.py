@@ -162,7 +162,7 @@ class RhoMeaning(Meaning):
         return self.weigh(rho, score, valid)
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor | None:
-        """Alpha (B|1, H|1, M, S) without scores, zero where not ``valid``, of that shape; None where it reads some."""
+        """Alpha (B|1, H|1, M, S) made of the call, zero where not ``valid``; None where it is made of the scores."""
         return None
 
     def finish(self, call: Call, y: Tensor) -> Tensor:

@@ -30,19 +30,15 @@ def run(call: Call) -> Tensor:
 
 def weights(call: Call, chosen: Selection) -> Tensor:
     """Alpha times the coefficient of what a slot reads (B|1, H|1, M, S)."""
-    per_slot = chosen.valid
-    if chosen.entries > 1:  # a slot is there, and each of its entries may be outside
-        per_slot = torch.ones_like(chosen.valid[..., :: chosen.entries])
-    alpha = None
-    if chosen.score is None or call.op.weight.rho.needs_score is False:
-        alpha = constant_alpha(call, per_slot, chosen.index)
+    per_slot = chosen.per_slot(chosen.valid)
+    alpha = constant_alpha(call, per_slot, chosen.index)
     if alpha is None:
         assert chosen.score is not None
-        return alpha_of(call.op.weight.rho, chosen.score, chosen.valid, fast=False)
+        alpha = alpha_of(call.op.weight.rho, chosen.score, per_slot, fast=False)
+    elif chosen.score is not None:  # a query that was NaN
+        alpha = alpha.masked_fill(chosen.score.isnan(), float("nan"))
     if chosen.coefficient is not None:
         alpha = alpha.repeat_interleave(chosen.entries, -1) * chosen.coefficient
-    if chosen.score is not None:  # a query that was NaN
-        alpha = alpha.masked_fill(chosen.score.isnan(), float("nan"))
     return alpha
 
 

@@ -26,8 +26,10 @@ from nearfold.lower.backends import (
     knn,
     linear,
     local,
+    pooled,
     scan,
     sdpa,
+    transposed,
     union,
 )
 from nearfold.lower.call import Run
@@ -37,7 +39,8 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
-    m.NAME: m for m in (conv, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, edges, dense)
+    m.NAME: m
+    for m in (conv, transposed, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, pooled, edges, dense)
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 

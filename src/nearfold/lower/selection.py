@@ -21,8 +21,8 @@ class Selection:
     """``index`` (B|1, H|1, M, S) into the input positions, ``valid`` the same shape, ``score`` or None.
 
     A slot that is not valid reads nothing; its index is 0 and its score -inf. A NaN score marks a query that
-    was NaN: its output is NaN. A slot at a fractional position reads ``entries`` positions next to one another in S,
-    each by its ``coefficient`` (B, H, M, S).
+    was NaN: its output is NaN. A slot at a fractional position, or one that is a mean, reads ``entries`` positions next
+    to one another in S, each by its ``coefficient`` (B|1, H|1, M, S); `score` still has one number for each slot.
     """
 
     index: Tensor
@@ -39,6 +39,15 @@ class Selection:
         if not unknown and self.index.numel():
             low, high = self.index.min().item(), self.index.max().item()
             assert low >= 0 and high < self.positions, (low, high, self.positions)
+
+    def per_slot(self, valid: Tensor) -> Tensor:
+        """Whether a slot is there (..., slots), of whether its entries are (..., slots * entries).
+
+        One that moves by itself is there wherever its entries are, one that is compared where one of them is.
+        """
+        if self.entries == 1:
+            return valid
+        return valid.unflatten(-1, (-1, self.entries)).any(-1) | (self.score is None)
 
 
 def metric_scores(metric: str, squared: bool, q: Tensor, k: Tensor) -> Tensor:
@@ -77,7 +86,9 @@ def _present(chosen: Selection, keep: Tensor) -> Selection:
     there = present(keep, chosen.index)
     valid, score = chosen.valid & there, chosen.score
     if score is not None:
-        score = torch.where(there | score.isnan(), score, float("-inf"))  # the mark of a query that was NaN stays
+        score = torch.where(
+            chosen.per_slot(there) | score.isnan(), score, float("-inf")
+        )  # the mark of a query that was NaN stays
     index = chosen.index.expand_as(valid).masked_fill(~valid, 0)
     return replace(chosen, index=index, valid=valid, score=score)
 

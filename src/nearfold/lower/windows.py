@@ -108,6 +108,10 @@ class OwnTable(TableMeaning):
 class AxesMeaning(TableMeaning):
     """A table whose slots are a product of axes: a window or a block."""
 
+    def steps(self, op: Basic, grid: Lengths) -> Lengths:
+        """How far slots that are next to one another lie apart, on every axis."""
+        return as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
+
     def axis(self, op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """One axis: positions read (o, s), which of them are valid (o, s), and the queries' own positions (o,)."""
         raise NotImplementedError
@@ -138,10 +142,10 @@ class AxesMeaning(TableMeaning):
             wide = torch.promote_types(like.dtype, torch.float32)
             return alibi(op, offset_MSa.to(wide).square().sum(-1).sqrt()).to(like.dtype)
         reach = bias_reach(op, len(grid))
-        dilations = as_tuple(getattr(op.path, "dilation", 1), len(grid), "dilation")
-        # how far the query lies behind the key, in steps of the dilation, as Swin counts; from no tensor of the
-        # host, which a CUDA graph could not hold
-        behind = [offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(dilations, reach, strict=True))]
+        steps = self.steps(op, grid)
+        # how far the query lies behind the key, in steps, as Swin counts; from no tensor of the host, which a CUDA
+        # graph could not hold
+        behind = [offset_MSa[..., a] // step + n - 1 for a, (step, n) in enumerate(zip(steps, reach, strict=True))]
         row_MS = flatten(torch.stack(behind, -1), tuple(2 * n - 1 for n in reach))
         return params["relative_bias"].to(like.dtype).flatten(1)[:, row_MS]
 

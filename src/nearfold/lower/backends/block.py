@@ -1,6 +1,6 @@
 """`block`: positions that look at one another and at nobody else are attention in small pieces.
 
-Blocks of the grid (Swin's windows), and the residues of strided attention.
+Blocks of the grid (Swin's windows, MaxViT's grids), and the residues of strided attention.
 
 Shape legend: B batch, H heads, P pieces, n positions of a piece, e embedded features, a grid axes.
 """
@@ -41,6 +41,8 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     if strided and has_bias(op):
         return Verdict.no("the bias is another one for every piece")
+    if getattr(op.path, "spread", False) and op.path.similarity.bias == "alibi":
+        return Verdict.no("distances are those of the map, not of a piece")
     return Verdict.yes("F.scaled_dot_product_attention of every piece by itself", "roundoff")
 
 
@@ -55,7 +57,7 @@ class _Blocks:
     def __init__(self, call: Call) -> None:
         path, self.ndim, self.grid = call.op.path, call.ndim, call.grid
         assert isinstance(path, Block)
-        self.size = as_tuple(path.size, self.ndim, "size")
+        self.size, self.spread = as_tuple(path.size, self.ndim, "size"), path.spread
         shift = block_shift(path, self.grid)
         self.before = tuple((n - s) % n for n, s in zip(self.size, shift, strict=True))
         self.many = tuple((g + b + n - 1) // n for g, b, n in zip(self.grid, self.before, self.size, strict=True))
@@ -79,17 +81,21 @@ class _Blocks:
             pads = [n for b, a in list(zip(self.before, self.after, strict=True))[::-1] for n in (b, a)]
             x = F.pad(x, [0, 0, *pads])
         B, H, e = x.shape[0], x.shape[1], x.shape[-1]
-        x = x.reshape(B, H, *(k for pair in zip(self.many, self.size, strict=True) for k in pair), e)
+        outer, inner = (self.size, self.many) if self.spread else (self.many, self.size)
+        x = x.reshape(B, H, *(k for pair in zip(outer, inner, strict=True) for k in pair), e)
         a = self.ndim
-        x = x.permute(0, *range(2, 2 + 2 * a, 2), 1, *range(3, 3 + 2 * a, 2), 2 + 2 * a)
+        first, second = (3, 2) if self.spread else (2, 3)  # which piece, and where in it
+        x = x.permute(0, *range(first, first + 2 * a, 2), 1, *range(second, second + 2 * a, 2), 2 + 2 * a)
         return x.reshape(B, self.pieces, H, count_positions(self.size), e)
 
     def _places(self, device: torch.device) -> list[Tensor]:
         """Coordinates, axis by axis, of the positions (P, n) of every piece; some are outside the grid."""
         piece = torch.arange(self.pieces, device=device)[:, None]
         inner = torch.arange(count_positions(self.size), device=device)
-        pairs = zip(_digits(piece, self.many), _digits(inner, self.size), self.size, self.before, strict=True)
-        return [p * n + i - b for p, i, n, b in pairs]
+        pairs = list(zip(_digits(piece, self.many), _digits(inner, self.size), strict=True))
+        if self.spread:
+            return [i * k + p for (p, i), k in zip(pairs, self.many, strict=True)]
+        return [p * n + i - b for (p, i), n, b in zip(pairs, self.size, self.before, strict=True)]
 
     def join(self, x: Tensor) -> Tensor:
         """(B, P, H, n, e) -> (B, H * e, *grid)."""
@@ -99,11 +105,13 @@ class _Blocks:
             piece = inner = torch.zeros((), dtype=torch.long, device=x.device)
             here = _digits(torch.arange(count_positions(self.grid), device=x.device), self.grid)
             for at, b, n, k in zip(here, self.before, self.size, self.many, strict=True):
-                piece, inner = piece * k + (at + b) // n, inner * n + (at + b) % n
+                which, where = (at % k, at // k) if self.spread else ((at + b) // n, (at + b) % n)
+                piece, inner = piece * k + which, inner * n + where
             x = x.permute(0, 2, 4, 1, 3).flatten(3, 4).flatten(1, 2)
             return x.index_select(2, piece * count_positions(self.size) + inner).unflatten(2, self.grid)
         x = x.reshape(B, *self.many, H, *self.size, e)
-        order = (0, a + 1, 2 * a + 2, *(k for i in range(a) for k in (1 + i, a + 2 + i)))
+        first, second = (a + 2, 1) if self.spread else (1, a + 2)
+        order = (0, a + 1, 2 * a + 2, *(k for i in range(a) for k in (first + i, second + i)))
         x = x.permute(order).reshape(B, H * e, *(m * n for m, n in zip(self.many, self.size, strict=True)))
         return crop(x, self.before, self.grid)
 

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import Dense, Depthwise, Experts, Max, Mean, Ones, Shift, Window
+from nearfold.grammar.words import (
+    ChannelShift,
+    CrossCovariance,
+    Dense,
+    Depthwise,
+    Experts,
+    Max,
+    Mean,
+    Ones,
+    Shift,
+    Window,
+)
 from nearfold.kernels import cuda, engine
 from nearfold.kernels.grouped_conv import grouped_conv
 from nearfold.kernels.whole import whole
@@ -26,6 +37,7 @@ from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.windows import window_index
+from nearfold.lower.words.channels import slots_of
 from nearfold.lower.words.experts import expert_shares
 from nearfold.lower.words.shift import shifted_bias
 
@@ -153,6 +165,24 @@ def _experts(call: Call) -> Tensor:
     return y if bias is None else y + bias.view(-1, *(1,) * call.ndim).to(y.dtype)
 
 
+def _moved(call: Call, kernel: ChannelShift, geometry: WindowGeometry) -> Tensor:
+    """Every group of channels as its slot sees it: a piece of the map with its border."""
+    assert isinstance(call.op.path, Window)
+    value, parts, first = geometry.pad(call.value, call.op.path.mode), [], 0
+    for at, many in slots_of(kernel, geometry.size, value.shape[1]):
+        part = value.narrow(1, first, many)
+        for axis in range(call.ndim - 1, -1, -1):
+            size, step = geometry.size[axis], geometry.dilation[axis]
+            start, length = step * (at % size), value.shape[2 + axis] - step * (size - 1)
+            part = part.narrow(2 + axis, start, length)
+            if geometry.stride[axis] != 1:
+                part = part[(slice(None),) * (2 + axis) + (slice(None, None, geometry.stride[axis]),)]
+            at //= size
+        parts.append(part)
+        first += many
+    return torch.cat(parts, 1)
+
+
 def _largest(call: Call) -> Tensor:
     geometry, path = WindowGeometry.of(call.op, call.ndim), call.op.path
     assert isinstance(path, Window)
@@ -207,6 +237,10 @@ def run(call: Call) -> Tensor:
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     kernel = op.weight.kernel
+    if isinstance(kernel, CrossCovariance):  # its window is the position itself
+        return finish(call, call.value)
+    if isinstance(kernel, ChannelShift):
+        return finish(call, _moved(call, kernel, geometry))
     # the map itself where nothing is added to it: a compiler cannot prove that open sizes, flattened, unflatten again
     more = meaning(kernel).reads_more(kernel)
     value = values(call).unflatten(2, call.grid) if more else call.value

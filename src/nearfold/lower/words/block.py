@@ -50,10 +50,20 @@ class BlockMeaning(AxesMeaning):
         shift = tuple(0 if n < m else s for n, m, s in zip(size, sizes, shifts, strict=True))
         return op if size == sizes else dataclasses.replace(op, path=dataclasses.replace(path, size=size, shift=shift))
 
+    def steps(self, op: Basic, grid: Lengths) -> Lengths:
+        path = cast(Block, op.path)
+        if not path.spread:
+            return (1,) * len(grid)
+        return tuple(-(-n // size) for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
+
     def axis(self, op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         path, n = cast(Block, op.path), grid[axis]
         size, shift = as_tuple(path.size, len(grid), "size")[axis], block_shift(path, grid)[axis]
         home_o = torch.arange(n, device=device)
+        if path.spread:
+            step = self.steps(op, grid)[axis]
+            at_os = (home_o % step)[:, None] + torch.arange(size, device=device) * step
+            return at_os, at_os < n, home_o
         # blocks end at shift, shift + size, ...
         start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift
         at_os = start_o[:, None] + torch.arange(size, device=device)
