@@ -9,12 +9,23 @@ import torch
 from torch import nn
 
 from nearfold.grammar import Basic, parse
-from nearfold.grammar.words import S4D, ContinuousDepthwise, Depthwise, Experts, GlobalFilter, Hyena, Separable
+from nearfold.grammar.words import (
+    S4D,
+    ContinuousDepthwise,
+    CrossCovariance,
+    Depthwise,
+    Experts,
+    GlobalFilter,
+    Hyena,
+    Separable,
+)
 from nearfold.look import looks, mixing_matrix
 from nearfold.lower import oracle
 from nearfold.lower.call import pointwise
 from nearfold.lower.execute import execute
 from nearfold.lower.geometry import padding_of
+from nearfold.lower.kernel import brought, values
+from nearfold.lower.meaning import meaning
 from nearfold.lower.selection import select
 from nearfold.lower.words.experts import expert_shares
 from nearfold.nn import ConvNN2d, KVTAttention, Mixer
@@ -57,11 +68,20 @@ def without_block(name):
     )
 
 
+def of_pairs(name):
+    """What a slot brings is made of two values: tests below say what its matrix is."""
+    kernel = parse(CASES[name]).parts[0].weight.kernel
+    return kernel is not None and kernel.edges
+
+
 EXACT = [name for name in CASES if without_block(name)]
 BLOCKS = [
     name
     for name in CASES
-    if isinstance(op := parse(CASES[name]), Basic) and name not in EXACT and not getattr(op.path, "padded", False)
+    if isinstance(op := parse(CASES[name]), Basic)
+    and name not in EXACT
+    and not getattr(op.path, "padded", False)
+    and not of_pairs(name)
 ]
 
 
@@ -69,7 +89,7 @@ BLOCKS = [
 def test_matrix_times_values_is_the_layer(name):
     layer, x, context, matrix = made(name)
     (call,) = calls_of(layer, x, context)
-    value = oracle.values(call).unflatten(1, (matrix.shape[1], -1))
+    value = values(call).unflatten(1, (matrix.shape[1], -1))
     y = torch.einsum("bgmn,bgcn->bgcm", matrix, value).flatten(1, 2).unflatten(2, call.out_grid)
     y = oracle.finish(call, y)
     if "o" in call.op.weight.projections:
@@ -93,7 +113,11 @@ class Frozen(nn.Module):
     def forward(self, value):
         kernel = self.call.op.weight.kernel
         heads = max(self.call.heads, self.alpha.shape[1])
-        y = oracle.aggregate(value, self.chosen, self.alpha, oracle.kernel_weight(self.call), heads)
+        if isinstance(kernel, CrossCovariance):  # a map of the channels, made by the input
+            blocks = meaning(kernel).blocks(self.call)[self.b, ..., 0]
+            return torch.einsum("hde,bhem->bhdm", blocks, value.unflatten(1, (len(blocks), -1))).flatten(1, 2)
+        read = brought(self.call, self.chosen.index, value)
+        y = oracle.aggregate(read, self.chosen, self.alpha, oracle.kernel_weight(self.call), heads)
         if isinstance(kernel, Experts):
             shares = expert_shares(self.call)[self.b]
             y = torch.einsum("beom,e->bom", y.unflatten(1, (kernel.count, -1)), shares)
@@ -104,13 +128,25 @@ def one(x, b):
     return x if x is None or len(x) == 1 else x[b : b + 1]
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if isinstance(parse(CASES[n]), Basic) and of_pairs(n)])
+def test_a_kernel_of_pairs_has_the_matrix_of_what_it_reads(name):
+    layer, x, context, matrix = made(name)
+    (call,) = calls_of(layer, x, context)
+    chosen = select(call)
+    alpha = oracle.weights(call, chosen)
+    B, H, M, N = matrix.shape
+    index = chosen.index.expand(B, H, M, -1)
+    wanted = torch.zeros(B, H, M, chosen.positions, dtype=alpha.dtype).scatter_add(3, index, alpha.expand_as(index))
+    torch.testing.assert_close(matrix, wanted[..., :N])
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_dense_kernels_are_the_size_of_the_jacobian_by_the_values(name):
     layer, x, context, matrix = made(name)
     (call,) = calls_of(layer, x, context)
     border = padding_of(call.op)
     for b in range(len(x)):
-        found = mixing_matrix(Frozen(call, b), oracle.values(call)[b : b + 1], groups=matrix.shape[1], tokens=False)[0]
+        found = mixing_matrix(Frozen(call, b), values(call)[b : b + 1], groups=matrix.shape[1], tokens=False)[0]
         if border:
             inside = (..., *(slice(border, border + n) for n in call.grid))
             found = found.unflatten(-1, call.padded)[inside].flatten(2)

@@ -173,7 +173,7 @@ def test_masked_keys_are_as_if_they_were_not_there(text):
     ("window(3) | causal | softmax", (1, 1, 5, 5), "a mask goes with the paths all and nearest"),
     ("nearest(3, scaled, self) | ranked | softmax", (1, 1, 5, 5), "a mask goes with the paths all and nearest"),
     ("all | row | softmax", (1, 1, 5, 4), r"mask must be bool of shape \(batch or 1, heads or 1, 5, 5\)"),
-    ("all | row | softmax", (5, 5), "mask must be bool of shape"),
+    ("all | row | softmax", (5, 5), "mask of the keys must be bool of shape"),
 ])  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(text, mask, why):
     with pytest.raises(ValueError, match=why):

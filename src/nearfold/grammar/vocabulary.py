@@ -70,9 +70,9 @@ def example(word: type[Word]) -> tuple[Basic, Word]:
     Raises:
         ValueError: for a word that stands in no case.
 
-    >>> from nearfold.grammar.words import Max
-    >>> print(*example(Max), sep=", ")
-    window(2, stride=2, padding=0) | box | max, max
+    >>> from nearfold.grammar.words import Deformable
+    >>> print(*example(Deformable), sep=", ")
+    deformable(3) | box | kernel, deformable(3)
     """
     parts = [part for text in cases().values() for part in parse(text).parts]
     having = [(part, found) for part in parts for found in words_in(part) if type(found) is word]

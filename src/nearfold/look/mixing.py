@@ -145,7 +145,9 @@ def _part(call: Call, limit_gib: float) -> _Part:
     alpha = oracle.weights(call, chosen)
     alpha = alpha.expand(shape[0], max(heads, alpha.shape[1]), *alpha.shape[2:])
     if kernel is None:
-        part = _Part(_scattered(alpha, chosen), True)
+        word = call.op.weight.kernel
+        # a kernel of pairs brings what it makes of two values: the matrix says which, not by how much each of the two
+        part = _Part(_scattered(alpha, chosen), word is None or not word.edges)
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
     border = call.at.padding

@@ -22,12 +22,13 @@ def own_values(call: Call) -> Tensor:
     return values(call).index_select(2, meaning(call.op.path).own(call))
 
 
-def brought(call: Call, index: Tensor) -> Tensor:
+def brought(call: Call, index: Tensor, value: Tensor | None = None) -> Tensor:
     """What the slots that read ``index`` (B|1, H|1, M, S) bring: (B, C, M, S).
 
-    The values there, or what a kernel with ``edges`` makes of them and the queries' own.
+    The values there (``value`` (B, C, N), by default the call's), or what a kernel with ``edges`` makes of them and the
+    queries' own.
     """
-    value_BCN, kernel = values(call), call.op.weight.kernel
+    value_BCN, kernel = values(call) if value is None else value, call.op.weight.kernel
     B, (_, H, M, S) = value_BCN.shape[0], index.shape
     value_BHdN = value_BCN.unflatten(1, (H, -1))
     flat = index.expand(B, H, M, S).reshape(B, H, 1, M * S).expand(-1, -1, value_BHdN.shape[2], -1)

@@ -99,6 +99,9 @@ SPELLED = {
 LEFT_OUT = {
     "cross_attention": "it reads a second input",
     "mixer": "its table is for one number of positions, and the two layers see different ones",
+    "sinks": "it is for sequences",
+    "moba": "it is for sequences",
+    "nsa_compressed": "it is for sequences",
 }
 PUBLISHED = {
     "conv": "window(3, padding=0) | box | kernel",
