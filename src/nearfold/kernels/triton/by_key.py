@@ -4,6 +4,9 @@ Entries are counted, and dealt out to their keys as they come, by atomic additio
 then put in order, so that the result is the same from run to run: few by counting what is below each, many by walking
 over all entries of the problem.
 
+A key that very many have chosen would hold up whoever adds up what belongs to it. Of its entries, whole blocks of LONG
+are added up by programs of their own before (`in_blocks`); the key's program adds up these, and the rest.
+
 Shape legend: B batch, M queries, H heads, S slots of E entries, R keys; P = B H S problems, T = M E entries of one; of
 a program BT entries, BR keys, W entries of a key it sorts.
 """
@@ -106,6 +109,32 @@ def _order_kernel(  # type: ignore[no-untyped-def]
                     at_end = to + tl.cumsum(mine, 0) - 1
                     tl.store(order + at_end, number.to(order.dtype.element_ty), mask=mine > 0)
                     to += tl.sum(mine, 0)
+
+
+@triton.jit
+def of_block(bounds, firsts, owner, block, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The key that a block belongs to, where its entries begin, and whether there is such a block."""
+    name = tl.load(owner + block)
+    begin = tl.load(bounds + name) + (block - tl.load(firsts + name)) * LONG
+    return name, begin, block < tl.load(firsts + name + 1)
+
+
+def in_blocks(bounds: Tensor, long: int, entries: int) -> tuple[Tensor, Tensor]:
+    """The entries of every key, from the first, in whole blocks of ``long``: less than one of them is left over.
+
+    Args:
+        bounds: (keys + 1,) int64, of `by_key`.
+        long: entries of a block.
+        entries: how many there are at most, of all keys.
+
+    Returns:
+        firsts (keys + 1,) int64: the number of every key's first block; owner (entries // long,) int64: the key that a
+        block belongs to, and any where there are fewer blocks. No host synchronisation.
+    """
+    firsts = torch.zeros_like(bounds)
+    torch.cumsum(bounds.diff().div_(long, rounding_mode="floor"), 0, out=firsts[1:])
+    blocks = torch.arange(entries // long, device=bounds.device)
+    return firsts, torch.searchsorted(firsts[1:], blocks, right=True).clamp_(max=len(bounds) - 2)
 
 
 def by_key(
