@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nearfold.kernels import cuda
 from nearfold.kernels.aggregate_torch import out_channels
-from nearfold.kernels.triton.by_key import by_key, in_blocks, of_block
+from nearfold.kernels.triton.by_key import add_up_blocks, by_key, in_blocks, of_block
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -395,7 +395,7 @@ def _scale_rows_kernel(
     start,
     firsts,  # (B H N + 1,) int64: the number of every row's first block
     owner,  # (blocks,) int64: the row that a block belongs to; read where BLOCKS
-    partial,  # (blocks, d) float32: what whole blocks add up to; written where BLOCKS, and else read
+    partial,  # (blocks, d) float32: what whole blocks add up to; written where BLOCKS, else the first of a row is read
     d_value,
     cells,  # B * H * N, or blocks where BLOCKS
     N,
@@ -457,12 +457,8 @@ def _scale_rows_kernel(
     else:
         if tl.max(every) >= LONG:
             block = tl.load(firsts + q, mask=ok, other=0)
-            many = (every // LONG).to(tl.int32)
-            for first in range(0, tl.max(many), BLOCK_J):
-                j = first + tl.arange(0, BLOCK_J)
-                mask = (j[None, :] < many[:, None])[:, :, None] & ok_k[None, None, :]
-                its = partial + ((block[:, None] + j[None, :]) * d)[:, :, None] + k[None, None, :]
-                acc += tl.sum(tl.load(its, mask=mask, other=0.0), 1)
+            its = partial + (block * d)[:, None] + k[None, :]
+            acc += tl.load(its, mask=(every >= LONG)[:, None] & ok_k[None, :], other=0.0)
         into = d_value + (_row_of(q, N, H) * (H * d))[:, None] + channel
         tl.store(into, acc.to(d_value.dtype.element_ty), mask=ok[:, None] & ok_k[None, :])
 
@@ -515,7 +511,7 @@ def _dense_rows_kernel(
     order,
     start,
     firsts,
-    partial,  # (blocks, d / L, o) float32: what whole blocks of readers add up to
+    partial,  # (blocks, d / L, o) float32: what blocks of readers add up to, of a row's first one all of them
     d_value,
     N,
     H,
@@ -537,15 +533,14 @@ def _dense_rows_kernel(
     """d_value, dense kernel: per slot the readers' alpha * grad added up, times that slot's kernel.
 
     One program: BLOCK_N rows, BLOCK_C channels that share a group and a head. The rows go side by side through what
-    their whole blocks have left over, and then each on its own through its blocks, 32 at a time.
+    their whole blocks have left over.
     """
     parts = tl.cdiv(L, BLOCK_C)
     tiles = d // L * parts
     blocks = tl.cdiv(N, BLOCK_N)
     step = tl.program_id(0) % tiles
     cell = tl.program_id(0) // tiles // blocks  # b, h
-    n0 = tl.program_id(0) // tiles % blocks * BLOCK_N
-    n = n0 + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) // tiles % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = n < N
     head = cell % H
     k = step % parts * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -560,8 +555,7 @@ def _dense_rows_kernel(
         every = tl.load(start + q + 1, mask=ok, other=0) - begin
         count = (every % LONG).to(tl.int32)
         begin += every - count
-        many = (every // LONG).to(tl.int32)
-        readers += count + many
+        readers += every.to(tl.int32)
         for first_o in range(0, o, BLOCK_O):
             oo = first_o + tl.arange(0, BLOCK_O)
             ok_o = oo < o
@@ -579,17 +573,10 @@ def _dense_rows_kernel(
                 if HAS_ALPHA:
                     part *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, :, None]
                 sums += tl.sum(part, 1)
-            if tl.max(many) > 0:
-                for i in range(BLOCK_N):
-                    mine = tl.arange(0, BLOCK_N) == i
-                    its_many = tl.sum(tl.where(mine, many, 0), 0)
-                    if its_many > 0:
-                        block = tl.load(firsts + (cell.to(tl.int64) * S + s) * N + n0 + i)
-                        for first in range(0, its_many, 32):
-                            j = first + tl.arange(0, 32)
-                            its = partial + ((block + j) * (d // L) + step // parts)[:, None] * o + oo[None, :]
-                            part = tl.load(its, mask=(j < its_many)[:, None] & ok_o[None, :], other=0.0)
-                            sums += tl.where(mine[:, None], tl.sum(part, 0)[None, :], 0.0)
+            if tl.max(every) >= LONG:
+                block = tl.load(firsts + q, mask=ok, other=0)
+                its = partial + ((block * (d // L) + step // parts) * o)[:, None] + oo[None, :]
+                sums += tl.load(its, mask=(every >= LONG)[:, None] & ok_o[None, :], other=0.0)
             w = tl.load(
                 weight + (((g * S + s) * c + channel - g * c) * o)[None, :] + oo[:, None],
                 mask=ok_k[None, :] & ok_o[:, None],
@@ -838,6 +825,12 @@ def _readers(index: Tensor, N: int, slots: int) -> tuple[Tensor, Tensor]:
     return index.new_empty(index.numel(), dtype=kind), index.new_empty(rows + 1)
 
 
+def _add_up(partial: Tensor, firsts: Tensor, owner: Tensor) -> None:
+    """`add_up_blocks`, but where launches are only recorded: it is a kernel of `by_key`."""
+    if _recorded is None:
+        add_up_blocks(partial, firsts, owner)
+
+
 def _splits(rows: int, tiles: int, block: int, programs: int) -> tuple[int, int]:
     """(splits, outputs of one): as many as fill the device, each of four blocks at least; of sizes alone."""
     splits = max(1, min(triton.cdiv(programs, tiles), triton.cdiv(rows, 4 * block)))
@@ -927,6 +920,7 @@ def aggregate_backward(
                     tiles = blocks * (d // L) * triton.cdiv(o, block_o)
                     operands = (grad, a, order, start, firsts, owner, partial, N, *dense_sizes)
                     _launch(_dense_blocks_kernel, tiles, operands, flags | {"LONG": long, "BLOCK_O": block_o}, options)
+                    _add_up(partial.view(blocks, -1), firsts, owner)
                 tiles = B * H * triton.cdiv(N, block_n) * (d // L) * triton.cdiv(L, block_c)
                 more |= {"WIDEN": INTERPRETED, "BLOCK_C": block_c, "BLOCK_O": block_o}
                 eight = options | {"num_warps": num_warps or 8}
@@ -941,6 +935,8 @@ def aggregate_backward(
                         tiles = triton.cdiv(cells, block_n) * triton.cdiv(d, tile)
                         operands = (grad, a, w, order, start, firsts, owner, partial, d_value, cells, N, H, SE, d, mult)
                         _launch(_scale_rows_kernel, tiles, operands, flags | more | {"BLOCKS": of_blocks}, options)
+                    if of_blocks and cells:
+                        _add_up(partial, firsts, owner)
         if weight is None:
             return d_value, d_alpha, value.new_empty(0)
         if dense:

@@ -2,7 +2,8 @@
 
 The gradient at the keys is a scatter. By default the slots are put in the order of their keys (`by_key`), and one
 program adds up what belongs to one key: equal inputs have equal results, bit for bit. Keys that very many queries have
-chosen would hold up the others; of these, whole blocks of slots are added up by programs of their own before.
+chosen would hold up the others; of these, whole blocks of slots are added up by programs of their own before, and then
+the blocks of each.
 
 Shape legend: B batch, H heads, P problems (B x H), M queries, R keys, e embedded features, k slots; of a program BM
 queries, BE features, BT slots at once and LONG slots in all.
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nearfold.kernels.names import DOT_LIKE
-from nearfold.kernels.triton.by_key import by_key, in_blocks, of_block
+from nearfold.kernels.triton.by_key import add_up_blocks, by_key, in_blocks, of_block
 from nearfold.kernels.triton.rows import DENSE, MOST_FEATURES, as_compiled, features, load_rows
 from nearfold.kernels.triton.threshold import refusal_of_rows
 
@@ -122,7 +123,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     bounds,  # (P R + 1,) int64: where the slots of every key begin
     firsts,  # (P R + 1,) int64: the number of every key's first block of LONG slots
     owner,  # (blocks,) int64: the key that a block belongs to; read where BLOCKS
-    partial,  # (blocks, e) float32: what whole blocks add up to; written where BLOCKS, and else read
+    partial,  # (blocks, e) float32: what blocks add up to; written where BLOCKS, else the first of a key is read
     query,
     key,
     d_key,
@@ -151,7 +152,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     BE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    name = block
+    name, first, last = block, block, block
     if BLOCKS:
         name, start, there = of_block(bounds, firsts, owner, block, LONG)
         if not there:
@@ -177,9 +178,8 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         if BLOCKS:
             tl.store(partial + block * e + feature, d, mask=feature < e)
         else:
-            for b0 in range(first, last, BT):
-                b = b0 + tl.arange(0, BT)
-                d += tl.sum(load_rows(partial, b, b < last, feature, e, 1, e, True), 0)
+            if first < last:
+                d += tl.load(partial + first * e + feature, mask=feature < e, other=0.0)
             tl.store(d_key + feature * d_stride_e, (d * SCALE).to(d_key.dtype.element_ty), mask=feature < e)
 
 
@@ -282,6 +282,8 @@ def select_backward(
                         BE=BE,
                         num_warps=1,
                     )
+                if of_blocks and programs:
+                    add_up_blocks(parts, firsts, owner)
         else:
             d_key.copy_(total)
     return d_query, d_key
