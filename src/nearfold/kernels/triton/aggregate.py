@@ -430,8 +430,8 @@ def _scale_rows_kernel(
         q = at
         begin = tl.load(start + q, mask=ok, other=0)
         every = tl.load(start + q + 1, mask=ok, other=0) - begin
-        count = (every % LONG).to(tl.int32)
-        begin += every - count
+        count = (every & (LONG - 1)).to(tl.int32)
+        begin += every & -LONG
     head = q // N % H
     channel = (head * d)[:, None] + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
@@ -553,8 +553,8 @@ def _dense_rows_kernel(
         q = (cell.to(tl.int64) * S + s) * N + n
         begin = tl.load(start + q, mask=ok, other=0)
         every = tl.load(start + q + 1, mask=ok, other=0) - begin
-        count = (every % LONG).to(tl.int32)
-        begin += every - count
+        count = (every & (LONG - 1)).to(tl.int32)
+        begin += every & -LONG
         readers += every.to(tl.int32)
         for first_o in range(0, o, BLOCK_O):
             oo = first_o + tl.arange(0, BLOCK_O)
