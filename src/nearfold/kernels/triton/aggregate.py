@@ -423,8 +423,7 @@ def _scale_rows_kernel(
     k = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_k = k < d
     if BLOCKS:
-        q, begin, is_block = of_block(start, firsts, owner, tl.minimum(at, cells - 1), LONG)
-        ok &= is_block
+        q, begin, ok = of_block(start, firsts, owner, at, ok, LONG)
         count = tl.where(ok, LONG, 0)
     else:
         q = at
@@ -489,7 +488,7 @@ def _dense_blocks_kernel(
     tiles = tl.cdiv(o, BLOCK_O)
     block = (tl.program_id(0) // tiles // (d // L)).to(tl.int64)
     piece = tl.program_id(0) // tiles % (d // L)
-    q, begin, there = of_block(start, firsts, owner, block, LONG)
+    q, begin, there = of_block(start, firsts, owner, block, block >= 0, LONG)
     if not there:
         return
     g = (q // N // S % H * d + piece * L) // c

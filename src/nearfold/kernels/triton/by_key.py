@@ -113,11 +113,12 @@ def _order_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def of_block(bounds, firsts, owner, block, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+def of_block(bounds, firsts, owner, block, there, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
     """The key that a block belongs to, where its entries begin, and whether there is such a block."""
-    name = tl.load(owner + block)
-    begin = tl.load(bounds + name) + (block - tl.load(firsts + name)) * LONG
-    return name, begin, block < tl.load(firsts + name + 1)
+    name = tl.load(owner + block, mask=there, other=0)
+    first = tl.load(firsts + name, mask=there, other=0)
+    begin = tl.load(bounds + name, mask=there, other=0) + (block - first) * LONG
+    return name, begin, there & (block < tl.load(firsts + name + 1, mask=there, other=0))
 
 
 def in_blocks(bounds: Tensor, long: int, entries: int) -> tuple[Tensor, Tensor]:

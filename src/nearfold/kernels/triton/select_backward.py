@@ -154,7 +154,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0).to(tl.int64)
     name, first, last = block, block, block
     if BLOCKS:
-        name, start, there = of_block(bounds, firsts, owner, block, LONG)
+        name, start, there = of_block(bounds, firsts, owner, block, block >= 0, LONG)
         if not there:
             return
         stop = start + LONG
