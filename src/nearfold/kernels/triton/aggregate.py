@@ -933,7 +933,9 @@ def aggregate_backward(
                     if cells:
                         tiles = triton.cdiv(cells, block_n) * triton.cdiv(d, tile)
                         operands = (grad, a, w, order, start, firsts, owner, partial, d_value, cells, N, H, SE, d, mult)
-                        _launch(_scale_rows_kernel, tiles, operands, flags | more | {"BLOCKS": of_blocks}, options)
+                        more["BLOCKS"] = of_blocks
+                        eight = options | ({"num_warps": num_warps or 8} if of_blocks else {})  # four would spill
+                        _launch(_scale_rows_kernel, tiles, operands, flags | more, eight)
                     if of_blocks and cells:
                         _add_up(partial, firsts, owner)
         if weight is None:
