@@ -74,7 +74,14 @@ def _entries(a: Arguments) -> list[Main]:
 
 def _readers(a: Arguments) -> list[Main]:
     outputs = a["grad"].shape[1]
+    if a["BLOCKS"]:
+        return _hubs(a)
     return [Main("entry", a["SE"] * outputs / a["N"] / a["BLOCK_J"], a["BLOCK_N"] * a["BLOCK_J"])]
+
+
+def _hubs(a: Arguments) -> list[Main]:
+    """Whole blocks of one key's readers: at the mean there are none, and a program ends at once."""
+    return []
 
 
 def _dense(a: Arguments) -> list[Main]:
@@ -119,8 +126,10 @@ WORK: dict[str, Callable[[Arguments], list[Main]]] = {
     "aggregate._scale_entries_kernel": _entries,
     "aggregate._scale_rows_kernel": _readers,
     "aggregate._dense_kernel": _dense,
+    "aggregate._dense_blocks_kernel": _hubs,
     "aggregate._dense_rows_kernel": _dense_readers,
     "aggregate._dense_weight_kernel": _span,
+    "by_key._blocks_kernel": _hubs,
     "local_attention._forward_kernel": _window(1),
     "local_attention._query_kernel": _window(2),
     "local_attention._key_kernel": _window(1, "c"),

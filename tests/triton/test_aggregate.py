@@ -194,6 +194,45 @@ def test_one_row_that_all_read_and_rows_that_nobody_reads(case, block_j):
     assert (d_value[:, unread] == 0).all() and d_value[0, 1].eq(0).all() and d_value[:, 4].ne(0).any()
 
 
+HUBS = [CASES[1], CASES[4], CASES[8], CASES[11], CASES[14], CASES[16], CASES[17]]  # 16, 17: a head of 3 and 2 pieces
+
+
+@pytest.mark.parametrize("case", HUBS, ids=str)
+def test_rows_that_very_many_read(case):
+    """Rows 4 and 6 by all outputs through one entry, row 2 by every other output through all; row 3 by nobody."""
+    operands = make(case, N=7, M=21)
+    operands.index[operands.index == 3] = 5
+    operands.index[1, ::2] = 2
+    operands.index[0, :, 0] = 4
+    operands.index[0, :, -1] = 6
+    check(operands)
+    grad = torch.randn(2, 21, case.O or case.C)
+    first, again = (backward(grad, *operands, **BACKWARD)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[11]], ids=str)
+def test_a_row_adds_up_less_than_a_block_of_readers_itself(case, monkeypatch):
+    """The others' sums are where blocks were added up: without these, only what whole blocks leave over is found."""
+    operands = make(case._replace(S=1), B=1, N=3, M=100)
+    operands.index.fill_(1)
+    grad = torch.randn(1, 100, case.O or case.C)
+    grad[:, 96:] = 0
+    whole = backward(grad, *operands, **{**BACKWARD, "long": 16})[0]
+    require_close(whole, aggregate_torch.backward(grad.double(), *operands.wide())[0], 1e-5, "d_value")
+    launch = triton_aggregate._launch
+
+    def without_blocks(kernel, programs, args, flags, options):
+        if not (flags.get("BLOCKS") or kernel is triton_aggregate._dense_blocks_kernel):
+            launch(kernel, programs, args, flags, options)
+            return
+        args[kernel.arg_names.index("partial")].zero_()
+
+    monkeypatch.setattr(triton_aggregate, "_launch", without_blocks)
+    assert (backward(grad, *operands, **{**BACKWARD, "long": 16})[0] == 0).all() and whole.ne(0).any()
+
+
 @pytest.mark.parametrize("case", [CASES[4], CASES[8], CASES[14]], ids=str)
 def test_strides(case):
     operands = make(case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nearfold.kernels.triton.by_key import by_key
+from nearfold.kernels.triton.by_key import add_up_blocks, by_key, in_blocks
 
 
 def check(index, keys, slots=1, **blocks):
@@ -79,3 +79,25 @@ def test_numbers_of_more_than_32_bits(monkeypatch):
 def test_nothing_to_sort():
     order, bounds = by_key(torch.zeros(2, 0, 1, 1, dtype=torch.long), 3)
     assert order.numel() == 0 and bounds.tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 4, 0, 200, 9, 1], [5, 0, 0], [1, 2, 3], [0, 0], [8]], ids=str)
+def test_whole_blocks_of_a_key_are_added_up(counts):
+    """Of 4 entries, in rows of 70 columns, which no tile divides; 3 entries have chosen none."""
+    bounds = torch.tensor([0, *counts]).cumsum(0)
+    firsts, owner = in_blocks(bounds, 4, sum(counts) + 3)
+    whole = [count // 4 for count in counts]
+    assert firsts.tolist() == torch.tensor([0, *whole]).cumsum(0).tolist()
+    expected = [name for name, many in enumerate(whole) for _ in range(many)]
+    assert len(owner) == (sum(counts) + 3) // 4 and owner[: len(expected)].tolist() == expected
+    assert ((owner >= 0) & (owner < len(counts))).all()
+    partial = torch.randn(len(owner), 70)
+    made = partial.clone()
+    if len(owner):
+        add_up_blocks(made, firsts, owner)
+    for name, many in enumerate(whole):
+        mine = slice(firsts[name], firsts[name] + many)
+        if many:
+            torch.testing.assert_close(made[mine][0], partial[mine].sum(0), rtol=1e-5, atol=1e-5)
+            assert torch.equal(made[mine][1:], partial[mine][1:])
+    assert torch.equal(made[sum(whole) :], partial[sum(whole) :])

@@ -129,7 +129,7 @@ def test_no_program_adds_up_more_than_two_blocks_slot_by_slot(monkeypatch):
         def __getitem__(self, grid):
             def launch(*operands, BLOCKS, **flags):
                 if BLOCKS:
-                    operands[4].zero_()
+                    operands[5].zero_()
                 else:
                     real[grid](*operands, BLOCKS=BLOCKS, **flags)
 

@@ -5,7 +5,9 @@ kernel is an implicit GEMM, whose left operand is gathered tile by tile.
 
 The backward scatters into d_value. By default it turns the index around instead (`by_key`): every row of value
 adds up its readers in one fixed order, so that equal inputs have equal bits. For a dense kernel it adds up a slot's
-gradients first and multiplies by that slot's kernel afterwards, hence also there nothing grows with M * S * C.
+gradients first and multiplies by that slot's kernel afterwards, hence also there nothing grows with M * S * C, but for
+one row in LONG: a row of value that very many read would hold up the others, and of its readers whole blocks of LONG
+are added up by programs of their own before (`by_key.in_blocks`).
 
 Shape legend: B batch, N positions, C value channels, H heads, d = C / H, M outputs, S slots, E entries of a slot,
 O output channels, G groups, c = C / G and o = O / G, L = gcd(c, d): channels that share a group and a head, r outputs
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from nearfold.kernels import cuda
 from nearfold.kernels.aggregate_torch import out_channels
-from nearfold.kernels.triton.by_key import by_key
+from nearfold.kernels.triton.by_key import add_up_blocks, by_key, in_blocks, of_block
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # then a bfloat16 tl.dot is wrong, and operands are widened
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -391,8 +393,11 @@ def _scale_rows_kernel(
     weight,
     order,
     start,
+    firsts,  # (B H N + 1,) int64: the number of every row's first block
+    owner,  # (blocks,) int64: the row that a block belongs to; read where BLOCKS
+    partial,  # (blocks, d) float32: what whole blocks add up to; written where BLOCKS, else the first of a row is read
     d_value,
-    cells,  # B * H * N
+    cells,  # B * H * N, or blocks where BLOCKS
     N,
     H,
     SE,
@@ -401,21 +406,33 @@ def _scale_rows_kernel(
     E: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """d_value without a dense kernel. One program: BLOCK_N rows (b, h, n), BLOCK_J readers of each at a time."""
+    """d_value without a dense kernel. One program: BLOCK_N rows (b, h, n), BLOCK_J readers of each at a time.
+
+    Where BLOCKS: BLOCK_N blocks instead, of LONG readers of a row each; a row has less than LONG left over.
+    """
     O = H * d * mult
     blocks = tl.cdiv(d, BLOCK_C)
-    q = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = q < cells
+    at = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = at < cells
     k = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_k = k < d
+    if BLOCKS:
+        q, begin, ok = of_block(start, firsts, owner, at, ok, LONG)
+        count = tl.where(ok, LONG, 0)
+    else:
+        q = at
+        begin = tl.load(start + q, mask=ok, other=0)
+        every = tl.load(start + q + 1, mask=ok, other=0) - begin
+        count = (every & (LONG - 1)).to(tl.int32)
+        begin += every & -LONG
     head = q // N % H
     channel = (head * d)[:, None] + k[None, :]
-    begin = tl.load(start + q, mask=ok, other=0)
-    count = tl.load(start + q + 1, mask=ok, other=0) - begin
     acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     for first in range(0, tl.max(count), BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
@@ -434,8 +451,55 @@ def _scale_rows_kernel(
         if HAS_ALPHA:
             d_read *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, :, None]
         acc += tl.sum(d_read, 1)
-    into = d_value + (_row_of(q, N, H) * (H * d))[:, None] + channel
-    tl.store(into, acc.to(d_value.dtype.element_ty), mask=ok[:, None] & ok_k[None, :])
+    if BLOCKS:
+        tl.store(partial + (at * d)[:, None] + k[None, :], acc, mask=ok[:, None] & ok_k[None, :])
+    else:
+        if tl.max(every) >= LONG:
+            block = tl.load(firsts + q, mask=ok, other=0)
+            its = partial + (block * d)[:, None] + k[None, :]
+            acc += tl.load(its, mask=(every >= LONG)[:, None] & ok_k[None, :], other=0.0)
+        into = d_value + (_row_of(q, N, H) * (H * d))[:, None] + channel
+        tl.store(into, acc.to(d_value.dtype.element_ty), mask=ok[:, None] & ok_k[None, :])
+
+
+@triton.jit
+def _dense_blocks_kernel(
+    grad,
+    alpha,
+    order,
+    start,
+    firsts,
+    owner,
+    partial,  # (blocks, d / L, o) float32
+    N,
+    H,
+    S,
+    G,
+    c,
+    o,
+    d,
+    L,
+    E: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """One program: a block of LONG readers of a row through one slot, BLOCK_O channels of a group."""
+    tiles = tl.cdiv(o, BLOCK_O)
+    block = (tl.program_id(0) // tiles // (d // L)).to(tl.int64)
+    piece = tl.program_id(0) // tiles % (d // L)
+    q, begin, there = of_block(start, firsts, owner, block, block >= 0, LONG)
+    if not there:
+        return
+    g = (q // N // S % H * d + piece * L) // c
+    oo = tl.program_id(0) % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    ok_o = oo < o
+    p = tl.load(order + begin + tl.arange(0, LONG))
+    r = (p // (S * E * H)).to(tl.int64)
+    part = tl.load(grad + (r * (G * o))[:, None] + (g * o + oo)[None, :], mask=ok_o[None, :], other=0.0).to(tl.float32)
+    if HAS_ALPHA:
+        part *= tl.load(alpha + p).to(tl.float32)[:, None]
+    tl.store(partial + (block * (d // L) + piece) * o + oo, tl.sum(part, 0), mask=ok_o)
 
 
 @triton.jit
@@ -445,6 +509,8 @@ def _dense_rows_kernel(
     weight,
     order,
     start,
+    firsts,
+    partial,  # (blocks, d / L, o) float32: what blocks of readers add up to, of a row's first one all of them
     d_value,
     N,
     H,
@@ -465,8 +531,8 @@ def _dense_rows_kernel(
 ):
     """d_value, dense kernel: per slot the readers' alpha * grad added up, times that slot's kernel.
 
-    One program: BLOCK_N rows, BLOCK_C channels that share a group and a head. The rows go through their first LONG
-    readers side by side, and where there are more, each on its own through the rest, LONG at a time.
+    One program: BLOCK_N rows, BLOCK_C channels that share a group and a head. The rows go side by side through what
+    their whole blocks have left over.
     """
     parts = tl.cdiv(L, BLOCK_C)
     tiles = d // L * parts
@@ -485,16 +551,17 @@ def _dense_rows_kernel(
     for s in range(S):
         q = (cell.to(tl.int64) * S + s) * N + n
         begin = tl.load(start + q, mask=ok, other=0)
-        count = (tl.load(start + q + 1, mask=ok, other=0) - begin).to(tl.int32)
-        readers += count
-        most = tl.max(count)
+        every = tl.load(start + q + 1, mask=ok, other=0) - begin
+        count = (every & (LONG - 1)).to(tl.int32)
+        begin += every & -LONG
+        readers += every.to(tl.int32)
         for first_o in range(0, o, BLOCK_O):
             oo = first_o + tl.arange(0, BLOCK_O)
             ok_o = oo < o
             sums = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-            for first in range(0, tl.minimum(most, LONG), BLOCK_J):
+            for first in range(0, tl.max(count), BLOCK_J):
                 j = first + tl.arange(0, BLOCK_J)
-                there = j[None, :] < tl.minimum(count, LONG)[:, None]
+                there = j[None, :] < count[:, None]
                 p = tl.load(order + begin[:, None] + j[None, :], mask=there, other=0)
                 r = (p // (S * E * H)).to(tl.int64)
                 part = tl.load(
@@ -505,24 +572,10 @@ def _dense_rows_kernel(
                 if HAS_ALPHA:
                     part *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, :, None]
                 sums += tl.sum(part, 1)
-            if most > LONG:
-                for i in range(BLOCK_N):
-                    mine = tl.arange(0, BLOCK_N) == i
-                    its_begin = tl.sum(tl.where(mine, begin, 0), 0)
-                    its_count = tl.sum(tl.where(mine, count, 0), 0)
-                    for first in range(LONG, its_count, LONG):
-                        j = first + tl.arange(0, LONG)
-                        there = j < its_count
-                        p = tl.load(order + its_begin + j, mask=there, other=0)
-                        r = (p // (S * E * H)).to(tl.int64)
-                        part = tl.load(
-                            grad + (r * (G * o))[:, None] + (g * o + oo)[None, :],
-                            mask=there[:, None] & ok_o[None, :],
-                            other=0.0,
-                        ).to(tl.float32)
-                        if HAS_ALPHA:
-                            part *= tl.load(alpha + p, mask=there, other=0.0).to(tl.float32)[:, None]
-                        sums += tl.where(mine[:, None], tl.sum(part, 0)[None, :], 0.0)
+            if tl.max(every) >= LONG:
+                block = tl.load(firsts + q, mask=ok, other=0)
+                its = partial + ((block * (d // L) + step // parts) * o)[:, None] + oo[None, :]
+                sums += tl.load(its, mask=(every >= LONG)[:, None] & ok_o[None, :], other=0.0)
             w = tl.load(
                 weight + (((g * S + s) * c + channel - g * c) * o)[None, :] + oo[:, None],
                 mask=ok_k[None, :] & ok_o[:, None],
@@ -771,6 +824,12 @@ def _readers(index: Tensor, N: int, slots: int) -> tuple[Tensor, Tensor]:
     return index.new_empty(index.numel(), dtype=kind), index.new_empty(rows + 1)
 
 
+def _add_up(partial: Tensor, firsts: Tensor, owner: Tensor) -> None:
+    """`add_up_blocks`, but where launches are only recorded: it is a kernel of `by_key`."""
+    if _recorded is None:
+        add_up_blocks(partial, firsts, owner)
+
+
 def _splits(rows: int, tiles: int, block: int, programs: int) -> tuple[int, int]:
     """(splits, outputs of one): as many as fill the device, each of four blocks at least; of sizes alone."""
     splits = max(1, min(triton.cdiv(programs, tiles), triton.cdiv(rows, 4 * block)))
@@ -793,7 +852,7 @@ def aggregate_backward(
     block_o: int = 64,
     block_n: int | None = None,
     block_j: int | None = None,
-    long: int = 32,
+    long: int = 64,
     programs: int = MOST_PROGRAMS,
     num_warps: int | None = None,
     num_stages: int = 3,
@@ -801,10 +860,10 @@ def aggregate_backward(
     """Gradients at value, alpha and weight (empty tensors for those that are None).
 
     Not ``deterministic``, d_value is scattered with float32 atomics instead, into a float32 buffer of value's size.
-    ``block_n`` rows of value add up ``block_j`` of their readers at a time, up to ``long`` (a power of two) of them
-    with a dense kernel, where one row with many readers shall not hold up the others. What a row's readers add up to
-    is rounded to value's dtype before it meets the kernel, so in float16 it may overflow. d_weight is split over the
-    outputs so that about ``programs`` programs share it.
+    ``block_n`` rows of value add up ``block_j`` of their readers at a time; so many of one row as ``long`` (a power of
+    two) are a block that is added up by itself, that one row with many readers hold up no others. What a row's readers
+    add up to is rounded to value's dtype before it meets the kernel, so in float16 it may overflow. d_weight is split
+    over the outputs so that about ``programs`` programs share it.
     """
     B, N, C = value.shape
     _, M, SE, H = index.shape
@@ -850,18 +909,35 @@ def aggregate_backward(
             d_value = scattered.to(value.dtype)
         else:
             d_value = value.new_empty(B, N, C)
-            operands = (grad, a, w, *_readers(index, N, S if dense else 1), d_value)
-            more = {"BLOCK_N": block_n, "BLOCK_J": block_j}
+            order, start = _readers(index, N, S if dense else 1)
+            firsts, owner = in_blocks(start, long, order.numel())
+            blocks = len(owner)
+            more = {"LONG": long, "BLOCK_N": block_n, "BLOCK_J": block_j}
             if dense:
+                partial = value.new_empty(blocks, d // L, o, dtype=torch.float32)
+                if blocks:
+                    tiles = blocks * (d // L) * triton.cdiv(o, block_o)
+                    operands = (grad, a, order, start, firsts, owner, partial, N, *dense_sizes)
+                    _launch(_dense_blocks_kernel, tiles, operands, flags | {"LONG": long, "BLOCK_O": block_o}, options)
+                    _add_up(partial.view(blocks, -1), firsts, owner)
                 tiles = B * H * triton.cdiv(N, block_n) * (d // L) * triton.cdiv(L, block_c)
-                more |= {"WIDEN": INTERPRETED, "LONG": long, "BLOCK_C": block_c, "BLOCK_O": block_o}
+                more |= {"WIDEN": INTERPRETED, "BLOCK_C": block_c, "BLOCK_O": block_o}
                 eight = options | {"num_warps": num_warps or 8}
-                _launch(_dense_rows_kernel, tiles, (*operands, N, *dense_sizes), flags | more, eight)
+                operands = (grad, a, w, order, start, firsts, partial, d_value, N, *dense_sizes)
+                _launch(_dense_rows_kernel, tiles, operands, flags | more, eight)
             else:
                 tile = _fit(d, block_c)
-                tiles = triton.cdiv(B * H * N, block_n) * triton.cdiv(d, tile)
+                partial = value.new_empty(blocks, d, dtype=torch.float32)
                 more |= {"HAS_WEIGHT": weight is not None, "BLOCK_C": tile}
-                _launch(_scale_rows_kernel, tiles, (*operands, B * H * N, N, H, SE, d, mult), flags | more, options)
+                for of_blocks, cells in ((True, blocks), (False, B * H * N)):
+                    if cells:
+                        tiles = triton.cdiv(cells, block_n) * triton.cdiv(d, tile)
+                        operands = (grad, a, w, order, start, firsts, owner, partial, d_value, cells, N, H, SE, d, mult)
+                        more["BLOCKS"] = of_blocks
+                        eight = options | ({"num_warps": num_warps or 8} if of_blocks else {})  # four would spill
+                        _launch(_scale_rows_kernel, tiles, operands, flags | more, eight)
+                    if of_blocks and cells:
+                        _add_up(partial, firsts, owner)
         if weight is None:
             return d_value, d_alpha, value.new_empty(0)
         if dense:
@@ -941,23 +1017,34 @@ def _described(kernel: Any, operands: tuple[Any, ...], flags: dict[str, Any], op
     return {"fn": kernel, "signature": signature, "constexprs": constants, "attrs": attrs, **options}
 
 
-def _variant(case: str, kernel: Any, deterministic: bool = True) -> Callable[[], dict[str, Any]]:
+def _variant(case: str, kernel: Any, deterministic: bool = True, **flags: bool) -> Callable[[], dict[str, Any]]:
     def described() -> dict[str, Any]:
-        return next(_described(*launch) for launch in _record(case, deterministic) if launch[0] is kernel)
+        found = [launch for launch in _record(case, deterministic) if launch[0] is kernel]
+        return next(_described(*launch) for launch in found if flags.items() <= launch[2].items())
 
     name = kernel.__name__.strip("_").removesuffix("_kernel")
-    described.__name__ = f"{case}_{name}" + ("" if deterministic else "_atomic")
+    described.__name__ = "_".join(
+        (case, name, *(() if deterministic else ("atomic",)), *(f for f in flags if flags[f]))
+    )
     return described
 
 
 VARIANTS = [
-    *(_variant("attention", kernel) for kernel in (_scale_kernel, _scale_entries_kernel, _scale_rows_kernel)),
-    *(_variant("depthwise", kernel) for kernel in (_scale_kernel, _scale_entries_kernel, _scale_rows_kernel)),
+    *(
+        _variant(case, kernel)
+        for case in ("attention", "depthwise")
+        for kernel in (_scale_kernel, _scale_entries_kernel)
+    ),
+    *(
+        _variant(case, _scale_rows_kernel, BLOCKS=blocks)
+        for case in ("attention", "depthwise")
+        for blocks in (False, True)
+    ),
     _variant("depthwise", _scale_weight_kernel),
     *(
         _variant(case, kernel)
         for case in ("convolution", "wide", "single", "fractional")
-        for kernel in (_dense_kernel, _dense_rows_kernel, _dense_weight_kernel)
+        for kernel in (_dense_kernel, _dense_blocks_kernel, _dense_rows_kernel, _dense_weight_kernel)
     ),
     *(_variant(case, _dense_entries_kernel) for case in ("single", "fractional")),
     *(_variant(case, _dense_entries_kernel, False) for case in ("convolution", "single", "fractional")),

@@ -4,6 +4,10 @@ Entries are counted, and dealt out to their keys as they come, by atomic additio
 then put in order, so that the result is the same from run to run: few by counting what is below each, many by walking
 over all entries of the problem.
 
+A key that very many have chosen would hold up whoever adds up what belongs to it. Of its entries, whole blocks of LONG
+are added up by programs of their own before (`in_blocks`), then its blocks into its first one (`add_up_blocks`); less
+than LONG entries and this one row are left to the key's program.
+
 Shape legend: B batch, M queries, H heads, S slots of E entries, R keys; P = B H S problems, T = M E entries of one; of
 a program BT entries, BR keys, W entries of a key it sorts.
 """
@@ -108,6 +112,65 @@ def _order_kernel(  # type: ignore[no-untyped-def]
                     to += tl.sum(mine, 0)
 
 
+@triton.jit
+def of_block(bounds, firsts, owner, block, there, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The key that a block belongs to, where its entries begin, and whether there is such a block."""
+    name = tl.load(owner + block, mask=there, other=0)
+    first = tl.load(firsts + name, mask=there, other=0)
+    begin = tl.load(bounds + name, mask=there, other=0) + (block - first) * LONG
+    return name, begin, there & (block < tl.load(firsts + name + 1, mask=there, other=0))
+
+
+def in_blocks(bounds: Tensor, long: int, entries: int) -> tuple[Tensor, Tensor]:
+    """The entries of every key, from the first, in whole blocks of ``long``: less than one of them is left over.
+
+    Args:
+        bounds: (keys + 1,) int64, of `by_key`.
+        long: entries of a block.
+        entries: how many there are at most, of all keys.
+
+    Returns:
+        firsts (keys + 1,) int64: the number of every key's first block; owner (entries // long,) int64: the key that a
+        block belongs to, and any where there are fewer blocks. No host synchronisation.
+    """
+    firsts = torch.zeros_like(bounds)
+    torch.cumsum(bounds.diff().div_(long, rounding_mode="floor"), 0, out=firsts[1:])
+    blocks = torch.arange(entries // long, device=bounds.device)
+    return firsts, torch.searchsorted(firsts[1:], blocks, right=True).clamp_(max=len(bounds) - 2)
+
+
+@triton.jit
+def _blocks_kernel(  # type: ignore[no-untyped-def]
+    partial,  # (blocks, width) float32: what every block adds up to; of every key's first one, what all of them do
+    firsts,
+    owner,
+    width,
+    BB: tl.constexpr,
+    BC: tl.constexpr,
+):
+    tiles = tl.cdiv(width, BC)
+    block = (tl.program_id(0) // tiles).to(tl.int64)
+    name = tl.load(owner + block)
+    stop = tl.load(firsts + name + 1)
+    if (tl.load(firsts + name) != block) | (stop < block + 2):
+        return
+    c = tl.program_id(0) % tiles * BC + tl.arange(0, BC)
+    total = tl.zeros([BC], tl.float32)
+    for b0 in range(block, stop, BB):
+        b = b0 + tl.arange(0, BB)
+        at = partial + b[:, None] * width + c[None, :]
+        total += tl.sum(tl.load(at, mask=(b < stop)[:, None] & (c < width)[None, :], other=0.0), 0)
+    tl.debug_barrier()  # all have read before anyone writes
+    tl.store(partial + block * width + c, total, mask=c < width)
+
+
+def add_up_blocks(partial: Tensor, firsts: Tensor, owner: Tensor) -> None:
+    """Of ``partial`` (blocks, width) float32, to every key's first block the key's others are added."""
+    blocks, width = partial.shape
+    with torch.cuda.device_of(partial):
+        _blocks_kernel[(blocks * triton.cdiv(width, 64),)](partial, firsts, owner, width, BB=32, BC=64, num_warps=4)
+
+
 def by_key(
     index: Tensor, keys: int, slots: int = 1, *, width: int | None = None, block: int = 1024
 ) -> tuple[Tensor, Tensor]:
@@ -158,10 +221,16 @@ def _order_variant(width: int) -> dict:
     return as_compiled(_order_kernel, {"BR": 256 // width, "W": width, "BT": 1024}, pointers, (), 4)
 
 
+def _blocks_variant() -> dict:
+    pointers = {"partial": "*fp32", "firsts": "*i64", "owner": "*i64", "width": "i32:16"}
+    return as_compiled(_blocks_kernel, {"BB": 32, "BC": 64}, pointers, (), 4)
+
+
 # what is launched on a large device, to be built without one
 VARIANTS: list[Callable[[], dict]] = [
     partial(_deal_variant, False),
     partial(_deal_variant, True),
     partial(_order_variant, 32),
     partial(_order_variant, 128),
+    _blocks_variant,
 ]

@@ -2,7 +2,8 @@
 
 The gradient at the keys is a scatter. By default the slots are put in the order of their keys (`by_key`), and one
 program adds up what belongs to one key: equal inputs have equal results, bit for bit. Keys that very many queries have
-chosen would hold up the others; of these, whole blocks of slots are added up by programs of their own before.
+chosen would hold up the others; of these, whole blocks of slots are added up by programs of their own before, and then
+the blocks of each.
 
 Shape legend: B batch, H heads, P problems (B x H), M queries, R keys, e embedded features, k slots; of a program BM
 queries, BE features, BT slots at once and LONG slots in all.
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nearfold.kernels.names import DOT_LIKE
-from nearfold.kernels.triton.by_key import by_key
+from nearfold.kernels.triton.by_key import add_up_blocks, by_key, in_blocks, of_block
 from nearfold.kernels.triton.rows import DENSE, MOST_FEATURES, as_compiled, features, load_rows
 from nearfold.kernels.triton.threshold import refusal_of_rows
 
@@ -120,8 +121,9 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     share,  # (P, M, k) float32
     order,  # (P M k,) int32 or int64: the slots, those of one key after another
     bounds,  # (P R + 1,) int64: where the slots of every key begin
-    owner,  # (blocks,) int64: the key whose slot begins a block of LONG; read where BLOCKS
-    partial,  # (blocks, e) float32: what whole blocks add up to; written where BLOCKS, and else read
+    firsts,  # (P R + 1,) int64: the number of every key's first block of LONG slots
+    owner,  # (blocks,) int64: the key that a block belongs to; read where BLOCKS
+    partial,  # (blocks, e) float32: what blocks add up to; written where BLOCKS, else the first of a key is read
     query,
     key,
     d_key,
@@ -144,41 +146,40 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     d_stride_e,
     APART: tl.constexpr,
     SCALE: tl.constexpr,
-    BLOCKS: tl.constexpr,  # a program owns a block of slots, and nothing to do unless they are of one key; else a key
+    BLOCKS: tl.constexpr,  # a program has a block of slots, if there are so many; else a key
     LONG: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    name = block
+    name, first, last = block, block, block
     if BLOCKS:
-        name = tl.load(owner + block)
-        if tl.load(bounds + name + 1) < (block + 1) * LONG:
+        name, start, there = of_block(bounds, firsts, owner, block, block >= 0, LONG)
+        if not there:
             return
+        stop = start + LONG
+    else:
+        first = tl.load(firsts + name)
+        last = tl.load(firsts + name + 1)
+        start = tl.load(bounds + name) + (last - first) * LONG
+        stop = tl.load(bounds + name + 1)
     problem = name // R
     r = name % R
     query += problem // H * q_stride_b + problem % H * q_stride_h
     key += problem // H * k_stride_b + problem % H * k_stride_h + r * k_stride_r
     d_key += problem // H * d_stride_b + problem % H * d_stride_h + r * d_stride_r
-    start = tl.load(bounds + name)
-    stop = tl.load(bounds + name + 1)
-    whole = tl.minimum(tl.cdiv(start, LONG) * LONG, stop)  # whole blocks from here
-    behind = tl.maximum(stop // LONG * LONG, whole)
     for e0 in range(0, e, BE):
         feature = e0 + tl.arange(0, BE).to(tl.int64)
         here = tl.zeros([BE], tl.float32)
         if APART:
             here = tl.load(key + feature * k_stride_e, mask=feature < e, other=0.0).to(tl.float32)
         rest = (share, order, query, problem * M, here, feature, e, k, q_stride_m, q_stride_e)
+        d = _slots_added_up(start, stop, rest, APART, BT, BE)
         if BLOCKS:
-            d = _slots_added_up(block * LONG, (block + 1) * LONG, rest, APART, BT, BE)
             tl.store(partial + block * e + feature, d, mask=feature < e)
         else:
-            d = _slots_added_up(start, whole, rest, APART, BT, BE)
-            for b0 in range(whole // LONG, behind // LONG, BT):
-                b = b0 + tl.arange(0, BT)
-                d += tl.sum(load_rows(partial, b, b < behind // LONG, feature, e, 1, e, True), 0)
-            d += _slots_added_up(behind, stop, rest, APART, BT, BE)
+            if first < last:
+                d += tl.load(partial + first * e + feature, mask=feature < e, other=0.0)
             tl.store(d_key + feature * d_stride_e, (d * SCALE).to(d_key.dtype.element_ty), mask=feature < e)
 
 
@@ -250,9 +251,8 @@ def select_backward(
         )
         if deterministic:
             order, bounds = by_key(index.view(B * H, M, k, 1), R)
-            blocks = order.numel() // long
-            firsts = torch.arange(0, blocks * long, long, device=bounds.device)
-            owner = torch.searchsorted(bounds, firsts, right=True).sub_(1).clamp_(max=B * H * R - 1)
+            firsts, owner = in_blocks(bounds, long, order.numel())
+            blocks = len(owner)
             parts = torch.empty(blocks, e, dtype=torch.float32, device=key.device)
             for of_blocks, programs in ((True, blocks), (False, B * H * R)):
                 if programs:
@@ -260,6 +260,7 @@ def select_backward(
                         share,
                         order,
                         bounds,
+                        firsts,
                         owner,
                         parts,
                         query,
@@ -281,6 +282,8 @@ def select_backward(
                         BE=BE,
                         num_warps=1,
                     )
+                if of_blocks and programs:
+                    add_up_blocks(parts, firsts, owner)
         else:
             d_key.copy_(total)
     return d_query, d_key
@@ -300,7 +303,7 @@ def _key_variant(dtype: str, e: int, metric: str, blocks: bool) -> dict:
     constexprs |= {"BLOCKS": blocks, "LONG": 128}
     constexprs |= DENSE | {"d_stride_e": 1}
     pointers = dict.fromkeys(("query", "key", "d_key"), f"*{dtype}") | dict.fromkeys(("share", "partial"), "*fp32")
-    pointers |= {"order": "*i32", "bounds": "*i64", "owner": "*i64"}
+    pointers |= {"order": "*i32", **dict.fromkeys(("bounds", "firsts", "owner"), "*i64")}
     return as_compiled(_key_kernel, constexprs, pointers, (), 1)
 
 
