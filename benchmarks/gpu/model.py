@@ -183,7 +183,7 @@ def loop_lines(one: Row) -> list[list[str]]:
     """What the main loops are made of."""
     lines = []
     for k in one.kernels:
-        for c in k.loops:
+        for c in (c for c in k.loops if c.main.trips):
             widths = ", ".join(f"{n} x {w}" for w, n in sorted(Counter(c.loads).items()))
             numbers = (f"{c.least:.1f}", f"{c.all:.1f}", f"{c.half:.1f}", widths)
             within = f"{c.within} x {c.main.within:.1f}" if c.within else ""
