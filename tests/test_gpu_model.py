@@ -99,16 +99,23 @@ def test_what_is_around_main_loops_counts_once_and_what_reads_nothing_is_found()
     """An outer loop of two instructions around one that reads, and behind them one that reads nothing."""
     text = "/*0000*/ MOV R1, R2 ; /*0010*/ LDG.E R1, R2 ; /*0020*/ @P0 BRA 0x10 ; /*0030*/ @P1 BRA 0x0 ;"
     text += " /*0040*/ FADD R1, R1, R1 ; /*0050*/ @P1 BRA 0x40 ; /*0060*/ EXIT ;"
-    found = sass.loops(sass.instructions(text))
+    code = sass.instructions(text)
+    found = sass.loops(code)
     mains = [work.Main("read", 4, 1), work.Main("sum", 4, 1, hot=False)]
     chosen = bounds._chosen(found, mains)
     assert [loop.start for loop in chosen] == [0x10, 0x40]
-    assert [bounds._around(loop, chosen) for loop in found] == [True, False, False]
+    assert [i.name for i in bounds._once(code, found, chosen)] == ["MOV", "BRA", "EXIT"]
     assert bounds._unrolled(found, chosen, [0, 1, 0]) == [1, 1]
-    unrolled = text.replace("/*0020*/", "/*0018*/ LDG.E R1, R2 ; /*0020*/")
-    found = sass.loops(sass.instructions(unrolled))
-    assert bounds._unrolled(found, bounds._chosen(found, mains), [0, 1, 0]) == [2, 1]
-    assert bounds._unrolled(found, bounds._chosen(found, mains), [1]) == [2, 1]
+
+
+def test_unrolled_loops_are_found_by_their_order():
+    """Where it is that of the loops before; else by what they read: loops of two reads and of one."""
+    text = "/*0000*/ LDG.E R1, R2 ; /*0010*/ LDG.E R1, R2 ; /*0020*/ @P0 BRA 0x0 ; /*0030*/ LDG.E R1, R2 ;"
+    found = sass.loops(sass.instructions(text + " /*0040*/ @P1 BRA 0x30 ; /*0050*/ EXIT ;"))
+    assert bounds._unrolled(found, found, [1, 1]) == [2, 1]
+    assert bounds._unrolled(found, found, [1, 2]) == [2, 1]
+    assert bounds._unrolled(found, found, [0, 1, 2]) == [1, 1]
+    assert bounds._unrolled(found, found[:1], [1, 0, 0]) == [2]
 
 
 @pytest.mark.parametrize(("k", "classes", "rows"), [(9, 64, 1), (9, 64, 32), (36, 128, 8)])

@@ -147,9 +147,8 @@ def kernel(launch: Launch) -> Kernel:
     chosen = _chosen(found_loops, mains)
     if len(chosen) < len(mains):  # the assembler has lost them: what is left computes something else
         return Kernel(launch.name, launch, registers, shared, stack, (), {LOST: inf})
-    inside = {id(i) for loop in found_loops if loop in chosen or not _around(loop, chosen) for i in loop.own}
     warps = launch.options["num_warps"]
-    total: Counter[str] = Counter(_clocks([i for i in code if id(i) not in inside]))  # what is around them: once
+    total: Counter[str] = Counter(_clocks(_once(code, found_loops, chosen)))
     counted = []
     for loop, main, unrolled in zip(chosen, mains, _unrolled(found_loops, chosen, sass.ptx_loops(ptx)), strict=True):
         way = loop.shortest()
@@ -185,6 +184,12 @@ def kernel(launch: Launch) -> Kernel:
 
 def _weight(loop: Loop) -> int:
     return loop.counted((*sass.READS, *sass.TENSOR_CORES))
+
+
+def _once(code: list[Instruction], found: list[Loop], chosen: list[Loop]) -> list[Instruction]:
+    """What is outside loops, and what is around the chosen ones, which a program goes through once at least."""
+    inside = {id(i) for loop in found if loop in chosen or not _around(loop, chosen) for i in loop.own}
+    return [i for i in code if id(i) not in inside]
 
 
 def _around(loop: Loop, others: list[Loop]) -> bool:
