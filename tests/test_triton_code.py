@@ -17,7 +17,9 @@ import pytest
 
 import nearfold
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from nearfold.kernels.triton import compiled, sass
 
 ARCH = 90
 KERNELS = Path(nearfold.__file__).parent / "kernels" / "triton"
@@ -45,21 +47,9 @@ CONDITIONS = {
 }
 
 
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def accesses(ptx: str, cubin: Path) -> dict[str, tuple[int, int]]:
-    """Of loads and stores, how many there are in PTX, and in the machine code, which unrolls loops."""
-    code = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
-    return {
-        "loads": (len(re.findall(r"\bld\.global", ptx)), len(re.findall(r"\bLDG\b", code))),
-        "stores": (len(re.findall(r"\bst\.global", ptx)), len(re.findall(r"\bSTG\b", code))),
-    }
-
-
-def lost(found: dict[str, tuple[int, int]]) -> list[str]:
-    return [f"of {asked} {kind}, {left} are left" for kind, (asked, left) in found.items() if left < asked]
+def lost(ptx: str, cubin: bytes) -> str:
+    """What the assembler has dropped of loads and stores, in words."""
+    return compiled.lost(sass.traffic(ptx, sass.instructions(sass.dump(cubin, "-sass"))))
 
 
 def scans(source: str) -> list[tuple[int, bool]]:
@@ -83,24 +73,12 @@ def test_no_scan_is_reversed():
 def test_the_count_sees(condition, tmp_path):
     ptx = TOY.format(condition=CONDITIONS[condition])
     (tmp_path / "toy.ptx").write_text(ptx)
-    subprocess.run([tool("ptxas"), f"-arch=sm_{ARCH}", tmp_path / "toy.ptx", "-o", tmp_path / "toy.cubin"], check=True)
-    found = lost(accesses(ptx, tmp_path / "toy.cubin"))
+    made = tmp_path / "toy.cubin"
+    subprocess.run([sass.tool("ptxas"), f"-arch=sm_{ARCH}", tmp_path / "toy.ptx", "-o", made], check=True)
+    found = lost(ptx, made.read_bytes())
     if condition == "the fault" and not found:
         pytest.skip("this ptxas knows that -|0| > -1")
-    assert found == ([] if condition == "kept" else ["of 1 loads, 0 are left"])
-
-
-def compiled(variant: dict[str, Any]) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    fn, constexprs = variant["fn"], variant["constexprs"]
-    types = {a: "constexpr" if a in constexprs else variant["signature"][a] for a in fn.arg_names}
-    even = {(i,) for i, t in enumerate(types.values()) if t.startswith("*") or t.endswith(":16")}
-    attrs = {at: [["tt.divisibility", 16]] for at in even | set(variant.get("attrs", ()))}
-    source = ASTSource(fn, {a: t.removesuffix(":16") for a, t in types.items()}, constexprs, attrs)
-    options = {name: variant[name] for name in ("num_warps", "num_stages")}
-    return triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    assert found == ("" if condition == "kept" else "loses loads: 1 before the assembler, 0 after it")
 
 
 def windows() -> list[dict[str, Any]]:
@@ -112,18 +90,16 @@ def windows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_mirrored_windows_keep_their_loads(tmp_path):
+def test_mirrored_windows_keep_their_loads():
     """On two axes, the third has one position and is known to: ACmix's window attention."""
     seen = set()
     for variant in windows():
         constants = variant["constexprs"]
         assert constants["n0"] == 1
-        made = compiled(variant)
-        (tmp_path / "made.cubin").write_bytes(made.asm["cubin"])
-        found = accesses(made.asm["ptx"], tmp_path / "made.cubin")
+        made = compiled.built(variant, ARCH)
         name = variant["fn"].__name__
-        assert found["loads"][0] > 0 and found["stores"][0] > 0
-        assert not lost(found), f"{name} {constants}: {lost(found)}"
+        assert "ld.global" in made.asm["ptx"] and "st.global" in made.asm["ptx"]
+        assert not (gone := lost(made.asm["ptx"], made.asm["cubin"])), f"{name} {constants}: {gone}"
         seen.add(name)
     assert seen == {"_forward_kernel", "_query_kernel", "_key_kernel"}
 
@@ -145,7 +121,7 @@ def test_rows_of_a_head_are_read_in_wide_pieces(case):
     from nearfold.kernels.triton import aggregate as kernels
 
     (variant,) = [make() for make in kernels.VARIANTS if make.__name__ == case]
-    loads = bytes_of_loads(compiled(variant).asm["ptx"])
+    loads = bytes_of_loads(compiled.built(variant, ARCH).asm["ptx"])
     assert loads.count(16) >= 2
     assert loads.count(2) <= 4, f"{loads.count(2)} loads of one number"  # of alpha
 
@@ -154,7 +130,7 @@ def test_rows_of_a_head_are_read_in_wide_pieces(case):
 def test_windows_are_read_in_wide_pieces():
     """Features of a position lie side by side, whatever the operands' layout."""
     for variant in windows():
-        loads = bytes_of_loads(compiled(variant).asm["ptx"])
+        loads = bytes_of_loads(compiled.built(variant, ARCH).asm["ptx"])
         name = f"{variant['fn'].__name__} {variant['signature']['query']}"
         assert set(loads) <= {4, 16} and loads.count(16) > loads.count(4), f"{name}: {loads}"  # 4: a row's softmax
 
@@ -168,7 +144,7 @@ def test_channels_of_a_group_are_read_along_their_positions():
     found = [v for v in found if v["constexprs"]["BLOCK_W"] >= 4 and v["constexprs"]["SHIFT"]]
     assert found
     for variant in found:
-        ptx, constants = compiled(variant).asm["ptx"], variant["constexprs"]
+        ptx, constants = compiled.built(variant, ARCH).asm["ptx"], variant["constexprs"]
         loads = bytes_of_loads(ptx)
         weights, near = constants["BLOCK_W"] // 4, constants["BLOCK_M"] // 128  # loads of a thread for a channel
         assert loads.count(16) * near == (len(loads) - loads.count(16)) * weights > 0, f"{constants}: {loads}"
@@ -184,5 +160,5 @@ def test_recurrences_stay_in_a_thread():
     assert found
     for variant in found:
         numbers = variant["constexprs"]["T"] * variant["constexprs"]["BC"] // 32  # of a thread
-        exchanged = compiled(variant).asm["ptx"].count("shfl")
+        exchanged = compiled.built(variant, ARCH).asm["ptx"].count("shfl")
         assert exchanged < 24 * numbers, f"{exchanged} for {numbers} numbers"  # 21; 31 were rows known to be aligned

@@ -54,7 +54,9 @@ class Counted:
     @property
     def misses(self) -> list[str]:
         """Which of the code's own targets it misses."""
-        found = []
+        found: list[str] = []
+        if self.main.trips == 0:
+            return found
         if self.main.unit == "score" and self.least > MOST_A_SCORE:
             found.append(f"{self.least:.1f} instructions a score, more than {MOST_A_SCORE}")
         if self.main.product and self.ffma:
@@ -141,17 +143,14 @@ def kernel(launch: Launch) -> Kernel:
     found = _compiled(_Key(launch))
     registers, shared, stack, code, ptx = found
     mains = WORK[launch.name](launch.arguments)
-    chosen = _chosen(sass.loops(code), len(mains))
+    found_loops = sass.loops(code)
+    chosen = _chosen(found_loops, mains)
     if len(chosen) < len(mains):  # the assembler has lost them: what is left computes something else
         return Kernel(launch.name, launch, registers, shared, stack, (), {LOST: inf})
-    before = sorted(sorted(sass.ptx_loops(ptx), reverse=True)[: len(mains)])
-    inside = {id(i) for loop in sass.loops(code) for i in loop.own}
     warps = launch.options["num_warps"]
-    total: Counter[str] = Counter(_clocks([i for i in code if id(i) not in inside]))
+    total: Counter[str] = Counter(_clocks(_once(code, found_loops, chosen)))
     counted = []
-    rank = sorted(range(len(chosen)), key=lambda i: _weight(chosen[i]))
-    for j, (loop, main) in enumerate(zip(chosen, mains, strict=True)):
-        unrolled = max(1, round(_weight(loop) / max(1, before[rank.index(j)])))
+    for loop, main, unrolled in zip(chosen, mains, _unrolled(found_loops, chosen, sass.ptx_loops(ptx)), strict=True):
         way = loop.shortest()
         mine = [i for i in way if i in set(loop.own)]
         within = [one for one in loop.inner if one not in chosen]
@@ -187,10 +186,42 @@ def _weight(loop: Loop) -> int:
     return loop.counted((*sass.READS, *sass.TENSOR_CORES))
 
 
-def _chosen(found: list[Loop], many: int) -> list[Loop]:
-    """The loops that read and multiply most, in the order of the code; fewer where the code has no more that read."""
-    hot = sorted((loop for loop in found if loop.is_hot), key=_weight, reverse=True)[:many]
-    return sorted(hot, key=lambda loop: loop.start)
+def _once(code: list[Instruction], found: list[Loop], chosen: list[Loop]) -> list[Instruction]:
+    """What is outside loops, and what is around the chosen ones, which a program goes through once at least."""
+    inside = {id(i) for loop in found if loop in chosen or not _around(loop, chosen) for i in loop.own}
+    return [i for i in code if id(i) not in inside]
+
+
+def _around(loop: Loop, others: list[Loop]) -> bool:
+    """Whether one of the others is within the loop."""
+    return any(one in others or _around(one, others) for one in loop.inner)
+
+
+def _chosen(found: list[Loop], mains: list[Main]) -> list[Loop]:
+    """The loops that read and multiply most, and the longest that do not; in the order of the code.
+
+    Fewer where the code has no more that read. What does not read is neither around what does nor within it.
+    """
+    hot = sorted((loop for loop in found if loop.is_hot), key=_weight, reverse=True)
+    alone = [loop for loop in found if not loop.is_hot and not _around(loop, hot)]
+    alone = [loop for loop in alone if not any(_around(one, [loop]) for one in found)]
+    many = sum(main.hot for main in mains)
+    cold = sorted(alone, key=lambda loop: len(loop.own), reverse=True)[: len(mains) - many]
+    return sorted([*hot[:many], *cold], key=lambda loop: loop.start)
+
+
+def _unrolled(found: list[Loop], chosen: list[Loop], before: list[int]) -> list[int]:
+    """How often the assembler has unrolled each of the chosen loops, from what each of all read ``before``.
+
+    Where it has left as many loops as there were, they are in the same order; else those that read more read more
+    before, too. Of a loop that reads nothing it is not known, and taken to be once.
+    """
+    if len(found) == len(before):
+        known = {loop.start: many for loop, many in zip(found, before, strict=True)}
+    else:
+        hot = sorted((loop for loop in chosen if loop.is_hot), key=_weight)
+        known = dict(zip((loop.start for loop in hot), sorted(sorted(before)[-len(hot) :] if hot else []), strict=True))
+    return [max(1, round(_weight(loop) / many)) if (many := known.get(loop.start, 0)) else 1 for loop in chosen]
 
 
 class _Key:

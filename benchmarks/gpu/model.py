@@ -183,7 +183,7 @@ def loop_lines(one: Row) -> list[list[str]]:
     """What the main loops are made of."""
     lines = []
     for k in one.kernels:
-        for c in k.loops:
+        for c in (c for c in k.loops if c.main.trips):
             widths = ", ".join(f"{n} x {w}" for w, n in sorted(Counter(c.loads).items()))
             numbers = (f"{c.least:.1f}", f"{c.all:.1f}", f"{c.half:.1f}", widths)
             within = f"{c.within} x {c.main.within:.1f}" if c.within else ""
@@ -200,9 +200,9 @@ the others take, said below the first table. No time here was measured.
 
 Instructions are counted as threads execute them: 32 for one of a warp. "Least" is the shortest way through a main loop,
 with the expected rounds of the loops within it for data in random order (their instructions x rounds); "all" is every
-instruction of it. Reads are of global memory, number x bytes a lane; FFMA and spills are instructions of the loop. The
-targets for the code: at most 8 instructions a score, no FFMA in a product, reads of 8 bytes a lane where the layout
-allows, no spills."""
+instruction of it. What lies around main loops counts once; loops that such data do not enter are left out. Reads are of
+global memory, number x bytes a lane; FFMA and spills are instructions of the loop. The targets for the code: at most 8
+instructions a score, no FFMA in a product, reads of 8 bytes a lane where the layout allows, no spills."""
 
 
 TITLE = "# The GPU kernels, counted"
