@@ -126,10 +126,7 @@ def _query_gradient(a: Arguments) -> list[Main]:
 def _key_gradient(a: Arguments) -> list[Main]:
     readers = a["M"] * a["k"] / a["R"]
     one = Main("entry", readers / a["BT"] * ceil(a["e"] / a["BE"]), a["BT"])
-    never = Main(
-        "entry", 0, a["BT"]
-    )  # of random data no block is of one key; what is left of a block is counted before
-    return [never] if a["BLOCKS"] else [one, never, never]
+    return _hubs(a) if a["BLOCKS"] else [one]
 
 
 def _entries(a: Arguments) -> list[Main]:
@@ -160,7 +157,6 @@ def _dense_readers(a: Arguments) -> list[Main]:
         Main("slot", a["S"], a["BLOCK_N"]),
         Main("slot", a["S"] * blocks, a["BLOCK_N"], product=True),
         Main("entry", a["S"] * blocks * each / a["BLOCK_J"], a["BLOCK_N"] * a["BLOCK_J"]),
-        Main("entry", 0, a["LONG"]),  # of random data no position has so many readers
     ]
 
 
