@@ -103,7 +103,7 @@ def test_a_converted_model_is_a_model():
 
 
 def wrapped_in_ddp():
-    """In a process that leaves without freeing anything: torch's ~ProcessGroupGloo may wait for itself (docs/log.md)."""
+    """In a process that frees nothing: torch's ~ProcessGroupGloo may wait for itself (docs/log.md)."""
     torch.manual_seed(0)
     model = net()
     x = torch.randn(2, 3, 6, 6)
