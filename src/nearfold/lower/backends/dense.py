@@ -19,7 +19,7 @@ from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, is_transformed, split_heads
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.kernel import finish, values
-from nearfold.lower.meaning import meaning
+from nearfold.lower.meaning import RhoMeaning, meaning
 from nearfold.lower.selection import allowed, metric_scores
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
@@ -35,6 +35,10 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if not (op.weight.rho.needs_score or isinstance(op.weight.rho, (Ones, Mean))):
         return Verdict.no(f"rho {op.weight.rho.word} is not made of scores")
+    if op.weight.kernel is not None:
+        return Verdict.no(f"kernel {op.weight.kernel} has a number for every offset")
+    if type(meaning(op.weight.rho)).weigh is RhoMeaning.weigh:
+        return Verdict.no(f"rho {op.weight.rho.word} is not made of the scores alone")
     return Verdict.yes("all scores, by blocks of queries that are made again in the backward pass", "roundoff")
 
 
