@@ -6,24 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.formulas import close, masked_attention, positions, project, scrambled
+from helpers.formulas import agree, close, masked_attention, positions, project, scrambled
 
 from nearfold import parse
 from nearfold.nn import Mixer
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def agree(layer, x, truth):
-    probe = torch.randn(layer(x).shape)
-    wanted = torch.autograd.grad((truth(x) * probe).sum(), [x, *layer.parameters()])
-    for backend in ("auto", "oracle"):
-        layer.backend = backend
-        close(layer(x), truth(x))
-        for one, other in zip(
-            torch.autograd.grad((layer(x) * probe).sum(), [x, *layer.parameters()]), wanted, strict=True
-        ):
-            close(one, other)
 
 
 def chosen_mask(layer, x, block_of, k, own, causal, pooled):

@@ -10,26 +10,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.formulas import close, mask_of, masked_attention, project, scrambled
+from helpers.formulas import agree, close, mask_of, masked_attention, project, scrambled
 
 from nearfold._torchvision import load
 from nearfold.nn import Mixer
 
 pytestmark = pytest.mark.usefixtures("float64")
 BACKENDS = ("auto", "oracle")
-
-
-def agree(layer, x, truth):
-    """Output and every gradient, on the fast path and on the oracle."""
-    probe = torch.randn(layer(x).shape)
-    wanted = torch.autograd.grad((truth(x) * probe).sum(), [x, *layer.parameters()])
-    for backend in BACKENDS:
-        layer.backend = backend
-        close(layer(x), truth(x))
-        found = torch.autograd.grad((layer(x) * probe).sum(), [x, *layer.parameters()])
-        for one, other in zip(found, wanted, strict=True):
-            close(one, other)
-    layer.backend = "auto"
 
 
 def timm(name):

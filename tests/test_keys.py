@@ -13,7 +13,7 @@ from helpers.cells import slow_but
 
 from nearfold import parse
 from nearfold.grammar.vocabulary import cases, words_in
-from nearfold.lower.plan import BACKENDS, verdicts
+from nearfold.lower.plan import verdicts
 from nearfold.lower.verdict import Facts
 from nearfold.nn import Mixer, SelfAttention
 from nearfold.testing import BUDGET, Outcome, context_for, make
@@ -64,10 +64,10 @@ def test_every_backend_is_the_oracle(name, grid):
     truth = outcome(layer, x, keep, "oracle")
     assert all(t.isfinite().all() for t in truth.tensors.values()), "garbage got in"
     able = [
-        {n for n, v in verdicts(Facts(p, x.dim() - 2, x.dtype, "cpu", True)).items()
-         if v.ok and n != "oracle" and BACKENDS[n].takes_keys(p)} for p in layer.operation.parts
+        {n for n, v in verdicts(Facts(p, x.dim() - 2, x.dtype, "cpu", True)).items() if v.ok and v.keys}
+        for p in layer.operation.parts
     ]  # fmt: skip
-    for backend in ("auto", *sorted(set.intersection(*able))):
+    for backend in ("auto", *sorted(set.intersection(*able) - {"oracle"})):
         for tensor, error in outcome(layer, x, keep, backend).errors(truth).items():
             assert error <= BUDGET[torch.float64], (name, backend, tensor, error)
 
@@ -77,7 +77,7 @@ def test_hardly_any_operation_with_a_mask_runs_on_the_oracle():
     for name in TAKING:
         for part in parse(CASES[name]).parts:
             found = verdicts(Facts(part, 2, torch.float32, "cpu", True))
-            if not any(v.ok and (n != "oracle" and BACKENDS[n].takes_keys(part)) for n, v in found.items()):
+            if not any(v.ok and v.keys and n != "oracle" for n, v in found.items()):
                 slow.append(name)
     assert set(slow) == KNOWN_SLOW
 

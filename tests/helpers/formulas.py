@@ -52,3 +52,17 @@ def mask_of(grid, reads):
     """mask[i, j]: whether reads(i, j) says that position i reads position j."""
     at = positions(grid)
     return torch.tensor([[reads(i, j) for j in at] for i in at])
+
+
+def agree(layer, x, truth, parameters=None):
+    """Output and every gradient (of all parameters, or of these), on the fast path and on the oracle."""
+    own = list(layer.parameters()) if parameters is None else parameters
+    probe = torch.randn(layer(x).shape)
+    wanted = torch.autograd.grad((truth(x) * probe).sum(), [x, *own])
+    for backend in ("auto", "oracle"):
+        layer.backend = backend
+        y = layer(x)
+        close(y, truth(x))
+        for one, other in zip(torch.autograd.grad((y * probe).sum(), [x, *own]), wanted, strict=True):
+            close(one, other)
+    layer.backend = "auto"

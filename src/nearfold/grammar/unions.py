@@ -19,7 +19,24 @@ MOST = 2**24 - 1  # slots: what the kernels count to
 
 
 @dataclass(frozen=True)
-class First(Path):
+class Listed(Path):
+    """``n`` positions for every query, which follow from its place alone."""
+
+    primitive = ("STATIC_SLIDING", 1)
+    shapes = ("box", "causal")
+    n: int = field(metadata={"most": MOST})
+    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, n=self.n)
+
+    def slot_shape(self, ndim: int) -> tuple[int, ...]:
+        return (self.n,)
+
+
+@dataclass(frozen=True)
+class First(Listed):
     """The first ``n`` positions in raster order, for every query: attention sinks, class and register tokens.
 
     Source: StreamingLLM (arXiv 2309.17453).
@@ -30,20 +47,10 @@ class First(Path):
         "first_softmax": "first(3, dot) | box | softmax(heads=2)",
         "first_kernel": "first(2) | causal | kernel",
     }
-    primitive = ("STATIC_SLIDING", 1)
-    shapes = ("box", "causal")
-    n: int = field(metadata={"most": MOST})
-    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
-
-    def __post_init__(self) -> None:
-        positive(self, n=self.n)
-
-    def slot_shape(self, ndim: int) -> tuple[int, ...]:
-        return (self.n,)
 
 
 @dataclass(frozen=True)
-class Scattered(Path):
+class Scattered(Listed):
     """``n`` positions for every query, drawn once and for all by ``seed`` and the query's place.
 
     Source: BigBird's random attention (arXiv 2007.14062).
@@ -54,18 +61,11 @@ class Scattered(Path):
         "scattered_softmax": "scattered(3, cosine) | box | softmax(heads=2)",
         "scattered_causal": "scattered(4, seed=1) | causal | mean*depthwise",
     }
-    primitive = ("STATIC_SLIDING", 1)
-    shapes = ("box", "causal")
-    n: int = field(metadata={"most": MOST})
-    similarity: Similarity = field(default=Scaled(), metadata={"positional": True})
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, n=self.n)
+        super().__post_init__()
         check(type(self.seed) is int and self.seed >= 0, self, "seed", self.seed, "an integer >= 0")
-
-    def slot_shape(self, ndim: int) -> tuple[int, ...]:
-        return (self.n,)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _require_keys(op: Operation, keep: Tensor, x: Tensor, context: Tensor | None
         if keep.shape[0] != x.shape[0] or not (torch.compiler.is_compiling() or _in_range(keep, grid[0])):
             raise ValueError(
                 f"mask as lengths must be {x.shape[0]} integers from 0 to {grid[0]}, got shape {tuple(keep.shape)}"
-                f"{'' if keep.is_meta else f', from {int(keep.min())} to {int(keep.max())}' if keep.numel() else ''}"
+                f"{f', from {int(keep.min())} to {int(keep.max())}' if keep.is_cpu and keep.numel() else ''}"
             )
         return torch.arange(grid[0], device=keep.device) < keep[:, None]
     if keep.dtype != torch.bool or tuple(keep.shape) not in ((x.shape[0], *grid), (x.shape[0], math.prod(grid))):
@@ -121,7 +121,8 @@ def _require_keys(op: Operation, keep: Tensor, x: Tensor, context: Tensor | None
 
 
 def _in_range(lengths: Tensor, most: int) -> bool:
-    return lengths.is_meta or bool(((lengths >= 0) & (lengths <= most)).all())
+    """Whether lengths are some; on a device nobody asks, for the answer would be waited for."""
+    return not lengths.is_cpu or bool(((lengths >= 0) & (lengths <= most)).all())
 
 
 def _run(name: str, at: Frame) -> Run:
@@ -135,11 +136,7 @@ def _run(name: str, at: Frame) -> Run:
 def _masked(facts: Facts, backend: str, masked: str) -> str:
     """The backend that runs an operation with a mask: of "keys", or of "pairs" of query and key."""
     if masked == "keys":
-        able = [
-            name
-            for name, verdict in verdicts(facts).items()
-            if verdict.ok and (name == "oracle" or BACKENDS[name].takes_keys(facts.op))
-        ]
+        able = [name for name, verdict in verdicts(facts).items() if verdict.ok and verdict.keys]
         if backend not in ("auto", *able):
             raise ValueError(
                 f"backend={backend!r} does not run {facts.op} with a mask; those that do: {', '.join(able)}"

@@ -22,16 +22,20 @@ class Facts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a backend runs an operation, why, and how it equals the oracle: "bitwise", to "roundoff", by "recall"."""
+    """Whether a backend runs an operation, why, and how it equals the oracle: "bitwise", to "roundoff", by "recall".
+
+    ``keys``: whether it heeds a mask that says which positions are there.
+    """
 
     ok: bool
     reason: str
     exactness: str = ""
+    keys: bool = True
 
     @staticmethod
-    def yes(reason: str, exactness: str) -> Verdict:
+    def yes(reason: str, exactness: str, keys: bool = True) -> Verdict:
         """It runs."""
-        return Verdict(True, reason, exactness)
+        return Verdict(True, reason, exactness, keys)
 
     @staticmethod
     def no(reason: str) -> Verdict:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.word import all_ones, as_tuple
 from nearfold.grammar.words import All, Block, Softmax, Strided
@@ -43,12 +42,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("the bias is another one for every piece")
     if getattr(op.path, "spread", False) and op.path.similarity.bias == "alibi":
         return Verdict.no("distances are those of the map, not of a piece")
-    return Verdict.yes("F.scaled_dot_product_attention of every piece by itself", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys: `gather` and `sdpa` do."""
-    return False
+    return Verdict.yes("F.scaled_dot_product_attention of every piece by itself", "roundoff", keys=False)
 
 
 class _Blocks:

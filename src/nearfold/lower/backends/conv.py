@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.words import (
     ChannelShift,
     CrossCovariance,
@@ -63,15 +62,11 @@ def supports(facts: Facts) -> Verdict:
     if isinstance(op.weight.kernel, Shift):
         return Verdict.yes("maps, shifted and summed, are one grouped convolution", "roundoff")
     if isinstance(op.weight.rho, Max):
-        return Verdict.yes("the largest value of a window is F.max_pool", "bitwise")
+        return Verdict.yes("the largest value of a window is F.max_pool", "bitwise", keys=False)
     if isinstance(op.weight.kernel, Experts):
         return Verdict.yes("experts are mixed before one grouped F.conv", "roundoff")
-    return Verdict.yes("window with constant alpha is F.conv", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys: where alpha is one, a zero is as good as a slot that is not valid."""
-    return isinstance(op.weight.rho, Ones)
+    # where alpha is one, a zero is as good as a slot that is not valid
+    return Verdict.yes("window with constant alpha is F.conv", "roundoff", keys=isinstance(op.weight.rho, Ones))
 
 
 def _by_groups(call: Call) -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nearfold.grammar import Basic
 from nearfold.grammar.words import All, Mean, Ones
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.lower.bias import score_bias
@@ -40,11 +39,6 @@ def supports(facts: Facts) -> Verdict:
     if type(meaning(op.weight.rho)).weigh is RhoMeaning.weigh:
         return Verdict.no(f"rho {op.weight.rho.word} is not made of the scores alone")
     return Verdict.yes("all scores, by blocks of queries that are made again in the backward pass", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
 
 
 def _rows(call: Call, pairs: int, wide: int) -> int:

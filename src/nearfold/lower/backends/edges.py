@@ -8,24 +8,20 @@ Shape legend: B batch, H heads, N positions, M outputs, S slots, C channels, O o
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
-from nearfold.grammar.unions import alone
 from nearfold.grammar.words import Edge, Max, Nearest, Relative
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.edges import largest, largest_pair, largest_slot, pairs
-from nearfold.kernels.names import INVALID, LOST
-from nearfold.lower.call import Call, autocast_dtype, count_positions, refuse_derivatives
+from nearfold.kernels.names import LOST
+from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives
 from nearfold.lower.kernel import finish, own_values
-from nearfold.lower.selection import select
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.weighting import alpha_of, constant_alpha, wide_dtype
+from nearfold.lower.weighting import wide_dtype
 from nearfold.lower.windows import is_table
-from nearfold.lower.words.nearest_search import in_raster_order, searched, slots_last
-from nearfold.lower.words.union import on, repeated
+from nearfold.lower.words.nearest_search import slots_last
+from nearfold.lower.words.slots import slots, weighed
 
 NAME = "edges"
 
@@ -41,48 +37,16 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("neighbours selected by tiles, their rows gathered slot by slot", "roundoff")
 
 
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
-
-
-def _chosen(call: Call) -> tuple[Tensor | None, Tensor]:
-    """Score, where one is read, and position (B|1, H|1, M, S); negative where there is none."""
-    op = call.op
-    if isinstance(op.path, Nearest):
-        reads = op.weight.rho.needs_score
-        with torch.set_grad_enabled(torch.is_grad_enabled() and reads):
-            score, at = searched(call)
-        if op.shape.raster:
-            score, at = in_raster_order(score, at, count_positions(call.padded))
-        return score if reads else None, at
-    if is_table(op.path):
-        found = select(call)
-        return found.score, found.index.masked_fill(~found.valid, INVALID)
-    each = [_chosen(on(call, part)) for part in alone(op)]
-    B, H = call.value.shape[0], call.heads
-    places = [at.expand(B, H, -1, -1) for _, at in each]
-    lost = torch.cat([at == LOST for at in places], -1)
-    at = torch.cat(places, -1).masked_fill(repeated(places) & ~lost, INVALID)
-    scores = [score.expand(B, H, -1, -1) for score, _ in each if score is not None]
-    return torch.cat(scores, -1) if scores else None, at
-
-
-def _alpha(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
-    """(B|1, H|1, M, S)."""
-    rho, there = call.op.weight.rho, at >= 0
-    if score is not None:
-        return alpha_of(rho, score.masked_fill(~there & ~score.isnan(), float("-inf")), there)
-    alpha = constant_alpha(call, there, at.clamp(min=0))
-    assert alpha is not None
-    return alpha
-
-
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
-    call.rows()  # made before the search, which may ask for them without gradients
-    return bring(call, *_chosen(call))
+    return bring(call, *slots(call))
+
+
+def weights(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
+    """Alpha (B|1, H|1, M, S), ones written out."""
+    alpha = weighed(call, score, at)
+    return (at >= 0).to(wide_dtype(call)) if alpha is None else alpha
 
 
 def bring(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
@@ -95,14 +59,14 @@ def bring(call: Call, score: Tensor | None, at: Tensor) -> Tensor:
     if isinstance(kernel, Edge):
         assert own is not None
         wide = autocast_dtype(call.value) or wide_dtype(call)
-        y = _edge(call, rows.to(wide), own.to(wide), at_BMS, None if isinstance(rho, Max) else _alpha(call, score, at))
+        y = _edge(call, rows.to(wide), own.to(wide), at_BMS, None if isinstance(rho, Max) else weights(call, score, at))
         y = y.to(dtype)
     elif isinstance(rho, Max):
         y = largest(rows, at_BMS)[0]
         if own is not None:
             y = y - own * (at_BMS >= 0).any(-1, keepdim=True)
     else:
-        alpha = slots_last(_alpha(call, score, at).to(dtype), B, H)
+        alpha = slots_last(weights(call, score, at).to(dtype), B, H)
         y = aggregate(rows.contiguous(), slots_last(at, B, H), alpha, None, 1)
         assert own is not None
         total_BMH = alpha.masked_fill(slots_last(at, B, H) < 0, 0).sum(2)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.words import Identity, Long, Spectral
 from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.names import DOT_LIKE
@@ -98,11 +97,6 @@ def _lowest(call: Call) -> Convolve:
 def _counted(wave_nK: Tensor) -> Tensor:
     """How often each frequency counts (K,): the size of its wave."""
     return wave_nK[:1].abs()
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys: what is not there is zero, and alpha is one or a product with it."""
-    return True
 
 
 def run(call: Call) -> Tensor:

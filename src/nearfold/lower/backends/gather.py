@@ -11,25 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar import Basic
-from nearfold.grammar.words import Deformable, Dense, Depthwise, Experts, Max, Shift, Softmax
-from nearfold.kernels.aggregate import aggregate
+from nearfold.grammar.words import Deformable, Dense, Depthwise, Experts, Max, Shift
 from nearfold.kernels.corners import corners
 from nearfold.kernels.deformed import DeformedWindow
-from nearfold.kernels.names import DOT_LIKE, INVALID
-from nearfold.kernels.slot_scores import slot_scores
-from nearfold.kernels.weigh import slot_softmax
+from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.whole import whole
-from nearfold.lower.bias import score_bias
-from nearfold.lower.call import Call, Run, autocast_dtype, count_positions, is_transformed, refuse_derivatives
+from nearfold.lower.call import Call, Run, count_positions, is_transformed, refuse_derivatives
 from nearfold.lower.frame import Frame
-from nearfold.lower.kernel import finish, kernel_weight, values
-from nearfold.lower.meaning import meaning
-from nearfold.lower.selection import present
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.weighting import alpha_of, constant_alpha
-from nearfold.lower.windows import home_index, is_table, window_index
+from nearfold.lower.windows import is_table
 from nearfold.lower.words.deformable import moved, window_of
+from nearfold.lower.words.slots import slots, summed, weighed
 
 NAME = "gather"
 
@@ -48,58 +40,18 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("scores and sums over a table of positions", "roundoff")
 
 
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, H, N, e) -> (B, N, H * e)."""
-    return x.transpose(1, 2).flatten(2)
-
-
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def _fractional(call: Call) -> tuple[Tensor, Tensor]:
-    """Index and alpha (B, M, S * E, G) of a deformable window."""
+    """Index and alpha (B, G, M, S * E) of a deformable window."""
     if call.ndim in CHANNELS_LAST and call.value is call.x and not is_transformed(call.x):
         # the convolution of the offsets is twice as fast on it, backward, and `rows` are then a view of it
         call.x = call.value = call.x.contiguous(memory_format=CHANNELS_LAST[call.ndim])
     offset, mask, frame = moved(call)
     alpha, index = corners(offset, mask, frame.grid, frame.out, frame.size, frame.stride, frame.dilation, frame.before)
     groups = (call.value.shape[0], call.heads)
-    return index.unflatten(0, groups).permute(0, 2, 3, 1), alpha.unflatten(0, groups).permute(0, 2, 3, 1)
-
-
-def _whole(call: Call) -> tuple[Tensor, Tensor]:
-    """Index and alpha (B, M, S, H) of slots that read one position each."""
-    op, B, heads = call.op, call.value.shape[0], call.heads
-    index_MS, valid_MS = window_index(op, call.grid, call.value.device, INVALID)
-    index_BHMS, valid = index_MS[None, None], valid_MS[None, None]
-    if call.keep is not None:
-        valid = valid & present(call.keep, index_BHMS.clamp(min=0))
-        index_BHMS = index_BHMS.masked_fill(~valid, INVALID)
-    index = index_BHMS.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
-    rho = op.weight.rho
-    if not rho.needs_score:
-        alpha = constant_alpha(call, valid, index_BHMS)
-        assert alpha is not None
-        return index, alpha.expand(B, heads, -1, -1).permute(0, 2, 3, 1)
-    query, key = (t.expand(B, heads, -1, -1) for t in call.embedded())
-    home_M = home_index(op, call.grid, query.device)
-    if home_M.shape[0] != query.shape[2] or any(s != 1 for s in call.stride):
-        query = query[:, :, home_M]
-    score = slot_scores(_rows(query), _rows(key), index).permute(0, 3, 1, 2)
-    bias = score_bias(op, call.params, call.grid, home_M, score)
-    score = score if bias is None else score + bias
-    if isinstance(rho, Softmax):
-        alpha = slot_softmax(score, index.permute(0, 3, 1, 2), float(rho.scale))
-    else:
-        lost = query.isnan().any(-1)[..., None]
-        score = score.masked_fill(~valid, float("-inf")).masked_fill(lost, float("nan"))
-        alpha = alpha_of(rho, score, valid)
-    return index, alpha.permute(0, 2, 3, 1)
+    return index.unflatten(0, groups), alpha.unflatten(0, groups)
 
 
 # positions of a map beyond which torch's convolution of the offsets is faster than ours, and little lies between
@@ -142,24 +94,7 @@ def _settled(at: Frame) -> DeformedWindow | None:
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
-    fractional = isinstance(call.op.path, Deformable)
-    index, alpha = _fractional(call) if fractional else _whole(call)
-    kernel = kernel_weight(call)
-    weight, groups = (None, 1) if kernel is None else (kernel[0].flatten(2), kernel[1])
-    dtype = autocast_dtype(call.value) or call.value.dtype
-    own = call.op.weight.kernel
-    plain = values(call) if meaning(own).reads_more(own) else None
-    value = call.rows() if plain is None else plain.transpose(1, 2)
-    y = aggregate(
-        value.to(dtype).contiguous(),
-        index,
-        alpha.to(dtype),
-        None if weight is None else weight.to(dtype),
-        groups,
-        2**call.ndim if fractional else 1,
-    )
-    bias = call.params.get("bias")
-    later = meaning(call.op.weight.kernel).late_bias  # the bias follows its pointwise half
-    if bias is not None and not later:
-        y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
-    return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=later)
+    if isinstance(call.op.path, Deformable):
+        return summed(call, *_fractional(call), 2**call.ndim)
+    score, at = slots(call)
+    return summed(call, at, weighed(call, score, at))

@@ -5,35 +5,27 @@ Shape legend: B batch, H heads, N positions, R candidates, M outputs, S slots, e
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Euclidean, Scaled
 from nearfold.grammar.words import (
     AllCandidates,
-    Box,
     Dense,
     Depthwise,
     Max,
     Nearest,
     Ranked,
-    Rho,
     Softmax,
 )
 from nearfold.kernels import approximate
-from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.neighbors import Neighbors
 from nearfold.kernels.select import MOST_SLOTS
-from nearfold.kernels.weigh import slot_softmax
 from nearfold.kernels.whole import whole
-from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
+from nearfold.lower.call import Call, Run, refuse_derivatives
 from nearfold.lower.frame import Frame
-from nearfold.lower.kernel import finish, kernel_weight, values
-from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.weighting import alpha_of
-from nearfold.lower.words.nearest_search import all_ones, in_raster_order, recall_of, searched, slots_last
+from nearfold.lower.words.nearest_search import all_ones, recall_of
+from nearfold.lower.words.slots import slots, summed, weighed
 
 NAME = "knn"
 
@@ -49,19 +41,6 @@ def supports(facts: Facts) -> Verdict:
     method = approximate.describe(facts.op.path.similarity.reduced)
     exactness = "roundoff" if method == "exact" else "recall"
     return Verdict.yes(f"selection with recall={facts.op.path.recall} ({method}), aggregation by tiles", exactness)
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
-
-
-def _alpha(rho: Rho, score: Tensor | None, at: Tensor) -> Tensor | None:
-    if score is None:
-        return None
-    if isinstance(rho, Softmax):
-        return slot_softmax(score, at, float(rho.scale))
-    return alpha_of(rho, score, at >= 0)
 
 
 def prepare(at: Frame) -> Run:
@@ -130,33 +109,5 @@ def _settled(at: Frame) -> Neighbors | None:
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
-    weight_word = call.op.weight
-    appended = meaning(weight_word.kernel).reads_more(weight_word.kernel)
-    value = values(call).transpose(1, 2) if appended else call.rows()
-    if torch.compiler.is_compiling():  # drops what nothing reads; a graph that switches gradients does not load again
-        score, at = searched(call)
-    else:  # under constant alpha nothing flows back through the scores: nothing is kept for it
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight_word.rho.needs_score):
-            score, at = searched(call)
-    if isinstance(call.op.shape, Box):
-        score, at = in_raster_order(score, at, value.shape[1])
-    B, H = value.shape[0], call.heads
-    alpha = _alpha(weight_word.rho, score, at)
-    kernel = kernel_weight(call)
-    weight, groups = (None, 1) if kernel is None else kernel
-    auto = autocast_dtype(value)
-    dtype = auto or value.dtype
-    if auto is not None and weight is not None:
-        weight = weight.to(auto)
-    y = aggregate(
-        value.to(dtype).contiguous(),
-        slots_last(at, B, H),
-        None if alpha is None else slots_last(alpha.to(dtype), B, H),
-        weight,
-        groups,
-    )
-    bias = call.params.get("bias")
-    plain = not meaning(weight_word.kernel).late_bias  # those finish with theirs
-    if plain and bias is not None:
-        y.add_(bias.to(y.dtype))  # in place: fresh memory costs more than the sum
-    return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid), with_bias=not plain)
+    score, at = slots(call)
+    return summed(call, at, weighed(call, score, at))

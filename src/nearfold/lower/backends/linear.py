@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.word import all_ones
 from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
 from nearfold.kernels.names import DOT_LIKE
@@ -40,11 +39,6 @@ def supports(facts: Facts) -> Verdict:
     if op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
     return Verdict.yes("query (key^T value), in this order: no matrix of scores", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
 
 
 def _table(call: Call) -> Tensor:

@@ -32,11 +32,6 @@ from nearfold.lower.windows import window_index
 NAME = "local"
 
 
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys: `gather` does."""
-    return False
-
-
 def supports(facts: Facts) -> Verdict:
     """Window paths whose weight reads scores of a dot product or a euclidean distance."""
     op = facts.op
@@ -51,8 +46,8 @@ def supports(facts: Facts) -> Verdict:
     if op.path.similarity.reduced not in (*DOT_LIKE, *NORMED):
         return Verdict.no(f"similarity {op.path.similarity} is neither a dot product nor euclidean")
     if _one_operator(op, facts.ndim):
-        return Verdict.yes("softmax over the window in one operator, without unfold", "roundoff")
-    return Verdict.yes("shifted views, one slot at a time", "roundoff")
+        return Verdict.yes("softmax over the window in one operator, without unfold", "roundoff", keys=False)
+    return Verdict.yes("shifted views, one slot at a time", "roundoff", keys=False)
 
 
 def _one_operator(op: Basic, ndim: int) -> bool:

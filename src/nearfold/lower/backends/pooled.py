@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Agent, Pooled, Size, Softmax
 from nearfold.kernels.attention import attention
@@ -35,11 +34,6 @@ def supports(facts: Facts) -> Verdict:
     if agents:
         return Verdict.yes("F.scaled_dot_product_attention of the agents, then to the agents", "roundoff")
     return Verdict.yes("mean keys and values, then F.scaled_dot_product_attention", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
 
 
 def _means(call: Call, x: Tensor, size: Size, bins: bool) -> tuple[Tensor, Tensor | None]:

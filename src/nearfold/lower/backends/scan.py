@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.words import Scan, Selective
 from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
@@ -28,11 +27,6 @@ def supports(facts: Facts) -> Verdict:
     if op.weight.rho.scan_heads is None:
         return Verdict.yes("the recurrence by chunks, states in registers", "roundoff")
     return Verdict.yes("chunks of matrix products (state-space duality)", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
 
 
 def run(call: Call) -> Tensor:

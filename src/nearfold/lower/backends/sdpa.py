@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.words import All, Causal, Softmax
 from nearfold.kernels.attention import attention
@@ -30,11 +29,6 @@ def supports(facts: Facts) -> Verdict:
     if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys."""
-    return True
 
 
 def run(call: Call) -> Tensor:

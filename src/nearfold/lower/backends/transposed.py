@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar import Basic
 from nearfold.grammar.words import Transposed
 from nearfold.lower.call import Call
 from nearfold.lower.geometry import crop
@@ -31,11 +30,6 @@ def supports(facts: Facts) -> Verdict:
     if facts.ndim not in _CONV:
         return Verdict.no(f"torch has no transposed convolution on {facts.ndim} grid axes")
     return Verdict.yes("fixed offsets on a finer grid are F.conv_transpose", "roundoff")
-
-
-def takes_keys(op: Basic) -> bool:
-    """Whether it heeds a mask of the keys: alpha is one, and a zero as good as a slot that is not valid."""
-    return True
 
 
 def run(call: Call) -> Tensor:

@@ -19,7 +19,7 @@ from nearfold.grammar.words import NearestBlocks
 from nearfold.kernels.names import INVALID, LOST
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, PathMeaning, means
-from nearfold.lower.selection import Selection, metric_scores
+from nearfold.lower.selection import Selection, metric_scores, present
 
 
 @means(NearestBlocks)
@@ -150,15 +150,16 @@ def arranged(call: Call, at_BHMk: Tensor, many: int, block_N: Tensor) -> Tensor:
     return at_BHMk.gather(-1, at_BHMk.masked_fill(at_BHMk < 0, behind).sort(dim=-1, stable=True).indices)
 
 
+def reads_of(at_Ps: Tensor, at_BHMk: Tensor) -> Tensor:
+    """Positions (B, H, M, k s) of the chosen blocks; -1 beyond the grid, or where none is chosen."""
+    return at_Ps[at_BHMk.clamp(min=0)].masked_fill((at_BHMk < 0)[..., None], INVALID).flatten(-2)
+
+
 def reads(call: Call, at_BHMk: Tensor) -> Tensor:
-    """Positions (B, H, M, S) of the chosen blocks; -1 beyond the grid, after the query, or where nothing is."""
-    _, at_Ps = blocks_of(call.op, call.grid, at_BHMk.device)
-    index = at_Ps[at_BHMk.clamp(min=0)].masked_fill((at_BHMk < 0)[..., None], INVALID).flatten(-2)
+    """As `reads_of`, and -1 after the query under a causal shape, or where the position is not there."""
+    index = reads_of(blocks_of(call.op, call.grid, at_BHMk.device)[1], at_BHMk)
     if call.op.shape.causal:
         index = index.masked_fill(index > torch.arange(index.shape[2], device=index.device)[:, None], INVALID)
     if call.keep is not None:
-        B = call.keep.shape[0]
-        index = index.expand(B, -1, -1, -1)
-        there = call.keep.gather(1, index.clamp(min=0).flatten(1)).view(index.shape)
-        index = index.masked_fill(~there, INVALID)
+        index = index.masked_fill(~present(call.keep, index.clamp(min=0)), INVALID)
     return index

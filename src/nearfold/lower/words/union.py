@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nearfold._kept import kept
 from nearfold.grammar import Basic
-from nearfold.grammar.unions import alone
+from nearfold.grammar.unions import Listed, alone
 from nearfold.grammar.words import Axial, First, Path, Scattered, Union
 from nearfold.kernels.names import INVALID
 from nearfold.kernels.sample import scrambled
@@ -24,20 +24,20 @@ from nearfold.lower.selection import Selection
 from nearfold.lower.windows import AxesMeaning, TableMeaning, is_table, owns_slots
 
 
-class EverywhereMeaning(TableMeaning):
-    """A table that answers at every position."""
+class ListedMeaning(TableMeaning):
+    """A table of few positions, which answers at every one."""
 
     def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
         return torch.arange(math.prod(grid), device=device)
 
     def fit(self, op: Basic, grid: Lengths, source: Lengths, drawing: bool) -> Basic:
-        path = cast(First, op.path)
+        path = cast(Listed, op.path)
         n = min(path.n, math.prod(grid))
         return op if owns_slots(op) or n == path.n else dataclasses.replace(op, path=dataclasses.replace(path, n=n))
 
 
 @means(First)
-class FirstMeaning(EverywhereMeaning):
+class FirstMeaning(ListedMeaning):
     """The first positions."""
 
     def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class FirstMeaning(EverywhereMeaning):
 
 
 @means(Scattered)
-class ScatteredMeaning(EverywhereMeaning):
+class ScatteredMeaning(ListedMeaning):
     """Positions drawn for every query, no two of them equal."""
 
     def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:

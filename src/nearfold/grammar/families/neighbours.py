@@ -1,0 +1,165 @@
+"""Neighbours, graphs, and several paths at once."""
+
+from nearfold.grammar.entry import Entry
+
+FAMILIES: dict[str, tuple[Entry, ...]] = {
+    "nearest neighbours": (
+        Entry(
+            "conv_nearest",
+            "Convolution as nearest neighbours",
+            "nearest(9, position, padding=1) | box | kernel",
+            ("the 9 nearest in space", "raster order", "one shared kernel"),
+            "arXiv 2511.14137",
+        ),
+        Entry(
+            "blend",
+            "Between the ends",
+            "nearest(9, blend(0.5), self) | ranked | kernel",
+            ("the 9 nearest in space and features", "by rank", "one shared kernel"),
+            "arXiv 2511.14137",
+        ),
+        Entry(
+            "convnn",
+            "ConvNN",
+            "nearest(9, cosine, self) | ranked | kernel",
+            ("itself and the 8 most similar", "by rank", "one shared kernel"),
+            "arXiv 2511.14137",
+        ),
+        Entry(
+            "convnn_random",
+            "ConvNN, random candidates",
+            "nearest(9, cosine, random(32), self) | ranked | kernel",
+            ("itself and the 8 most similar of 32 drawn", "by rank", "one shared kernel"),
+            "arXiv 2511.14137",
+        ),
+        Entry(
+            "convnn_attention",
+            "ConvNN attention",
+            "nearest(9, scaled) | ranked | softmax(heads=4)*depthwise",
+            ("the 9 most similar", "by rank", "similarity, softmaxed, times one kernel per channel"),
+            "arXiv 2606.14725",
+        ),
+        Entry(
+            "kvt",
+            "k-NN attention (KVT)",
+            "nearest(9, scaled) | ranked | softmax(heads=4)",
+            ("the 9 most similar", "by rank", "similarity, softmaxed"),
+            "arXiv 2106.00515",
+        ),
+        Entry(
+            "indexed",
+            "Sparse attention with an indexer (DSA)",
+            "nearest(9, scaled, by=indexer(4, 16)) | causal | softmax(heads=4)",
+            ("the 9 that a lightning indexer chooses, of those before", "causal", "similarity, softmaxed"),
+            "arXiv 2512.02556",
+        ),
+        Entry(
+            "moba",
+            "Mixture of block attention (MoBA, 1-D)",
+            "nearest_blocks(3, 8, self) | causal | softmax(heads=4)",
+            ("its own block and the 2 most similar before", "causal, by blocks", "similarity, softmaxed"),
+            "arXiv 2502.13189",
+        ),
+        Entry(
+            "vsa",
+            "Tiles that choose tiles (VSA)",
+            "nearest_blocks(4, 2, pooled) | ranked | softmax(heads=4)",
+            ("the 4 tiles that the position's tile likes best", "by rank, by tiles", "similarity, softmaxed"),
+            "arXiv 2505.13389",
+        ),
+        Entry(
+            "branch",
+            "Hybrid branch",
+            "branch(0.5, nearest(9, cosine, self) | ranked | kernel, window(3) | box | kernel, mix)",
+            (
+                "half the channels the most similar, half a window",
+                "by rank, and dense square",
+                "kernels, mixed by a pointwise map",
+            ),
+            "arXiv 2511.14137",
+        ),
+    ),
+    "how many, by the data": (
+        Entry(
+            "sparsemax",
+            "Sparsemax attention",
+            "all | row | sparsemax(heads=4)",
+            ("everywhere", "one slot per position", "similarity, projected onto the simplex"),
+            "arXiv 1602.02068",
+        ),
+        Entry(
+            "entmax",
+            "Entmax attention, 1.5",
+            "all | row | entmax(heads=4)",
+            ("everywhere", "one slot per position", "similarity, entmaxed: exact zeros"),
+            "arXiv 1905.05702",
+        ),
+        Entry(
+            "entmax_causal",
+            "Sparse transformer by entmax",
+            "all | causal | entmax(heads=4)",
+            ("everywhere before", "causal row", "similarity, entmaxed: exact zeros"),
+            "arXiv 1909.00015",
+        ),
+        Entry(
+            "top_p",
+            "Top-p sparse attention (Twilight)",
+            "nearest(16, scaled, top_p=0.9) | ranked | softmax(heads=4)",
+            ("the fewest of the 16 most similar that hold 0.9", "by rank", "similarity, softmaxed"),
+            "arXiv 2502.02770",
+        ),
+    ),
+    "several paths": (
+        Entry(
+            "sinks",
+            "Attention sinks (StreamingLLM, 1-D)",
+            "window(16) & first(4) | causal | softmax(heads=4)",
+            ("the last 16 positions and the first 4", "causal", "similarity, softmaxed"),
+            "arXiv 2309.17453",
+        ),
+        Entry(
+            "bigbird",
+            "BigBird: local, global and random",
+            "window(3) & first(2) & scattered(3) | box | softmax(heads=4)",
+            ("a window, the first positions, and a few drawn once", "dense square, and slots", "similarity, softmaxed"),
+            "arXiv 2007.14062",
+        ),
+        Entry(
+            "axial",
+            "Axial attention, one axis",
+            "axial(0) | box | softmax(heads=4)",
+            ("the line through the position", "along the line", "similarity, softmaxed"),
+            "arXiv 1912.12180",
+        ),
+        Entry(
+            "criss_cross",
+            "Criss-cross attention",
+            "axial(0) & axial(1) | box | softmax(heads=4)",
+            ("both lines through the position", "along the lines", "similarity, softmaxed"),
+            "arXiv 1811.11721",
+        ),
+        Entry(
+            "local_nearest",
+            "Local and nearest in one softmax",
+            "window(3) & nearest(9, scaled) | ranked | softmax(heads=4)",
+            ("a fixed window, and the 9 most similar", "dense square, then by rank", "similarity, softmaxed"),
+            "arXiv 2511.14137",
+        ),
+    ),
+    "graphs": (
+        Entry(
+            "vig",
+            "Vision GNN: max-relative",
+            "nearest(9, cosine) | ranked | max*relative(groups=4)",
+            ("the 9 most similar", "by rank", "the largest difference, beside the own value"),
+            "arXiv 2206.00272",
+        ),
+        Entry(
+            "edgeconv",
+            "EdgeConv (DGCNN)",
+            "nearest(20, euclidean) | ranked | max*edge",
+            ("the 20 nearest in features", "by rank", "the largest of a perceptron of each pair"),
+            "arXiv 1801.07829",
+        ),
+    ),
+}
