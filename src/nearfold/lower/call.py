@@ -6,7 +6,7 @@ Shape legend: B batch, C channels, H heads, d features of a head, N positions (p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -138,27 +138,6 @@ class Call:
         else:
             query = split_heads(self.query, self.heads).to(dtype)
         return query, query if self.key is self.query else split_heads(self.key, self.heads).to(dtype), place
-
-
-def detached(call: Call) -> Call:
-    """The call, with no gradient through any of it; a graph that switches gradients off would not load again."""
-    if not torch.is_grad_enabled():
-        return call
-    value = call.value.detach()
-
-    def cut(t: Tensor | None) -> Tensor | None:
-        return None if t is None else value if t is call.value else t.detach()
-
-    query = cut(call.query)
-    return replace(
-        call,
-        params={name: t.detach() for name, t in call.params.items()},
-        value=value,
-        query=query,
-        key=query if call.key is call.query else cut(call.key),
-        x=value if call.x is call.value else call.x.detach(),
-        _rows=cut(call._rows),
-    )
 
 
 Run = Callable[[Call], Tensor]

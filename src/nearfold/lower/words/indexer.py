@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfold.grammar import Basic
 from nearfold.grammar.words import Indexer, Nearest
 from nearfold.kernels.choose import choose
-from nearfold.lower.call import Call, detached
+from nearfold.lower.call import Call
 from nearfold.lower.meaning import Sizes
 from nearfold.lower.parameters import Parameter
 from nearfold.lower.weighting import wide_dtype
@@ -54,7 +54,7 @@ def indexed(call: Call, query_M: Tensor, key_R: Tensor, rule: tuple[int, int, in
     own = path.include_self is not False
     kind = call.x.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # which the meta device lacks
-        query, share, key = index_maps(detached(call), query_M, key_R)
+        query, share, key = index_maps(call, query_M, key_R)
         if call.keep is not None:  # a key that is NaN is never chosen
             key = key.masked_fill(~call.keep[:, key_R, None], float("nan"))
         at = choose(query, share, key, path.k - own, query_M, key_R, list(call.padded), list(rule), own)

@@ -16,7 +16,7 @@ from nearfold.grammar.words import AllCandidates, Causal, Nearest, Ones, Rho
 from nearfold.kernels.names import DOT_LIKE, INVALID, LOST
 from nearfold.kernels.select import select, wide, wide_dtype
 from nearfold.kernels.slot_scores import slot_scores
-from nearfold.lower.call import Call, detached
+from nearfold.lower.call import Call
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.selection import metric_scores
 from nearfold.lower.words.indexer import indexed, indexed_by
@@ -105,7 +105,7 @@ def _chosen(call: Call) -> tuple[Tensor | None, Tensor]:
     path, rho, query_M = cast(Nearest, call.op.path), call.op.weight.rho, call.query_index()
     B, H = call.value.shape[0], call.heads
     if indexed_by(call.op) is None:
-        at = searched(chosen_by(detached(call)))[1]
+        at = searched(chosen_by(call))[1]
     else:
         at = indexed(call, query_M, candidates_of(call), rule_of(call))
     at = at.expand(B, H, -1, -1)

@@ -15,7 +15,7 @@ from nearfold.kernels.names import DOT_LIKE, INVALID
 from nearfold.kernels.slot_scores import slot_scores
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower.bias import score_bias
-from nearfold.lower.call import Call, autocast_dtype, count_positions, detached
+from nearfold.lower.call import Call, autocast_dtype, count_positions
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
 from nearfold.lower.selection import present, select
@@ -37,8 +37,7 @@ def slots(call: Call) -> tuple[Tensor | None, Tensor]:
 
 def _searched(call: Call) -> tuple[Tensor | None, Tensor]:
     call.rows()  # shared with a query that is the same tensor
-    # under constant alpha nothing flows back through the scores: nothing is kept for it
-    score, at = searched(call if call.op.weight.rho.needs_score else detached(call))
+    score, at = searched(call)
     return in_raster_order(score, at, count_positions(call.padded)) if call.op.shape.raster else (score, at)
 
 
