@@ -52,7 +52,8 @@ def test_every_network_of_every_study_runs_on_its_images(study):
 
 
 def test_every_claim_of_the_seeds_has_a_study():
-    wanted = "spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared budget"
+    wanted = """spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared
+    budget operators"""
     assert set(STUDIES) == set(wanted.split())
 
 
@@ -116,7 +117,7 @@ def test_the_benchmark_has_the_whole_catalogue_and_the_published_complexity():
     ("name", "preset", "message"),
     [
         ("ratios", "cpu", "no study is called 'ratios': ratio"),
-        ("ratio", "gpu", "preset must be one of cpu, paper, got 'gpu'"),
+        ("ratio", "gpu", "preset must be one of cpu, strong, paper, got 'gpu'"),
         ("nowhere.py", "cpu", "nowhere.py does not exist"),
     ],
 )

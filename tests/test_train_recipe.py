@@ -18,7 +18,7 @@ from nearfold.train.recipe import learning_rate
         ({"mixup": -0.1}, "Recipe.mixup must be a number of at least 0 (0 switches it off); got -0.1"),
         ({"cutmix": math.inf}, "Recipe.cutmix must be a number of at least 0"),
         ({"until": 1.1}, "Recipe.until must be an accuracy in [0, 1] (0: train for all epochs); got 1.1"),
-        ({"optimizer": "adam"}, "Recipe.optimizer must be one of 'adamw', 'sgd'; got 'adam'"),
+        ({"optimizer": "adam"}, "Recipe.optimizer must be one of 'adamw', 'sgd', 'muon'; got 'adam'"),
         ({"lr": 0}, "Recipe.lr must be a number above 0; got 0"),
         ({"lr": math.nan}, "Recipe.lr"),
         ({"lr": math.inf}, "Recipe.lr"),
@@ -27,7 +27,7 @@ from nearfold.train.recipe import learning_rate
         ({"momentum": 1.0}, "Recipe.momentum"),
         ({"warmup_epochs": -1}, "Recipe.warmup_epochs"),
         ({"epochs": 2, "warmup_epochs": 3}, "Recipe.warmup_epochs must be at most epochs=2; got 3"),
-        ({"schedule": "step"}, "'cosine', 'constant'"),
+        ({"schedule": "step"}, "'cosine', 'linear', 'constant'"),
         ({"label_smoothing": 1.0}, "Recipe.label_smoothing"),
         ({"clip_grad_norm": -1}, "Recipe.clip_grad_norm"),
         ({"augment": "flip"}, "'none', 'crop_flip', 'randaugment'"),
@@ -70,6 +70,14 @@ def test_learning_rate_rises_to_lr_and_falls_to_nearly_zero():
     assert all(a > b for a, b in pairwise(rates[20:]))
     assert 0 < rates[-1] < 0.001
     assert rates[50] == pytest.approx(0.15)  # half way between steps 20 and 80
+
+
+def test_a_linear_schedule_falls_by_equal_steps_to_nothing():
+    recipe = Recipe(epochs=4, lr=0.4, warmup_epochs=1, schedule="linear")
+    rates = [learning_rate(recipe, step, 10) for step in range(40)]
+    assert rates[9] == rates[10] == 0.4
+    assert [a - b for a, b in pairwise(rates[10:])] == pytest.approx([0.4 / 30] * 29)
+    assert rates[-1] == pytest.approx(0.4 / 30)
 
 
 def test_constant_schedule_without_warmup():

@@ -31,6 +31,7 @@ VARIANTS = {
         "label_smoothing": 0.1,
     },
     "float16": {"precision": "float16"},
+    "muon, channels last": {"optimizer": "muon", "lr": 0.02, "channels_last": True, "schedule": "linear"},
 }
 
 

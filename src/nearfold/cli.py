@@ -50,6 +50,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "train the small network around one operator, or one of the networks that have a name",
         "nearfold.train.command",
     ),
+    "evaluate": (
+        "count how many test images a network whose weights come along classifies correctly",
+        "nearfold.models.evaluate",
+    ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
     "budget": (
         "how few positions a trained model's attention needs: its accuracy against its latency over k",

@@ -5,7 +5,7 @@
 ['vgg11_conv', 'vgg11_convnn', 'vgg11_hybrid']
 """
 
-from nearfold.models import densenet, gwo, pvt, resnet, san, swin, vgg, vit  # their networks enter the table
+from nearfold.models import densenet, gwo, pvt, resnet, resnet8, san, swin, vgg, vit  # their networks enter the table
 from nearfold.models.denoise import DenoiseNet
 from nearfold.models.hub import from_pretrained, push_to_hub, save_pretrained
 from nearfold.models.network import Features, Network
@@ -31,6 +31,7 @@ __all__ = [
     "pvt",
     "register",
     "resnet",
+    "resnet8",
     "san",
     "save_pretrained",
     "stem_stride",

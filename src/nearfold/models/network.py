@@ -170,6 +170,12 @@ class Network(nn.Module):
         """
         return state
 
+    def start(self, images: Tensor) -> None:
+        """What a fresh network takes from its training images (B, in_chans, H, W) before the first step: nothing here.
+
+        `nearfold.train.begin` calls it, with images normalised as in training.
+        """
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors``; see `nearfold.models.hub.save_pretrained`."""
         from nearfold.models.hub import save_pretrained

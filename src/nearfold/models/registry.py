@@ -115,6 +115,7 @@ def close_to(name: str) -> str:
 def create(
     name: str,
     *,
+    pretrained: bool = False,
     num_classes: int | None = None,
     in_chans: int | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -124,10 +125,12 @@ def create(
     output_stride: int | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A network by its name, with fresh weights.
+    """A network by its name, with fresh weights or with those that come along.
 
     Args:
         name: as `list_models` gives it.
+        pretrained: load the weights that come with the package (`nearfold models --pretrained` lists them), after
+            their digest is checked; other classes get a new classifier.
         num_classes: of the classifier; 0: none, the features come out. Default: the published number.
         in_chans: channels of the images; default 3.
         img_size: height and width, for networks that own something for every position; all others take any size, and
@@ -139,7 +142,8 @@ def create(
         arguments: of the network's own constructor, in place of those in the table.
 
     Raises:
-        ValueError: for an unknown name or argument.
+        ValueError: for an unknown name or argument; with ``pretrained``, also where no weights come along, or they do
+            not fit.
 
     >>> import torch
     >>> net = create("resnet18_hybrid", num_classes=10, width=16)
@@ -147,9 +151,16 @@ def create(
     torch.Size([1, 10])
     """
     entry = entry_of(name)
+    if flag("pretrained", pretrained):
+        asked = {
+            "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, "out_indices": out_indices,
+            "global_pool": global_pool, "output_stride": output_stride,
+        }  # fmt: skip
+        given = {name: value for name, value in asked.items() if value is not None} | arguments
+        return _trained(name.removeprefix(PREFIX), given | ({"features_only": True} if features_only else {}))
     channels, *size = entry.input_size
     arguments = {name: plain(value) for name, value in arguments.items()}
-    given: dict[str, Any] = {
+    given = {
         "num_classes": entry.num_classes if num_classes is None else integer("num_classes", num_classes, least=0),
         "in_chans": channels if in_chans is None else integer("in_chans", in_chans),
         "img_size": tuple(size) if img_size is None else _pair(img_size),
@@ -175,6 +186,18 @@ def create(
     network.arguments = given | arguments
     network.pretrained_cfg = network.default_cfg = config(entry, given, network.head_name)
     return Features(network, plain(out_indices)) if features_only else network
+
+
+def _trained(name: str, overrides: dict[str, Any]) -> nn.Module:
+    """A network with the weights that come along."""
+    from nearfold.models.hub import from_pretrained
+    from nearfold.models.pretrained import weights_of
+
+    entry = weights_of(name)
+    made = from_pretrained(entry.folder, **overrides)
+    network = made.network if isinstance(made, Features) else made
+    network.pretrained_cfg = network.default_cfg = network.pretrained_cfg | {"mean": entry.mean, "std": entry.std}
+    return made
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -202,7 +202,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         study = replace(study, seeds=args.seeds)
     sources = _sources(args.data)
     planned = plan(
-        study, args.out / "store", sources, resumable=args.preset == "paper", workers=getattr(args, "workers", 0)
+        study, args.out / "store", sources, resumable=args.preset != "cpu", workers=getattr(args, "workers", 0)
     )
     for name in planned.missing:
         print(f"nearfold: left out, since nobody said where it is: --data {name}=FOLDER", file=sys.stderr)

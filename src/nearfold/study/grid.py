@@ -132,6 +132,7 @@ class Study:
         limits: from the results to sentences on what may be concluded, before those that are said of every study.
         families: by value of `axis`, a key of `nearfold.study.plots.FAMILIES`, by which marks are coloured.
         looks: whether the weights of seed 0 are kept, to show where every setting looks; networks are ``"spectrum"``.
+        weights: whether the weights of seed 0 are kept for whoever wants them.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Study:
     limits: Callable[[Results], list[str]] | None = None
     families: Mapping[Label, str] = field(default_factory=dict)
     looks: bool = False
+    weights: bool = False
 
     def reference_on(self, data: str) -> Label:
         """What the settings on a data set, as labelled, are compared with."""

@@ -80,7 +80,9 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
         _try(trial, datas[trial.data])
     study = replace(study, trials=trials)
     runs = {
-        (index, seed): training(trial, seed, prints[trial.data], keep_weights=study.looks and seed == 0)
+        (index, seed): training(
+            trial, seed, prints[trial.data], keep_weights=(study.looks or study.weights) and seed == 0
+        )
         for index, trial in enumerate(trials)
         for seed in range(study.seeds)
     }

@@ -14,7 +14,7 @@ from torch import nn
 from nearfold.models import PlainNet, SpectrumNet, create, stem_stride
 from nearfold.study.grid import Data
 from nearfold.study.measure import measure
-from nearfold.train import ImageData, Recipe, StreamData, fit, load_data, open_data, prepare, save_weights
+from nearfold.train import ImageData, Recipe, StreamData, begin, fit, load_data, open_data, prepare, save_weights
 from nearfold.train.checkpoint import fingerprint
 from nearfold.train.distributed import join
 
@@ -107,6 +107,7 @@ def train(config: Config, place: Place, weights: Path | None, work: Path | None)
     recipe = Recipe.from_dict(config["recipe"])
     torch.manual_seed(recipe.seed)
     model = build(config["network"], data)
+    begin(model, data)
     done = fit(model, data, recipe, progress=False, out=work, resume=work is not None, workers=place.workers)
     if weights is not None:
         weights.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Training: data, recipe and loop in plain PyTorch, on one process or, under torchrun, on several."""
 
+from nearfold.train.begin import begin
 from nearfold.train.checkpoint import load_weights, save_weights
 from nearfold.train.data import ImageData, Split, load_data
 from nearfold.train.evaluation import evaluate, prepare
@@ -16,6 +17,7 @@ __all__ = [
     "Result",
     "Split",
     "StreamData",
+    "begin",
     "evaluate",
     "fit",
     "load_data",

@@ -23,6 +23,7 @@ from nearfold.grammar import parse
 from nearfold.models import SpectrumNet, create, stem_stride
 from nearfold.models.registry import PREFIX, entry_of
 from nearfold.options import PIXELS, above, folder, whole
+from nearfold.train.begin import begin
 from nearfold.train.data import ImageData, load_data
 from nearfold.train.loop import fit
 from nearfold.train.memory import require_trainable
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name} cannot be trained on images of {images}: {error}") from error
         torch.manual_seed(recipe.seed)
         model, said = build(data)
+        begin(model, data)
         result = fit(
             model, data, recipe, out=args.out, resume=args.resume, tensorboard=args.tensorboard,
             checkpoint_every=args.checkpoint_every or 0, parallel=args.parallel, compile=args.compile,

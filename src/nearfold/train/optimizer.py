@@ -11,8 +11,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from nearfold.train.distributed import local, sharded
 from nearfold.train.recipe import Recipe
 
-HELD = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
-"""What torch's optimizers keep of a weight."""
+_ADAMW, _MOMENTUM = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+HELD = {"adamw": (_ADAMW,), "sgd": (_MOMENTUM,), "muon": (_MOMENTUM, _ADAMW)}
+"""What the optimizers keep of a weight: one of these sets."""
+REST = 0.2
+"""Learning rate of what muon leaves to AdamW, as a share of its own."""
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -42,6 +45,13 @@ def optimizer_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torc
         fused = False  # torch has no fused sgd of divided weights
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    if recipe.optimizer == "muon":
+        if sharded(model):
+            raise ValueError(
+                "Recipe.optimizer='muon' needs whole matrices, and parallel='fsdp' divides them: use parallel='ddp', "
+                "or optimizer='adamw'"
+            )
+        return _muon(weights, recipe)
     return torch.optim.SGD(
         weights,
         lr=recipe.lr,
@@ -50,3 +60,25 @@ def optimizer_of(model: nn.Module, recipe: Recipe, device: torch.device) -> torc
         nesterov=recipe.momentum > 0,
         fused=fused,
     )
+
+
+def _muon(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's Muon: the package that has it for convolutions, too (torch's own takes matrices only)."""
+    from nearfold._torchvision import load
+
+    try:
+        load("timm")
+        from timm.optim.muon import Muon
+    except ImportError as missing:
+        raise ImportError(
+            "Recipe.optimizer='muon' needs timm 1.0.20 or newer: pip install timm; or use 'sgd'"
+        ) from missing
+    made: torch.optim.Optimizer = Muon(
+        weights,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+        fallback_lr_scale=REST,
+    )
+    return made

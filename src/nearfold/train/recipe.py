@@ -21,8 +21,8 @@ PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
 
 MOST_SEED = 2**63 - 1
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("cosine", "constant"),
+    "optimizer": ("adamw", "sgd", "muon"),
+    "schedule": ("cosine", "linear", "constant"),
     "augment": (*AUGMENTATIONS, *IMAGE_AUGMENTATIONS),
     "precision": tuple(PRECISIONS),
 }
@@ -52,12 +52,15 @@ class Recipe:
         accumulate: Parts into which a process divides its share of a batch and which it computes one after the other,
             to save memory. Loss and gradient are the means over the whole batch all the same, so that parts change
             nothing but rounding, what batch normalisation sees, and the draws of dropout and sampled candidates.
-        optimizer: ``"adamw"`` (betas 0.9 and 0.999) or ``"sgd"`` (Nesterov momentum where it is not 0).
+        optimizer: ``"adamw"`` (betas 0.9 and 0.999), ``"sgd"`` (Nesterov momentum where it is not 0) or ``"muon"``:
+            orthogonalised Nesterov momentum for matrices and kernels, AdamW, also with Nesterov momentum, at a fifth of
+            `lr` for the rest (timm's implementation; needs the extra `vision`).
         lr: Highest learning rate, reached after the warmup.
-        weight_decay: Decay of every parameter: decoupled for adamw, L2 for sgd.
-        momentum: Momentum of sgd; adamw ignores it.
+        weight_decay: Decay of every parameter: decoupled for adamw and muon, L2 for sgd.
+        momentum: Momentum of sgd and muon; adamw ignores it.
         warmup_epochs: Epochs, also a fraction, over which the rate rises linearly to `lr`.
-        schedule: After the warmup: ``"cosine"``, half a cosine from `lr` to 0, or ``"constant"``.
+        schedule: After the warmup: ``"cosine"``, half a cosine from `lr` to 0, ``"linear"``, a straight line to 0, or
+            ``"constant"``.
         label_smoothing: Share of the target spread evenly over all classes.
         clip_grad_norm: Gradients are scaled down to this global 2-norm; 0: never.
         augment: ``"none"``, ``"crop_flip"`` (random shift and horizontal mirroring) or ``"randaugment"``
@@ -75,6 +78,8 @@ class Recipe:
         until: The run ends after the first epoch at whose end the training images, evaluated without augmentation
             (up to 10,000 of them), are classified with at least this accuracy; 0: only after the last epoch.
         precision: ``"float32"``, or autocast to ``"bfloat16"`` or ``"float16"`` (with loss scaling).
+        channels_last: Hold images and weights of four dimensions with the channels last in memory, which convolutions
+            take faster in low precision; it changes nothing but rounding, and which elements dropout draws.
         device: ``"auto"`` (CUDA where there is a device, else the CPU) or a torch device such as
             ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Under torchrun ``"cuda"`` is each process's own device.
         seed: Decides order, augmentation, dropout and sampled candidates. The initial weights are the
@@ -92,7 +97,7 @@ class Recipe:
         >>> Recipe(optimizer="adam")
         Traceback (most recent call last):
         ...
-        ValueError: Recipe.optimizer must be one of 'adamw', 'sgd'; got 'adam'
+        ValueError: Recipe.optimizer must be one of 'adamw', 'sgd', 'muon'; got 'adam'
     """
 
     epochs: int = 20
@@ -112,6 +117,7 @@ class Recipe:
     ema: float = 0.0
     until: float = 0.0
     precision: str = "float32"
+    channels_last: bool = False
     device: str = "auto"
     seed: int = 0
     deterministic: bool = False
@@ -134,8 +140,9 @@ class Recipe:
                 self._refuse(name, wanted)
         if self.warmup_epochs > self.epochs:
             self._refuse("warmup_epochs", f"at most epochs={self.epochs}")
-        if not isinstance(self.deterministic, bool):
-            self._refuse("deterministic", "True or False")
+        for name in ("channels_last", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "True or False")
         if self.device != "auto":
             try:
                 torch.device(self.device)
@@ -189,4 +196,6 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "constant":
         return recipe.lr
     progress = (step - warmup) / (recipe.epochs * steps_per_epoch - warmup)
+    if recipe.schedule == "linear":
+        return recipe.lr * (1 - progress)
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))

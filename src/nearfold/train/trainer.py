@@ -70,6 +70,9 @@ class Trainer:
         self.run = Run()
         self._given = model
         self._made_of = configuration(model, schedule)
+        self._format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch documents it
         if not divided:
             model.to(team.device)
         team.share((*model.parameters(), *model.buffers()))
@@ -150,7 +153,7 @@ class Trainer:
             prepared, targets = mixed(mix, prepared, labels, self._classes)
             labels = targets.argmax(1)
         with autocast(self.team.device, recipe.precision):
-            logits = self._net(prepared).float()
+            logits = self._net(prepared.contiguous(memory_format=self._format)).float()
         wanted = (len(images), self._classes)
         if logits.shape != wanted:
             raise ValueError(f"the model must return logits {wanted}; it returned {tuple(logits.shape)}")
@@ -289,7 +292,8 @@ class Trainer:
         tensors |= _prefixed("best", self.run.best_weights)
         names: dict[Tensor, str] = {weight: name for name, weight in self.model.named_parameters()}
         for weight, held in self._optimizer.state.items():
-            tensors |= _prefixed("optimizer", {f"{names[weight]}/{name}": value for name, value in held.items()})
+            kept = {f"{names[weight]}/{name}": value for name, value in held.items() if isinstance(value, Tensor)}
+            tensors |= _prefixed("optimizer", kept)  # muon also notes which weights are its own: it asks their shape
         facts = {
             "run": run,
             "model": self._made_of,
@@ -323,7 +327,7 @@ class Trainer:
                 weight = owners[owner].detach()
                 alike = shape == weight.shape
                 tensors[name] = torch.zeros_like(weight, dtype=dtype) if alike else weight.new_zeros(shape, dtype=dtype)
-        if any(held != HELD[self.recipe.optimizer] for held in held_by.values()):
+        if any(held not in HELD[self.recipe.optimizer] for held in held_by.values()):
             raise saved.unusable(f"a weight has not the state of {self.recipe.optimizer}")
         shape, dtype = saved.layout.get("step_seconds", (torch.Size(), torch.bool))
         if len(shape) != 1 or dtype != torch.float64:

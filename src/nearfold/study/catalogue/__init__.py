@@ -10,6 +10,7 @@ import nearfold.study.catalogue.acmix as acmix
 import nearfold.study.catalogue.budget as budget
 import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
+import nearfold.study.catalogue.operators as operators
 import nearfold.study.catalogue.spectrum as spectrum
 from nearfold._own_code import executed, guarded
 from nearfold.study.catalogue.presets import PRESETS, Preset
@@ -19,7 +20,7 @@ Maker = Callable[[Preset], Study]
 
 STUDIES: dict[str, Maker] = {
     maker.__name__: maker
-    for maker in (*spectrum.STUDIES, *convnn.STUDIES, *gwo.STUDIES, *acmix.STUDIES, *budget.STUDIES)
+    for maker in (*spectrum.STUDIES, *convnn.STUDIES, *gwo.STUDIES, *acmix.STUDIES, *budget.STUDIES, *operators.STUDIES)
 }
 
 

@@ -27,7 +27,7 @@ NETWORKS = {
 
 def shared(p: Preset) -> Study:
     """Sharing projections."""
-    trials, protocol = (_small if p.name == "cpu" else _imagenet)(p)
+    trials, protocol = (_imagenet if p.name == "paper" else _small)(p)
     return Study(
         "shared",
         p.name,
@@ -36,7 +36,7 @@ def shared(p: Preset) -> Study:
         + (
             "a 3x3 convolution, attention in a 7x7 window, and their sum with projections of its own for each half, at "
             "equal FLOPs."
-            if p.name == "cpu"
+            if p.name != "paper"
             else "the networks that it was put into, on ImageNet."
         ),
         "ACmix gains over convolution and over attention at equal cost: +0.9 to +2.5 points on ImageNet for ResNets, "
