@@ -196,6 +196,7 @@ def _trained(name: str, overrides: dict[str, Any]) -> nn.Module:
     entry = weights_of(name)
     made = from_pretrained(entry.folder, **overrides)
     network = made.network if isinstance(made, Features) else made
+    assert isinstance(network, Network)
     network.pretrained_cfg = network.default_cfg = network.pretrained_cfg | {"mean": entry.mean, "std": entry.std}
     return made
 

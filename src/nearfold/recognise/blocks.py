@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from nearfold.grammar import Basic, Weight
+from nearfold.grammar.channels import CrossCovariance
 from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.words import All, Block, Box, Deformable, Dense, Modulated, Ones, Row, Softmax, Table, Window
 from nearfold.recognise.foreign import RULES, Ints, Match, Rule, Unsaid, count, crossed, plain, window
@@ -40,7 +41,13 @@ def _patch_merging(m: Any) -> Match:
     return Match(Basic(path, Box(), Weight(kernel=Dense())), axis=-1, note=f"on maps of even size{norm}")
 
 
+def _cross_covariance(m: Any) -> Match:
+    op = Basic(Window(1), Box(), Weight(kernel=CrossCovariance(m.num_heads)))
+    return Match(op, count(m.qkv) + m.temperature.numel(), axis=-1, note="over the positions it is given")
+
+
 BLOCK_RULES: dict[str, Rule] = {
+    "timm.models.xcit.XCA": _cross_covariance,
     "timm.models.swin_transformer.WindowAttention": _window_attention,
     "timm.models.swin_transformer.PatchMerging": _patch_merging,
     "torchvision.models.swin_transformer.ShiftedWindowAttention": _swin,
@@ -101,6 +108,29 @@ def is_deformable(module: nn.Module) -> bool:
     return (own.__module__, own.__qualname__) == ("torchvision.ops.deform_conv", "DeformConv2d")
 
 
+RELATIVE = {"RelPosBias": "", "RelPosBiasTf": "", "RelPosMlp": "; an MLP makes the table"}
+"""timm's biases that are one number for every relative position and head, and what the words leave open."""
+
+
+def _partition(m: Any, attention: Any, spread: bool, axis: int) -> Match:
+    """MaxViT's attention: in blocks, or among positions a block's number apart (the parent cuts the map)."""
+    own = attention.rel_pos
+    if own is not None and type(own).__name__ not in RELATIVE:
+        raise Unsaid(f"no word for its bias {type(own).__name__}")
+    note = CUT if own is None else CUT + RELATIVE[type(own).__name__]
+    path = Block(plain(tuple(m.partition_size)), Scaled(bias="table") if own is not None else Scaled(), spread=spread)
+    op = Basic(path, Box(), Weight(Softmax(attention.num_heads)))
+    return Match(op, count(attention), axis=axis, note=note)
+
+
+def _partitioned(axis: int) -> Callable[[Any], dict[str, Match]]:
+    return lambda m: {"attn": _partition(m, m.attn, not m.partition_block, axis)}
+
+
+def _partitioned_twice(m: Any) -> dict[str, Match]:
+    return {f"attn_{name}": _partition(m, getattr(m, f"attn_{name}"), name == "grid", -1) for name in ("block", "grid")}
+
+
 def _hugging_face_swin(m: Any) -> dict[str, Match]:
     path = Block(plain(m.window_size), Scaled(bias="table"), shift=m.shift_size, padded=True)
     op = Basic(path, Box(), Weight(Softmax(m.attention.num_attention_heads)))
@@ -114,6 +144,9 @@ def _pooling_head(m: Any) -> dict[str, Match]:
 MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
 PARENTS: dict[str, Callable[[Any], dict[str, Match]]] = {
     "timm.models.swin_transformer.SwinTransformerBlock": _timm_swin_block,
+    "timm.models.maxxvit.PartitionAttentionCl": _partitioned(-1),
+    "timm.models.maxxvit.PartitionAttention2d": _partitioned(1),
+    "timm.models.maxxvit.ParallelPartitionAttention": _partitioned_twice,
     "timm.models.mlp_mixer.MixerBlock": lambda m: {"mlp_tokens": token_table(m.mlp_tokens.fc1, m.mlp_tokens.fc2)},
     "timm.models.mlp_mixer.ResBlock": lambda m: {"linear_tokens": token_table(m.linear_tokens)},
     "transformers.models.swin.modeling_swin.SwinLayer": _hugging_face_swin,

@@ -36,7 +36,7 @@ def through(place: Place, op: Operation, before: Sequence[int], after: Sequence[
         if isinstance(op, Branch):  # which channels go where is not followed
             place = channels(place, axis % len(before), before, 1, after)
         return join([through(place, operand, before, after, axis) for operand in op.present], len(after))
-    if meaning(op.path).everywhere or place.everywhere:
+    if _everywhere(op) or place.everywhere:
         return anywhere(place, len(after))
     if op.path.searches or op.path.dynamic:
         moved = op.path.dynamic or features_share(op.path.similarity) > 0
@@ -45,6 +45,13 @@ def through(place: Place, op: Operation, before: Sequence[int], after: Sequence[
     if not isinstance(meaning(op.path), AxesMeaning) or len(before) != len(after):
         return unknown(place, after)
     return _windows(place, op, before, after, axis % len(before))
+
+
+def _everywhere(op: Basic) -> bool:
+    """Whether an output depends on every position: by the path, by a kernel made of the map, or by a score's scale."""
+    similarity = op.path.similarity
+    scaled = op.weight.rho.needs_score and similarity.uses_features and not similarity.takes_keys
+    return meaning(op.path).everywhere or meaning(op.weight.kernel).everywhere or scaled
 
 
 def anywhere(place: Place, dims: int) -> Place:

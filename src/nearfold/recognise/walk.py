@@ -66,9 +66,11 @@ class Layer:
 
 
 def one_position(match: Match) -> bool:
-    """Whether an operation is a window of a single position: a 1x1 convolution."""
-    path = match.operation.path if isinstance(match.operation, Basic) else None
-    return path is not None and meaning(path).is_table(path) and all_ones(getattr(path, "size", 0))
+    """Whether an operation reads a single position and nothing else: a 1x1 convolution."""
+    op = match.operation
+    if not isinstance(op, Basic) or meaning(op.weight.kernel).everywhere:
+        return False
+    return meaning(op.path).is_table(op.path) and all_ones(getattr(op.path, "size", 0))
 
 
 def walk(model: nn.Module) -> list[Layer]:

@@ -25,6 +25,7 @@ class CrossCovarianceMeaning(KernelMeaning):
 
     generating = ("temperature",)
     reads_features = True
+    everywhere = True
     bias_of = ""
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:

@@ -24,6 +24,7 @@ class ExpertsMeaning(KernelMeaning):
 
     generating = ("router", "router_reduce")
     maps_channels = True
+    everywhere = True
     late_bias = True
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
