@@ -3,6 +3,7 @@
     operation := term (("+") term)*
     term      := [rate "*"] ( "(" operation ")" | "branch(" number "," operation "," operation ["," "mix"] ")"
                             | path "|" shape "|" weight | a name of the catalogue )
+    rate      := a number | a name, whose number is learned | "gate", made of the input
     path      := word ("&" word)*                         several: their union
     weight    := rho ["*" kernel] | kernel
     word      := name ["(" argument ("," argument)* ")"]      argument := value | name "=" value | flag

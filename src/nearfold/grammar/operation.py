@@ -53,6 +53,9 @@ class Weight:
 
 O = TypeVar("O", bound="Operation")
 
+GATE = "gate"
+"""The rate that the input makes, position by position."""
+
 
 def hashed_once(cls: type[O]) -> type[O]:
     """Keep an operation's hash, by which everything that is made once for it is found again.
@@ -216,7 +219,10 @@ class Basic(Operation):
 @hashed_once
 @dataclass(frozen=True)
 class Sum(Operation):
-    """rate * A + rate * B: a rate is a name (learnable), a number (fixed), or None (one).
+    """rate * A + rate * B: a rate is a name (learnable), a number (fixed), None (one), or `GATE`.
+
+    A gate is made of the input: at every position the sigmoid of a learned pointwise map, one number for each operand
+    that has one. Native sparse attention is such a sum (arXiv 2502.11089, equation 5).
 
     Query, key and value projections are shared where all operands that have one ask for it alike: this is ACmix.
     """
@@ -237,7 +243,7 @@ class Sum(Operation):
                 )
             terms.append((float(rate) if number else rate, term))
         object.__setattr__(self, "terms", tuple(terms))
-        names = [r for r, _ in self.terms if isinstance(r, str)]
+        names = [r for r, _ in self.terms if isinstance(r, str) and r != GATE]
         if len(set(names)) != len(names):
             raise ValueError(f"each learnable rate needs a name of its own, got {', '.join(names)}")
         for _, term in self.terms:
@@ -257,6 +263,16 @@ class Sum(Operation):
     @property
     def rates(self) -> tuple[str | float | None, ...]:
         return tuple(rate for rate, _ in self.terms)
+
+    @property
+    def learned(self) -> int:
+        """How many rates are parameters."""
+        return sum(isinstance(rate, str) and rate != GATE for rate in self.rates)
+
+    @property
+    def gates(self) -> int:
+        """How many rates are gates."""
+        return self.rates.count(GATE)
 
     def combine(self, operands: tuple[Operation, ...]) -> Operation:
         return Sum(tuple(zip(self.rates, operands, strict=True)))

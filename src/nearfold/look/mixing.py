@@ -19,7 +19,7 @@ from nearfold.grammar import Branch, Operation
 from nearfold.look.derivative import differentiated, require_room
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, count_positions
-from nearfold.lower.execute import execute
+from nearfold.lower.execute import execute, factors
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import Selection, select
@@ -131,7 +131,7 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
 
     params = layer.tensors()
     execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
-    return _combined(op, params, layer.made_channels, iter(parts)).matrix
+    return _combined(op, params, x, layer.made_channels, iter(parts)).matrix
 
 
 def _part(call: Call, limit_gib: float) -> _Part:
@@ -193,22 +193,25 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
     return _Part(total.sqrt_(), False)
 
 
-def _combined(op: Operation, params: dict[str, Tensor], channels: int, parts: Iterator[_Part]) -> _Part:
+def _combined(op: Operation, params: dict[str, Tensor], x: Tensor, channels: int, parts: Iterator[_Part]) -> _Part:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
     if not op.operands:
         return next(parts)
     each = zip(op.operands, op.shares(channels), strict=True)
-    operands = [_combined(term, operand(params, i), made, parts) for i, (term, made) in enumerate(each) if made]
+    reads = op.inputs(x.shape[1]) if isinstance(op, Branch) else (slice(None),) * len(op.operands)
+    operands = [
+        _combined(term, operand(params, i), x[:, reads[i]], made, parts) for i, (term, made) in enumerate(each) if made
+    ]
     _same_positions(op, operands)
     exact = all(m.exact for m in operands)
     if isinstance(op, Branch):
         return _Part(torch.cat([m.matrix for m in operands], 1), exact)
-    own = iter(params["rates"].unbind() if "rates" in params else ())
-    rates = [1.0 if rate is None else next(own) if isinstance(rate, str) else rate for rate in op.rates]
     groups = math.lcm(*(m.matrix.shape[1] for m in operands))
     total: Tensor | float = 0.0
-    for rate, part in zip(rates, operands, strict=True):
-        matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * rate
+    for factor, part in zip(factors(op, params, x), operands, strict=True):
+        if isinstance(factor, Tensor) and factor.dim():  # a gate: the outputs' positions are rows
+            factor = factor.flatten(2)[..., None].to(part.matrix.dtype)
+        matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * (1.0 if factor is None else factor)
         total = total + (matrix if exact else matrix.abs())
     assert isinstance(total, Tensor)
     return _Part(total, exact)

@@ -5,15 +5,17 @@ Shape legend: B batch, H heads, M outputs, S slots, N positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nearfold._numbers import plain
-from nearfold.grammar import Operation
+from nearfold.grammar import Branch, Operation
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.call import Call
-from nearfold.lower.execute import execute
+from nearfold.lower.execute import execute, factors
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import operand
 from nearfold.lower.selection import select
@@ -52,7 +54,10 @@ def looks(layer: Mixer, x: Tensor, at: tuple[int, ...]) -> Tensor:
         raise ValueError(f"at must have {len(grid)} entries, one per grid axis, got {at}")
     total = x.new_zeros(x.shape[0], *grid)
     params = layer.tensors()
-    rates = iter(_rates(layer.operation, params, layer.made_channels))
+    flat = 0
+    for a, n in zip(at, grid, strict=True):
+        flat = flat * n + a
+    rates = iter(_rates(layer.operation, params, x, flat, layer.made_channels))
 
     def spy(call: Call) -> Tensor:
         y = oracle.run(call)
@@ -79,15 +84,23 @@ def looks(layer: Mixer, x: Tensor, at: tuple[int, ...]) -> Tensor:
     return total / total.flatten(1).sum(1).clamp(min=1e-12).view(-1, *(1,) * len(grid))
 
 
-def _rates(op: Operation, params: dict[str, Tensor], out_channels: int) -> list[float]:
-    """By how much every `Basic` part is multiplied on its way out, in the order in which they run."""
+Rate = float | Tensor
+"""A number, or one for each image (B,)."""
+
+
+def _rates(op: Operation, params: dict[str, Tensor], x: Tensor, at: int, out_channels: int) -> list[Rate]:
+    """By how much every `Basic` part is multiplied on its way out at a position, in the order in which they run."""
     if not op.operands:
         return [1.0]
-    own, found = iter(params["rates"].tolist() if "rates" in params else ()), []
-    for i, (rate, term, made) in enumerate(zip(op.rates, op.operands, op.shares(out_channels), strict=True)):
-        times = 1.0 if rate is None else abs(next(own) if isinstance(rate, str) else rate)
+    found: list[Rate] = []
+    reads = op.inputs(x.shape[1]) if isinstance(op, Branch) else (slice(None),) * len(op.operands)
+    each = zip(factors(op, params, x), op.operands, op.shares(out_channels), strict=True)
+    for i, (factor, term, made) in enumerate(each):
+        times: Any = 1.0 if factor is None else abs(factor)
+        if isinstance(times, Tensor) and times.dim():  # a gate
+            times = times.flatten(1)[:, at]
         if made:
-            found += [times * r for r in _rates(term, operand(params, i), made)]
+            found += [times * r for r in _rates(term, operand(params, i), x[:, reads[i]], at, made)]
     return found
 
 

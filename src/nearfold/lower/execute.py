@@ -5,7 +5,7 @@ All that follows from sizes is settled in a step, made once; calling it is tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
+from nearfold.grammar.operation import GATE
 from nearfold.lower.call import Call, Run, pointwise, project
 from nearfold.lower.extent import narrowed
 from nearfold.lower.frame import Frame, frame
@@ -100,8 +101,12 @@ def _branch(op: Operation, sizes: Sizes, choose: Choose) -> Step:
 def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     assert isinstance(op, Sum)
     parts = [step(term, sizes, choose) for _, term in op.terms]
-    rates = [rate for rate, _ in op.terms]
     out_grid = _one_grid(op, parts)
+    if op.gates and out_grid != sizes.grid:
+        raise ValueError(
+            f"a gate is made at every position of the input, {sizes.grid}, and the operands make {out_grid}: leave "
+            f"their strides out, or use a rate with a name of its own; got {op}"
+        )
     # a projection hoisted into the sum is computed once, for every operand that asks for it, unless one projects its
     # own padded input; keys and values of a second input are each operand's own
     bordered = any(pads_input(part, sizes.grid) for part in op.parts)
@@ -110,18 +115,26 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
         made = _hoisted([c for c in hoisted if f"{LETTERS[c]}_weight" in params], params, x, planes)
-        learned = iter(params["rates"].unbind()) if "rates" in params else iter(())
         total: Tensor | None = None
-        for i, (rate, part) in enumerate(zip(rates, parts, strict=True)):
+        for i, (factor, part) in enumerate(zip(factors(op, params, x), parts, strict=True)):
             mine = {c: t for c, t in made.items() if f"{i}.{LETTERS[c]}_weight" not in params}
             y = part.run(operand(params, i), x, given, mine)
-            if rate is not None:
-                y = y * (next(learned).to(y.dtype) if isinstance(rate, str) else rate)
+            if factor is not None:
+                y = y * (factor.to(y.dtype) if isinstance(factor, Tensor) else factor)
             total = y if total is None else total + y
         assert total is not None
         return total
 
     return Step(out_grid, run)
+
+
+def factors(op: Operation, params: dict[str, Tensor], x: Tensor) -> list[Tensor | float | None]:
+    """What each operand of a sum is multiplied by: a number, a learned one, a gate (B, 1, *grid), or None, for one."""
+    learned = iter(params["rates"].unbind()) if "rates" in params else iter(())
+    gates: Iterator[Tensor] = iter(())
+    if "gate_weight" in params:
+        gates = iter(torch.sigmoid(pointwise(x, params["gate_weight"], params.get("gate_bias"), True)).split(1, 1))
+    return [next(gates) if rate == GATE else next(learned) if isinstance(rate, str) else rate for rate in op.rates]
 
 
 def _hoisted(letters: list[str], params: dict[str, Tensor], x: Tensor, planes: bool) -> dict[str, Tensor]:

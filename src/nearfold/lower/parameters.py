@@ -95,8 +95,11 @@ def parameters(
             hoisted[name] = owners[0][name]
             for o in owners:
                 del o[name]
-    learnable = sum(isinstance(rate, str) for rate in op.rates)
-    rates = {"rates": Parameter((learnable,), f"constant:{1 / len(op.terms)}")} if learnable else {}
+    rates = {"rates": Parameter((op.learned,), f"constant:{1 / len(op.terms)}")} if op.learned else {}
+    if op.gates:
+        rates["gate_weight"] = Parameter((op.gates, in_channels), "uniform", in_channels)
+        if bias:
+            rates["gate_bias"] = Parameter((op.gates,), "constant:0")
     return rates | hoisted | {f"{i}.{name}": p for i, operand in enumerate(operands) for name, p in operand.items()}
 
 

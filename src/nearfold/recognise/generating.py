@@ -30,6 +30,8 @@ def generates(op: Operation, name: str) -> bool:
         return stem in always or name in always or (stem in PROJECTIONS and content_share(op) > 0)
     if dot:
         return generates(op.operands[int(index)], rest)
+    if name in ("gate_weight", "gate_bias"):
+        return True
     return name in SHARED and any(generates(operand, name) for operand in op.operands)  # never rates and mix
 
 
@@ -44,9 +46,9 @@ def c_p(
     """Parameters that generate behaviour, in millions.
 
     They are the nets of offsets, masks, generated kernels and expert shares, what makes a state space's B, C, delta and
-    decay, learned encodings and relative biases, and the projections of an operation that compares features (query,
-    key, value and output: for attention this is the whole layer). Static kernels, tables, rates, a mixing map and the
-    state space's skip D are the same for every input: they are no part of it.
+    decay, learned encodings and relative biases, the gates of a sum, and the projections of an operation that compares
+    features (query, key, value and output: for attention this is the whole layer). Static kernels, tables, rates, a
+    mixing map and the state space's skip D are the same for every input: they are no part of it.
 
     >>> c_p("all | row | softmax(heads=2)", 64, 64) == 4 * (64 * 64 + 64) / 1e6
     True

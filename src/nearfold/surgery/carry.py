@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.complexity import features_share
+from nearfold.grammar.operation import GATE
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import All, AllCandidates, Dense, Kernel, Nearest, Softmax, Window
 from nearfold.lower.geometry import WindowGeometry
@@ -122,7 +123,9 @@ def _into_sum(source: Weights, target: Sum) -> Carried:
             tensors.setdefault(name if shared else own, tensor)
     rates = []
     for i, rate in enumerate(target.rates):
-        if isinstance(rate, str):
+        if rate == GATE:
+            result = result.weaker(f"term {i + 1} has a gate, which is neither one nor zero")
+        elif isinstance(rate, str):
             rates.append(1.0 if i == chosen else 0.0)
         elif i == chosen and rate not in (None, 1.0):
             result = result.weaker(f"the term that takes the weights over is multiplied by {rate:g}")

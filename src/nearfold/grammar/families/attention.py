@@ -98,6 +98,15 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2502.11089",
         ),
         Entry(
+            "nsa",
+            "Native sparse attention (1-D)",
+            "gate*(pooled(8) | causal | softmax(heads=4))"
+            " + gate*(nearest_blocks(3, 8, self) | causal | softmax(heads=4))"
+            " + gate*(window(16) | causal | softmax(heads=4))",
+            ("means of blocks, the best blocks, a window", "causal", "similarity, softmaxed; each branch by its gate"),
+            "arXiv 2502.11089",
+        ),
+        Entry(
             "agent",
             "Agent attention",
             "all | row | agent(4, heads=4)",

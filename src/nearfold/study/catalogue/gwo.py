@@ -109,6 +109,7 @@ LEFT_OUT = {
     "sinks": "it is for sequences",
     "moba": "it is for sequences",
     "nsa_compressed": "it is for sequences",
+    "nsa": "it is for sequences",
 }
 PUBLISHED = {
     "conv": "window(3, padding=0) | box | kernel",
