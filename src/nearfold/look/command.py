@@ -13,6 +13,7 @@ EXAMPLES = """\
 examples:
   nearfold look sample:china.jpg --at 190,255
   nearfold look photo.jpg --at 120,300 --op conv --op convnn --op "all | row | softmax(heads=4)"
+  nearfold look photo.jpg --model resnet8s_hybrid
   nearfold look sample:flower.jpg --size 40 --op swin --op swin_shifted --out swin.png"""
 
 
@@ -36,6 +37,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--at", type=_position, metavar="Y,X", help="the position asked, row and column in pixels (default: the middle)"
     )
     parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="draw the layers of this trained network instead: one that `nearfold models --pretrained` lists",
+    )
+    parser.add_argument(
         "--size", type=whole(2, 1000), default=28, metavar="N", help="the image is seen as N x N patches (default: 28)"
     )
     parser.add_argument("--out", type=Path, default=Path("look.png"), metavar="FILE", help="default: look.png")
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     formats = (".png", ".pdf", ".svg", ".jpg")
     if args.out.suffix.lower() not in formats:
         raise ValueError(f"--out {args.out}: the picture can be written as {', '.join(formats)}")
-    figure = look(args.image, args.operations or DEFAULT, args.at, size=args.size)
+    figure = look(args.image, args.operations or DEFAULT, args.at, size=args.size, model=args.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
     print(args.out)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
+    from nearfold.models.network import Network
+
 DEFAULT = ("conv", "attention", "convnn", "swin", "mamba", "deformable")
 """The operators that `look` shows when none are named."""
 CELLS = 196  # a mixing matrix is drawn with about so many cells on a side
@@ -52,8 +54,11 @@ def look(
     at: tuple[int, int] | None = None,
     *,
     size: int = 28,
+    model: str | Network | None = None,
 ) -> Figure:
     """Draw what operations read of a photograph for one position, and their mixing matrices.
+
+    With ``model``: what the mixing layers of a trained network read, instead of untrained operations.
 
     The image becomes a grid of ``size`` x ``size`` patches with 8 features each: brightness, red - green, blue -
     yellow, contrast, the slopes of brightness down and right, horizontal and vertical edges; each normalised over the
@@ -76,12 +81,15 @@ def look(
         operations: in the notation, or names of the catalogue.
         at: (row, column) of the position asked, in pixels of the image; default its middle.
         size: patches along each side.
+        model: a network whose weights come along (`nearfold models --pretrained`), or a network; its layers are drawn,
+            each on the map that the layers before it made of the image's middle square. It goes without operations and
+            size.
 
     Returns:
         A figure that belongs to no window; ``.savefig("look.png")`` writes it.
 
     Raises:
-        ValueError: what is not an image or an operation, or a position outside.
+        ValueError: what is not an image, an operation or a network, or a position outside.
 
     >>> figure = look(torch.rand(32, 32, 3), ["conv", "all | row | softmax(heads=2)"], (10, 20), size=8)
     >>> [text.get_text() for text in figure.axes[1].texts][-1]
@@ -95,6 +103,8 @@ def look(
             f"at={tuple(at)} is outside the image, which has {height} rows and {width} columns: rows 0 to "
             f"{height - 1}, columns 0 to {width - 1}"
         )
+    if model is not None:
+        return _of_network(model, pixels, at, operations is not DEFAULT or size != 28)
     if type(size) is not int or not 2 <= size <= min(height, width):
         raise ValueError(
             f"size must be an integer from 2 to {min(height, width)}, as the image is {height} x {width}, got {size!r}"
@@ -103,7 +113,24 @@ def look(
         raise ValueError(f"name at least one operation, such as {', '.join(DEFAULT)}")
     x = features(pixels, (size, size))
     patch = (at[0] * size // height, at[1] * size // width)
-    return _picture(pixels, [read(op, x, patch) for op in operations], at, patch)
+    caption = CAPTION.format(sharpness=SHARPNESS, step=STEP)
+    return _picture(pixels, [read(op, x, patch) for op in operations], at, caption)
+
+
+def _of_network(model: str | Network, pixels: Tensor, at: tuple[int, int], more: bool) -> Figure:
+    from nearfold.look import trained  # it brings the networks in
+
+    if more:
+        raise ValueError("model draws the layers of a network as they are: leave operations and size out")
+    network = trained.network_of(model)
+    image = trained.seen(network, pixels)
+    side = min(pixels.shape[1:])
+    shares = tuple((a - (n - side) // 2) / side for a, n in zip(at, pixels.shape[1:], strict=True))
+    if not all(0 <= share < 1 for share in shares):
+        raise ValueError(f"at={tuple(at)} is outside the image's middle square, which is what the network sees")
+    place = (int(shares[0] * image.shape[1]), int(shares[1] * image.shape[2]))
+    found = trained.readings(network, image, (shares[0], shares[1]))
+    return _picture(image, found, place, trained.caption(network))
 
 
 # --- the image
@@ -153,7 +180,13 @@ CELL, PANEL, LINE = 3.5, 2.6, 0.17
 LEFT, RIGHT = 0.5, 0.4  # for the labels of axes
 
 
-def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], patch: tuple[int, int]) -> Figure:
+def _patch(at: tuple[int, int], pixels: Tensor, row: Tensor) -> tuple[int, int]:
+    """In which cell of a row (h, w) a pixel of an image lies."""
+    (height, width), (h, w) = pixels.shape[1:], row.shape
+    return at[0] * h // height, at[1] * w // width
+
+
+def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], about: str) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -162,7 +195,7 @@ def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], p
     bands = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     headings = [max(sum(map(len, _heading(reading))) for reading in band if reading is not None) for band in bands]
     tall = PANEL * min(max(pixels.shape[1] / pixels.shape[2], 0.3), 2.0)
-    caption = textwrap.fill(CAPTION.format(sharpness=SHARPNESS, step=STEP), int(15.5 * CELL * columns))
+    caption = textwrap.fill(about, int(15.5 * CELL * columns))
     below = LINE * (caption.count("\n") + 2)
     height = below + sum(LINE * n + tall + PANEL + 1.0 for n in headings)
     figure = Figure(figsize=(CELL * columns + RIGHT, height), dpi=130)
@@ -179,9 +212,9 @@ def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], p
             left = LEFT + CELL * column
             panel = place(left, first, PANEL, tall)
             if reading is None:
-                _show_image(panel, pixels, readings[0].row, at, patch)
+                _show_image(panel, pixels, readings[0].row, at)
                 continue
-            _show_row(panel, place(left + PANEL + 0.07, first, 0.09, tall), pixels, reading, patch)
+            _show_row(panel, place(left + PANEL + 0.07, first, 0.09, tall), pixels, reading, at)
             _show_matrix(place(left, first + tall + 0.2, PANEL, PANEL), reading)
         top = first + tall + PANEL + 0.75
     figure.text(LEFT / figure.get_figwidth(), below / height, caption, va="top", fontsize=8, color="#555555")
@@ -204,10 +237,10 @@ def _show_heading(panel: Axes, name: Sequence[str], about: Sequence[str]) -> Non
         )  # fmt: skip
 
 
-def _show_image(panel: Axes, pixels: Tensor, row: Tensor, at: tuple[int, int], patch: tuple[int, int]) -> None:
+def _show_image(panel: Axes, pixels: Tensor, row: Tensor, at: tuple[int, int]) -> None:
     panel.imshow(pixels.permute(1, 2, 0).numpy(), extent=_extent(pixels), interpolation="nearest", aspect="auto")
     panel.set_axis_off()
-    _mark(panel, pixels, row, patch)
+    _mark(panel, pixels, row, _patch(at, pixels, row))
     grid = " x ".join(map(str, row.shape))
     where = f"row {at[0]}, column {at[1]} of {pixels.shape[1]} x {pixels.shape[2]} pixels"
     _show_heading(panel, ["The image, and the position asked"], [where, f"seen as {grid} patches"])
@@ -218,7 +251,7 @@ def _show_image(panel: Axes, pixels: Tensor, row: Tensor, at: tuple[int, int], p
     )  # fmt: skip
 
 
-def _show_row(panel: Axes, side: Axes, pixels: Tensor, reading: Reading, patch: tuple[int, int]) -> None:
+def _show_row(panel: Axes, side: Axes, pixels: Tensor, reading: Reading, at: tuple[int, int]) -> None:
     from matplotlib.cm import ScalarMappable
 
     extent = _extent(pixels)
@@ -230,7 +263,7 @@ def _show_row(panel: Axes, side: Axes, pixels: Tensor, reading: Reading, patch: 
         reading.row.numpy(), cmap=colours, norm=norm, extent=extent, interpolation="nearest", aspect="auto"
     )  # fmt: skip
     panel.set_axis_off()
-    _mark(panel, pixels, reading.row, patch)
+    _mark(panel, pixels, reading.row, _patch(at, pixels, reading.row))
     _show_heading(panel, *_heading(reading))
     marks = [0.0, most / 4, most]
     bar = panel.figure.colorbar(ScalarMappable(norm, colours), cax=side)
