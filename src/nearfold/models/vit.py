@@ -235,3 +235,21 @@ for _size, _arguments in SIZES.items():
                 else Published(reading=_reading),
             ),
         )
+
+SMALL = {"width": 96, "depth": 6, "heads": 1, "patch": 4}
+RANDOM = "nearest(9, scaled, random(32)) | ranked | softmax(heads=1)*depthwise"
+for _name, _layer, _text in (
+    ("attention", "attention", "attention"),
+    ("convnn_random", RANDOM, "ConvNN attention, among 32 random keys in training"),
+):
+    register(
+        f"vit32_{_name}",
+        Entry(
+            VisionTransformer,
+            {"layer": _layer, **SMALL},
+            f"a small ViT for 32 px, patches of 4: {_text}",
+            input_size=(3, 32, 32),
+            num_classes=10,
+            tiny={"width": 12, "depth": 2},
+        ),
+    )

@@ -245,7 +245,7 @@ def canonical(network: Config) -> dict[str, Any]:
     >>> canonical({"name": "spectrum", "operation": "window(3)|box|kernel"})
     {'name': 'spectrum', 'operation': 'window(3) | box | kernel'}
     """
-    notations = ("operation", "layer")
+    notations = ("operation", "layer")  # "convert" is a rule, in which {self} may stand
     return {
         name: str(parse(value)) if name in notations and "|" in str(value) else value for name, value in network.items()
     }

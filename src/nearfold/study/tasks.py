@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nearfold.models import PlainNet, SpectrumNet, create, stem_stride
+from nearfold.study import surgery
 from nearfold.study.grid import Data
 from nearfold.study.measure import measure
 from nearfold.train import ImageData, Recipe, StreamData, begin, fit, load_data, open_data, prepare, save_weights
@@ -92,13 +93,15 @@ def source_of(name: str, sources: Sources) -> str:
 
 
 def build(network: Config, data: ImageData | StreamData) -> nn.Module:
-    """The network of a run, freshly initialised from torch's generator."""
-    arguments = dict(network)
+    """The network of a run: freshly initialised from torch's generator, or as trained, layers exchanged."""
+    arguments = surgery.arguments(network)
     name = arguments.pop("name")
     if name in SMALL:
         arguments.setdefault("stride", stem_stride(data.size))
         return SMALL[name](arguments.pop("operation"), data.channels, len(data.classes), **arguments)
-    return create(name, num_classes=len(data.classes), in_chans=data.channels, img_size=data.size, **arguments)
+    model = create(name, num_classes=len(data.classes), in_chans=data.channels, img_size=data.size, **arguments)
+    surgery.operate(model, network, (data.channels, *data.size))
+    return model
 
 
 def train(config: Config, place: Place, weights: Path | None, work: Path | None) -> dict[str, Any]:
@@ -107,8 +110,14 @@ def train(config: Config, place: Place, weights: Path | None, work: Path | None)
     recipe = Recipe.from_dict(config["recipe"])
     torch.manual_seed(recipe.seed)
     model = build(config["network"], data)
-    begin(model, data)
-    done = fit(model, data, recipe, progress=False, out=work, resume=work is not None, workers=place.workers)
+    if not config["network"].get(surgery.TRAINED):
+        begin(model, data)
+    images = len(data.splits["train"] if isinstance(data, StreamData) else data.train)
+    steps = recipe.epochs * max(1, images // recipe.batch_size)
+    done = fit(
+        model, data, recipe, progress=False, out=work, resume=work is not None, workers=place.workers,
+        schedule=surgery.walk(model, config["network"], steps),
+    )  # fmt: skip
     if weights is not None:
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_weights(model, weights)
@@ -125,7 +134,9 @@ def cost(config: Config, place: Place, weights: Path | None, work: Path | None) 
         raise ValueError(f"{data.name} is read while training: costs are measured on data that are held in memory")
     rows = slice(recipe.batch_size)
     images = prepare(data.train.images[rows].to(device), data)
-    return asdict(measure(build(config["network"], data).to(device), images, data.train.labels[rows].to(device)))
+    model = build(config["network"], data)
+    surgery.arrive(model, config["network"])
+    return asdict(measure(model.to(device), images, data.train.labels[rows].to(device)))
 
 
 TASKS: dict[str, Callable[[Config, Place, Path | None, Path | None], dict[str, Any]]] = {"train": train, "cost": cost}

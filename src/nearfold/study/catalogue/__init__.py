@@ -12,6 +12,7 @@ import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
 import nearfold.study.catalogue.operators as operators
 import nearfold.study.catalogue.spectrum as spectrum
+import nearfold.study.catalogue.surgery as surgery
 from nearfold._own_code import executed, guarded
 from nearfold.study.catalogue.presets import PRESETS, Preset
 from nearfold.study.grid import Study
@@ -20,7 +21,15 @@ Maker = Callable[[Preset], Study]
 
 STUDIES: dict[str, Maker] = {
     maker.__name__: maker
-    for maker in (*spectrum.STUDIES, *convnn.STUDIES, *gwo.STUDIES, *acmix.STUDIES, *budget.STUDIES, *operators.STUDIES)
+    for maker in (
+        *spectrum.STUDIES,
+        *convnn.STUDIES,
+        *gwo.STUDIES,
+        *acmix.STUDIES,
+        *budget.STUDIES,
+        *operators.STUDIES,
+        *surgery.STUDIES,
+    )
 }
 
 

@@ -156,7 +156,7 @@ VITS = {
     ),
     "strong": replace(
         STRONG,
-        network={"name": "vit_tiny_attention", "width": 96, "depth": 6, "patch": 4, "heads": 1},
+        network={"name": "vit32_attention"},
         recipes={
             "cifar10": Recipe(
                 epochs=20,

@@ -1,0 +1,62 @@
+"""Networks of a study that start from weights that come along, some of their layers exchanged, and walk from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nearfold.surgery import Rule, SpectrumSchedule, convert
+
+Config = Mapping[str, Any]
+
+TRAINED, CONVERT, LAYERS, ALONG = "pretrained", "convert", "layers", "along"
+"""In a trial's network: start from the weights that come along; exchange layers by this notation; these, by a shell
+pattern for their names; and move them along the spectrum, as `SpectrumSchedule` takes it."""
+WALK = 2 / 3
+"""Share of the steps in which layers move; in the rest they stay where they have arrived."""
+
+
+def without(network: Config) -> dict[str, Any]:
+    """The network alone."""
+    return {name: value for name, value in network.items() if name not in (TRAINED, CONVERT, LAYERS, ALONG)}
+
+
+def arguments(network: Config) -> dict[str, Any]:
+    """What `create` is to be given: on the meta device, where nothing can be loaded, fresh weights stand for others."""
+    here = torch.get_default_device().type != "meta"
+    return without(network) | ({TRAINED: True} if network.get(TRAINED) and here else {})
+
+
+def operate(model: nn.Module, network: Config, size: Sequence[int]) -> None:
+    """Exchange layers of a model, in place.
+
+    Args:
+        model: the model.
+        network: as in `Trial`.
+        size: channels, height and width of an image.
+
+    Raises:
+        ValueError: no layer is exchanged.
+    """
+    if CONVERT not in network or torch.get_default_device().type == "meta":
+        return
+    convert(model, Rule(network[CONVERT], name=network.get(LAYERS, "*")), input_size=tuple(size))
+
+
+def walk(model: nn.Module, network: Config, steps: int) -> SpectrumSchedule | None:
+    """What moves the layers of a model in so many steps of training; None where nothing moves."""
+    if ALONG not in network:
+        return None
+    ranges = {name: (first, last) for name, (first, last) in network[ALONG].items()}
+    return SpectrumSchedule(model, ranges, steps=max(1, int(WALK * steps)))
+
+
+def arrive(model: nn.Module, network: Config) -> None:
+    """Put the layers of a model where they arrive."""
+    if CONVERT in network and torch.get_default_device().type != "meta":
+        moved = walk(model, network, 1)
+        if moved is not None:
+            moved.step()
