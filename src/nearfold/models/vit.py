@@ -243,7 +243,7 @@ for _name, _layer, _text in (
     ("convnn_random", RANDOM, "ConvNN attention, among 32 random keys in training"),
 ):
     register(
-        f"vit32_{_name}",
+        f"vit_mini32_{_name}",
         Entry(
             VisionTransformer,
             {"layer": _layer, **SMALL},

@@ -156,7 +156,7 @@ VITS = {
     ),
     "strong": replace(
         STRONG,
-        network={"name": "vit32_attention"},
+        network={"name": "vit_mini32_attention"},
         recipes={
             "cifar10": Recipe(
                 epochs=20,
