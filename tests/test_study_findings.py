@@ -144,3 +144,15 @@ def test_the_summary_has_a_cell_for_every_column():
     lines = [line for line in summary(spectrum_of(CLEAR)).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
     assert lines[0].startswith("| digits | test acc. % |") and lines[1].startswith("| --- | ---: |")
+
+
+def test_one_seed_beside_a_data_set_without_comparison_is_no_finding_either():
+    results = spectrum_of({"conv": (0.9,), "attention": (0.7,)})
+    (conv, attention) = results.rows
+
+    def on(row, data):
+        return replace(row, trial=replace(row.trial, labels=row.trial.labels | {"data": data}))
+
+    both = replace(results, rows=[conv, attention, on(conv, "other")])
+    said = verdict(replace(both, tested=both.tested | {"other": 100}))
+    assert "no difference found" not in said and "digits: with one seed no difference can be found; other: " in said

@@ -76,7 +76,8 @@ def headline(asked: Sequence[Panel], words: Words = ACCURACY, what: str = "setti
     clauses: dict[str, list[str]] = {}
     for panel in asked:
         clauses.setdefault(_clause(panel, words, what), []).append(panel.name)
-    level = [panel.name for panel in asked if panel.found and not any(d.found for d in panel.found)]
+    compared = [panel for panel in asked if not all(math.isnan(d.p) for d in panel.found)]  # by more than one seed
+    level = [panel.name for panel in compared if panel.found and not any(d.found for d in panel.found)]
     if len(clauses) > 1 and level:  # what was found stands for itself, the rest in a word
         clauses = {clause: where for clause, where in clauses.items() if where[0] not in level}
         rest = names(level) if len(level) < 3 else f"the {len(level)} others"
