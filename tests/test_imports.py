@@ -17,6 +17,7 @@ PACKAGE = Path(nearfold.__file__).parent
 RANK = {
     "_kept": -1,
     "_numbers": -1,
+    "_scrambled": -1,
     "options": -1,
     "_images": 0,
     "_own_code": 0,

@@ -199,8 +199,10 @@ class Basic(Operation):
         >>> print(parse("all | row | table(9)").sized(16), "and", parse("window(3) | box | kernel").sized(16))
         all | row | table(16) and window(3) | box | kernel
         """
-        rho = self.weight.rho.sized(positions)
-        return self if rho is self.weight.rho else replace(self, weight=replace(self.weight, rho=rho))
+        path, rho = self.path.sized(positions), self.weight.rho.sized(positions)
+        if path is self.path and rho is self.weight.rho:
+            return self
+        return replace(self, path=path, weight=replace(self.weight, rho=rho))
 
     def __str__(self) -> str:
         return f"{self.path} | {self.shape} | {self.weight}"

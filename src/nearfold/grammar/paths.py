@@ -122,6 +122,10 @@ class Path(Word):
             )
         return as_tuple(size, ndim, "size")
 
+    def sized(self, positions: int) -> Path:
+        """The path for a map of so many positions; itself where any number will do."""
+        return self
+
     def require(self, op: Basic) -> None:
         if not one_of(op.shape, self.shapes):
             allowed = ", ".join(self.shapes)
@@ -216,6 +220,9 @@ class Block(Path):
     inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
     torchvision and transformers, where a size does not divide the map. (timm fills a map up after it has shifted it.)
 
+    With ``halo`` a block reads this many positions more on every side, those outside the grid left out (halo attention,
+    arXiv 2103.12731; the overlapping windows of HAT, arXiv 2205.04437).
+
     With ``spread`` the ``size`` positions of a block lie as far apart as the grid lets them, n / size (rounded up)
     along an axis of n: the grid attention of MaxViT (arXiv 2204.01697). A bias then counts steps of that length.
     """
@@ -227,6 +234,8 @@ class Block(Path):
         "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
         "block_spread": "block((2, 4), scaled(bias=table), spread) | box | softmax(heads=2)",
         "block_spread_kernel": "block(3, padded, spread) | box | ones*kernel(groups=2)",
+        "block_halo": "block((2, 3), scaled(bias=table), halo=(1, 2)) | box | softmax(heads=2)",
+        "block_halo_kernel": "block(2, shift=1, padded, halo=1) | box | ones*kernel(groups=2)",
     }
     primitive = ("STATIC_BLOCK", 1)
     shapes = ("box",)
@@ -235,6 +244,7 @@ class Block(Path):
     shift: Size = 0
     padded: bool = False
     spread: bool = False
+    halo: Size = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,6 +256,14 @@ class Block(Path):
         pairs = zip(shift * (axes // max(len(shift), 1)), size * (axes // len(size)), strict=False)
         check(ok and all(n < m for n, m in pairs), self, "shift", self.shift, "from 0 to size - 1")
         check(not (self.spread and any(shift)), self, "shift", self.shift, "left out next to spread")
+        halo = self.halo if isinstance(self.halo, tuple) else (self.halo,)
+        whole = len(halo) > 0 and all(type(n) is int and n >= 0 for n in halo)
+        check(whole, self, "halo", self.halo, "an integer >= 0 or a tuple of them, one per axis")
+        check(not (self.spread and any(halo)), self, "halo", self.halo, "left out next to spread")
+
+    def slot_shape(self, ndim: int) -> tuple[int, ...]:
+        halo = as_tuple(self.halo, ndim, "halo")
+        return tuple(n + 2 * h for n, h in zip(as_tuple(self.size, ndim, "size"), halo, strict=True))
 
 
 @dataclass(frozen=True)

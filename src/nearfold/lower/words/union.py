@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nearfold._kept import kept
+from nearfold._scrambled import scrambled
 from nearfold.grammar import Basic
 from nearfold.grammar.unions import Listed, alone
 from nearfold.grammar.words import Axial, First, Path, Scattered, Union
 from nearfold.kernels.names import INVALID
-from nearfold.kernels.sample import scrambled
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, meaning, means
 from nearfold.lower.selection import Selection
