@@ -184,7 +184,7 @@ def heads_out(y):
 @pytest.mark.parametrize("grid", [(6, 5), (1, 1), (3, 2)])
 def test_cross_shaped_windows(grid):
     """Stripes two wide, of rows for the first half of the heads, of columns for the others; then one map."""
-    layer, x = drawn("cswin", 8, grid)
+    layer, x = drawn("cross_shaped", 8, grid)
 
     def truth(x):
         made = []

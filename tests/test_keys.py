@@ -83,7 +83,7 @@ def test_hardly_any_operation_with_a_mask_runs_on_the_oracle():
 
 
 KNOWN_SLOW = {
-    "window_euclidean", "window_inverse", "window_position",  # distances over a table of slots
+    "window_euclidean", "window_inverse", "window_position", "bilateral",  # distances over a table of slots
 }  # fmt: skip
 
 QUICK_ALONE = ("conv", "kvt", "mamba", "attention_alibi", "union_kernel", "deformable", "linear_attention", "sinks")

@@ -64,7 +64,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2003.13328",
         ),
         Entry(
-            "cswin",
+            "cross_shaped",
             "Cross-shaped windows (CSWin)",
             "branch(0.5, block((2, 512)) | box | softmax(heads=2, project=qkv),"
             " block((512, 2)) | box | softmax(heads=2, project=qkv), mix)",

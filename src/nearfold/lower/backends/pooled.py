@@ -91,8 +91,8 @@ def _to_mixtures(call: Call, path: Projected, rho: Softmax) -> Tensor:
     require_inputs(call, path.inputs)
     query, key, scale = call.embedded_differences()
     B, H, dtype = call.value.shape[0], call.heads, call.value.dtype
-    key_PN, value_PN = (call.params[name].to(dtype) for name in ("key_table", "value_table"))
-    key, value = key_PN @ key.to(dtype), value_PN @ split_heads(call.value, H)
+    key_PN, value_PN = call.params["key_table"].to(key.dtype), call.params["value_table"].to(dtype)
+    key, value = (key_PN @ key).to(dtype), value_PN @ split_heads(call.value, H)
     there = None if call.keep is None else call.keep.any(1)[:, None, None, None].expand(-1, -1, -1, path.n)
     query, key = query.to(dtype).expand(B, H, -1, -1), key.expand(B, H, -1, -1)
     return _where_read(attention(query, key, value, there, scale=scale * rho.scale), there)

@@ -50,7 +50,7 @@ class ProjectedMeaning(PathMeaning):
         require_inputs(call, path.inputs)
         q_BHMe, k_BHNe = call.embedded()
         key_PN, value_PN = (call.params[name].to(k_BHNe.dtype) for name in ("key_table", "value_table"))
-        score = metric_scores("dot", False, q_BHMe, key_PN @ k_BHNe)
+        score = metric_scores("dot", False, q_BHMe, metric_scores("dot", False, key_PN, k_BHNe.mT))
         index = torch.arange(N, device=score.device).repeat(path.n).expand(1, 1, N, -1)
         valid = torch.ones_like(index, dtype=torch.bool)
         return Selection(index, valid, score, N, value_PN.flatten().expand(1, 1, N, -1), N)

@@ -102,6 +102,11 @@ LEFT_OUT = {
     "sinks": "it is for sequences",
     "moba": "it is for sequences",
     "nsa_compressed": "it is for sequences",
+    **dict.fromkeys(
+        ("linformer", "synthesizer_random", "synthesizer_dense"),
+        "its tables are for one number of positions, and the two layers see different ones",
+    ),
+    **dict.fromkeys(("attention_pooling", "slot_attention"), "its outputs are no map"),
 }
 PUBLISHED = {
     "conv": "window(3, padding=0) | box | kernel",
