@@ -248,7 +248,9 @@ def test_linformer_mixes_keys_and_values(grid, n):
 
     def truth(x):
         q, k, v = project(layer, x)
-        k, v = (torch.einsum("pn,bhnd->bhpd", layer.get_parameter(f"{t}_table"), y) for t, y in (("key", k), ("value", v)))
+        k, v = (
+            torch.einsum("pn,bhnd->bhpd", layer.get_parameter(f"{t}_table"), y) for t, y in (("key", k), ("value", v))
+        )
         return out(layer, F.scaled_dot_product_attention(q, k, v), grid)
 
     agree(layer, x, truth)

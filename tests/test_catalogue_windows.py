@@ -32,7 +32,9 @@ def timm(name):
 
 def drawn(name, channels, grid, **named):
     """A layer without special values, and an input."""
-    return scrambled(Mixer(name, channels, ndim=len(grid), **named)), torch.randn(2, channels, *grid, requires_grad=True)
+    return scrambled(Mixer(name, channels, ndim=len(grid), **named)), torch.randn(
+        2, channels, *grid, requires_grad=True
+    )
 
 
 def conv(x, layer, prefix="", dilation=1):

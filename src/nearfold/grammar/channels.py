@@ -50,8 +50,8 @@ class CrossCovariance(Kernel):
 class Excite(Kernel):
     """A gate for every channel, made by the means of all channels over the map: y = value * sigmoid(f(mean)).
 
-    f is two maps with a ReLU between, by a ``reduction`` of the channels (squeeze and excitation, arXiv 1709.01507, eq. 3);
-    with ``span`` it is one convolution without bias over so many neighbouring channels (ECA, arXiv 1910.03151, eq. 5).
+    f is two maps with a ReLU between, by a ``reduction`` of the channels (squeeze and excitation, arXiv 1709.01507, eq.
+    3); with ``span`` a convolution without bias over so many neighbouring channels (ECA, arXiv 1910.03151, eq. 5).
     """
 
     word = "excite"
@@ -76,7 +76,9 @@ class Excite(Kernel):
         path, rho = op.path, op.weight.rho
         one = path.word == "window" and all_ones(getattr(path, "size", 0)) and all_ones(getattr(path, "stride", 1))
         if not (one and rho.word == "ones" and rho.heads == 1 and getattr(path, "padding", "same") in ("same", 0)):
-            raise ValueError(f"excite gates channels, not positions: window(1) | box | {self}, got {path} and {op.weight}")
+            raise ValueError(
+                f"excite gates channels, not positions: window(1) | box | {self}, got {path} and {op.weight}"
+            )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Projected(Path):
 
     word = "projected"
     examples: ClassVar[dict[str, str]] = {
-        "projected_dot": "projected(3, 42, dot) | row | softmax(heads=4, scale=0.5, kv=2)",
+        "projected_dot": "projected(5, 42, dot) | row | softmax(heads=4, scale=0.2, kv=2)",
     }
     primitive = ("GLOBAL_INDEXED", 1)
     shapes = ("row",)
@@ -58,7 +58,7 @@ class _OfAll(Rho):
 
 @dataclass(frozen=True)
 class Seeds(_OfAll):
-    """alpha[m, j] = softmax over the positions j of s_m . k_j / sqrt(d): ``n`` learned queries ask, and are the outputs.
+    """alpha[m, j] = softmax over positions j of s_m . k_j / sqrt(d): ``n`` learned queries ask, and are the outputs.
 
     A map goes in, one row of ``n`` outputs comes out. ``competing``: a softmax over the seeds first, whose shares are
     then divided by their sum over the positions: what a position gives one seed it gives no other.

@@ -13,6 +13,14 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
+from nearfold.nn.fewer import (
+    AttentionPool,
+    HaloAttention2d,
+    LinformerAttention,
+    NystromAttention,
+    PerformerAttention,
+    SqueezeExcite2d,
+)
 from nearfold.nn.functional import deform_conv, knn_attention
 from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
@@ -32,6 +40,7 @@ from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, Large
 __all__ = [
     "S4D",
     "ACmix2d",
+    "AttentionPool",
     "BlockAttention2d",
     "BranchingAttention",
     "BranchingConv2d",
@@ -44,22 +53,27 @@ __all__ = [
     "DynamicConv2d",
     "EdgeConv",
     "GlobalFilter2d",
+    "HaloAttention2d",
     "Hyena",
     "Involution2d",
     "KVTAttention",
     "LargeKernelConv2d",
     "LinearAttention",
+    "LinformerAttention",
     "MaxRelativeConv2d",
     "Mixer",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "NystromAttention",
+    "PerformerAttention",
     "Pool2d",
     "SelectiveScan",
     "SelectiveScan2d",
     "SelfAttention",
     "SlidingWindowAttention",
     "SpectralConv2d",
+    "SqueezeExcite2d",
     "StridedAttention",
     "TokenMLP",
     "TokenMixer",

@@ -29,8 +29,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "slak",
             "Two long strips and a square (SLaK)",
-            "(window((51, 5)) | box | depthwise) + (window((5, 51)) | box | depthwise)"
-            " + (window(5) | box | depthwise)",
+            "(window((51, 5)) | box | depthwise) + (window((5, 51)) | box | depthwise) + (window(5) | box | depthwise)",
             ("two long fixed strips and a square", "dense rectangles", "one kernel per channel for each"),
             "arXiv 2207.03620",
         ),
@@ -83,8 +82,11 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "Bi-level routing attention (BiFormer)",
             "(nearest_blocks(4, 2, pooled) | ranked | softmax(heads=4, project=qkv))"
             " + (window(5) | box | ones(project=v)*depthwise)",
-            ("the 4 regions that the position's region likes best, and a window", "by rank, and dense square",
-             "similarity, softmaxed, and one kernel per channel of the same values"),
+            (
+                "the 4 regions that the position's region likes best, and a window",
+                "by rank, and dense square",
+                "similarity, softmaxed, and one kernel per channel of the same values",
+            ),
             "arXiv 2303.08810",
         ),
     ),

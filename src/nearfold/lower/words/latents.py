@@ -1,7 +1,7 @@
 """Learned keys, queries and weights that belong to no position.
 
-Shape legend: B batch, H heads, M queries or seeds, N positions, P mixtures, a latents or landmarks, e embedded features,
-d features of a head.
+Shape legend: B batch, H heads, M queries or seeds, N positions, P mixtures, a latents or landmarks, e embedded
+features, d features of a head.
 """
 
 from __future__ import annotations
