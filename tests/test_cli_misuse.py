@@ -308,7 +308,15 @@ def test_every_operator_that_has_a_name_trains_or_says_why_not(capsys):
             require_trainable(lambda entry=entry: SpectrumNet(entry.notation, 1, 10), (1, 8, 8))
         except ValueError as error:
             refused[name] = str(error)
-    assert refused.keys() == {"conv_causal", "sliding_window", "sinks", "moba", "nsa_compressed", "cross_attention"}
+    assert refused.keys() == {
+        "conv_causal",
+        "sliding_window",
+        "sinks",
+        "moba",
+        "nsa_compressed",
+        "cross_attention",
+        "sapa",
+    }
     assert all(word in refused[name] for name, word in (("conv_causal", "axes"), ("cross_attention", "context")))
 
 

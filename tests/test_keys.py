@@ -214,7 +214,7 @@ def test_under_autocast(text):
         ("conv", torch.tensor([5, 4, 3]), r"must be 2 integers from 0 to 5, got shape \(3,\)"),
         ("dynamic_conv", torch.tensor([5, 4]), r"experts\(4\) reads every position of the map"),
         ("blend", torch.tensor([5, 4]), r"blend\(0.5\) reads every position of the map"),
-        ("conv", torch.ones(2, 1, 5, 5, dtype=torch.bool), "a mask goes with the paths all and nearest"),
+        ("pvt_linear", torch.ones(2, 1, 5, 5, dtype=torch.bool), "a mask of pairs goes with the paths all, nearest"),
     ],
 )
 def test_a_wrong_mask_says_so(text, mask, said):

@@ -121,10 +121,6 @@ LAYERS = (
     | {name: (make, lambda n=7: (2, n, 12)) for name, make in TOKENS.items()}
     | OTHERS
 )
-APART = {
-    "Mixer",
-    "CrossAttention",
-    "TokenMLP",
-    "LinformerAttention",
-}  # the general layer, one of two inputs, one of a fixed size
+# the general layer, those of two inputs, those of a fixed size
+APART = {"Mixer", "CrossAttention", "LocalCrossAttention2d", "TokenMLP", "LinformerAttention"}
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=list(LAYERS))

@@ -174,7 +174,8 @@ class Basic(Operation):
         border = getattr(path, "padding", 0)
         own = getattr(path, "include_self", False) is not False
         grid = getattr(getattr(path, "candidates", None), "word", "all") in ("window", "grid")
-        if path.similarity.placed or border or own or grid or self.shape.word not in ("row", "ranked"):
+        shapes = ("row", "ranked", *(() if path.searches else ("box",)))
+        if path.similarity.placed or border not in (0, "same") or own or grid or self.shape.word not in shapes:
             raise ValueError(
                 "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
                 f"bias, self, causal, window or grid candidates, padding); got {self}"

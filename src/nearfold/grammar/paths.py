@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from nearfold.grammar.candidates import AllCandidates, Candidates, Grid, Nearby, Random  # noqa: F401  (they were here)
 from nearfold.grammar.selectors import Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided  # noqa: F401  (they were here)
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
@@ -15,69 +16,6 @@ if TYPE_CHECKING:
 
 Size = int | tuple[int, ...]
 _UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
-
-
-# --- candidates: which positions `nearest` may choose from
-
-
-class Candidates(Word):
-    """The positions among which `nearest` searches."""
-
-    kind = "candidates"
-    drawn: ClassVar[bool] = False  # whether they are others at every training step
-
-
-@dataclass(frozen=True)
-class AllCandidates(Candidates):
-    """Every position."""
-
-    word = "all"
-
-
-@dataclass(frozen=True)
-class Random(Candidates):
-    """r positions drawn afresh at every training step, the same for the whole batch; all in evaluation."""
-
-    word = "random"
-    examples: ClassVar[dict[str, str]] = {
-        "nearest_scaled": "nearest(6, scaled(coordinates), random(9)) | ranked | softmax(heads=2)",
-    }
-    drawn = True
-    r: int
-
-    def __post_init__(self) -> None:
-        positive(self, r=self.r)
-
-
-@dataclass(frozen=True)
-class Grid(Candidates):
-    """A fixed grid of r positions per axis, evenly spaced, ``inset`` positions away from the border."""
-
-    word = "grid"
-    examples: ClassVar[dict[str, str]] = {
-        "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
-    }
-    r: int
-    inset: int = 0
-
-    def __post_init__(self) -> None:
-        positive(self, r=self.r)
-        check(type(self.inset) is int and self.inset >= 0, self, "inset", self.inset, "an integer >= 0")
-
-
-@dataclass(frozen=True)
-class Nearby(Candidates):
-    """The positions inside a window of this odd size around the query."""
-
-    word = "window"
-    size: int
-
-    def __post_init__(self) -> None:
-        positive(self, size=self.size)
-        check(self.size % 2 == 1, self, "size", self.size, "odd")
-
-
-# --- Path: where to look
 
 
 class Path(Word):
@@ -147,6 +85,10 @@ class Window(Path):
     that it stays inside the grid, and ``step`` queries in a row share the window of the one in their middle
     (neighbourhood attention, arXiv 2204.07143; its "stride", arXiv 2504.16922). The similarity matters only to a weight
     that looks at it (softmax ...).
+
+    With ``cross`` the window lies on the grid of the context, another input of any size, around the position there that
+    holds the query where both grids cover the same ground: local cross-attention, and upsampling that a finer map
+    guides (SAPA, arXiv 2209.12866).
     """
 
     word = "window"
@@ -158,6 +100,8 @@ class Window(Path):
         "window_even": "window(2) | box | kernel(groups=2)",
         "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
         "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
+        "window_cross": "window((3, 2), cosine, dilation=2, cross) | box | softmax(heads=2, kv=1)",
+        "window_cross_kernel": "window(3, dot, cross) | box | identity(heads=2)*depthwise",
     }
     primitive = ("STATIC_SLIDING", 1)
     shapes = ("box", "causal")
@@ -169,6 +113,7 @@ class Window(Path):
     padding: Size | str = "same"
     mode: str = "zeros"
     step: Size = 1
+    cross: bool = False
 
     def __post_init__(self) -> None:
         sizes(self, size=self.size, stride=self.stride, dilation=self.dilation, step=self.step)
@@ -184,6 +129,9 @@ class Window(Path):
             check(self.padding == "same", self, "padding", self.padding, "left out with mode=inside")
         else:
             check(all_ones(self.step), self, "step", self.step, "given with mode=inside only")
+        if self.cross:
+            plain = all_ones(self.stride) and self.padding == "same" and self.mode == "zeros"
+            check(plain, self, "cross", self.cross, "given without stride, padding and mode")
 
 
 @dataclass(frozen=True)

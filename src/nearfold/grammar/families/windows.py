@@ -234,6 +234,13 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2204.01697",
         ),
         Entry(
+            "sapa",
+            "Upsampling guided by a finer map (SAPA)",
+            "window(5, dot, cross) | box | softmax(project=qk)",
+            ("a window of another map, where the position lies on it", "dense square", "similarity, softmaxed"),
+            "arXiv 2209.12866",
+        ),
+        Entry(
             "bilateral",
             "Bilateral filter, on the map's own scale",
             "window(5, euclidean(squared, coordinates)) | box | softmax(project=none)",

@@ -14,7 +14,7 @@ from nearfold.kernels.names import DOT_LIKE
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, split_heads
 from nearfold.lower.geometry import all_positions
-from nearfold.lower.selection import allowed
+from nearfold.lower.selection import added, allowed
 from nearfold.lower.verdict import Facts, Verdict
 
 NAME = "sdpa"
@@ -53,6 +53,8 @@ def run(call: Call) -> Tensor:
     causal = isinstance(call.op.shape, Causal) and every and free
     mask = None
     bias = score_bias(call.op, call.params, call.grid, query_M, value)
+    if (plus := added(call, query_M, all_positions(value.shape[2], value.device))) is not None:
+        bias = plus if bias is None else bias + plus
     if not causal or bias is not None:
         mask = allowed(call, query_M, all_positions(value.shape[2], value.device))
     if bias is not None:  # SDPA adds the mask after its scale

@@ -18,6 +18,8 @@ def _many(score: Tensor, valid: Tensor) -> Tensor:
 class SigmoidMeaning(RhoMeaning):
     """The sigmoid of every score, less the logarithm of their number."""
 
+    adds = True
+
     def weigh(self, rho: Sigmoid, score: Tensor, valid: Tensor) -> Tensor:
         moved = score.masked_fill(~valid, 0) - _many(score, valid).log()
         return torch.sigmoid(moved).masked_fill(~valid, 0)
@@ -26,6 +28,8 @@ class SigmoidMeaning(RhoMeaning):
 @means(Rectified)
 class RectifiedMeaning(RhoMeaning):
     """What is positive of every score, over their number."""
+
+    adds = True
 
     def weigh(self, rho: Rectified, score: Tensor, valid: Tensor) -> Tensor:
         shared = torch.relu(score.masked_fill(~valid, 0) / _many(score, valid))

@@ -118,6 +118,9 @@ class UnionMeaning(TableMeaning):
         notes = (meaning(part.path).unfilled(part, grid, context) for part in alone(op))
         return next((note for note in notes if note is not None), None)
 
+    def takes_mask(self, op: Basic) -> bool:
+        return all(meaning(part.path).takes_mask(part) for part in alone(op))
+
     def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
         part = next(part for part in alone(op) if is_table(part.path))
         return meaning(part.path).home(part, grid, device)

@@ -98,6 +98,7 @@ SPELLED = {
 """Operators for sequences, along the rows of a map."""
 LEFT_OUT = {
     "cross_attention": "it reads a second input",
+    "sapa": "it reads a second input",
     "mixer": "its table is for one number of positions, and the two layers see different ones",
     "sinks": "it is for sequences",
     "moba": "it is for sequences",
