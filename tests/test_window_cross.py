@@ -32,8 +32,7 @@ def truth(layer, x, context, size, dilation=1, projected_value=True):
     grid, source, rows = tuple(x.shape[2:]), tuple(context.shape[2:]), []
     for n, i in enumerate(positions(grid)):
         at = seen(i, grid, source, size, dilation)
-        scale = math.sqrt(q.shape[-1]) if projected_value else 1.0
-        share = torch.softmax((q[:, :, n, None] * k[:, :, at]).sum(-1) / scale, -1)
+        share = torch.softmax((q[:, :, n, None] * k[:, :, at]).sum(-1) / math.sqrt(q.shape[-1]), -1)
         rows.append((share[..., None] * v[:, :, at]).sum(2))
     y = torch.stack(rows, 2).transpose(1, 2).flatten(2)
     if projected_value:
@@ -87,7 +86,7 @@ def test_guided_upsampling_is_sapas(up):
     keys, values = (t.unflatten(3, (4, 3)).repeat_interleave(up, 3).repeat_interleave(up, 4) for t in padded)
     there = F.unfold(torch.ones(1, 1, 4, 3), 5, padding=2).view(1, 25, 4, 3) > 0
     there = there.repeat_interleave(up, 2).repeat_interleave(up, 3)
-    share = torch.softmax((fine[:, :, None] * keys).sum(1).masked_fill(~there, -math.inf), 1)
+    share = torch.softmax((fine[:, :, None] * keys).sum(1).div(2).masked_fill(~there, -math.inf), 1)
     close(layer(x, context), (share[:, None] * values).sum(2))
 
 

@@ -236,7 +236,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "sapa",
             "Upsampling guided by a finer map (SAPA)",
-            "window(5, dot, cross) | box | softmax(project=qk)",
+            "window(5, cross) | box | softmax(project=qk)",
             ("a window of another map, where the position lies on it", "dense square", "similarity, softmaxed"),
             "arXiv 2209.12866",
         ),
