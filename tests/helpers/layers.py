@@ -122,5 +122,5 @@ LAYERS = (
     | OTHERS
 )
 # the general layer, those of two inputs, those of a fixed size
-APART = {"Mixer", "CrossAttention", "LocalCrossAttention2d", "TokenMLP", "LinformerAttention"}
+APART = {"Mixer", "CrossAttention", "LocalCrossAttention2d", "TokenMLP", "LinformerAttention", "TokenGridAttention"}
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=list(LAYERS))

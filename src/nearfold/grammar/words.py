@@ -7,6 +7,7 @@ or candidates. All of them can be had from here.
 """
 
 from nearfold.grammar.apart import Rectified, Sigmoid
+from nearfold.grammar.beside import Beside
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.channels import ChannelShift, CrossCovariance, Excite
 from nearfold.grammar.graphs import Edge, Relative
@@ -64,6 +65,7 @@ __all__ = [
     "All",
     "AllCandidates",
     "Axial",
+    "Beside",
     "Block",
     "Box",
     "Candidates",

@@ -16,6 +16,7 @@ from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import (
+    beside,
     block,
     blocks,
     conv,
@@ -40,7 +41,24 @@ from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
     m.NAME: m
-    for m in (conv, transposed, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, pooled, edges, dense)
+    for m in (
+        conv,
+        transposed,
+        block,
+        sdpa,
+        linear,
+        fft,
+        scan,
+        knn,
+        local,
+        gather,
+        union,
+        blocks,
+        pooled,
+        beside,
+        edges,
+        dense,
+    )
 }  # in order of preference
 PAIRED = ("sdpa", "dense", "gather")  # those that heed a mask of pairs
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")

@@ -14,6 +14,7 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
+from nearfold.nn.beside import TokenGridAttention
 from nearfold.nn.fewer import (
     AttentionPool,
     HaloAttention2d,
@@ -77,6 +78,7 @@ __all__ = [
     "SpectralConv2d",
     "SqueezeExcite2d",
     "StridedAttention",
+    "TokenGridAttention",
     "TokenMLP",
     "TokenMixer",
     "deform_conv",

@@ -104,8 +104,8 @@ LEFT_OUT = {
     "moba": "it is for sequences",
     "nsa_compressed": "it is for sequences",
     **dict.fromkeys(
-        ("linformer", "synthesizer_random", "synthesizer_dense"),
-        "its tables are for one number of positions, and the two layers see different ones",
+        ("linformer", "synthesizer_random", "synthesizer_dense", "vil"),
+        "its tables or its map are for one number of positions, and the two layers see different ones",
     ),
     **dict.fromkeys(("attention_pooling", "slot_attention"), "its outputs are no map"),
 }
