@@ -63,7 +63,7 @@ class TableMeaning(PathMeaning):
         return not getattr(op.path, "padded", False) and getattr(op.path, "padding", "same") == "same"
 
     def select(self, call: Call) -> Selection:
-        flat_MS, valid_MS = self.reads(call)
+        flat_MS, valid_MS = self.places(call)
         home_M = self.home(call.op, call.grid, call.value.device)
         valid = valid_MS[None, None]
         if call.mask is not None:
@@ -81,7 +81,7 @@ class TableMeaning(PathMeaning):
         index = flat_MS[None, None].expand_as(valid).masked_fill(~valid, 0)
         return Selection(index, valid, score, count_positions(call.padded))
 
-    def reads(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
+    def places(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
         """`index` of a call, whose keys may lie on another grid."""
         return self.index(call.op, call.grid, call.value.device, missing)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from nearfold._numbers import integer
 from nearfold.grammar import Basic, Weight
+from nearfold.grammar.word import with_arguments
 from nearfold.grammar.words import Beside, Box, Size, Softmax, Window
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.plan import run
@@ -51,9 +54,8 @@ class TokenGridAttention(TokenMixer):
 
     def on(self, grid: tuple[int, int]) -> Basic:
         """The operation for another map."""
-        path, op = self.operation.parts[0].path, self.operation.parts[0]
-        assert isinstance(path, Beside)
-        return Basic(Beside(path.tokens, grid, path.path), op.shape, op.weight)
+        (op,) = self.operation.parts
+        return replace(op, path=with_arguments(op.path, grid=grid))
 
     def forward(  # type: ignore[override]
         self, x: Tensor, mask: Tensor | None = None, *, grid: tuple[int, int] | None = None

@@ -50,8 +50,8 @@ def run(call: Call) -> Tensor:
     y = aggregate(call.rows().to(dtype), where, slots_last(alpha.to(dtype), B, H), None, 1)
     if T:
         value, there = split_heads(call.value, H), None if call.keep is None else call.keep[:, None, None]
-        mine = (t.to(value.dtype) for t in (query[:, :, :T], key))
-        heard = attention(*mine, value, there, scale=float(rho.scale))
+        asks, asked = query[:, :, :T].to(value.dtype), key.to(value.dtype)
+        heard = attention(asks, asked, value, there, scale=float(rho.scale))
         heard = heard if there is None else heard.masked_fill(~there.any(-1, True), 0)
         y = torch.cat([heard.transpose(1, 2).flatten(2).to(y.dtype), y], 1)
     return y.transpose(1, 2).unflatten(2, call.out_grid)

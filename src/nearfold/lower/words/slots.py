@@ -48,7 +48,7 @@ def _table(call: Call) -> tuple[Tensor | None, Tensor]:
         return found.score, found.index.masked_fill(~found.valid, INVALID)
     path = meaning(op.path)
     assert isinstance(path, TableMeaning)
-    index_MS, _ = path.reads(call, INVALID)
+    index_MS, _ = path.places(call, INVALID)
     at = index_MS[None, None]
     if call.keep is not None:
         at = at.masked_fill(~present(call.keep, at.clamp(min=0)), INVALID)

@@ -41,9 +41,9 @@ class WindowMeaning(AxesMeaning):
         same = size == as_tuple(path.size, ndim, "size")
         return op if same else dataclasses.replace(op, path=dataclasses.replace(path, size=size))
 
-    def reads(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
+    def places(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
         if not call.op.cross:
-            return super().reads(call, missing)
+            return super().places(call, missing)
         geometry, device = WindowGeometry.of(call.op, call.ndim), call.value.device
         each = []
         for axis, (m, n) in enumerate(zip(call.grid, call.padded, strict=True)):
