@@ -125,6 +125,17 @@ def test_neighbours_are_chosen_by_the_sums(similarity):
     agree(layer, x, plus, truth, ("auto", "oracle"))
 
 
+def test_numbers_are_in_the_unit_of_the_score():
+    """Positions are ranked in steps of the grid and weighed in shares of the map: numbers are added to the latter."""
+    layer = Mixer("nearest(3, position) | ranked | softmax(project=none)", 4, ndim=1)
+    x, plus = torch.randn(2, 4, 9, requires_grad=True), numbers(2, 1, 9, 9, holes=False)
+    far = (torch.arange(9.0)[:, None] - torch.arange(9.0)).abs() * 2 / 8
+    total = plus - far
+    chosen = total >= total.topk(3, -1).values[..., -1:]
+    truth = (torch.softmax(total.masked_fill(~chosen, -math.inf), -1)[:, 0] @ x.mT).mT
+    agree(layer, x, plus, truth, ("auto", "oracle"))
+
+
 @pytest.mark.parametrize("rho", ["sparsemax", "entmax", "sigmoid", "relu", "identity"])
 @pytest.mark.parametrize("path", ["all | row", "window(3) | box"])
 def test_every_rho_that_weighs_by_scores_takes_numbers(rho, path):
