@@ -99,7 +99,7 @@ def _to_mixtures(call: Call, path: Projected, rho: Softmax) -> Tensor:
 
 
 def _seeds(call: Call, rho: Seeds) -> Tensor:
-    key, value = keys_of(call, rho), split_heads(call.value, call.heads)
+    key, value = keys_of(call), split_heads(call.value, call.heads)
     seed = learned(call, "seed_weight", rho).to(key.dtype).expand(key.shape[0], -1, -1, -1)
     there = None if call.keep is None else call.keep[:, None, None]
     if not rho.competing:
@@ -111,7 +111,7 @@ def _seeds(call: Call, rho: Seeds) -> Tensor:
 
 
 def _latents(call: Call, rho: Latents) -> Tensor:
-    key, value = keys_of(call, rho), split_heads(call.value, call.heads)
+    key, value = keys_of(call), split_heads(call.value, call.heads)
     latent = learned(call, "latent_weight", rho).to(key.dtype).expand(key.shape[0], -1, -1, -1)
     there = None if call.keep is None else call.keep[:, None, None]
     gathered = _where_read(attention(latent, key, value, there, scale=1.0), there)

@@ -56,7 +56,7 @@ class ProjectedMeaning(PathMeaning):
         return Selection(index, valid, score, N, value_PN.flatten().expand(1, 1, N, -1), N)
 
 
-def keys_of(call: Call, rho: Seeds | Latents | Nystrom) -> Tensor:
+def keys_of(call: Call) -> Tensor:
     """The keys (B, H, N, d)."""
     assert call.key is not None
     return split_heads(call.key, call.heads)
@@ -90,7 +90,7 @@ class SeedsMeaning(_OfKeys):
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
         rho, wide = cast(Seeds, call.op.weight.rho), wide_dtype(call)
-        seed_1HMd, k_BHNd = learned(call, "seed_weight", rho).to(wide), keys_of(call, rho).to(wide)
+        seed_1HMd, k_BHNd = learned(call, "seed_weight", rho).to(wide), keys_of(call).to(wide)
         score = metric_scores("dot", False, seed_1HMd, k_BHNd) * k_BHNd.shape[-1] ** -0.5
         return competed(score, valid) if rho.competing else masked_softmax(score, valid)
 
@@ -112,7 +112,7 @@ class LatentsMeaning(_OfKeys):
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
         rho, wide = cast(Latents, call.op.weight.rho), wide_dtype(call)
-        score = metric_scores("dot", False, learned(call, "latent_weight", rho).to(wide), keys_of(call, rho).to(wide))
+        score = metric_scores("dot", False, learned(call, "latent_weight", rho).to(wide), keys_of(call).to(wide))
         return torch.softmax(score.mT, -1) @ masked_softmax(score, valid[:, :, :1])
 
 
@@ -123,7 +123,7 @@ class NystromMeaning(_OfKeys):
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
         assert call.query is not None
         rho = cast(Nystrom, call.op.weight.rho)
-        q_BHNd, k_BHNd = (t.to(wide_dtype(call)) for t in (split_heads(call.query, call.heads), keys_of(call, rho)))
+        q_BHNd, k_BHNd = (t.to(wide_dtype(call)) for t in (split_heads(call.query, call.heads), keys_of(call)))
         at_Ps = block_positions(as_tuple(rho.size, call.ndim, "size"), True, call.grid, q_BHNd.device)
         q_BHad, k_BHad = (block_means(call, t, at_Ps)[0] for t in (q_BHNd, k_BHNd))
         scale = q_BHNd.shape[-1] ** -0.5
