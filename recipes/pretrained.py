@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nearfold.models import MODELS, create
-from nearfold.models.evaluate import count
 from nearfold.models.hub import CONFIG, WEIGHTS, config_of
 from nearfold.models.pretrained import FOLDER, RECORD, Pretrained, pretrained
 from nearfold.study.compare import accuracy
@@ -26,6 +25,7 @@ from nearfold.study.grid import canonical
 from nearfold.study.statistics import estimate
 from nearfold.study.store import Store
 from nearfold.train import load_data
+from nearfold.train.evaluate_command import count
 
 CARDS = Path(__file__).parents[1] / "docs" / "models"
 CARD = """\

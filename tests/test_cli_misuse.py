@@ -316,6 +316,7 @@ def test_every_operator_that_has_a_name_trains_or_says_why_not(capsys):
         "nsa_compressed",
         "nsa",
         "cross_attention",
+        "sapa",
     }
     assert all(word in refused[name] for name, word in (("conv_causal", "axes"), ("cross_attention", "context")))
 

@@ -17,6 +17,7 @@ PACKAGE = Path(nearfold.__file__).parent
 RANK = {
     "_kept": -1,
     "_numbers": -1,
+    "_scrambled": -1,
     "options": -1,
     "_images": 0,
     "_own_code": 0,
@@ -30,7 +31,8 @@ RANK = {
     "testing": 3,
     "look": 3,
     "recognise": 3,
-    "periodic": 3,
+    "catalogue_page": 4,
+    "periodic": 5,
     "mixing": 4,
     "surgery": 4,
     "models": 5,
@@ -166,7 +168,7 @@ def test_there_are_backends():
     assert len(BACKENDS) >= 4
 
 
-LIGHT = {"nearfold": (), "nearfold.train": ("safetensors",), "nearfold.look.command": (), "nearfold.cli": ()}
+LIGHT = {"nearfold": (), "nearfold.train": ("safetensors",), "nearfold.look": (), "nearfold.cli": ()}
 """What is imported often and should be there at once, and what else it must not load."""
 
 

@@ -83,7 +83,7 @@ def test_hardly_any_operation_with_a_mask_runs_on_the_oracle():
 
 
 KNOWN_SLOW = {
-    "window_euclidean", "window_inverse", "window_position",  # distances over a table of slots
+    "window_euclidean", "window_inverse", "window_position", "bilateral",  # distances over a table of slots
 }  # fmt: skip
 
 QUICK_ALONE = ("conv", "kvt", "mamba", "attention_alibi", "union_kernel", "deformable", "linear_attention", "sinks")
@@ -214,7 +214,7 @@ def test_under_autocast(text):
         ("conv", torch.tensor([5, 4, 3]), r"must be 2 integers from 0 to 5, got shape \(3,\)"),
         ("dynamic_conv", torch.tensor([5, 4]), r"experts\(4\) reads every position of the map"),
         ("blend", torch.tensor([5, 4]), r"blend\(0.5\) reads every position of the map"),
-        ("conv", torch.ones(2, 1, 5, 5, dtype=torch.bool), "a mask goes with the paths all and nearest"),
+        ("pvt_linear", torch.ones(2, 1, 5, 5, dtype=torch.bool), "a mask of pairs goes with the paths all, nearest"),
     ],
 )
 def test_a_wrong_mask_says_so(text, mask, said):

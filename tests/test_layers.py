@@ -70,6 +70,13 @@ def test_tokens_of_any_number_in_turn(name):
         assert bool(y.isfinite().all())
 
 
+FLAT = ("as_mlp", "acnet", "slak", "inceptionnext", "cross_shaped")
+"""Rows for images alone."""
+STRIDES = {"conv_transposed": 0.5} | dict.fromkeys(
+    ("conv_strided", "pool_mean", "pool_max", "pool_soft", "pool_importance"), 2
+)
+
+
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_catalogue_entry_is_a_layer_over_sequences_images_and_volumes(name):
     for ndim, grid in ((1, (9,)), (2, (5, 6)), (3, (3, 4, 2))):
@@ -78,19 +85,26 @@ def test_every_catalogue_entry_is_a_layer_over_sequences_images_and_volumes(name
             with pytest.raises(ValueError, match=r"name the axes of the . that are causal|those of a sequence"):
                 Mixer(CATALOGUE[name].notation, 24, ndim=ndim)(x)
             continue
-        if name == "as_mlp" and ndim != 2:
+        if name in FLAT and ndim != 2:
             with pytest.raises(ValueError, match=rf"has 2 entries, but the input has {ndim} grid axes"):
                 Mixer(CATALOGUE[name].notation, 24, ndim=ndim)
             continue
-        if name == "criss_cross" and ndim == 1:
+        if name in ("criss_cross", "strip_pooling") and ndim == 1:
             with pytest.raises(ValueError, match=r"axis=1 is beyond the input's 1 grid axes"):
                 Mixer(CATALOGUE[name].notation, 24, ndim=ndim)(x)
             continue
+        if name == "s2_mlp" and ndim == 3:
+            with pytest.raises(ValueError, match="share must be at most 1 / 6"):
+                Mixer(CATALOGUE[name].notation, 24, ndim=ndim)
+            continue
         layer = Mixer(fitted(preset(name), grid), 24, ndim=ndim)
-        stride = {"conv_strided": 2, "pool_mean": 2, "pool_max": 2, "conv_transposed": 0.5}.get(name, 1)
+        stride = STRIDES.get(name, 1)
         context = context_for(layer, x)
         y = layer(x) if context is None else layer(x, context)
-        sizes = (n // stride for n in grid) if name.startswith("pool") else (-(-n // stride) for n in grid)
+        rounded_down = name in ("pool_mean", "pool_max", "pool_soft")
+        sizes = (n // stride for n in grid) if rounded_down else (-(-n // stride) for n in grid)
+        if name in ("attention_pooling", "slot_attention"):  # a row of learned queries' answers
+            sizes = (1,) * (ndim - 1) + (8,)
         assert y.shape == (2, 24, *sizes)
 
 

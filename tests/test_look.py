@@ -10,9 +10,9 @@ import torch
 
 from nearfold.grammar import CATALOGUE
 from nearfold.look import DEFAULT, load_image, look
-from nearfold.look.command import arguments, run
 from nearfold.look.layers import FEATURES, Reading, features, plain_layer, read
 from nearfold.look.picture import _pooled
+from nearfold.models.look_command import arguments, run
 
 SIZE = 8
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from nearfold.cli import main
-from nearfold.look import look, mixing_matrix, trained
-from nearfold.models import create
+from nearfold.look import mixing_matrix
+from nearfold.models import create, look_into
+from nearfold.models import look as trained
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def test_the_middle_square_is_seen(network):
     pixels[:, :, 20:60] = 1.0
     assert trained.seen(network, pixels).min() > 0.9999
     with pytest.raises(ValueError, match=r"at=\(20, 10\) is outside the image's middle square"):
-        look(pixels.movedim(0, 2), at=(20, 10), model=network)
+        look_into(network, pixels.movedim(0, 2), (20, 10))
 
 
 def test_it_is_drawn_and_says_what_it_is(network):
-    figure = look(torch.rand(40, 40, 3), at=(20, 20), model=network)
+    figure = look_into(network, torch.rand(40, 40, 3), (20, 20))
     said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert "resnet8s_hybrid" in said and "32 x 32 pixels" in said and "trained on" not in said
     titles = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -57,19 +58,20 @@ def test_it_is_drawn_and_says_what_it_is(network):
 
 
 @pytest.mark.parametrize(
-    ("given", "error"),
+    ("model", "error"),
     [
-        ({"model": nn.Identity()}, "must be a network of nearfold.models with Mixer layers on maps, got Identity"),
-        ({"model": "no_such"}, "no network is called 'no_such'"),
-        ({"model": "resnet8s_hybrid", "size": 20}, "leave operations and size out"),
-        ({"model": "resnet8s_hybrid", "operations": ["conv"]}, "leave operations and size out"),
+        (nn.Identity(), "must be a network of nearfold.models with Mixer layers on maps, got Identity"),
+        ("no_such", "no network is called 'no_such'"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(given, error):
+def test_what_cannot_be_drawn_is_said(model, error):
     with pytest.raises(ValueError, match=error):
-        look(torch.rand(32, 32, 3), **given)
+        look_into(model, torch.rand(32, 32, 3))
 
 
 def test_the_command_names_what_there_is(tmp_path, capsys):
     assert main(["look", "sample:flower.jpg", "--model", "resnet18_conv", "--out", str(tmp_path / "x.png")]) == 2
     assert "no weights come along for 'resnet18_conv'" in capsys.readouterr().err
+    for more in (["--op", "conv"], ["--size", "20"]):
+        assert main(["look", "sample:flower.jpg", "--model", "resnet8s_conv", *more]) == 2
+        assert "leave out --op and --size, or --model" in capsys.readouterr().err

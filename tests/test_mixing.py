@@ -14,6 +14,7 @@ from nearfold.grammar.words import (
     ContinuousDepthwise,
     CrossCovariance,
     Depthwise,
+    Excite,
     Experts,
     GlobalFilter,
     Hyena,
@@ -113,7 +114,7 @@ class Frozen(nn.Module):
     def forward(self, value):
         kernel = self.call.op.weight.kernel
         heads = max(self.call.heads, self.alpha.shape[1])
-        if isinstance(kernel, CrossCovariance):  # a map of the channels, made by the input
+        if isinstance(kernel, CrossCovariance | Excite):  # a map of the channels, made by the input
             blocks = meaning(kernel).blocks(self.call)[self.b, ..., 0]
             return torch.einsum("hde,bhem->bhdm", blocks, value.unflatten(1, (len(blocks), -1))).flatten(1, 2)
         read = brought(self.call, self.chosen.index, value)

@@ -446,5 +446,5 @@ def test_sizes_for_other_grids_say_so():
         Mixer("all | row | spectral((2, 3))", 4, ndim=1)
     with pytest.raises(ValueError, match="groups=3 must divide the 4 value channels"):
         Mixer("all | row | continuous(4, groups=3)", 4)
-    with pytest.raises(ValueError, match="a mask goes with"):
+    with pytest.raises(ValueError, match="a mask of pairs goes with"):
         Mixer("all | causal | s4d(4)", 4, ndim=1)(torch.randn(1, 4, 5), mask=torch.ones(1, 1, 5, 5).bool())

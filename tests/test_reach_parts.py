@@ -170,15 +170,15 @@ def test_masked_keys_are_as_if_they_were_not_there(text):
 
 
 @pytest.mark.parametrize(("text", "mask", "why"), [
-    ("window(3) | causal | softmax", (1, 1, 5, 5), "a mask goes with the paths all and nearest"),
-    ("nearest(3, scaled, self) | ranked | softmax", (1, 1, 5, 5), "a mask goes with the paths all and nearest"),
+    ("pooled(2) | causal | softmax", (1, 1, 5, 5), "a mask of pairs goes with the paths all, nearest"),
+    ("nearest(3, scaled, self) | ranked | softmax", (1, 1, 5, 5), "a mask of pairs goes with the paths all, nearest"),
     ("all | row | softmax", (1, 1, 5, 4), r"mask must be bool of shape \(batch or 1, heads or 1, 5, 5\)"),
     ("all | row | softmax", (5, 5), "mask of the keys must be bool of shape"),
 ])  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(text, mask, why):
     with pytest.raises(ValueError, match=why):
         TokenMixer(text, 8)(torch.randn(2, 5, 8), mask=torch.ones(mask, dtype=torch.bool))
-    with pytest.raises(ValueError, match="backend='knn' knows no mask"):
+    with pytest.raises(ValueError, match="backend='knn' knows no mask of pairs"):
         layer = TokenMixer("nearest(3, scaled) | ranked | softmax", 8, backend="knn")
         layer(torch.randn(2, 5, 8), mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
 

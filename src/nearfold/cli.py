@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
     "explain": ("say how an operator would run on inputs of one shape", "nearfold.lower.command"),
     "look": (
         "draw what operators read of a photograph for one position, and their mixing matrices",
-        "nearfold.look.command",
+        "nearfold.models.look_command",
     ),
     "describe": ("say any network in these words, layer by layer, and its complexity", "nearfold.recognise.command"),
     "models": (
@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
     ),
     "evaluate": (
         "count how many test images a network whose weights come along classifies correctly",
-        "nearfold.models.evaluate",
+        "nearfold.train.evaluate_command",
     ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
     "budget": (

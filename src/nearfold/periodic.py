@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
+from pathlib import Path
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
 from nearfold.grammar.complexity import c_d, primitives
@@ -17,7 +18,8 @@ EXAMPLES = """\
 examples:
   nearfold ops
   nearfold ops --family neighbours --since 2024
-  nearfold ops swin deformable mamba convnn"""
+  nearfold ops swin deformable mamba convnn
+  nearfold ops --html ops.html"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +27,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="operators to say more about")
     parser.add_argument("--family", metavar="WORDS", help="only families with these words in their name")
     parser.add_argument("--since", type=int, metavar="YEAR", help="only operators whose paper is of this year or later")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE",
+        help="write the table as one page that can be searched and sorted, with a picture of what each operator mixes",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or all about some operators: the exit code."""
     if args.names and (args.family or args.since):
         raise ValueError("--family and --since choose rows of the table; leave them out where operators are named")
+    if args.html is not None:
+        return _write(args)
     print("\n\n".join(card(name) for name in args.names) if args.names else table(args.family, args.since))
+    return 0
+
+
+def _write(args: argparse.Namespace) -> int:
+    """The page, into a file: the exit code."""
+    from nearfold.catalogue_page import page
+
+    if args.names:
+        raise ValueError("--html writes the table; leave it out where operators are named")
+    if args.html.suffix.lower() not in (".html", ".htm") or args.html.is_dir():
+        raise ValueError(f"--html {args.html}: name a file that ends with .html")
+    rows = chosen(args.family, args.since)
+    text = page({name: [(entry, year(entry)) for entry in entries] for name, entries in rows.items()})
+    args.html.parent.mkdir(parents=True, exist_ok=True)
+    args.html.write_text(text, encoding="utf-8")
+    print(args.html)
     return 0
 
 

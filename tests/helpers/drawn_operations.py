@@ -48,7 +48,7 @@ def plain(cls: type[Word]) -> dict:
         pool = []
         for member in members(hints[name]):
             if is_word(member):
-                pool += [other(**plain(other)) for other in WORDS[member.kind].values()][:1]
+                pool += [other(**plain(other)) for other in list(WORDS[member.kind].values())[:1]]
             else:
                 pool += SIMPLE.get(member, [])
         pools.append(pool)

@@ -7,6 +7,7 @@ import pytest
 from nearfold.nn import (
     S4D,
     ACmix2d,
+    AttentionPool,
     BlockAttention2d,
     BranchingAttention,
     BranchingConv2d,
@@ -18,6 +19,7 @@ from nearfold.nn import (
     DynamicConv2d,
     EdgeConv,
     GlobalFilter2d,
+    HaloAttention2d,
     Hyena,
     Involution2d,
     KVTAttention,
@@ -27,12 +29,15 @@ from nearfold.nn import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    NystromAttention,
+    PerformerAttention,
     Pool2d,
     SelectiveScan,
     SelectiveScan2d,
     SelfAttention,
     SlidingWindowAttention,
     SpectralConv2d,
+    SqueezeExcite2d,
     StridedAttention,
     TokenMixer,
 )
@@ -73,6 +78,8 @@ TOKENS = {
     "SlidingWindowAttention": lambda **k: SlidingWindowAttention(12, 3, 4, **k),
     "StridedAttention": lambda **k: StridedAttention(12, 3, 3, **k),
     "LinearAttention": lambda **k: LinearAttention(12, 3, **k),
+    "NystromAttention": lambda **k: NystromAttention(12, 3, landmarks=2, **k),
+    "PerformerAttention": lambda **k: PerformerAttention(12, 3, features=5, causal=True, seed=2, **k),
     "SelectiveScan": lambda **k: SelectiveScan(12, 5, rank=2, **k),
     "SelectiveScan heads": lambda **k: SelectiveScan(12, 5, num_heads=3, reverse=True, **k),
     "Hyena": lambda **k: Hyena(12, 4, 16, num_heads=6, **k),
@@ -95,6 +102,10 @@ OTHERS = {
         lambda n=4: (2, 4, n, 3, n + 1),
     ),
     "BlockAttention2d": (lambda: BlockAttention2d(4, 2, 3, shift=1), lambda n=7: (2, 4, n, n + 2)),
+    "HaloAttention2d": (lambda: HaloAttention2d(4, 2, 3, (1, 2)), lambda n=7: (2, 4, n, n + 2)),
+    "SqueezeExcite2d": (lambda: SqueezeExcite2d(4, 2), lambda n=7: (2, 4, n, n + 2)),
+    "SqueezeExcite2d span": (lambda: SqueezeExcite2d(4, span=3), lambda n=7: (2, 4, n, n + 2)),
+    "AttentionPool": (lambda: AttentionPool(12, 3, seeds=4, competing=True), lambda n=7: (2, n, 12)),
     "Pool2d": (lambda: Pool2d(4, 3, "max", stride=2, padding=1), lambda n=7: (2, 4, n, n + 2)),
     "EdgeConv": (lambda: EdgeConv(4, 6, 5), lambda n=7: (2, 4, n)),
     "EdgeConv mean": (lambda: EdgeConv(4, 6, 5, aggregation="mean", hidden=3), lambda n=7: (2, 4, n)),
@@ -110,5 +121,6 @@ LAYERS = (
     | {name: (make, lambda n=7: (2, n, 12)) for name, make in TOKENS.items()}
     | OTHERS
 )
-APART = {"Mixer", "CrossAttention", "TokenMLP"}  # the general layer, one of two inputs, one of a fixed size
+# the general layer, those of two inputs, those of a fixed size
+APART = {"Mixer", "CrossAttention", "LocalCrossAttention2d", "TokenMLP", "LinformerAttention", "TokenGridAttention"}
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=list(LAYERS))

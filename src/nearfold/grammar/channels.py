@@ -1,8 +1,8 @@
-"""Kernels over channels without numbers of their own: made by the input, or one-hot."""
+"""Kernels over channels: maps and gates made by the input, and one-hot ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from nearfold.grammar.weights import Kernel
@@ -43,6 +43,41 @@ class CrossCovariance(Kernel):
             raise ValueError(
                 f"cross_covariance mixes channels, not positions: window(1) | box | cross_covariance({self.heads}), "
                 f"got {op.path} and {op.weight}"
+            )
+
+
+@dataclass(frozen=True)
+class Excite(Kernel):
+    """A gate for every channel, made by the means of all channels over the map: y = value * sigmoid(f(mean)).
+
+    f is two maps with a ReLU between, by a ``reduction`` of the channels (squeeze and excitation, arXiv 1709.01507, eq.
+    3); with ``span`` a convolution without bias over so many neighbouring channels (ECA, arXiv 1910.03151, eq. 5).
+    """
+
+    word = "excite"
+    examples: ClassVar[dict[str, str]] = {
+        "excite": "window(1) | box | excite(4)",
+        "excite_span": "window(1) | box | ones(project=v)*excite(span=3)",
+    }
+    dynamic = True
+    primitive = ("DYNAMIC_KERNEL", 2)
+    reduction: int = field(default=16, metadata={"positional": True})
+    span: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, reduction=self.reduction)
+        if self.span is not None:
+            positive(self, span=self.span)
+            check(self.span % 2 == 1, self, "span", self.span, "odd")
+            check(self.reduction == 16, self, "reduction", self.reduction, "left out next to span")
+
+    def require(self, op: Basic) -> None:
+        path, rho = op.path, op.weight.rho
+        one = path.word == "window" and all_ones(getattr(path, "size", 0)) and all_ones(getattr(path, "stride", 1))
+        if not (one and rho.word == "ones" and rho.heads == 1 and getattr(path, "padding", "same") in ("same", 0)):
+            raise ValueError(
+                f"excite gates channels, not positions: window(1) | box | {self}, got {path} and {op.weight}"
             )
 
 

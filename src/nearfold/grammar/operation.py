@@ -177,7 +177,8 @@ class Basic(Operation):
         border = getattr(path, "padding", 0)
         own = getattr(path, "include_self", False) is not False
         grid = getattr(getattr(path, "candidates", None), "word", "all") in ("window", "grid")
-        if path.similarity.placed or border or own or grid or self.shape.word not in ("row", "ranked"):
+        shapes = ("row", "ranked", *(() if path.searches else ("box",)))
+        if path.similarity.placed or border not in (0, "same") or own or grid or self.shape.word not in shapes:
             raise ValueError(
                 "cross: query and key lie on different grids, so that no position can be compared (coordinates, "
                 f"bias, self, causal, window or grid candidates, padding); got {self}"
@@ -202,8 +203,10 @@ class Basic(Operation):
         >>> print(parse("all | row | table(9)").sized(16), "and", parse("window(3) | box | kernel").sized(16))
         all | row | table(16) and window(3) | box | kernel
         """
-        rho = self.weight.rho.sized(positions)
-        return self if rho is self.weight.rho else replace(self, weight=replace(self.weight, rho=rho))
+        path, rho = self.path.sized(positions), self.weight.rho.sized(positions)
+        if path is self.path and rho is self.weight.rho:
+            return self
+        return replace(self, path=path, weight=replace(self.weight, rho=rho))
 
     def __str__(self) -> str:
         return f"{self.path} | {self.shape} | {self.weight}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
+from nearfold.grammar.candidates import AllCandidates, Candidates, Grid, Nearby, Random  # noqa: F401  (they were here)
 from nearfold.grammar.selectors import Selector
 from nearfold.grammar.shapes import Box, Causal, Ranked, Row, Shape, Strided  # noqa: F401  (they were here)
 from nearfold.grammar.similarity import Cosine, Scaled, Similarity
@@ -15,69 +16,6 @@ if TYPE_CHECKING:
 
 Size = int | tuple[int, ...]
 _UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
-
-
-# --- candidates: which positions `nearest` may choose from
-
-
-class Candidates(Word):
-    """The positions among which `nearest` searches."""
-
-    kind = "candidates"
-    drawn: ClassVar[bool] = False  # whether they are others at every training step
-
-
-@dataclass(frozen=True)
-class AllCandidates(Candidates):
-    """Every position."""
-
-    word = "all"
-
-
-@dataclass(frozen=True)
-class Random(Candidates):
-    """r positions drawn afresh at every training step, the same for the whole batch; all in evaluation."""
-
-    word = "random"
-    examples: ClassVar[dict[str, str]] = {
-        "nearest_scaled": "nearest(6, scaled(coordinates), random(9)) | ranked | softmax(heads=2)",
-    }
-    drawn = True
-    r: int
-
-    def __post_init__(self) -> None:
-        positive(self, r=self.r)
-
-
-@dataclass(frozen=True)
-class Grid(Candidates):
-    """A fixed grid of r positions per axis, evenly spaced, ``inset`` positions away from the border."""
-
-    word = "grid"
-    examples: ClassVar[dict[str, str]] = {
-        "nearest_ones": "nearest(9, cosine, grid(3, inset=1)) | ranked | ones",
-    }
-    r: int
-    inset: int = 0
-
-    def __post_init__(self) -> None:
-        positive(self, r=self.r)
-        check(type(self.inset) is int and self.inset >= 0, self, "inset", self.inset, "an integer >= 0")
-
-
-@dataclass(frozen=True)
-class Nearby(Candidates):
-    """The positions inside a window of this odd size around the query."""
-
-    word = "window"
-    size: int
-
-    def __post_init__(self) -> None:
-        positive(self, size=self.size)
-        check(self.size % 2 == 1, self, "size", self.size, "odd")
-
-
-# --- Path: where to look
 
 
 class Path(Word):
@@ -122,6 +60,10 @@ class Path(Word):
             )
         return as_tuple(size, ndim, "size")
 
+    def sized(self, positions: int) -> Path:
+        """The path for a map of so many positions; itself where any number will do."""
+        return self
+
     def require(self, op: Basic) -> None:
         if not one_of(op.shape, self.shapes):
             allowed = ", ".join(self.shapes)
@@ -143,6 +85,10 @@ class Window(Path):
     that it stays inside the grid, and ``step`` queries in a row share the window of the one in their middle
     (neighbourhood attention, arXiv 2204.07143; its "stride", arXiv 2504.16922). The similarity matters only to a weight
     that looks at it (softmax ...).
+
+    With ``cross`` the window lies on the grid of the context, another input of any size, around the position there that
+    holds the query where both grids cover the same ground: local cross-attention, and upsampling that a finer map
+    guides (SAPA, arXiv 2209.12866).
     """
 
     word = "window"
@@ -154,6 +100,8 @@ class Window(Path):
         "window_even": "window(2) | box | kernel(groups=2)",
         "window_plain": "window((3, 5), padding=1, stride=(1, 2)) | box | ones",
         "window_reflect": "window(5, mode=reflect, dilation=2) | box | kernel",
+        "window_cross": "window((3, 2), cosine, dilation=2, cross) | box | softmax(heads=2, kv=1)",
+        "window_cross_kernel": "window(3, dot, cross) | box | identity(heads=2)*depthwise",
     }
     primitive = ("STATIC_SLIDING", 1)
     shapes = ("box", "causal")
@@ -165,6 +113,7 @@ class Window(Path):
     padding: Size | str = "same"
     mode: str = "zeros"
     step: Size = 1
+    cross: bool = False
 
     def __post_init__(self) -> None:
         sizes(self, size=self.size, stride=self.stride, dilation=self.dilation, step=self.step)
@@ -180,6 +129,9 @@ class Window(Path):
             check(self.padding == "same", self, "padding", self.padding, "left out with mode=inside")
         else:
             check(all_ones(self.step), self, "step", self.step, "given with mode=inside only")
+        if self.cross:
+            plain = all_ones(self.stride) and self.padding == "same" and self.mode == "zeros"
+            check(plain, self, "cross", self.cross, "given without stride, padding and mode")
 
 
 @dataclass(frozen=True)
@@ -216,6 +168,9 @@ class Block(Path):
     inputs behind its end, on every axis, which are projected and read like any other: the rule of Swin's public code,
     torchvision and transformers, where a size does not divide the map. (timm fills a map up after it has shifted it.)
 
+    With ``halo`` a block reads this many positions more on every side, those outside the grid left out (halo attention,
+    arXiv 2103.12731; the overlapping windows of HAT, arXiv 2205.04437).
+
     With ``spread`` the ``size`` positions of a block lie as far apart as the grid lets them, n / size (rounded up)
     along an axis of n: the grid attention of MaxViT (arXiv 2204.01697). A bias then counts steps of that length.
     """
@@ -227,6 +182,8 @@ class Block(Path):
         "block_padded": "block((4, 5), scaled(bias=table), shift=(1, 2), padded) | box | softmax(heads=2)",
         "block_spread": "block((2, 4), scaled(bias=table), spread) | box | softmax(heads=2)",
         "block_spread_kernel": "block(3, padded, spread) | box | ones*kernel(groups=2)",
+        "block_halo": "block((2, 3), scaled(bias=table), halo=(1, 2)) | box | softmax(heads=2)",
+        "block_halo_kernel": "block(2, shift=1, padded, halo=1) | box | ones*kernel(groups=2)",
     }
     primitive = ("STATIC_BLOCK", 1)
     shapes = ("box",)
@@ -235,6 +192,7 @@ class Block(Path):
     shift: Size = 0
     padded: bool = False
     spread: bool = False
+    halo: Size = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,6 +204,14 @@ class Block(Path):
         pairs = zip(shift * (axes // max(len(shift), 1)), size * (axes // len(size)), strict=False)
         check(ok and all(n < m for n, m in pairs), self, "shift", self.shift, "from 0 to size - 1")
         check(not (self.spread and any(shift)), self, "shift", self.shift, "left out next to spread")
+        halo = self.halo if isinstance(self.halo, tuple) else (self.halo,)
+        whole = len(halo) > 0 and all(type(n) is int and n >= 0 for n in halo)
+        check(whole, self, "halo", self.halo, "an integer >= 0 or a tuple of them, one per axis")
+        check(not (self.spread and any(halo)), self, "halo", self.halo, "left out next to spread")
+
+    def slot_shape(self, ndim: int) -> tuple[int, ...]:
+        halo = as_tuple(self.halo, ndim, "halo")
+        return tuple(n + 2 * h for n, h in zip(as_tuple(self.size, ndim, "size"), halo, strict=True))
 
 
 @dataclass(frozen=True)

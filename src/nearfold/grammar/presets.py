@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from nearfold.grammar.entry import Entry
-from nearfold.grammar.families import attention, neighbours, sequences, windows
+from nearfold.grammar.families import attention, neighbours, sequences, several, windows
 from nearfold.grammar.notation import NAMES, did_you_mean
 from nearfold.grammar.operation import Operation
 
 _FAMILIES: dict[str, tuple[Entry, ...]] = {
     **windows.FAMILIES,
+    **several.FAMILIES,
     **attention.FAMILIES,
     **neighbours.FAMILIES,
     **sequences.FAMILIES,

@@ -65,7 +65,7 @@ def cases() -> dict[str, str]:
 
 
 def example(word: type[Word]) -> tuple[Basic, Word]:
-    """The shortest case with a word, and the word in it.
+    """The shortest case with a word, or part of one, and the word in it.
 
     Raises:
         ValueError: for a word that stands in no case.
@@ -74,14 +74,15 @@ def example(word: type[Word]) -> tuple[Basic, Word]:
     >>> print(*example(Deformable), sep=", ")
     deformable(3) | box | kernel, deformable(3)
     """
-    parts = [part for text in cases().values() for part in parse(text).parts]
-    having = [(part, found) for part in parts for found in words_in(part) if type(found) is word]
+    found_in = [(part, part is op) for op in map(parse, cases().values()) for part in op.parts]
+    having = [(part, found, whole) for part, whole in found_in for found in words_in(part) if type(found) is word]
     if not having:
         raise ValueError(
             f"{word.kind} {word.word} stands in no case: give {word.__name__} examples = {{name: notation}}"
         )
-    # what is meant where nothing is said comes last
-    return min(having, key=lambda both: (str(both[1]) not in str(both[0]), len(str(both[0]))))
+    # what is meant where nothing is said comes last, and parts of sums and branches before it
+    part, found, _ = min(having, key=lambda one: (str(one[1]) not in str(one[0]), not one[2], len(str(one[0]))))
+    return part, found
 
 
 def misuse() -> dict[str, str]:

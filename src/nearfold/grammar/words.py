@@ -6,10 +6,14 @@ similarity one in `similarity`). ``kind`` names the place where a word may stand
 or candidates. All of them can be had from here.
 """
 
+from nearfold.grammar.apart import Rectified, Sigmoid
+from nearfold.grammar.beside import Beside
 from nearfold.grammar.blocks import NearestBlocks
-from nearfold.grammar.channels import ChannelShift, CrossCovariance
+from nearfold.grammar.channels import ChannelShift, CrossCovariance, Excite
 from nearfold.grammar.graphs import Edge, Relative
+from nearfold.grammar.latents import Latents, Nystrom, Projected, Seeds, Synthesized
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
+from nearfold.grammar.maps import Efficient, Favor, Key, Relu, Unit
 from nearfold.grammar.paths import (
     ORDERS,
     All,
@@ -61,6 +65,7 @@ __all__ = [
     "All",
     "AllCandidates",
     "Axial",
+    "Beside",
     "Block",
     "Box",
     "Candidates",
@@ -73,8 +78,11 @@ __all__ = [
     "Dense",
     "Depthwise",
     "Edge",
+    "Efficient",
     "Entmax",
+    "Excite",
     "Experts",
+    "Favor",
     "First",
     "Generated",
     "GlobalFilter",
@@ -84,6 +92,8 @@ __all__ = [
     "Indexer",
     "Inverse",
     "Kernel",
+    "Key",
+    "Latents",
     "Long",
     "Max",
     "Mean",
@@ -92,29 +102,37 @@ __all__ = [
     "Nearest",
     "NearestBlocks",
     "Normalized",
+    "Nystrom",
     "Ones",
     "Path",
     "Pooled",
+    "Projected",
     "Random",
     "Ranked",
+    "Rectified",
     "Relative",
+    "Relu",
     "Rho",
     "Row",
     "Scan",
     "Scattered",
+    "Seeds",
     "Selective",
     "Selector",
     "Separable",
     "Shape",
     "Shares",
     "Shift",
+    "Sigmoid",
     "Size",
     "Softmax",
     "Sparsemax",
     "Spectral",
     "Strided",
+    "Synthesized",
     "Table",
     "Transposed",
     "Union",
+    "Unit",
     "Window",
 ]

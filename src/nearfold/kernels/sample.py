@@ -9,17 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nearfold._scrambled import scrambled
 from nearfold.kernels.operator import operator
 
 _MASK = 0xFFFFFFFF
-
-
-def scrambled(x: Tensor) -> Tensor:
-    """A 32-bit integer mixer (xor-shift-multiply) in int64 arithmetic that never overflows."""
-    for multiplier in (0x7FEB352D, 0x846CA68B):
-        x = x ^ (x >> 16)
-        x = (x * multiplier) & _MASK
-    return x ^ (x >> 16)
 
 
 def draw_positions(state: Tensor, total: int, count: int) -> Tensor:

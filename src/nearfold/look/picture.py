@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
-    from nearfold.models.network import Network
-
 DEFAULT = ("conv", "attention", "convnn", "swin", "mamba", "deformable")
 """The operators that `look` shows when none are named."""
 CELLS = 196  # a mixing matrix is drawn with about so many cells on a side
@@ -54,11 +52,8 @@ def look(
     at: tuple[int, int] | None = None,
     *,
     size: int = 28,
-    model: str | Network | None = None,
 ) -> Figure:
     """Draw what operations read of a photograph for one position, and their mixing matrices.
-
-    With ``model``: what the mixing layers of a trained network read, instead of untrained operations.
 
     The image becomes a grid of ``size`` x ``size`` patches with 8 features each: brightness, red - green, blue -
     yellow, contrast, the slopes of brightness down and right, horizontal and vertical edges; each normalised over the
@@ -81,15 +76,12 @@ def look(
         operations: in the notation, or names of the catalogue.
         at: (row, column) of the position asked, in pixels of the image; default its middle.
         size: patches along each side.
-        model: a network whose weights come along (`nearfold models --pretrained`), or a network; its layers are drawn,
-            each on the map that the layers before it made of the image's middle square. It goes without operations and
-            size.
 
     Returns:
         A figure that belongs to no window; ``.savefig("look.png")`` writes it.
 
     Raises:
-        ValueError: what is not an image, an operation or a network, or a position outside.
+        ValueError: what is not an image or an operation, or a position outside.
 
     >>> figure = look(torch.rand(32, 32, 3), ["conv", "all | row | softmax(heads=2)"], (10, 20), size=8)
     >>> [text.get_text() for text in figure.axes[1].texts][-1]
@@ -97,14 +89,7 @@ def look(
     """
     pixels = load_image(image)
     height, width = pixels.shape[1:]
-    at = (height // 2, width // 2) if at is None else at
-    if len(at) != 2 or not (0 <= at[0] < height and 0 <= at[1] < width):
-        raise ValueError(
-            f"at={tuple(at)} is outside the image, which has {height} rows and {width} columns: rows 0 to "
-            f"{height - 1}, columns 0 to {width - 1}"
-        )
-    if model is not None:
-        return _of_network(model, pixels, at, operations is not DEFAULT or size != 28)
+    at = place(pixels, at)
     if type(size) is not int or not 2 <= size <= min(height, width):
         raise ValueError(
             f"size must be an integer from 2 to {min(height, width)}, as the image is {height} x {width}, got {size!r}"
@@ -114,26 +99,26 @@ def look(
     x = features(pixels, (size, size))
     patch = (at[0] * size // height, at[1] * size // width)
     caption = CAPTION.format(sharpness=SHARPNESS, step=STEP)
-    return _picture(pixels, [read(op, x, patch) for op in operations], at, caption)
-
-
-def _of_network(model: str | Network, pixels: Tensor, at: tuple[int, int], more: bool) -> Figure:
-    from nearfold.look import trained  # it brings the networks in
-
-    if more:
-        raise ValueError("model draws the layers of a network as they are: leave operations and size out")
-    network = trained.network_of(model)
-    image = trained.seen(network, pixels)
-    side = min(pixels.shape[1:])
-    shares = tuple((a - (n - side) // 2) / side for a, n in zip(at, pixels.shape[1:], strict=True))
-    if not all(0 <= share < 1 for share in shares):
-        raise ValueError(f"at={tuple(at)} is outside the image's middle square, which is what the network sees")
-    place = (int(shares[0] * image.shape[1]), int(shares[1] * image.shape[2]))
-    found = trained.readings(network, image, (shares[0], shares[1]))
-    return _picture(image, found, place, trained.caption(network))
+    return draw(pixels, [read(op, x, patch) for op in operations], at, caption)
 
 
 # --- the image
+
+
+def place(pixels: Tensor, at: tuple[int, int] | None) -> tuple[int, int]:
+    """The position asked of an image (3, H, W), by default its middle.
+
+    Raises:
+        ValueError: it is outside.
+    """
+    height, width = pixels.shape[1:]
+    at = (height // 2, width // 2) if at is None else at
+    if len(at) != 2 or not (0 <= at[0] < height and 0 <= at[1] < width):
+        raise ValueError(
+            f"at={tuple(at)} is outside the image, which has {height} rows and {width} columns: rows 0 to "
+            f"{height - 1}, columns 0 to {width - 1}"
+        )
+    return at
 
 
 def load_image(image: str | Path | numpy.ndarray[Any, Any] | Tensor) -> Tensor:
@@ -186,7 +171,15 @@ def _patch(at: tuple[int, int], pixels: Tensor, row: Tensor) -> tuple[int, int]:
     return at[0] * h // height, at[1] * w // width
 
 
-def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], about: str) -> Figure:
+def draw(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], about: str) -> Figure:
+    """Draw an image and what was read of it.
+
+    Args:
+        pixels: (3, H, W), from 0 to 1.
+        readings: at least one; each has a grid of its own.
+        at: the pixel asked, row and column.
+        about: what is said below.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -201,7 +194,7 @@ def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], a
     figure = Figure(figsize=(CELL * columns + RIGHT, height), dpi=130)
     FigureCanvasAgg(figure)
 
-    def place(left: float, top: float, width: float, tall: float) -> Axes:
+    def panel_at(left: float, top: float, width: float, tall: float) -> Axes:
         whole = figure.get_figwidth()
         return figure.add_axes((left / whole, 1 - (top + tall) / height, width / whole, tall / height))
 
@@ -210,12 +203,12 @@ def _picture(pixels: Tensor, readings: Sequence[Reading], at: tuple[int, int], a
         first = top + 0.25 + LINE * lines
         for column, reading in enumerate(band):
             left = LEFT + CELL * column
-            panel = place(left, first, PANEL, tall)
+            panel = panel_at(left, first, PANEL, tall)
             if reading is None:
                 _show_image(panel, pixels, readings[0].row, at)
                 continue
-            _show_row(panel, place(left + PANEL + 0.07, first, 0.09, tall), pixels, reading, at)
-            _show_matrix(place(left, first + tall + 0.2, PANEL, PANEL), reading)
+            _show_row(panel, panel_at(left + PANEL + 0.07, first, 0.09, tall), pixels, reading, at)
+            _show_matrix(panel_at(left, first + tall + 0.2, PANEL, PANEL), reading)
         top = first + tall + PANEL + 0.75
     figure.text(LEFT / figure.get_figwidth(), below / height, caption, va="top", fontsize=8, color="#555555")
     return figure

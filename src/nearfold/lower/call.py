@@ -29,9 +29,9 @@ from nearfold.lower.parameters import LETTERS
 class Call:
     """One call of a `Basic` operation. ``query``, ``key``: (B, C, *padded) or None where no one reads them.
 
-    ``at`` is what follows from sizes, ``x`` the input itself, ``mask`` which of the keys a query may read
-    (B|1, H|1, N, N'); None: every one. ``keep`` says which positions are there at all (B, N'); what is not is zero in
-    ``x``, query, key and value.
+    ``at`` is what follows from sizes, ``x`` the input itself, ``mask`` which of the keys a query may read, or what is
+    added to its scores, -inf where it may not (B|1, H|1, N, N'); None: every one. ``keep`` says which positions are
+    there at all (B, N'); what is not is zero in ``x``, query, key and value.
     """
 
     at: Frame

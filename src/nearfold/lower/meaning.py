@@ -139,6 +139,7 @@ class RhoMeaning(Meaning):
     apart: ClassVar[bool] = False  # whether each channel is weighed by nothing but itself
     first: ClassVar[float | None] = None  # alpha of every slot in a new layer, where it is one number
     takes_mask: ClassVar[bool] = True  # whether a call may say which keys each query reads
+    adds: ClassVar[bool] = False  # whether a call may add numbers to the scores that it weighs by
     shares: ClassVar[bool] = False  # whether a query's weights are made of its scores and add up to one
 
     def output(self, op: Basic, grid: Lengths, out: Lengths) -> Lengths:

@@ -108,7 +108,7 @@ def _basic(
 ) -> dict[str, Parameter]:
     weight = op.weight
     path, rho, own = meaning(op.path), meaning(weight.rho), meaning(weight.kernel)
-    for name in ("size", "stride", "dilation", "padding", "step", "shift"):
+    for name in ("size", "stride", "dilation", "padding", "step", "shift", "halo"):
         if isinstance(value := getattr(op.path, name, None), tuple):
             as_tuple(value, ndim, name)
     inner = out_channels if "v" in weight.projections and not own.maps_channels else in_channels
@@ -179,11 +179,12 @@ def bias_reach(op: Basic, ndim: int) -> tuple[int, ...]:
     """
     sizes = as_tuple(op.path.size, ndim, "size")  # type: ignore[attr-defined]
     steps = as_tuple(getattr(op.path, "step", 1), ndim, "step")
+    halos = as_tuple(getattr(op.path, "halo", 0), ndim, "halo")
     ends = (op.shape.axes or (0,)) if op.shape.causal else ()
     # queries that share the window of the one in their middle may lie outside it
     return tuple(
-        n if axis in ends else max(n, step // 2 + n - n // 2, step - step // 2 + n // 2)
-        for axis, (n, step) in enumerate(zip(sizes, steps, strict=True))
+        n if axis in ends else max(n + halo, step // 2 + n - n // 2, step - step // 2 + n // 2)
+        for axis, (n, step, halo) in enumerate(zip(sizes, steps, halos, strict=True))
     )
 
 

@@ -16,6 +16,7 @@ from nearfold.grammar.vocabulary import words_in
 from nearfold.kernels.names import require_tensors
 from nearfold.lower import oracle
 from nearfold.lower.backends import (
+    beside,
     block,
     blocks,
     conv,
@@ -40,8 +41,26 @@ from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
     m.NAME: m
-    for m in (conv, transposed, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, pooled, edges, dense)
+    for m in (
+        conv,
+        transposed,
+        block,
+        sdpa,
+        linear,
+        fft,
+        scan,
+        knn,
+        local,
+        gather,
+        union,
+        blocks,
+        pooled,
+        beside,
+        edges,
+        dense,
+    )
 }  # in order of preference
+PAIRED = ("sdpa", "dense", "gather")  # those that heed a mask of pairs
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 
 
@@ -81,17 +100,32 @@ def _require_mask(op: Operation, mask: Tensor, x: Tensor, context: Tensor | None
     for part in op.parts:
         if not (meaning(part.path).takes_mask(part) and meaning(part.weight.rho).takes_mask):
             raise ValueError(
-                f"{part}: a mask goes with the paths all and nearest(k), without self, padding, table and a kernel as "
-                "long as the map"
+                f"{part}: a mask of pairs goes with the paths all, nearest(k) without self, padding and indexer, and "
+                "those of fixed positions (window, block, first ...), and with a rho that reads scores or none: no "
+                "table, agent, and no kernel as long as the map"
             )
+        if mask.is_floating_point():
+            _require_added(part, mask)
     keys = math.prod((x if context is None else context).shape[2:])
     wanted = (x.shape[0], mask.shape[1] if mask.dim() == 4 else 1, math.prod(x.shape[2:]), keys)
     fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape[:2], wanted[:2], strict=True))
-    if mask.dtype != torch.bool or not fits or tuple(mask.shape[2:]) != wanted[2:]:
+    right = mask.dtype == torch.bool or mask.is_floating_point()
+    if not right or not fits or tuple(mask.shape[2:]) != wanted[2:]:
         raise ValueError(
             f"mask must be bool of shape (batch or 1, heads or 1, {wanted[2]}, {keys}), True where a query may read a "
-            f"key, got {mask.dtype} {tuple(mask.shape)}"
+            f"key, or floating point, added to the scores, got {mask.dtype} {tuple(mask.shape)}"
         )
+
+
+def _require_added(part: Basic, mask: Tensor) -> None:
+    """ValueError where numbers cannot be added to the scores."""
+    if not meaning(part.weight.rho).adds:
+        raise ValueError(
+            f"{part}: a mask of numbers is added to scores, which rho {part.weight.rho.word} does not weigh by: use "
+            "softmax, sparsemax, entmax, sigmoid, relu or identity, or a mask of bools"
+        )
+    if getattr(part.path, "by", None) is not None:
+        raise ValueError(f"{part}: a mask of numbers is added to the scores that choose and weigh; leave by out")
 
 
 def _require_keys(op: Operation, keep: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
@@ -115,7 +149,7 @@ def _require_keys(op: Operation, keep: Tensor, x: Tensor, context: Tensor | None
         raise ValueError(
             f"mask of the keys must be bool of shape {(x.shape[0], *grid)} or {(x.shape[0], math.prod(grid))}, True "
             f"where there is one{', or integers, the lengths' if len(grid) == 1 else ''}; for every query and key "
-            f"(batch or 1, heads or 1, queries, keys); got {keep.dtype} {tuple(keep.shape)}"
+            f"(batch or 1, heads or 1, queries, keys), bool or numbers; got {keep.dtype} {tuple(keep.shape)}"
         )
     return keep.flatten(1)
 
@@ -142,9 +176,9 @@ def _masked(facts: Facts, backend: str, masked: str) -> str:
                 f"backend={backend!r} does not run {facts.op} with a mask; those that do: {', '.join(able)}"
             )
         return able[0] if backend == "auto" else backend
-    pairs = {"sdpa": sdpa.supports(facts).ok, "dense": dense.supports(facts).ok, "oracle": True}
+    pairs = {name: BACKENDS[name].supports(facts).ok for name in PAIRED} | {"oracle": True}
     if backend not in ("auto", *pairs):
-        raise ValueError(f"backend={backend!r} knows no mask: leave it at auto, or take sdpa, dense or oracle")
+        raise ValueError(f"backend={backend!r} knows no mask of pairs: leave it at auto, or take {', '.join(pairs)}")
     return next(name for name, ok in pairs.items() if ok) if backend == "auto" else backend
 
 
@@ -209,8 +243,9 @@ def apply(
         context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
         mask: which keys there are, bool (B, N') or (B, *grid'), or on sequences the integers (B,) of their lengths: a
             slot that reads another position is not valid, and what x holds there is never looked at. Or bool
-            (B|1, H|1, N, N'), True where a query may read a key, for paths `all` and `nearest`; the latter then runs
-            on the oracle.
+            (B|1, H|1, N, N'), True where a query may read a key, for paths `all`, `nearest` and those of fixed
+            positions; or floating point of this shape, added to the scores (the neighbours of `nearest` are chosen by
+            the sums), -inf where a key is not read. `nearest` then runs on the oracle.
     """
     require_tensors(x=x)
     if x.dim() < 3:
@@ -239,7 +274,9 @@ def run(
     keep = None
     if mask is not None:
         require_tensors(mask=mask)
-        if mask.dim() == 4 and x.dim() != 5 and mask.shape[1:3] == (1, 1) and mask.shape[0] == x.shape[0]:
+        if mask.is_floating_point() and mask.dim() == 4:
+            _require_mask(op, mask, x, context)
+        elif mask.dim() == 4 and x.dim() != 5 and mask.shape[1:3] == (1, 1) and mask.shape[0] == x.shape[0]:
             mask = mask[:, 0, 0]  # the same for every query
         if mask.dim() == 4 and (x.dim() != 5 or mask.shape[1:] != x.shape[2:]):
             _require_mask(op, mask, x, context)
@@ -268,7 +305,9 @@ def run(
 def _require_context(op: Operation, context: Tensor, x: Tensor) -> None:
     require_tensors(context=context)
     if not op.needs_context:
-        raise ValueError(f"{op}: reads one input; leave context out, or write all(cross) or nearest(k, cross)")
+        raise ValueError(
+            f"{op}: reads one input; leave context out, or write all(cross), nearest(k, cross) or window(size, cross)"
+        )
     if context.dim() < 3 or context.shape[0] != x.shape[0] or context.dtype != x.dtype or min(context.shape[1:]) == 0:
         raise ValueError(
             "context must be (B, C, *grid) with the batch and dtype of x, got "

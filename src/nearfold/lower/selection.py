@@ -99,6 +99,27 @@ def present(keep: Tensor, index: Tensor) -> Tensor:
     return keep.gather(1, index.flatten(1)).view(index.shape)
 
 
+def readable(mask: Tensor) -> Tensor:
+    """Which keys a mask, of bools or of numbers that are added to the scores, lets a query read."""
+    return mask > float("-inf") if mask.is_floating_point() else mask
+
+
+def added(call: Call, query_M: Tensor, key_N: Tensor | None = None, index_MS: Tensor | None = None) -> Tensor | None:
+    """What a call's mask adds to the scores (B|1, H|1, M, N), or by slots (B|1, H|1, M, S); None where nothing."""
+    if call.mask is None or not call.mask.is_floating_point():
+        return None
+    found = masked_pairs(call.mask, query_M, key_N, index_MS)
+    return found.masked_fill(found == float("-inf"), 0)  # such a key is not read at all
+
+
+def masked_pairs(mask: Tensor, query_M: Tensor, key_N: Tensor | None, index_MS: Tensor | None) -> Tensor:
+    """The entries of a mask (B|1, H|1, N, N') for queries with keys (M, N), or with what their slots read (M, S)."""
+    rows = mask[:, :, query_M]
+    if index_MS is None:
+        return rows if key_N is None else rows[..., key_N]
+    return rows.gather(-1, index_MS.expand(*rows.shape[:2], -1, -1))
+
+
 def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
     """Which keys a query may read at all (M, N), by shape and similarity; None for every one.
 
@@ -106,7 +127,7 @@ def allowed(call: Call, query_M: Tensor, key_N: Tensor) -> Tensor | None:
     """
     found = meaning(call.op.path).allowed(call, query_M, key_N)
     for given in (
-        None if call.mask is None else call.mask[:, :, query_M][..., key_N],
+        None if call.mask is None else readable(call.mask[:, :, query_M][..., key_N]),
         None if call.keep is None else call.keep[:, None, None, key_N].expand(-1, -1, len(query_M), -1),
     ):
         if given is not None:

@@ -20,7 +20,7 @@ from nearfold.lower.bias import alibi, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, PathMeaning, meaning
 from nearfold.lower.parameters import bias_reach
-from nearfold.lower.selection import Selection, metric_scores
+from nearfold.lower.selection import Selection, added, masked_pairs, metric_scores, readable
 
 Reads = Callable[[Any, tuple[int, ...], torch.device], tuple[Tensor, Tensor]]
 """(path, grid, device) -> positions (N, S), int64, and which slots are valid (N, S), bool."""
@@ -58,17 +58,32 @@ class TableMeaning(PathMeaning):
 
     table = True
 
+    def takes_mask(self, op: Basic) -> bool:
+        # every output has a query of its own, which is one of the map's positions
+        return not getattr(op.path, "padded", False) and getattr(op.path, "padding", "same") == "same"
+
     def select(self, call: Call) -> Selection:
-        flat_MS, valid_MS = self.index(call.op, call.grid, call.value.device)
+        flat_MS, valid_MS = self.places(call)
+        home_M = self.home(call.op, call.grid, call.value.device)
+        valid = valid_MS[None, None]
+        if call.mask is not None:
+            valid = valid & readable(masked_pairs(call.mask, home_M, None, flat_MS))
         score = None
         if call.op.weight.rho.needs_score:
             q, k = call.embedded()
-            q_M = q[:, :, self.home(call.op, call.grid, call.value.device)]
+            q_M = q[:, :, home_M]
             k_MS = k[:, :, flat_MS]
             score = metric_scores(call.similarity.reduced, call.similarity.squared, q_M[..., None, :], k_MS).squeeze(-2)
             bias = score_bias(call.op, call.params, call.grid, flat_MS, score)
-            score = (score if bias is None else score + bias).masked_fill(~valid_MS, float("-inf"))
-        return Selection(flat_MS[None, None], valid_MS[None, None], score, count_positions(call.grid))
+            score = score if bias is None else score + bias
+            plus = added(call, home_M, None, flat_MS)
+            score = (score if plus is None else score + plus).masked_fill(~valid, float("-inf"))
+        index = flat_MS[None, None].expand_as(valid).masked_fill(~valid, 0)
+        return Selection(index, valid, score, count_positions(call.padded))
+
+    def places(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
+        """`index` of a call, whose keys may lie on another grid."""
+        return self.index(call.op, call.grid, call.value.device, missing)
 
     def own(self, call: Call) -> Tensor:
         return self.home(call.op, call.grid, call.value.device)
@@ -119,18 +134,7 @@ class AxesMeaning(TableMeaning):
     def index(self, op: Basic, grid: Lengths, device: torch.device, missing: int = 0) -> tuple[Tensor, Tensor]:
         """As `window_reads` says, by a few operations on as many numbers as there are slots."""
         at, valid, _ = _axes(op, grid, device)
-        inside = valid[0]
-        for more in valid[1:]:
-            inside = inside & more
-        flat = _raster(at, grid).masked_fill(~inside, missing)
-        ndim = len(grid)
-        shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
-        flat, inside = flat.reshape(shape), inside.reshape(shape)
-        if torch.compiler.is_compiling():
-            # as views, their strides are minima of open sizes, which nothing proves equal
-            whole = torch.contiguous_format
-            return flat.clone(memory_format=whole), inside.clone(memory_format=whole)
-        return flat, inside
+        return in_raster(at, valid, grid, missing)
 
     def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
         return _raster(_axes(op, grid, device)[2], grid).flatten()
@@ -152,10 +156,14 @@ class AxesMeaning(TableMeaning):
 
 def _axes(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """`axis_reads` of every axis, shaped so that they broadcast to (o of every axis, s of every axis), or (o ...)."""
-    ndim = len(grid)
+    return spread_out([axis_reads(op, grid, axis, device) for axis in range(len(grid))])
+
+
+def spread_out(each: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What `axis_reads` says of every axis, so that all broadcast together."""
+    ndim = len(each)
     at, valid, home = [], [], []
-    for axis in range(ndim):
-        at_os, valid_os, home_o = axis_reads(op, grid, axis, device)
+    for axis, (at_os, valid_os, home_o) in enumerate(each):
         alone = [1] * ndim
         alone[axis] = at_os.shape[0]
         slots = [1] * ndim
@@ -164,6 +172,22 @@ def _axes(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[list[
         valid.append(valid_os.view(*alone, *slots))
         home.append(home_o.view(alone))
     return at, valid, home
+
+
+def in_raster(at: list[Tensor], valid: list[Tensor], grid: Lengths, missing: int) -> tuple[Tensor, Tensor]:
+    """Raster positions (M, S) on a grid, ``missing`` where a slot reads none, and which slots read one."""
+    inside = valid[0]
+    for more in valid[1:]:
+        inside = inside & more
+    flat = _raster(at, grid).masked_fill(~inside, missing)
+    ndim = len(grid)
+    shape = math.prod(flat.shape[:ndim]), math.prod(flat.shape[ndim:])
+    flat, inside = flat.reshape(shape), inside.reshape(shape)
+    if torch.compiler.is_compiling():
+        # as views, their strides are minima of open sizes, which nothing proves equal
+        whole = torch.contiguous_format
+        return flat.clone(memory_format=whole), inside.clone(memory_format=whole)
+    return flat, inside
 
 
 def window_reads(op: Basic, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@
 from nearfold.models import densenet, gwo, pvt, resnet, resnet8, san, swin, vgg, vit  # their networks enter the table
 from nearfold.models.denoise import DenoiseNet
 from nearfold.models.hub import from_pretrained, push_to_hub, save_pretrained
+from nearfold.models.look import look_into
 from nearfold.models.network import Features, Network
 from nearfold.models.plain import PlainNet
 from nearfold.models.registry import MODELS, Entry, Published, create, list_models, register
@@ -27,6 +28,7 @@ __all__ = [
     "from_pretrained",
     "gwo",
     "list_models",
+    "look_into",
     "push_to_hub",
     "pvt",
     "register",

@@ -191,6 +191,41 @@ class CrossAttention(TokenMixer):
         super().__init__(operation, embed_dim, bias=bias, backend=backend, context_dim=context_dim)
 
 
+class LocalCrossAttention2d(Mixer):
+    """Queries of one map, keys and values in a window of another: forward(x (B, C, H, W), context (B, C', H', W')).
+
+    Args:
+        channels: C, of x and of the output (B, C, H, W).
+        num_heads: heads.
+        kernel_size: positions of the context per axis, around the one where the query lies; int or (rows, columns).
+        context_channels: C', default C.
+        dilation: steps between them.
+        bias: biases on the projections.
+        backend: "auto", or a backend's name.
+
+    The maps may have any sizes: both cover the same ground. With a finer x it is upsampling that x guides (SAPA, arXiv
+    2209.12866, whose values are not projected: `Mixer("sapa", C)`).
+
+    >>> import torch
+    >>> LocalCrossAttention2d(16, 4, 3, context_channels=8)(torch.randn(1, 16, 8, 8), torch.randn(1, 8, 4, 4)).shape
+    torch.Size([1, 16, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, int] = 5,
+        *,
+        context_channels: int | None = None,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        operation = Basic(Window(kernel_size, dilation=dilation, cross=True), Box(), Weight(Softmax(heads=num_heads)))
+        super().__init__(operation, channels, bias=bias, backend=backend, context_channels=context_channels)
+
+
 class SlidingWindowAttention(TokenMixer):
     """Attention to the tokens in a window (arXiv 2004.05150): (B, N, D) -> (B, N, D).
 

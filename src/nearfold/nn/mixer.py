@@ -279,7 +279,8 @@ class Mixer(nn.Module):
         ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
         says which keys there are, those of the context where there is one: bool (B, N) or (B, *grid), or on sequences
         the integers (B,) of their lengths. Others are as outside the border: no slot reads them, whatever x holds
-        there. Or (B|1, heads|1, N, N'), True where a query may read a key, for the paths `all` and `nearest`.
+        there. Or of pairs of query and key, (B|1, heads|1, N, N'): bool, True where a query may read a key, or floating
+        point, added to the scores; for the paths `all`, `nearest` and those of fixed positions.
         """
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)

@@ -7,7 +7,6 @@ from itertools import islice
 import torch
 from torch import nn
 
-from nearfold.models.network import Network
 from nearfold.train.data import ImageData
 from nearfold.train.distributed import Team
 from nearfold.train.evaluation import normalise
@@ -34,6 +33,8 @@ def begin(model: nn.Module, data: ImageData | Streamed) -> None:
         >>> net.stem.bias.abs().sum().item()
         0.0
     """
+    from nearfold.models.network import Network  # it brings all of the networks in
+
     if not isinstance(model, Network) or type(model).start is Network.start:
         return
     feed = open_feed(data, Recipe(batch_size=BATCH), Team(0, 1, torch.device("cpu")))

@@ -125,6 +125,13 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2007.14062",
         ),
         Entry(
+            "vil",
+            "Windows beside global tokens (Vision Longformer)",
+            "beside(1, (7, 9), window(7)) | box | softmax(heads=4)",
+            ("a fixed window and the tokens; everything, for the tokens", "dense square", "similarity, softmaxed"),
+            "arXiv 2103.15358",
+        ),
+        Entry(
             "axial",
             "Axial attention, one axis",
             "axial(0) | box | softmax(heads=4)",

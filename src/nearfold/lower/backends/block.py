@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
 from nearfold.grammar.word import all_ones, as_tuple
 from nearfold.grammar.words import All, Block, Softmax, Strided
 from nearfold.kernels.attention import attention
+from nearfold.kernels.names import DOT_LIKE
 from nearfold.lower.bias import has_bias, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import crop, surely
@@ -36,8 +36,10 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("outputs are on a strided grid")
     if not isinstance(op.weight.rho, Softmax) or op.weight.kernel is not None:
         return Verdict.no(f"weight is {op.weight}, not softmax alone")
-    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
+    if op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
+    if getattr(op.path, "halo", 0) not in (0, (0,) * facts.ndim):
+        return Verdict.no("blocks with a halo overlap")
     if strided and has_bias(op):
         return Verdict.no("the bias is another one for every piece")
     if getattr(op.path, "spread", False) and op.path.similarity.bias == "alibi":

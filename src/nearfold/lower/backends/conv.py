@@ -18,6 +18,7 @@ from nearfold.grammar.words import (
     CrossCovariance,
     Dense,
     Depthwise,
+    Excite,
     Experts,
     Max,
     Mean,
@@ -232,7 +233,7 @@ def run(call: Call) -> Tensor:
     op, geometry = call.op, WindowGeometry.of(call.op, call.ndim)
     assert isinstance(op.path, Window)
     kernel = op.weight.kernel
-    if isinstance(kernel, CrossCovariance):  # its window is the position itself
+    if isinstance(kernel, (CrossCovariance, Excite)):  # its window is the position itself
         return finish(call, call.value)
     if isinstance(kernel, ChannelShift):
         return finish(call, _moved(call, kernel, geometry))

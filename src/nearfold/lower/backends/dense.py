@@ -19,7 +19,7 @@ from nearfold.lower.call import Call, is_transformed, split_heads
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.kernel import finish, values
 from nearfold.lower.meaning import RhoMeaning, meaning
-from nearfold.lower.selection import allowed, metric_scores
+from nearfold.lower.selection import added, allowed, metric_scores
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
 
@@ -71,11 +71,15 @@ def run(call: Call) -> Tensor:
         else:
             score = metric_scores(near.reduced, near.squared, query, key)
             bias = score_bias(op, call.params, call.grid, at_m, score)
-            score = (score if bias is None else score + bias).masked_fill(~valid, float("-inf"))
+            score = score if bias is None else score + bias
+            plus = added(call, at_m, key_N)
+            score = (score if plus is None else score + plus).masked_fill(~valid, float("-inf"))
         alpha = alpha_of(rho, score, valid.expand_as(score))
         return alpha.to(wide) @ value
 
-    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, *biases))
+    record = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, value, call.mask, *biases)
+    )
     again = record and len(query_M) > rows and not is_transformed(value, *call.params.values())
     made = []
     for start in range(0, len(query_M), min(rows, max(len(query_M), 1))):

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar.word import all_ones
-from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Table
+from nearfold.grammar.words import All, Causal, Identity, Mean, Normalized, Ones, Row, Synthesized, Table
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.lower.call import Call, count_positions, split_heads
 from nearfold.lower.verdict import Facts, Verdict
+from nearfold.lower.weighting import constant_alpha
 from nearfold.lower.words.table import require_table
 
 NAME = "linear"
@@ -29,6 +30,8 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no("a kernel weighs every offset by another number")
     if isinstance(op.weight.rho, Table):
         return Verdict.yes("a table over positions is F.linear", "roundoff")
+    if isinstance(op.weight.rho, Synthesized):
+        return Verdict.yes("one product with weights that read no key", "roundoff")
     whole = all_ones(op.path.stride)
     if not isinstance(op.shape, Row) and not (isinstance(op.shape, Causal) and whole):
         return Verdict.no(f"shape {op.shape} is neither a whole row nor causal at stride 1")
@@ -46,6 +49,16 @@ def _table(call: Call) -> Tensor:
     params = call.params
     y = F.linear(call.value.flatten(2), params["table_weight"], params.get("table_bias"))
     return y.unflatten(2, call.out_grid)
+
+
+def _synthesized(call: Call) -> Tensor:
+    N, device = count_positions(call.grid), call.value.device
+    valid = torch.ones(1, 1, N, N, dtype=torch.bool, device=device)
+    valid = valid if call.keep is None else call.keep[:, None, None].expand(-1, -1, N, -1)
+    alpha = constant_alpha(call, valid, torch.arange(N, device=device))
+    assert alpha is not None
+    value = split_heads(call.value, call.heads)
+    return (alpha.to(value.dtype) @ value).transpose(2, 3).flatten(1, 2).unflatten(2, call.grid)
 
 
 def _sums(call: Call) -> Tensor:
@@ -70,6 +83,8 @@ def run(call: Call) -> Tensor:
     rho = call.op.weight.rho
     if isinstance(rho, Table):
         return _table(call)
+    if isinstance(rho, Synthesized):
+        return _synthesized(call)
     if isinstance(rho, (Ones, Mean)):
         return _sums(call)
     query, key = call.embedded()

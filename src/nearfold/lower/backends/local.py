@@ -39,6 +39,8 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not window")
     if not op.weight.rho.needs_score:
         return Verdict.no("weight does not look at the scores")
+    if op.cross:
+        return Verdict.no("the window lies on another grid")
     if op.path.mode == "inside":
         return Verdict.no("the window moves at the border")
     if has_bias(op):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nearfold.grammar.similarity import Cosine, Dot, Elu, Scaled
+from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.words import All, Causal, Softmax
 from nearfold.kernels.attention import attention
+from nearfold.kernels.names import DOT_LIKE
 from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, split_heads
 from nearfold.lower.geometry import all_positions
-from nearfold.lower.selection import allowed
+from nearfold.lower.selection import added, allowed
 from nearfold.lower.verdict import Facts, Verdict
 
 NAME = "sdpa"
@@ -26,7 +27,7 @@ def supports(facts: Facts) -> Verdict:
         return Verdict.no(f"path is {op.path.word}, not all")
     if not isinstance(op.weight.rho, Softmax):
         return Verdict.no(f"rho is {op.weight.rho.word}, not softmax")
-    if not isinstance(op.path.similarity, (Dot, Scaled, Cosine, Elu)):
+    if op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity.word} is not a dot product")
     return Verdict.yes("softmax over all positions is F.scaled_dot_product_attention", "roundoff")
 
@@ -52,6 +53,8 @@ def run(call: Call) -> Tensor:
     causal = isinstance(call.op.shape, Causal) and every and free
     mask = None
     bias = score_bias(call.op, call.params, call.grid, query_M, value)
+    if (plus := added(call, query_M, all_positions(value.shape[2], value.device))) is not None:
+        bias = plus if bias is None else bias + plus
     if not causal or bias is not None:
         mask = allowed(call, query_M, all_positions(value.shape[2], value.device))
     if bias is not None:  # SDPA adds the mask after its scale

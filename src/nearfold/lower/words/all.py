@@ -18,7 +18,7 @@ from nearfold.lower.bias import alibi, score_bias
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, PathMeaning, meaning, means
 from nearfold.lower.offsets import by_offset
-from nearfold.lower.selection import Selection, allowed, metric_scores
+from nearfold.lower.selection import Selection, added, allowed, metric_scores
 
 
 @means(All)
@@ -58,5 +58,7 @@ def every(call: Call) -> Selection:
     if q is not None and k is not None:
         score = metric_scores(call.similarity.reduced, call.similarity.squared, q[:, :, query_M], k)
         bias = score_bias(call.op, call.params, call.grid, query_M, score)
-        score = (score if bias is None else score + bias).masked_fill(~valid_MN, float("-inf"))
+        score = score if bias is None else score + bias
+        plus = added(call, query_M, key_N)
+        score = (score if plus is None else score + plus).masked_fill(~valid_MN, float("-inf"))
     return Selection(index, valid, score, key_N.shape[0])

@@ -66,5 +66,6 @@ class BlockMeaning(AxesMeaning):
             return at_os, at_os < n, home_o
         # blocks end at shift, shift + size, ...
         start_o = torch.div(home_o - shift, size, rounding_mode="floor") * size + shift
-        at_os = start_o[:, None] + torch.arange(size, device=device)
+        halo = as_tuple(path.halo, len(grid), "halo")[axis]
+        at_os = start_o[:, None] + torch.arange(-halo, size + halo, device=device)
         return at_os, (at_os >= 0) & (at_os < n), home_o

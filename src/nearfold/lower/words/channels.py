@@ -1,4 +1,4 @@
-"""Kernels over channels without numbers of their own: `cross_covariance` and `channel_shift`.
+"""Kernels over channels: `cross_covariance`, `excite` and `channel_shift`.
 
 Shape legend: B batch, C channels, H heads, d, e channels of a head, N positions, S slots.
 """
@@ -9,13 +9,14 @@ import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.grammar import Basic
-from nearfold.grammar.words import ChannelShift, CrossCovariance
+from nearfold.grammar.words import ChannelShift, CrossCovariance, Excite
 from nearfold.lower.call import Call
 from nearfold.lower.meaning import KernelMeaning, Lengths, Sizes, means
-from nearfold.lower.parameters import Parameter, require_divides
+from nearfold.lower.parameters import Parameter, linear, require_divides
 from nearfold.lower.selection import metric_scores
 
 
@@ -54,6 +55,51 @@ def _channel_map(call: Call) -> Tensor:
     # d^2 numbers are divided instead of d N; in float32 at least, for the sums over positions may be large
     score_BHde = metric_scores("dot", False, q_BHdN, k_BHeN) / size_BHd[..., None] / size_BHe[..., None, :]
     return torch.softmax(score_BHde * call.params["temperature"][:, None, None], -1)
+
+
+@means(Excite)
+class ExciteMeaning(KernelMeaning):
+    """The sum over slots is the value itself, which the input's own gates follow."""
+
+    generating = ("excite_reduce", "excite", "excite_span")
+    everywhere = True
+    bias_of = ""
+
+    def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
+        kernel = cast(Excite, op.weight.kernel)
+        if kernel.span is not None:
+            return {"excite_span_weight": Parameter((kernel.span,), "uniform", kernel.span)}
+        hidden = max(1, sizes.inner // kernel.reduction)
+        return linear("excite_reduce", hidden, sizes.inner, sizes.bias) | linear(
+            "excite", sizes.inner, hidden, sizes.bias
+        )
+
+    def weight(self, call: Call) -> None:
+        return None
+
+    def finish(self, call: Call, y: Tensor, with_bias: bool = True) -> Tensor:
+        gate_BC = _gates(call).to(y.dtype)
+        return y * gate_BC.view(*gate_BC.shape, *(1,) * call.ndim)
+
+    def blocks(self, call: Call) -> Tensor:
+        return _gates(call)[..., None, None, None]
+
+
+def _gates(call: Call) -> Tensor:
+    """A number between 0 and 1 for every channel (B, C) of every input, in float32 at least."""
+    wide = torch.promote_types(call.value.dtype, torch.float32)
+    params = {name: p.to(wide) for name, p in call.params.items()}
+    rows_BCN = call.value.flatten(2).to(wide)
+    # what is absent is zero: the mean of the others is larger by the share of those
+    many = rows_BCN.shape[2] if call.keep is None else call.keep.sum(1, keepdim=True).clamp(min=1)
+    mean_BC = rows_BCN.sum(2) / many
+    if "excite_span_weight" in params:
+        (span,) = params["excite_span_weight"].shape
+        made = F.pad(mean_BC, (span // 2, span // 2)).unfold(1, span, 1) @ params["excite_span_weight"]
+    else:
+        hidden = F.relu(F.linear(mean_BC, params["excite_reduce_weight"], params.get("excite_reduce_bias")))
+        made = F.linear(hidden, params["excite_weight"], params.get("excite_bias"))
+    return made.sigmoid()
 
 
 @means(ChannelShift)

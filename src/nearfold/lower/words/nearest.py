@@ -23,7 +23,7 @@ from nearfold.lower.call import Call, count_positions
 from nearfold.lower.geometry import all_positions
 from nearfold.lower.meaning import Lengths, PathMeaning, Sizes, means
 from nearfold.lower.parameters import Parameter
-from nearfold.lower.selection import Selection, allowed, distance_score, metric_scores
+from nearfold.lower.selection import Selection, added, allowed, distance_score, metric_scores
 from nearfold.lower.words.indexer import index_parameters, indexed, indexed_by
 
 
@@ -117,8 +117,10 @@ class NearestMeaning(PathMeaning):
         q_M = q[:, :, query_M]
         metric, squared = call.similarity.reduced, call.similarity.squared
         # distances rank by their squares: a root rounds different ones to one value, and not alike on every machine
-        rooted = metric == "euclidean" and not squared
+        plus = added(call, query_M, key_R)
+        rooted = metric == "euclidean" and not squared and plus is None
         score = metric_scores(metric, squared or rooted, q_M, k[:, :, key_R])
+        score = score if plus is None else score + plus / factor
         mask = allowed(call, query_M, key_R)
         if mask is not None:
             score = score.masked_fill(~mask, float("-inf"))

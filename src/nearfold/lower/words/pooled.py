@@ -36,8 +36,8 @@ class PooledMeaning(PathMeaning):
     def select(self, call: Call) -> Selection:
         q_BHMe, k_BHNe = call.embedded()
         path, N = cast(Pooled, call.op.path), count_positions(call.grid)
-        at_Ps = _positions(as_tuple(path.size, call.ndim, "size"), path.bins, call.grid, k_BHNe.device)
-        k_BHPe, there_BPs, share_BPs = _means(call, k_BHNe, at_Ps)
+        at_Ps = block_positions(as_tuple(path.size, call.ndim, "size"), path.bins, call.grid, k_BHNe.device)
+        k_BHPe, there_BPs, share_BPs = block_means(call, k_BHNe, at_Ps)
         valid_BMP = there_BPs.any(-1)[:, None]
         if (read_MP := readable(call.op, call.grid, at_Ps.device)) is not None:
             valid_BMP = valid_BMP & read_MP
@@ -59,19 +59,19 @@ class AgentMeaning(RhoMeaning):
         assert call.query is not None and call.key is not None
         q_BHNe, k_BHNe = (split_heads(t, call.heads).to(wide_dtype(call)) for t in (call.query, call.key))
         size = as_tuple(cast(Agent, call.op.weight.rho).size, call.ndim, "size")
-        a_BHae, there_Bas, _ = _means(call, q_BHNe, _positions(size, True, call.grid, q_BHNe.device))
+        a_BHae, there_Bas, _ = block_means(call, q_BHNe, block_positions(size, True, call.grid, q_BHNe.device))
         scale, there_B11a = q_BHNe.shape[-1] ** -0.5, there_Bas.any(-1)[:, None, None]
-        asked = _softmax(metric_scores("dot", False, a_BHae, k_BHNe) * scale, valid[:, :, :1])
-        heard = _softmax(metric_scores("dot", False, q_BHNe, a_BHae) * scale, there_B11a)
+        asked = masked_softmax(metric_scores("dot", False, a_BHae, k_BHNe) * scale, valid[:, :, :1])
+        heard = masked_softmax(metric_scores("dot", False, q_BHNe, a_BHae) * scale, there_B11a)
         return heard @ asked
 
 
-def _softmax(score: Tensor, valid: Tensor) -> Tensor:
+def masked_softmax(score: Tensor, valid: Tensor) -> Tensor:
     """Of the slots that are valid; zero in the others."""
     return torch.softmax(score.masked_fill(~valid, torch.finfo(score.dtype).min), -1).masked_fill(~valid, 0)
 
 
-def _means(call: Call, x_BHNe: Tensor, at_Ps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def block_means(call: Call, x_BHNe: Tensor, at_Ps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means (B, H, P, e) over blocks, which of their positions are there (B|1, P, s), and the share of each."""
     there_BPs = (at_Ps >= 0)[None] if call.keep is None else (at_Ps >= 0) & call.keep[:, at_Ps.clamp(min=0)]
     share_BPs = there_BPs / there_BPs.sum(-1, keepdim=True).clamp(min=1).to(x_BHNe.dtype)
@@ -88,7 +88,7 @@ def readable(op: Basic, grid: Lengths, device: torch.device) -> Tensor | None:
 
 
 @kept
-def _positions(size: Lengths, bins: bool, grid: Lengths, device: torch.device) -> Tensor:
+def block_positions(size: Lengths, bins: bool, grid: Lengths, device: torch.device) -> Tensor:
     """The positions (P, s) of every block in raster order, -1 where it has fewer."""
     at = torch.zeros(1, 1, dtype=torch.long, device=device)
     there = torch.ones_like(at, dtype=torch.bool)

@@ -49,6 +49,8 @@ def _mean(valid: Tensor, dtype: torch.dtype) -> Tensor:
 class IdentityMeaning(RhoMeaning):
     """The scores."""
 
+    adds = True
+
     def weigh(self, rho: Rho, score: Tensor, valid: Tensor) -> Tensor:
         return score.masked_fill(~valid, 0)
 
@@ -56,6 +58,8 @@ class IdentityMeaning(RhoMeaning):
 @means(Softmax)
 class SoftmaxMeaning(RhoMeaning):
     """Softmax of the scores times a scale."""
+
+    adds = True
 
     shares = True
 

@@ -18,9 +18,9 @@ from nearfold.lower.bias import score_bias
 from nearfold.lower.call import Call, autocast_dtype, count_positions
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.meaning import meaning
-from nearfold.lower.selection import present, select
+from nearfold.lower.selection import added, masked_pairs, present, readable, select
 from nearfold.lower.weighting import alpha_of, constant_alpha
-from nearfold.lower.windows import home_index, is_table, window_index
+from nearfold.lower.windows import TableMeaning, home_index, is_table
 from nearfold.lower.words.nearest_search import all_ones, in_raster_order, searched, slots_last
 from nearfold.lower.words.union import on, repeated
 
@@ -46,21 +46,28 @@ def _table(call: Call) -> tuple[Tensor | None, Tensor]:
     if op.weight.rho.needs_score and op.path.similarity.reduced not in DOT_LIKE:
         found = select(call)
         return found.score, found.index.masked_fill(~found.valid, INVALID)
-    index_MS, _ = window_index(op, call.grid, call.value.device, INVALID)
+    path = meaning(op.path)
+    assert isinstance(path, TableMeaning)
+    index_MS, _ = path.places(call, INVALID)
     at = index_MS[None, None]
     if call.keep is not None:
         at = at.masked_fill(~present(call.keep, at.clamp(min=0)), INVALID)
+    home_M = home_index(op, call.grid, call.value.device)
+    if call.mask is not None:
+        may = readable(masked_pairs(call.mask, home_M, None, index_MS.clamp(min=0)))
+        at = at.expand_as(may).masked_fill(~may, INVALID)
     if not op.weight.rho.needs_score:
         return None, at
     B, H = call.value.shape[0], call.heads
     at = at.expand(B, H, -1, -1)
     query, key = (t.expand(B, H, -1, -1) for t in call.embedded())
-    home_M = home_index(op, call.grid, query.device)
     if home_M.shape[0] != query.shape[2] or any(s != 1 for s in call.stride):
         query = query[:, :, home_M]
     score = slot_scores(_rows(query), _rows(key), slots_last(at, B, H)).permute(0, 3, 1, 2)
     bias = score_bias(op, call.params, call.grid, home_M, score)
     score = score if bias is None else score + bias
+    plus = added(call, home_M, None, index_MS.clamp(min=0))
+    score = score if plus is None else score + plus
     if not isinstance(op.weight.rho, Softmax):  # which asks the positions, and finds NaN by itself
         lost = query.isnan().any(-1)[..., None]
         score = score.masked_fill(at < 0, float("-inf")).masked_fill(lost, float("nan"))

@@ -16,6 +16,8 @@ from nearfold.lower.meaning import RhoMeaning, means
 class _Thresholded(RhoMeaning):
     """max(score / power - tau, 0) ** power, with the tau under which it adds up to one."""
 
+    adds = True
+
     shares = True
     power = 1
 

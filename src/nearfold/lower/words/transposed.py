@@ -58,6 +58,9 @@ class TransposedMeaning(AxesMeaning):
 
     planes = True
 
+    def takes_mask(self, op: Basic) -> bool:
+        return False  # its outputs are finer than the map
+
     def output(self, op: Basic, grid: Lengths) -> Lengths:
         out = FineGeometry.of(op, len(grid)).output(grid)
         if min(out) < 1:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nearfold._kept import kept
+from nearfold._scrambled import scrambled
 from nearfold.grammar import Basic
 from nearfold.grammar.unions import Listed, alone
 from nearfold.grammar.words import Axial, First, Path, Scattered, Union
 from nearfold.kernels.names import INVALID
-from nearfold.kernels.sample import scrambled
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.meaning import Lengths, meaning, means
 from nearfold.lower.selection import Selection
@@ -117,6 +117,9 @@ class UnionMeaning(TableMeaning):
     def unfilled(self, op: Basic, grid: Lengths, context: Lengths | None) -> str | None:
         notes = (meaning(part.path).unfilled(part, grid, context) for part in alone(op))
         return next((note for note in notes if note is not None), None)
+
+    def takes_mask(self, op: Basic) -> bool:
+        return all(meaning(part.path).takes_mask(part) for part in alone(op))
 
     def home(self, op: Basic, grid: Lengths, device: torch.device) -> Tensor:
         part = next(part for part in alone(op) if is_table(part.path))

@@ -15,9 +15,10 @@ from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Window
 from nearfold.kernels.local import reflect
+from nearfold.lower.call import Call
 from nearfold.lower.geometry import WindowGeometry, causal_axes
 from nearfold.lower.meaning import Lengths, means
-from nearfold.lower.windows import AxesMeaning, owns_slots
+from nearfold.lower.windows import AxesMeaning, in_raster, owns_slots, spread_out
 
 
 @means(Window)
@@ -32,11 +33,28 @@ class WindowMeaning(AxesMeaning):
 
     def fit(self, op: Basic, grid: Lengths, source: Lengths, drawing: bool) -> Basic:
         path, ndim = cast(Window, op.path), len(grid)
+        if path.cross:
+            return op
         if owns_slots(op) or path.mode == "reflect" or path.padding != "same":
             return op
         size = tuple(_fillable(op, path, grid, axis) for axis in range(ndim))
         same = size == as_tuple(path.size, ndim, "size")
         return op if same else dataclasses.replace(op, path=dataclasses.replace(path, size=size))
+
+    def places(self, call: Call, missing: int = 0) -> tuple[Tensor, Tensor]:
+        if not call.op.cross:
+            return super().places(call, missing)
+        geometry, device = WindowGeometry.of(call.op, call.ndim), call.value.device
+        each = []
+        for axis, (m, n) in enumerate(zip(call.grid, call.padded, strict=True)):
+            home_o = torch.arange(m, device=device)
+            # where the middle of a position of the one grid lies on the other
+            middle_o = torch.div((2 * home_o + 1) * n, 2 * m, rounding_mode="floor")
+            slot_s = torch.arange(geometry.size[axis], device=device) * geometry.dilation[axis] - geometry.before[axis]
+            at_os = middle_o[:, None] + slot_s
+            each.append((at_os, (at_os >= 0) & (at_os < n), home_o))
+        at, valid, _ = spread_out(each)
+        return in_raster(at, valid, call.padded, missing)
 
     def axis(self, op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         path, n, ndim = cast(Window, op.path), grid[axis], len(grid)

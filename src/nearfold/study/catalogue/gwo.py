@@ -105,11 +105,17 @@ SPELLED = {
 """Operators for sequences, along the rows of a map."""
 LEFT_OUT = {
     "cross_attention": "it reads a second input",
+    "sapa": "it reads a second input",
     "mixer": "its table is for one number of positions, and the two layers see different ones",
     "sinks": "it is for sequences",
     "moba": "it is for sequences",
     "nsa_compressed": "it is for sequences",
     "nsa": "it is for sequences",
+    **dict.fromkeys(
+        ("linformer", "synthesizer_random", "synthesizer_dense", "vil"),
+        "its tables or its map are for one number of positions, and the two layers see different ones",
+    ),
+    **dict.fromkeys(("attention_pooling", "slot_attention"), "its outputs are no map"),
 }
 PUBLISHED = {
     "conv": "window(3, padding=0) | box | kernel",

@@ -9,6 +9,8 @@ import torch
 from nearfold.models.pretrained import Pretrained, weights_of
 from nearfold.models.registry import PREFIX, create
 from nearfold.options import brief
+from nearfold.train.data import load_data
+from nearfold.train.evaluation import normalise
 
 EXAMPLES = """\
 examples:
@@ -51,9 +53,6 @@ def count(stated: Pretrained, source: str) -> tuple[int, int]:
     Raises:
         ValueError: the data set has other classes or channels.
     """
-    from nearfold.train import load_data
-    from nearfold.train.evaluation import normalise
-
     data = load_data(source)
     if data.classes != stated.classes or data.channels != len(stated.mean):
         wanted = f"{len(stated.mean)} channels and the classes {brief(', '.join(stated.classes))}"

@@ -6,7 +6,8 @@ Shape legend: C channels, H x W pixels, h, w the grid of a layer, M outputs, N p
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 from nearfold.look.derivative import evaluating
 from nearfold.look.layers import Reading
 from nearfold.look.mixing import mixing_matrix
+from nearfold.look.picture import draw, load_image, place
 from nearfold.models.network import Network
-from nearfold.models.pretrained import pretrained
+from nearfold.models.pretrained import weights_of
 from nearfold.models.registry import create
 from nearfold.nn.mixer import Mixer, TokenMixer
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.figure import Figure
 
 CAPTION = """\
 The layers are those of {name}, {parameters:,} parameters{trained}. The image is cropped to a square and resized to \
@@ -28,18 +34,41 @@ channels, the weight is its size. Colours follow the square root of the weight: 
 below up to the strongest hundredth of the matrix."""
 
 
-def network_of(model: str | Network) -> Network:
-    """A network with the weights that come along, by its name, or the one given.
+def look_into(
+    model: str | Network,
+    image: str | Path | numpy.ndarray[Any, Any] | Tensor,
+    at: tuple[int, int] | None = None,
+) -> Figure:
+    """Draw what the mixing layers of a network read of a photograph for one position, and their mixing matrices.
+
+    Args:
+        model: a network whose weights come along (`nearfold models --pretrained`), by its name, or a network.
+        image: as in `nearfold.look.look`. Its middle square is what the network sees.
+        at: (row, column) of the position asked, in pixels of the image; default its middle.
+
+    Returns:
+        A figure that belongs to no window.
 
     Raises:
-        ValueError: it has no layer on maps that is a `Mixer`, or no weights come along.
+        ValueError: the network has no `Mixer` on maps, no weights come along, or the position is outside the square.
+
+    >>> figure = look_into(create("resnet8s_convnn", widths=(8, 8, 8)), torch.rand(32, 32, 3), (10, 20))
+    >>> [text.get_text() for text in figure.axes[1].texts][-1]
+    'groups.0.layer'
     """
     network = create(model, pretrained=True) if isinstance(model, str) else model
     if not isinstance(network, Network) or not layers_of(network):
         raise ValueError(
             f"model must be a network of nearfold.models with Mixer layers on maps, got {type(network).__name__}"
         )
-    return network
+    pixels = load_image(image)
+    at, side = place(pixels, at), min(pixels.shape[1:])
+    row, column = ((a - (n - side) // 2) / side for a, n in zip(at, pixels.shape[1:], strict=True))
+    if not (0 <= row < 1 and 0 <= column < 1):
+        raise ValueError(f"at={tuple(at)} is outside the image's middle square, which is what the network sees")
+    square = seen(network, pixels)
+    there = (int(row * square.shape[1]), int(column * square.shape[2]))
+    return draw(square, readings(network, square, (row, column)), there, _caption(network, isinstance(model, str)))
 
 
 def layers_of(network: nn.Module) -> dict[str, Mixer]:
@@ -90,11 +119,13 @@ def _reading(name: str, layer: Mixer, x: Tensor, at: tuple[float, float]) -> Rea
     return Reading(name, str(layer.operation), matrix[line].unflatten(0, grid), matrix, line)
 
 
-def caption(network: Network) -> str:
-    """What the picture shows."""
+def _caption(network: Network, along: bool) -> str:
+    """What the picture shows; ``along``: of a network with the weights that come along."""
     name = network.architecture.removeprefix("nearfold_") or type(network).__name__
-    entry = pretrained().get(name)
-    right = f", trained on {entry.data} ({100 * entry.accuracy:.1f} % of its test images)" if entry else ""
+    trained = ""
+    if along:
+        entry = weights_of(name)
+        trained = f", trained on {entry.data} ({100 * entry.accuracy:.1f} % of its test images)"
     _, height, width = network.pretrained_cfg["input_size"]
     parameters = sum(p.numel() for p in network.parameters())
-    return CAPTION.format(name=name, parameters=parameters, trained=right, height=height, width=width)
+    return CAPTION.format(name=name, parameters=parameters, trained=trained, height=height, width=width)

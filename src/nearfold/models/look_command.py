@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 from nearfold.look.picture import DEFAULT, look
+from nearfold.models.look import look_into
 from nearfold.options import brief, whole
 
+SIZE = 28
 EXAMPLES = """\
 examples:
   nearfold look sample:china.jpg --at 190,255
@@ -42,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="draw the layers of this trained network instead: one that `nearfold models --pretrained` lists",
     )
     parser.add_argument(
-        "--size", type=whole(2, 1000), default=28, metavar="N", help="the image is seen as N x N patches (default: 28)"
+        "--size", type=whole(2, 1000), metavar="N", help=f"the image is seen as N x N patches (default: {SIZE})"
     )
     parser.add_argument("--out", type=Path, default=Path("look.png"), metavar="FILE", help="default: look.png")
 
@@ -52,7 +54,14 @@ def run(args: argparse.Namespace) -> int:
     formats = (".png", ".pdf", ".svg", ".jpg")
     if args.out.suffix.lower() not in formats:
         raise ValueError(f"--out {args.out}: the picture can be written as {', '.join(formats)}")
-    figure = look(args.image, args.operations or DEFAULT, args.at, size=args.size, model=args.model)
+    if args.model is not None:
+        if args.operations or args.size is not None:
+            raise ValueError(
+                f"--model {args.model} draws the layers of a network as they are: leave out --op and --size, or --model"
+            )
+        figure = look_into(args.model, args.image, args.at)
+    else:
+        figure = look(args.image, args.operations or DEFAULT, args.at, size=args.size or SIZE)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
     print(args.out)
