@@ -13,7 +13,8 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
-from nearfold.nn.functional import deform_conv, knn_attention
+from nearfold.nn.deformable import MultiScaleDeformableAttention
+from nearfold.nn.functional import deform_attn, deform_conv, knn_attention
 from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
     BranchingAttention,
@@ -51,6 +52,7 @@ __all__ = [
     "LinearAttention",
     "MaxRelativeConv2d",
     "Mixer",
+    "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
@@ -63,6 +65,7 @@ __all__ = [
     "StridedAttention",
     "TokenMLP",
     "TokenMixer",
+    "deform_attn",
     "deform_conv",
     "knn_attention",
 ]
