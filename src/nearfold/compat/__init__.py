@@ -14,4 +14,13 @@ from nearfold.compat.deformable_detr import from_deformable_detr, quicken
 from nearfold.compat.layers import LAYERS, from_reference
 from nearfold.compat.reference import ReferenceLayer, UnsupportedReference
 
-__all__ = ["LAYERS", "NETWORKS", "ReferenceLayer", "UnsupportedReference", "from_deformable_detr", "from_reference", "load_checkpoint", "quicken"]
+__all__ = [
+    "LAYERS",
+    "NETWORKS",
+    "ReferenceLayer",
+    "UnsupportedReference",
+    "from_deformable_detr",
+    "from_reference",
+    "load_checkpoint",
+    "quicken",
+]

@@ -20,9 +20,7 @@ def from_deformable_detr(layer: nn.Module) -> MultiScaleDeformableAttention:
         ValueError: for a layer of another class, or one that computes something else.
     """
     module = require_deformable(layer)
-    own = MultiScaleDeformableAttention(
-        module.d_model, module.n_heads, levels=module.n_levels, points=module.n_points
-    )
+    own = MultiScaleDeformableAttention(module.d_model, module.n_heads, levels=module.n_levels, points=module.n_points)
     weight = module.value_proj.weight
     own.to(weight.device, weight.dtype).load_state_dict(module.state_dict())
     return own.train(module.training)
@@ -51,15 +49,15 @@ class DeformableCore(nn.Module):
 def quicken(model: nn.Module) -> int:
     """Have every deformable attention of a Deformable DETR computed by our kernel, in place; how many there are.
 
-    Weights, names and state dict stay as they are. Other networks of transformers that have a class of the same name and
-    call (such as RT-DETR) are left alone.
+    Weights, names and state dict stay as they are. Other networks of transformers that have a class of the same name
+    and call (such as RT-DETR) are left alone.
     """
-    cores = [m for m in model.modules() if isinstance(getattr(m, "attn", None), nn.Module) and _is_core(m.attn)]
+    cores = [m for m in model.modules() if _is_core(getattr(m, "attn", None))]
     for module in cores:
         module.attn = DeformableCore()
     return len(cores)
 
 
-def _is_core(module: nn.Module) -> bool:
+def _is_core(module: Any) -> bool:
     own = type(module)
     return f"{own.__module__}.{own.__qualname__}" == CORE and "forward" not in vars(module)

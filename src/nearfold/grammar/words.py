@@ -8,6 +8,7 @@ or candidates. All of them can be had from here.
 
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.channels import ChannelShift, CrossCovariance
+from nearfold.grammar.deformable import Deformable, Points, Sampled
 from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
 from nearfold.grammar.paths import (
@@ -16,7 +17,6 @@ from nearfold.grammar.paths import (
     AllCandidates,
     Block,
     Candidates,
-    Deformable,
     Grid,
     Nearby,
     Nearest,
@@ -94,12 +94,14 @@ __all__ = [
     "Normalized",
     "Ones",
     "Path",
+    "Points",
     "Pooled",
     "Random",
     "Ranked",
     "Relative",
     "Rho",
     "Row",
+    "Sampled",
     "Scan",
     "Scattered",
     "Selective",

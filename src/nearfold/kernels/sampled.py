@@ -20,7 +20,7 @@ from nearfold.kernels.aggregate import aggregate, aggregate_backward, as_rows, w
 from nearfold.kernels.names import LOW, require_tensors
 from nearfold.kernels.operator import operator
 
-MOST = 2**28  # positions of all maps
+MOST = 2**27 - 1  # positions of all maps: the engine counts them in 32 bits
 
 
 def _require(value: Tensor, place: Tensor, share: Tensor, grid: list[int]) -> None:
@@ -75,14 +75,14 @@ def sampled(value: Tensor, place: Tensor, share: Tensor, grid: list[int]) -> Ten
             next ones on the second, and so on.
 
     Between positions values are (bi, tri)linearly interpolated, outside a map they are zero. A place that is NaN makes
-    its query's head NaN, and has no gradient. ValueError where operands do not fit.
+    its query's head NaN; it has no gradient, and that of the first position is NaN. ValueError where operands do not
+    fit.
     """
     _require(value, place, share, grid)
     if not _served(value, place, share):
         with torch.autocast(value.device.type, enabled=False):
-            index, part, lost = sampled_torch.entries(place, share, grid)
-            y = aggregate(value, index.contiguous(), part.to(value.dtype).contiguous(), None, 1)
-            return y.unflatten(2, (lost.shape[2], -1)).masked_fill(lost[..., None], float("nan")).flatten(2)
+            index, part = sampled_torch.entries(place, share, grid)
+            return aggregate(value, index.contiguous(), part.to(value.dtype).contiguous(), None, 1)
     (wide,) = widened(value)
     assert wide is not None
     out = place.new_empty(value.shape[0], place.shape[1], value.shape[2])
@@ -108,7 +108,7 @@ def sampled_backward(
         raise ValueError(f"grad must be {made} {value.dtype} as the output, got {tuple(grad.shape)} {grad.dtype}")
     if not _served(value, place, share, grad):
         with torch.autocast(value.device.type, enabled=False):
-            index, part, _ = sampled_torch.entries(place, share, grid)
+            index, part = sampled_torch.entries(place, share, grid)
             part = part.to(value.dtype).contiguous()
             d_value, d_entry, _ = aggregate_backward(grad, value, index.contiguous(), part, None, 1)
             d_place, d_share = sampled_torch.backward(d_entry.to(place.dtype), place, share, grid)
@@ -124,9 +124,7 @@ def sampled_backward(
 
 
 @sampled_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, place: Tensor, share: Tensor, grid: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, value: Tensor, place: Tensor, share: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return value.new_empty(value.shape), place.new_empty(place.shape), share.new_empty(share.shape)
 
 
@@ -136,14 +134,15 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return *sampled_backward(grad, *ctx.saved_tensors, ctx.grid), None
+    value, place, share = ctx.saved_tensors
+    return *sampled_backward(grad, value, place, share, ctx.grid), None
 
 
 sampled.register_autograd(_backward, setup_context=_setup)
 
 
 def _formula(value: Tensor, place: Tensor, share: Tensor, grid: list[int]) -> Tensor:
-    index, part, _ = sampled_torch.entries(place, share, grid)
+    index, part = sampled_torch.entries(place, share, grid)
     return second.aggregate(value, index, part.to(value.dtype), None, 1)
 
 
@@ -156,7 +155,7 @@ second.register(sampled_backward, _again)
 
 @register_flop_formula(torch.ops.nearfold.sampled)
 def _flops(value_shape, place_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    B, M, H, S, axes = place_shape
+    B, M, _, S, axes = place_shape
     return int(2 * B * M * S * 2**axes * value_shape[2])
 
 

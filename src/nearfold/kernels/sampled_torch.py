@@ -51,14 +51,15 @@ def _part(inside: list[Tensor], corner: tuple[int, ...], but: int = -1) -> Tenso
     return part
 
 
-def entries(place: Tensor, share: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and share (B, M, S * E, H) of every corner, -1 and 0 outside; which queries and heads are NaN (B, M, H)."""
+def entries(place: Tensor, share: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
+    """Row and share (B, M, S * E, H) of every corner: -1 and 0 outside; 0 and NaN of a place that is NaN."""
     rows, inside, lost = _placed(place, grid)
     parts = []
     for row, corner in zip(rows, itertools.product((0, 1), repeat=place.shape[-1]), strict=True):
-        parts.append((share * _part(inside, corner)).masked_fill(row < 0, 0))
-    index, part = (torch.stack(t, -1).flatten(3).transpose(2, 3) for t in (rows, parts))
-    return index, part, lost.any(-1)
+        part = (share * _part(inside, corner)).masked_fill(row < 0, 0)
+        parts.append(part.masked_fill(lost, float("nan")))
+    index = torch.stack(rows, -1).masked_fill(lost[..., None], 0)
+    return index.flatten(3).transpose(2, 3), torch.stack(parts, -1).flatten(3).transpose(2, 3)
 
 
 def backward(d_entry: Tensor, place: Tensor, share: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from nearfold.lower.backends import (
     linear,
     local,
     pooled,
+    sampled,
     scan,
     sdpa,
     transposed,
@@ -40,7 +41,24 @@ from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
     m.NAME: m
-    for m in (conv, transposed, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, pooled, edges, dense)
+    for m in (
+        conv,
+        transposed,
+        block,
+        sdpa,
+        linear,
+        fft,
+        scan,
+        knn,
+        local,
+        gather,
+        union,
+        blocks,
+        pooled,
+        sampled,
+        edges,
+        dense,
+    )
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 

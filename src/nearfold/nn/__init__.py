@@ -13,7 +13,7 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
-from nearfold.nn.deformable import MultiScaleDeformableAttention
+from nearfold.nn.deformable import DCNv3, DCNv4, DeformableAttention2d, MultiScaleDeformableAttention
 from nearfold.nn.functional import deform_attn, deform_conv, knn_attention
 from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
@@ -41,7 +41,10 @@ __all__ = [
     "ConvNN3d",
     "ConvNNAttention",
     "CrossAttention",
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
+    "DeformableAttention2d",
     "DynamicConv2d",
     "EdgeConv",
     "GlobalFilter2d",

@@ -1,4 +1,4 @@
-"""Attention at points that each query chooses: Deformable DETR's, on several maps at once.
+"""Windows that bend and points that the input chooses, weighed by the input: DCNv3, DCNv4, DAT, Deformable DETR.
 
 Shape legend: B batch, M queries, N positions of all maps together, D channels, H heads, L maps, P points of a head on
 each of them.
@@ -12,8 +12,114 @@ import torch
 from torch import Tensor, nn
 
 from nearfold._numbers import integer
+from nearfold.grammar import Basic, Weight
+from nearfold.grammar.words import Box, Deformable, Modulated, Row, Sampled, Size, Softmax
 from nearfold.kernels.names import require_tensors
 from nearfold.nn.functional import Shapes, deform_attn
+from nearfold.nn.mixer import Mixer
+
+
+class DCNv3(Mixer):
+    """Deformable convolution, version 3: groups of channels sum a softmaxed window that bends (InternImage).
+
+    Offsets and weights are made by pointwise maps of features from a depthwise convolution, a norm over the channels
+    and a GELU. There is no kernel: what is summed is the projected value, and a projection follows.
+
+    Args:
+        channels: of input and output (B, channels, H, W).
+        kernel_size: int or (rows, columns), of the window and of the depthwise convolution.
+        stride: outputs on a strided grid.
+        dilation: of both windows.
+        groups: of channels, each with offsets and weights of its own.
+        bias: biases on all maps.
+        backend: "auto", or a backend's name.
+
+    In the beginning every slot lies in its place and counts alike: a mean of the projected window. The public layer's
+    ``offset_scale`` is a factor of ``offset_weight`` and ``offset_bias``; its ``remove_center`` and
+    ``center_feature_scale`` are left out. Source: arXiv 2211.05778, eq. 2.
+
+    >>> import torch
+    >>> DCNv3(32, groups=4)(torch.randn(1, 32, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+    _net, _activation = "depthwise", "softmax"
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Size = 3,
+        *,
+        stride: Size = 1,
+        dilation: Size = 1,
+        groups: int = 4,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        path = Deformable(kernel_size, stride=stride, dilation=dilation, groups=groups, net=self._net)
+        weight = Weight(Modulated(activation=self._activation, project="vo"))
+        super().__init__(Basic(path, Box(), weight), channels, bias=bias, backend=backend)
+
+
+class DCNv4(DCNv3):
+    """Deformable convolution, version 4: as version 3 with weights of any size, made by the position's own features.
+
+    Args:
+        channels: of input and output (B, channels, H, W).
+        kernel_size: int or (rows, columns).
+        stride: outputs on a strided grid.
+        dilation: of the window.
+        groups: of channels, each with offsets and weights of its own.
+        bias: biases on all maps.
+        backend: "auto", or a backend's name.
+
+    As in the public layer all weights are zero at first, and so is what they sum up. Source: arXiv 2401.06197, 3.1.
+
+    >>> import torch
+    >>> DCNv4(32, groups=4)(torch.randn(1, 32, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+    _net, _activation = "pointwise", "none"
+
+
+class DeformableAttention2d(Mixer):
+    """Attention of every position to the points of a coarse grid that the input moves (DAT, arXiv 2201.00520).
+
+    Args:
+        channels: of input and output (B, channels, H, W).
+        num_heads: heads.
+        stride: positions between the points of the grid: N / stride^2 keys.
+        groups: of heads, whose points move on their own; default half of the heads, at least one.
+        kernel_size: of the depthwise convolution that moves the points; odd.
+        reach: how far a point may move, in steps of the grid.
+        bias: biases on all maps but the last one of the offsets, which has none.
+        backend: "auto", or a backend's name.
+
+    At first the points are a uniform grid. A point beyond the map reads its border. The paper's bias, a table
+    interpolated at the distance between a query and a moved key, is left out. Keys and values are projected before
+    they are read between positions, which is the same in exact arithmetic, for shares add up to one.
+
+    >>> import torch
+    >>> DeformableAttention2d(32, 4, stride=2)(torch.randn(1, 32, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        *,
+        stride: Size = 4,
+        groups: int | None = None,
+        kernel_size: int = 5,
+        reach: float = 1.0,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        groups = max(1, integer("num_heads", num_heads) // 2) if groups is None else groups
+        path = Sampled(stride, groups=groups, size=kernel_size, reach=reach)
+        super().__init__(Basic(path, Row(), Weight(Softmax(heads=num_heads))), channels, bias=bias, backend=backend)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -102,7 +208,8 @@ class MultiScaleDeformableAttention(nn.Module):
         else:
             if len(rows) != levels or any(len(row) != 2 for row in rows):
                 raise ValueError(f"spatial_shapes must be (height, width) of {levels} maps, got {rows}")
-            place = middle + offset / torch.tensor([row[::-1] for row in rows], dtype=wide, device=query.device)[:, None]
+            sizes = torch.tensor([row[::-1] for row in rows], dtype=wide, device=query.device)
+            place = middle + offset / sizes[:, None]
         y: Tensor = self.output_proj(deform_attn(value_BND.unflatten(2, (heads, -1)), rows, place, weights))
         return y
 

@@ -204,27 +204,25 @@ def deform_conv(
     return y.transpose(1, 2).unflatten(2, out)
 
 
-def deform_attn(
-    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
+def deform_attn(value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
     """Deformable attention: every query and head sums a few points of several maps, between their positions.
 
-    What Deformable DETR's `MultiScaleDeformableAttention` computes (its ``level_start_index`` follows from the shapes), on
-    one to three grid axes. Nothing of size points x channels is kept, forward or backward.
+    What Deformable DETR's `MultiScaleDeformableAttention` computes (its ``level_start_index`` follows from the shapes),
+    on one to three grid axes. Nothing of size points x channels is kept, forward or backward.
 
     Args:
         value: (B, N, H, d): the positions of L maps, one map after another, each in raster order; float32, float64,
             bfloat16 or float16.
-        spatial_shapes: positions of every map per axis, L of them: pairs, or a tensor (L, a), such as [(64, 64), (32, 32)].
-            A tensor on a device is waited for.
-        sampling_locations: (B, M, H, L, P, a), the **last axis first**: (x, y) on images. 0 is the outer edge of a map's
-            first position, 1 that of its last (align_corners=False). In value's dtype, or in float32 beside a
+        spatial_shapes: positions of every map per axis, L of them, such as [(64, 64), (32, 32)], or a tensor (L, a);
+            one on a device is waited for.
+        sampling_locations: (B, M, H, L, P, a), the **last axis first**: (x, y) on images. 0 is the outer edge of a
+            map's first position, 1 that of its last (align_corners=False). In value's dtype, or in float32 beside a
             shorter one, which is to be preferred.
         attention_weights: (B, M, H, L, P), in the same dtype. They need not add up to one.
 
     Returns:
-        (B, M, H * d), (bi, tri)linearly interpolated; zero beyond a map. Gradients flow to value, locations and weights.
-        A location that is NaN makes its query's head NaN, and has no gradient.
+        (B, M, H * d), (bi, tri)linearly interpolated; zero beyond a map. Gradients flow to all three tensors. A
+        location that is NaN makes its query's head NaN, and has no gradient.
 
     ValueError where shapes or dtypes do not fit. On CUDA it is PyTorch around `nearfold::aggregate`. Source: arXiv
     2010.04159, eq. 3.
@@ -250,8 +248,8 @@ def deform_attn(
         )
     if attention_weights.shape != (B, M, H, L, P):
         raise ValueError(
-            f"attention_weights must be {(B, M, H, L, P)} for sampling_locations {tuple(sampling_locations.shape)}, got "
-            f"{tuple(attention_weights.shape)}"
+            f"attention_weights must be {(B, M, H, L, P)} for sampling_locations {tuple(sampling_locations.shape)}, "
+            f"got {tuple(attention_weights.shape)}"
         )
     if (positions := sum(map(math.prod, shapes))) != N:
         raise ValueError(f"value must have the {positions} positions of the maps {shapes}, got {tuple(value.shape)}")

@@ -42,6 +42,12 @@ def _initial(spec: Parameter) -> Tensor:
         return tensor.uniform_(math.log(1e-3), math.log(1e-1))
     if kind == "harmonics":  # pi n along the last axis (S4D-Lin, arXiv 2206.11893)
         return (math.pi * torch.arange(spec.shape[-1])).expand(spec.shape).clone()
+    if kind == "rays":  # groups go off in different directions, point by point (arXiv 2010.04159, A.1)
+        points, axes = map(int, number.split(","))
+        angle = torch.arange(len(tensor) // (points * axes)) * (2 * math.pi * points * axes / max(1, len(tensor)))
+        ray = torch.stack([angle.sin(), angle.cos()], -1) if axes > 1 else angle.cos().sign()[:, None]
+        ray = torch.nn.functional.pad(ray / ray.abs().amax(-1, keepdim=True).clamp(min=0.5), (max(0, axes - 2), 0))
+        return (torch.arange(1.0, points + 1)[:, None] * ray[:, None]).flatten()
     assert kind == "shift"
     slots = math.prod(spec.shape[2:])
     return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()

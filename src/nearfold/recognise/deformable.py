@@ -1,4 +1,7 @@
-"""Deformable attention, ours and that of transformers' Deformable DETR, in the words. Verified against transformers 5.24."""
+"""Deformable attention, ours and that of transformers' Deformable DETR, in the words.
+
+Verified against transformers 5.24.
+"""
 
 from __future__ import annotations
 

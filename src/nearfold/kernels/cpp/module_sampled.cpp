@@ -18,7 +18,7 @@ template <class T, size_t ndim>
 using Array = nb::ndarray<T, nb::ndim<ndim>, nb::device::cpu>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t limit = int64_t{1} << 28;  // of the positions of all maps
+constexpr int64_t limit = int64_t{1} << 27;  // of the positions of all maps: what lies beside them is a 32-bit number, too
 
 template <class A>
 bool is(const A &array, const Sizes &shape) {
@@ -45,11 +45,11 @@ SampledArgs<T> arguments(const Array<const T, 3> &value, const Array<const T, 5>
         int64_t positions = 1;
         for (int x = 0; x < a.axes; ++x) {
             const int64_t n = grid[l * a.axes + x];
-            require(n >= 1 && n < limit && positions * n < limit, "sampled: grid must be positive, its maps below 2^28");
+            require(n >= 1 && n < limit && positions * n < limit, "sampled: grid must be positive, its maps below 2^27");
             positions *= n;
         }
         all += positions;
-        require(all < limit, "sampled: all maps together must be below 2^28 positions");
+        require(all < limit, "sampled: all maps together must be below 2^27 positions");
     }
     require(all == a.N, "sampled: value must have as many positions as the maps of grid together");
     const bool rows = (a.C <= 1 || value.stride(2) == 1) && (a.N <= 1 || value.stride(1) >= a.C) && value.stride(0) >= 0;
