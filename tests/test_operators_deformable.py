@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nearfold import preset
+from nearfold.lower import explain
 from nearfold.nn import DCNv3, DCNv4, DeformableAttention2d, Mixer, MultiScaleDeformableAttention
 
 GRIDS = [(7, 6), (1, 1), (2, 9), (5, 1)]
@@ -221,3 +222,102 @@ def test_dat(grid, stride, groups, reach):
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+SEVERAL = "points(2, groups=4, levels=3, cross) | box | modulated(activation=softmax, project=vo)"
+MAPS = [(4, 5), (2, 3), (1, 1)]
+
+
+def pyramid(dtype=torch.float64, maps=MAPS, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 6, *grid, generator=generator, dtype=torch.float64).to(dtype) for grid in maps]
+
+
+@grids
+def test_several_maps_are_one_softmax(grid):
+    """As the layer has it, on every backend, with every gradient, and with a mask of the keys."""
+    layer = drawn(Mixer(SEVERAL, 8, context_channels=6))
+    swapped = lambda t: t.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # noqa: E731
+    reference = ((centres(*grid) + 0.5) / torch.tensor(grid)).flip(-1)[None, :, None].expand(2, -1, -1, -1)
+
+    def truth(p, x, *maps):
+        value = torch.cat([one.flatten(2) for one in maps], 2).mT
+        made = F.linear(x.flatten(2).mT, swapped(p["offset_weight"]), swapped(p["offset_bias"]))
+        made = made.unflatten(2, (4, 3, 2, 2))
+        share = F.linear(x.flatten(2).mT, p["mask_weight"], p["mask_bias"]).unflatten(2, (4, 6)).softmax(-1)
+        value = F.linear(value, p["value_weight"], p["value_bias"]).unflatten(2, (4, 2))
+        sizes = torch.tensor([one.shape[:1:-1] for one in maps])
+        where = reference[:, :, None, :, None] + made / sizes[:, None]
+        read, first = 0, 0
+        for level, one in enumerate(maps):
+            own = value[:, first : first + sizes[level].prod()]
+            first += int(sizes[level].prod())
+            for h in range(4):
+                at = where[:, :, h, level].flip(-1) * sizes[level].flip(-1) - 0.5
+                seen = read_at(own[:, :, h].mT.unflatten(2, one.shape[2:]), at)
+                part = (seen * share[:, None, :, h, 2 * level : 2 * level + 2]).sum(-1)
+                read = read + F.pad(part, (0, 0, 2 * h, 6 - 2 * h))
+        return mapped(read.unflatten(2, grid), p, "out")
+
+    x, maps = torch.randn(2, 8, *grid).double(), pyramid()
+
+    class Spread(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = layer
+
+        def named_parameters(self, *args, **kwargs):
+            return self.inner.named_parameters()
+
+        def forward(self, x, *maps, mask=None):
+            return self.inner(x, list(maps), mask)
+
+    spread = Spread()
+    for layer.backend in ("auto", "gather", "oracle"):
+        same(spread, truth, x, *maps)
+    mask = torch.rand(2, sum(map(math.prod, MAPS))) < 0.6
+    hidden = [one.flatten(2).masked_fill(~part[:, None], math.nan) for one, part in zip(maps, split(mask), strict=True)]
+    hidden = [one.unflatten(2, grid) for one, grid in zip(hidden, MAPS, strict=True)]
+    found = []
+    for layer.backend in ("auto", "oracle"):
+        found.append(layer(x, hidden, mask))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    assert found[0].isfinite().all()
+
+
+def split(mask):
+    return mask.split([math.prod(grid) for grid in MAPS], 1)
+
+
+def test_several_maps_in_any_surroundings():
+    layer, x = drawn(Mixer(SEVERAL, 8, context_channels=6)).float(), torch.randn(2, 8, 3, 4)
+    maps = pyramid(torch.float32)
+    y = layer(x, maps)
+    other = layer(x[:0], [one[:0] for one in maps])
+    assert other.shape == (0, 8, 3, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, maps), y)
+    wider = pyramid(torch.float32, [(5, 7), (3, 3), (2, 2)])
+    torch.testing.assert_close(compiled(x, wider), layer(x, wider))
+    exported = torch.export.export(layer.eval(), (x, maps)).module()
+    torch.testing.assert_close(exported(x, maps), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (layer(x, maps).float() - y).abs().max() < 0.1 * y.abs().max()
+    text = str(layer)
+    assert "levels=3, cross" in text and "gather" in str(explain(SEVERAL, (1, 8, 4, 4)))
+    for wrong, message in (
+        (maps[0], "reads 3 maps; context must be a list of them, got 1"),
+        (maps[:2], "reads 3 maps; context must be a list of them, got 2"),
+        ([*maps[:2], maps[2][:, :5]], "context_channels=6"),
+        ([*maps[:2], maps[2][:1]], r"context must be \(B, C, \*grid\) with the batch"),
+        ([*maps[:2], None], r"context must be a torch\.Tensor"),
+        ([*maps[:2], maps[2].flatten(2)], "same number of grid axes, got 2 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, wrong)
+    one = Mixer("points(2, cross) | box | ones", 6)
+    with pytest.raises(ValueError, match="reads 1 map; context must be a tensor, got 2"):
+        one(torch.zeros(2, 6, 3, 3), maps[:2])
+    with pytest.raises(ValueError, match="levels must be left out without cross"):
+        Mixer("points(2, levels=2) | box | ones", 6)

@@ -86,7 +86,8 @@ class Points(_Moved):
     A pointwise map of the query's features makes their offsets, in positions, for ``groups`` groups of channels on
     their own: Deformable DETR's attention on one map (arXiv 2010.04159, eq. 2), with `modulated` for its weights. At
     first the groups' points go off in different directions, one after another. With ``cross`` values are those of the
-    context, a map of any size, on which a query lies where it lies on its own, by shares of the axes.
+    context, a map of any size, on which a query lies where it lies on its own, by shares of the axes. With ``levels``
+    the context is a list of so many maps, with ``count`` points on each (eq. 3).
     """
 
     word = "points"
@@ -98,14 +99,16 @@ class Points(_Moved):
     places = True
     count: int
     groups: int = 1
+    levels: int = 1
     cross: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, count=self.count, groups=self.groups)
+        positive(self, count=self.count, groups=self.groups, levels=self.levels)
+        check(self.levels == 1 or self.cross, self, "levels", self.levels, "left out without cross: x is one map")
 
     def slot_shape(self, ndim: int) -> tuple[int, ...]:
-        return (self.count,)
+        return (self.levels * self.count,)
 
 
 @dataclass(frozen=True)

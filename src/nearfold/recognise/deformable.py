@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from nearfold.grammar import parse
+from nearfold.grammar import Basic, Weight
+from nearfold.grammar.words import Box, Modulated, Points
 from nearfold.recognise.foreign import Match, Rule, Unsaid, count, names_of
 
 _MODEL = "transformers.models.deformable_detr.modeling_deformable_detr"
@@ -39,12 +40,8 @@ def require_deformable(layer: nn.Module) -> Any:
 
 
 def _said(heads: int, levels: int, points: int, *nets: nn.Module) -> Match:
-    if levels != 1:
-        raise Unsaid(
-            f"{points} points on each of {levels} maps share one softmax; the words read one map, and "
-            "nearfold.nn.MultiScaleDeformableAttention is this layer"
-        )
-    op = parse(f"points({points}, groups={heads}, cross) | box | modulated(activation=softmax, project=vo)")
+    path = Points(points, groups=heads, levels=levels, cross=True)
+    op = Basic(path, Box(), Weight(Modulated("softmax", "vo")))
     return Match(op, count(*nets), axis=-1, note="around reference points that the caller gives")
 
 

@@ -69,15 +69,16 @@ class PointsMeaning(PathMeaning):
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
         _require_axes(op, sizes)
-        found, count = _net(op, sizes, "offset", sizes.ndim), cast(Points, op.path).count
+        found, path = _net(op, sizes, "offset", sizes.ndim), cast(Points, op.path)
         if bias := found.get("offset_bias"):
-            found["offset_bias"] = Parameter(bias.shape, f"rays:{count},{sizes.ndim}", bias.fan_in)
+            rays = f"rays:{path.levels},{path.count},{sizes.ndim}"
+            found["offset_bias"] = Parameter(bias.shape, rays, bias.fan_in)
         return found
 
     def select(self, call: Call) -> Selection:
         place, share, grid = placed(call)
         index, part = (t.permute(0, 3, 1, 2) for t in sampled_torch.entries(place, share, grid))
-        return Selection(index.clamp(min=0), index >= 0, None, math.prod(grid), part, 2**call.ndim)
+        return Selection(index.clamp(min=0), index >= 0, None, count_positions(call.padded), part, 2**call.ndim)
 
 
 @means(Modulated)
@@ -181,32 +182,36 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
 
 
 def placed(call: Call) -> tuple[Tensor, Tensor, list[int]]:
-    """What `nearfold::sampled` takes: place (B, M, G, S, a), share (B, M, G, S), and the grid that is read."""
+    """What `nearfold::sampled` takes: place (B, M, G, S, a), share (B, M, G, S), and the maps that are read."""
     op, made_BMc = call.op, _made(call).flatten(2).transpose(1, 2)
-    if len(call.padded) != call.ndim:
-        raise ValueError(
-            f"{op}: x and context must have the same number of grid axes, got {call.ndim} and {len(call.padded)}"
-        )
+    maps = call.at.maps or (call.padded,)
+    if odd := [len(one) for one in maps if len(one) != call.ndim]:
+        raise ValueError(f"{op}: x and context must have the same number of grid axes, got {call.ndim} and {odd[0]}")
     slots = math.prod(op.path.slot_shape(call.ndim))
     points = call.heads * slots
     offset = made_BMc[..., : points * call.ndim].unflatten(2, (call.heads, slots, call.ndim))
-    place = offset + _before_moving(call, offset)
+    place = offset + _before_moving(call, maps, offset)
     if "mask_weight" in call.params:
         share = _activated(op, made_BMc[..., points * call.ndim :].unflatten(2, (call.heads, slots)), -1)
     else:
         share = torch.ones_like(offset[..., 0])
-    return place, share, list(call.padded)
+    return place, share, [n for one in maps for n in one]
 
 
-def _before_moving(call: Call, like: Tensor) -> Tensor:
+def _before_moving(call: Call, maps: tuple[Lengths, ...], like: Tensor) -> Tensor:
     """Where every slot lies before it moves: (M, 1, S | 1, a)."""
     if isinstance(call.op.path, Deformable):
         return window_of(call.op, call.grid, call.out_grid).starts(like).permute(2, 0, 1)[:, None]
-    axes = []
-    for n, m in zip(call.grid, call.padded, strict=True):
-        middle = torch.arange(n, device=like.device, dtype=like.dtype) + 0.5
-        axes.append(middle * (m / n) - 0.5)
-    return torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2)[:, None, None]
+    places = []
+    for one in maps:
+        axes = []
+        for n, m in zip(call.grid, one, strict=True):
+            middle = torch.arange(n, device=like.device, dtype=like.dtype) + 0.5
+            axes.append(middle * (m / n) - 0.5)
+        places.append(torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2))
+    if len(places) == 1:
+        return places[0][:, None, None]
+    return torch.stack(places, 1).repeat_interleave(cast(Points, call.op.path).count, 1)[:, None]
 
 
 def sampled(call: Call) -> tuple[Tensor, Tensor, Tensor]:
