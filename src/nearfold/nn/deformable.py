@@ -15,6 +15,7 @@ from nearfold._numbers import integer
 from nearfold.grammar import Basic, Weight
 from nearfold.grammar.words import Box, Deformable, Modulated, Row, Sampled, Size, Softmax
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.weigh import softmax_of_few
 from nearfold.nn.functional import Shapes, deform_attn
 from nearfold.nn.mixer import Mixer
 
@@ -200,7 +201,7 @@ class MultiScaleDeformableAttention(nn.Module):
         wide = torch.promote_types(value_BND.dtype, torch.float32)
         offset = self.sampling_offsets(query).to(wide).unflatten(2, (heads, levels, points, 2))
         weights = self.attention_weights(query).to(wide).unflatten(2, (heads, levels * points))
-        weights = weights.softmax(-1).unflatten(3, (levels, points))
+        weights = softmax_of_few(weights).unflatten(3, (levels, points))
         rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
         middle = reference_points.to(wide)[:, :, None, :, None]
         if reference_points.shape[-1] == 4:

@@ -17,6 +17,7 @@ from nearfold.kernels.corners import corners
 from nearfold.kernels.deformed import DeformedWindow
 from nearfold.kernels.names import DOT_LIKE
 from nearfold.kernels.sampled import sampled
+from nearfold.kernels.weigh import softmax_of_few
 from nearfold.kernels.whole import whole
 from nearfold.lower.call import Call, Run, autocast_dtype, count_positions, is_transformed, refuse_derivatives
 from nearfold.lower.frame import Frame
@@ -70,7 +71,7 @@ def _rows_first(call: Call) -> None:
 def _blended(call: Call) -> Tensor:
     """The sum over moved slots without a kernel: (B, C, *out)."""
     _rows_first(call)
-    place, share, grid = placed(call)
+    place, share, grid = placed(call, lambda made, axis: softmax_of_few(made))
     rows = call.rows()
     y = sampled(rows.to(autocast_dtype(rows) or rows.dtype), place, share, grid)
     return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))

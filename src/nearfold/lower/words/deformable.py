@@ -26,10 +26,11 @@ from nearfold.lower.selection import Selection
 from nearfold.lower.weighting import wide_dtype
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_ACTIVATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "sigmoid": lambda made, axis: torch.sigmoid(made),
-    "softmax": torch.softmax,
-    "none": lambda made, axis: made,
+Softmax = Callable[[Tensor, int], Tensor]
+_ACTIVATIONS: dict[str, Callable[[Tensor, int, Softmax], Tensor]] = {
+    "sigmoid": lambda made, axis, softmax: torch.sigmoid(made),
+    "softmax": lambda made, axis, softmax: softmax(made, axis),
+    "none": lambda made, axis, softmax: made,
 }
 
 
@@ -155,8 +156,8 @@ def _wide(params: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor | 
     return params[name].to(dtype) if name in params else None
 
 
-def _activated(op: Basic, made: Tensor, axis: int) -> Tensor:
-    return _ACTIVATIONS[cast(Modulated, op.weight.rho).activation](made, axis)
+def _activated(op: Basic, made: Tensor, axis: int, softmax: Softmax = torch.softmax) -> Tensor:
+    return _ACTIVATIONS[cast(Modulated, op.weight.rho).activation](made, axis, softmax)
 
 
 def window_of(op: Basic, grid: Lengths, out: Lengths) -> Frame:
@@ -181,7 +182,7 @@ def moved(call: Call) -> tuple[Tensor, Tensor | None, Frame]:
     return offset, _activated(call.op, made[:, points * call.ndim :].reshape(-1, slots, outputs), 1), frame
 
 
-def placed(call: Call) -> tuple[Tensor, Tensor, list[int]]:
+def placed(call: Call, softmax: Softmax = torch.softmax) -> tuple[Tensor, Tensor, list[int]]:
     """What `nearfold::sampled` takes: place (B, M, G, S, a), share (B, M, G, S), and the maps that are read."""
     op, made_BMc = call.op, _made(call).flatten(2).transpose(1, 2)
     maps = call.at.maps or (call.padded,)
@@ -192,7 +193,7 @@ def placed(call: Call) -> tuple[Tensor, Tensor, list[int]]:
     offset = made_BMc[..., : points * call.ndim].unflatten(2, (call.heads, slots, call.ndim))
     place = offset + _before_moving(call, maps, offset)
     if "mask_weight" in call.params:
-        share = _activated(op, made_BMc[..., points * call.ndim :].unflatten(2, (call.heads, slots)), -1)
+        share = _activated(op, made_BMc[..., points * call.ndim :].unflatten(2, (call.heads, slots)), -1, softmax)
     else:
         share = torch.ones_like(offset[..., 0])
     return place, share, [n for one in maps for n in one]
