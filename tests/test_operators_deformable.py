@@ -167,9 +167,10 @@ def test_new_points_go_where_the_layers_go():
 
 
 @grids
-@pytest.mark.parametrize("stride, groups, reach", [(4, 1, 1.0), ((2, 3), 2, 2.5), (1, 4, 0.0)])
-def test_dat(grid, stride, groups, reach):
-    layer = drawn(DeformableAttention2d(8, 4, stride=stride, groups=groups, kernel_size=3, reach=reach))
+@pytest.mark.parametrize("stride, groups, reach, bias", [(4, 1, 1.0, 0), ((2, 3), 2, 2.5, 3), (1, 4, 0.0, 7)])
+def test_dat(grid, stride, groups, reach, bias):
+    more = {"kernel_size": 3, "reach": reach, "relative_bias": bias}
+    layer = drawn(DeformableAttention2d(8, 4, stride=stride, groups=groups, **more))
     steps = (stride, stride) if isinstance(stride, int) else stride
 
     def truth(p, x):
@@ -194,7 +195,12 @@ def test_dat(grid, stride, groups, reach):
             k = F.linear(seen.mT, p["key_weight"], p["key_bias"])[..., 2 * h : 2 * h + 2]
             v = F.linear(seen.mT, p["value_weight"], p["value_bias"])[..., 2 * h : 2 * h + 2]
             q = query[:, 2 * h : 2 * h + 2].flatten(2).mT
-            heads.append(torch.softmax(q @ k.mT / math.sqrt(2), -1) @ v)
+            score = q @ k.mT / math.sqrt(2)
+            if bias:  # displacements from -1 to 1, as public code has them, ends of the table at its ends
+                apart = (centres(*grid)[:, None] - where[:, None]) / last.clamp(min=1)
+                table = p["relative_bias"][h][None, None].expand(B, -1, -1, -1)
+                score = score + F.grid_sample(table, apart.flip(-1), align_corners=True)[:, 0]
+            heads.append(torch.softmax(score, -1) @ v)
         y = torch.cat(heads, -1).mT.reshape(B, 8, *grid)
         return mapped(y, p, "out")
 

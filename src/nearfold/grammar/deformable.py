@@ -117,14 +117,16 @@ class Sampled(Path):
 
     A net moves them, for ``groups`` groups of heads on their own, by at most ``reach`` steps: a depthwise convolution
     of the queries over a window of ``size``, every ``step`` positions, a GELU and a pointwise map, the same for all
-    groups, then a tanh. Points beyond the map read its border. Deformable attention (DAT, arXiv 2201.00520, eq. 4 to
-    8).
+    groups, then a tanh. Points beyond the map read its border. With ``bias=n`` scores get a number for each head and
+    offset, of a table for maps of n positions an axis (2 n - 1 offsets), interpolated where a point lies and, by shares
+    of the axes, on maps of other sizes. Deformable attention (DAT, arXiv 2201.00520, eq. 4 to 8).
     """
 
     word = "sampled"
     examples: ClassVar[dict[str, str]] = {
         "sampled_groups": "sampled(3, dot, groups=2, size=3, reach=2.0) | row | softmax(heads=4)",
         "sampled_axes": "sampled((2, 3)) | row | softmax(heads=2, scale=0.5, project=qk)",
+        "sampled_bias": "sampled(2, groups=2, bias=3) | row | softmax(heads=4, scale=0.5)",
     }
     primitive = ("CONTENT_AWARE", 2)
     dynamic = True
@@ -138,12 +140,14 @@ class Sampled(Path):
     groups: int = 1
     size: int = 5
     reach: float = 1.0
+    bias: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes(self, step=self.step)
         positive(self, groups=self.groups, size=self.size)
         check(self.size % 2 == 1, self, "size", self.size, "odd")
+        check(type(self.bias) is int and self.bias >= 0, self, "bias", self.bias, "an integer >= 0")
         number(self, "reach", self.reach)
         check(self.reach >= 0, self, "reach", self.reach, "0 or more")
         object.__setattr__(self, "reach", float(self.reach))

@@ -94,12 +94,14 @@ class DeformableAttention2d(Mixer):
         groups: of heads, whose points move on their own; default half of the heads, at least one.
         kernel_size: of the depthwise convolution that moves the points; odd.
         reach: how far a point may move, in steps of the grid.
+        relative_bias: positions on an axis of the maps for which scores have a table of biases by offset, interpolated
+            at the points and on maps of other sizes; 0: no table.
         bias: biases on all maps but the last one of the offsets, which has none.
         backend: "auto", or a backend's name.
 
-    At first the points are a uniform grid. A point beyond the map reads its border. The paper's bias, a table
-    interpolated at the distance between a query and a moved key, is left out. Keys and values are projected before
-    they are read between positions, which is the same in exact arithmetic, for shares add up to one.
+    At first the points are a uniform grid. A point beyond the map reads its border. Keys and values are projected
+    before they are read between positions, which is the same in exact arithmetic, for shares add up to one. The norm
+    that public code has in the net of the offsets is left out, as in the paper.
 
     >>> import torch
     >>> DeformableAttention2d(32, 4, stride=2)(torch.randn(1, 32, 8, 8)).shape
@@ -115,11 +117,12 @@ class DeformableAttention2d(Mixer):
         groups: int | None = None,
         kernel_size: int = 5,
         reach: float = 1.0,
+        relative_bias: int = 0,
         bias: bool = True,
         backend: str = "auto",
     ) -> None:
         groups = max(1, integer("num_heads", num_heads) // 2) if groups is None else groups
-        path = Sampled(stride, groups=groups, size=kernel_size, reach=reach)
+        path = Sampled(stride, groups=groups, size=kernel_size, reach=reach, bias=relative_bias)
         super().__init__(Basic(path, Row(), Weight(Softmax(heads=num_heads))), channels, bias=bias, backend=backend)
 
 

@@ -100,7 +100,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
         Entry(
             "dat",
             "Deformable attention to shared points (DAT)",
-            "sampled(4, groups=2) | row | softmax(heads=4)",
+            "sampled(4, groups=2, bias=14) | row | softmax(heads=4)",
             ("the points of a coarse grid, moved by the input", "one slot per point", "similarity, softmaxed"),
             "arXiv 2201.00520",
         ),

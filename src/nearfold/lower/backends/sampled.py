@@ -13,7 +13,7 @@ from nearfold.kernels.attention import attention
 from nearfold.kernels.sampled import sampled
 from nearfold.lower.call import Call, autocast_dtype, refuse_derivatives, split_heads
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.words.sampled import points
+from nearfold.lower.words.sampled import offsets, points
 
 NAME = "sampled"
 
@@ -31,6 +31,17 @@ def _at(rows_BNC: Tensor, place: Tensor, grid: tuple[int, ...], heads: int) -> T
     return split_heads(read.transpose(1, 2), heads)
 
 
+def _bias(call: Call, place: Tensor) -> Tensor:
+    """What the table adds to the scores (B, H, M, S): it is read between its entries, as a map is."""
+    table = call.params["relative_bias"].to(place.dtype)
+    at = offsets(call, place)
+    rows = table.flatten(1).mT.expand(place.shape[0], -1, -1).contiguous()
+    read = sampled(
+        rows, at.flatten(1, 2)[..., None, :], torch.ones_like(at.flatten(1, 2)[..., :1]), list(table.shape[1:])
+    )
+    return read.unflatten(1, (-1, at.shape[2])).movedim(3, 1)
+
+
 def run(call: Call) -> Tensor:
     """(B, C, *grid)."""
     refuse_derivatives(call)
@@ -44,5 +55,8 @@ def run(call: Call) -> Tensor:
     )
     query, _, scale = call.embedded_differences()
     query = query.to(value.dtype).expand(value.shape[0], H, -1, -1)
-    y = attention(query, key, value, None, scale=scale * rho.scale)
+    bias = None
+    if "relative_bias" in call.params:
+        bias = (rho.scale * _bias(call, place)).to(value.dtype)
+    y = attention(query, key, value, bias, scale=scale * rho.scale)
     return y.transpose(2, 3).flatten(1, 2).unflatten(2, call.grid)

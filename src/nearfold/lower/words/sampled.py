@@ -38,7 +38,10 @@ class SampledMeaning(PathMeaning):
         c = sizes.inner // path.groups
         feature = linear("feature", c, 1, sizes.bias, (path.size,) * a)
         feature = {name: Parameter(p.shape, p.init, path.size**a) for name, p in feature.items()}
-        return feature | {"offset_weight": Parameter((a, c), "constant:0")}
+        found = feature | {"offset_weight": Parameter((a, c), "constant:0")}
+        if path.bias:
+            found["relative_bias"] = Parameter((op.heads, *(2 * path.bias - 1,) * a), "normal:0.02")
+        return found
 
     def select(self, call: Call) -> Selection:
         q_BHMe, k_BHNe = call.embedded()
@@ -51,6 +54,8 @@ class SampledMeaning(PathMeaning):
         )
         key = (read * part[..., None]).unflatten(2, (-1, E)).sum(3)
         score = metric_scores("dot", False, q_BHMe, key)
+        if "relative_bias" in call.params:
+            score = score + _bias(call, place)
         M = count_positions(call.grid)
         index, part = (t[:, :, None].expand(-1, -1, M, -1) for t in (index, part))
         return Selection(index.clamp(min=0), index >= 0, score, M, part, E)
@@ -60,6 +65,28 @@ def _by_head(entries_BSEG: Tensor, heads: int) -> Tensor:
     """(B, S, E, G) to (B, H, S * E): the heads of a group share its points."""
     each = entries_BSEG.flatten(1, 2).transpose(1, 2)
     return each.repeat_interleave(heads // each.shape[1], 1)
+
+
+def offsets(call: Call, place: Tensor) -> Tensor:
+    """Where on the table of a bias every query and point lies: (B, M, S, G, a), in its entries."""
+    bias, last = cast(Sampled, call.op.path).bias, [max(1, n - 1) for n in call.grid]
+    axes = [torch.arange(n, device=place.device, dtype=place.dtype) for n in call.grid]
+    query_Ma = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2)
+    apart = query_Ma[:, None, None] - place[:, None, :, :, 0]
+    return apart * apart.new_tensor([(bias - 1) / n for n in last]) + (bias - 1)
+
+
+def _bias(call: Call, place: Tensor) -> Tensor:
+    """What the table adds to the scores (B, H, M, S): every entry by how near it is."""
+    table = call.params["relative_bias"]
+    H, a = call.heads, call.ndim
+    at = offsets(call, place).transpose(1, 3).repeat_interleave(H // cast(Sampled, call.op.path).groups, 1)
+    near = torch.ones_like(at[..., :1])  # (B, H, S, M, entries so far)
+    for axis in range(a):
+        entry = torch.arange(table.shape[1 + axis], device=at.device, dtype=at.dtype)
+        near_axis = (1 - (at[..., axis, None] - entry).abs()).clamp(min=0)
+        near = (near[..., :, None] * near_axis[..., None, :]).flatten(-2)
+    return (near * table.to(at.dtype).flatten(1)[:, None, None]).sum(-1).mT
 
 
 def points(call: Call) -> Tensor:
