@@ -323,7 +323,7 @@ def test_several_maps_in_any_surroundings():
         with pytest.raises(ValueError, match=message):
             layer(x, wrong)
     one = Mixer("points(2, cross) | box | ones", 6)
-    with pytest.raises(ValueError, match="reads 1 map; context must be a tensor, got 2"):
+    with pytest.raises(ValueError, match=r"context must be a torch\.Tensor"):
         one(torch.zeros(2, 6, 3, 3), maps[:2])
     with pytest.raises(ValueError, match="levels must be left out without cross"):
         Mixer("points(2, levels=2) | box | ones", 6)

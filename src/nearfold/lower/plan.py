@@ -259,6 +259,8 @@ def run(
         repaired()
     source: Source = ()
     if context is not None:
+        if not (isinstance(context, (list, tuple)) and any(getattr(p.path, "levels", 1) > 1 for p in op.parts)):
+            require_tensors(context=context)
         maps = [context] if isinstance(context, Tensor) else list(context)
         _require_context(op, maps, x)
         source = tuple(maps[0].shape[2:])
