@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language, shares, small, sparse
+from benchmarks import build, language, sampled, shares, small, sparse
 from benchmarks.case import Case
 
 
@@ -27,6 +27,7 @@ class Spec:
 
 IMAGE, TINY_IMAGE = (16, 64, 32, 32), (2, 8, 8, 8)
 PYRAMID = (8, 64, 56, 56)
+DETR = (1, 256, 64, 64)
 TOKENS, TINY_TOKENS = (16, 197, 192), (2, 21, 12)
 LONG = (2, 3137, 192)
 CORE, TINY_CORE = (1, 4, 4096, 64), (1, 2, 60, 8)
@@ -117,6 +118,24 @@ CASES: dict[str, Spec] = {
         language.deformable_layer,
         {"shape": PYRAMID},
         {"shape": TINY_IMAGE},
+    ),
+    "deformable_attention": Spec(
+        "deformable attention, one map",
+        sampled.deformable_attention,
+        {"shape": DETR, "heads": 8, "points": 4, "levels": 1},
+        {"shape": TINY_IMAGE, "heads": 2, "points": 3, "levels": 1},
+    ),
+    "deformable_attention_4": Spec(
+        "deformable attention, four maps",
+        sampled.deformable_attention,
+        {"shape": DETR, "heads": 8, "points": 4, "levels": 4},
+        {"shape": TINY_IMAGE, "heads": 2, "points": 3, "levels": 2},
+    ),
+    "dcn_v3": Spec(
+        "DCNv3 3x3, as a layer",
+        sampled.dcn_v3,
+        {"shape": PYRAMID, "groups": 4},
+        {"shape": TINY_IMAGE, "groups": 2},
     ),
     "scan": Spec(
         "selective scan",

@@ -69,6 +69,8 @@ TARGETS: list[Target] = [
     *_faster("deformable", "grid_sample", 5, 5),
     *_faster("deformable_v2", "grid_sample", 5, 5),
     *_faster("deformable_layer", "grid_sample", 5, 5),
+    *_faster("deformable_attention", "grid_sample", 3, 4),
+    *_faster("deformable_attention_4", "grid_sample", 3, 4),
     *_faster("scan", "loop over time", 20, 20),
     Target("scan", "associative scan", "forward", 3),
     Target("points", "scikit-learn trees by cloud", "forward", 1.5),

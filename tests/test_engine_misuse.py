@@ -47,6 +47,8 @@ from helpers.misuse_calls import (
     right_local_sum,
     right_local_sum_backward,
     right_points,
+    right_sampled,
+    right_sampled_backward,
     right_scan,
     right_scan_backward,
     right_select,
@@ -71,6 +73,7 @@ from nearfold.kernels.grouped_conv import grouped_conv, grouped_conv_backward
 from nearfold.kernels.local import local_scores, local_scores_backward, local_sum, local_sum_backward
 from nearfold.kernels.local_attention import local_attention, local_attention_backward
 from nearfold.kernels.points import nearest_points
+from nearfold.kernels.sampled import sampled, sampled_backward
 from nearfold.kernels.scan import selective_scan, selective_scan_backward
 from nearfold.kernels.select import select, select_backward
 from nearfold.kernels.slot_scores import slot_scores, slot_scores_backward
@@ -143,6 +146,8 @@ OPERATORS = {
         right_largest_backward,
         lambda a: [(len(a["grad"]), int(a["positions"]), a["grad"].shape[2])],
     ),
+    "sampled": (sampled, right_sampled, lambda a: [(*a["place"].shape[:2], a["value"].shape[2])]),
+    "sampled_backward": (sampled_backward, right_sampled_backward, lambda a: _gradients(a, "value", "place", "share")),
     "nearest_points": (
         lambda metric="euclidean", **a: nearest_points(metric=metric, **a),
         right_points,
@@ -170,6 +175,9 @@ MADE = [
     (nn.ConvNN3d(8, 8, 3), volume),
     (nn.ConvNNAttention(8, 2), tokens),
     (nn.CrossAttention(8, 2), two_inputs),
+    (nn.DCNv3(8, groups=2), image),
+    (nn.DCNv4(8, groups=2), image),
+    (nn.DeformableAttention2d(8, 2, stride=2), image),
     (nn.DeformConv2d(8, 8, offset_groups=2, modulated=True), image),
     (nn.DynamicConv2d(8, 8), image),
     (nn.EdgeConv(8, 8, 5), sequence),
@@ -221,6 +229,7 @@ RAW = (
     "corners",
     "deformed",
     "largest",
+    "sampled",
 )
 RAW = {f"_engine.{name}": (None, raw(name), None) for each in RAW for name in (each, f"{each}_backward")}
 RAW["_engine.points"] = (None, raw("points"), None)

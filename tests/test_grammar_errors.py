@@ -41,7 +41,7 @@ WRONG = [
     (
         "windw(3) | box | kernel",
         0,
-        "'windw' is not a path (did you mean window?); choose from: window, all, block, deformable, scan, nearest",
+        "'windw' is not a path (did you mean window?); choose from: window, all, block, scan, nearest",
     ),
     ("kernel", 0, "'kernel' is not the name of an operator"),
     ("kernel | box", 0, "'kernel' is not a path"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
     from nearfold.kernels.points import knn, knn_graph
     from nearfold.look import mixing_matrix
+    from nearfold.nn.functional import deform_attn
     from nearfold.recognise import complexity, describe
     from nearfold.surgery.convert import convert
     from nearfold.surgery.rule import Rule
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "complexity",
     "convert",
+    "deform_attn",
     "describe",
     "knn",
     "knn_graph",
@@ -62,6 +64,7 @@ _NAMES = {
     "SpectrumSchedule": "surgery",
     "complexity": "recognise",
     "convert": "surgery",
+    "deform_attn": "nn",
     "describe": "recognise",
     "knn": "kernels.points",
     "knn_graph": "kernels.points",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from nearfold.nn import (
     S4D,
@@ -15,6 +16,9 @@ from nearfold.nn import (
     ConvNN2d,
     ConvNN3d,
     ConvNNAttention,
+    DCNv3,
+    DCNv4,
+    DeformableAttention2d,
     DeformConv2d,
     DynamicConv2d,
     EdgeConv,
@@ -42,6 +46,16 @@ from nearfold.nn import (
     TokenMixer,
 )
 
+
+def begun(layer):
+    """A layer as after its first step: behind nets that start at zero nothing has a gradient before."""
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith(("offset_", "mask_")):
+                p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
 IMAGES = {
     "ConvNN2d": lambda **k: ConvNN2d(4, 6, 5, **k),
     "ConvNN2d random": lambda **k: ConvNN2d(4, 6, 5, candidates="random(8)", **k),
@@ -53,6 +67,8 @@ IMAGES = {
     "ACmix2d dilated": lambda **k: ACmix2d(4, 8, (3, 5), 5, 4, dilation=2, **k),
     "DeformConv2d": lambda **k: DeformConv2d(4, 6, **k),
     "DeformConv2d groups": lambda **k: DeformConv2d(4, 6, (3, 5), groups=2, offset_groups=2, modulated=True, **k),
+    "DCNv3": lambda **k: begun(DCNv3(4, (3, 5), groups=2, dilation=2, **k)),
+    "DCNv4": lambda **k: begun(DCNv4(4, groups=4, **k)),
     "MaxRelativeConv2d": lambda **k: MaxRelativeConv2d(4, 6, 5, groups=2, **k),
     "Involution2d": lambda **k: Involution2d(4, 5, groups=2, reduction=2, **k),
     "DynamicConv2d": lambda **k: DynamicConv2d(4, 6, 5, experts=3, reduction=1, dilation=2, **k),
@@ -106,6 +122,10 @@ OTHERS = {
     "SqueezeExcite2d": (lambda: SqueezeExcite2d(4, 2), lambda n=7: (2, 4, n, n + 2)),
     "SqueezeExcite2d span": (lambda: SqueezeExcite2d(4, span=3), lambda n=7: (2, 4, n, n + 2)),
     "AttentionPool": (lambda: AttentionPool(12, 3, seeds=4, competing=True), lambda n=7: (2, n, 12)),
+    "DeformableAttention2d": (
+        lambda: begun(DeformableAttention2d(4, 2, stride=(2, 3), reach=1.5)),
+        lambda n=7: (2, 4, n, n + 2),
+    ),
     "Pool2d": (lambda: Pool2d(4, 3, "max", stride=2, padding=1), lambda n=7: (2, 4, n, n + 2)),
     "EdgeConv": (lambda: EdgeConv(4, 6, 5), lambda n=7: (2, 4, n)),
     "EdgeConv mean": (lambda: EdgeConv(4, 6, 5, aggregation="mean", hidden=3), lambda n=7: (2, 4, n)),
@@ -122,5 +142,8 @@ LAYERS = (
     | OTHERS
 )
 # the general layer, those of two inputs, those of a fixed size
-APART = {"Mixer", "CrossAttention", "LocalCrossAttention2d", "TokenMLP", "LinformerAttention", "TokenGridAttention"}
+APART = {
+    *("Mixer", "CrossAttention", "LocalCrossAttention2d", "MultiScaleDeformableAttention"),
+    *("TokenMLP", "LinformerAttention", "TokenGridAttention"),
+}
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=list(LAYERS))

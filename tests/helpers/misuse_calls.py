@@ -195,6 +195,22 @@ def right_corners_backward(rng):
     return {"grad": numbers(a["offset"].dtype, P, M, entries), **a}
 
 
+def right_sampled(rng, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+    """Points between the positions of one map, or of several."""
+    axes, maps, dtype = rng.randint(1, 3), rng.randint(1, 3), rng.choice(dtypes)
+    (B, M, H, P), d = (rng.randint(1, n) for n in (2, 9, 3, 4)), rng.randint(1, 40)
+    shapes = [[rng.randint(1, 4) for _ in range(axes)] for _ in range(maps)]
+    wide = torch.promote_types(dtype, torch.float32)
+    a = {"value": numbers(dtype, B, sum(map(math.prod, shapes)), H * d)}
+    a |= {"place": 3 * torch.randn(B, M, H, maps * P, axes, dtype=wide), "share": numbers(wide, B, M, H, maps * P)}
+    return a | {"grid": [n for shape in shapes for n in shape]}
+
+
+def right_sampled_backward(rng, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+    a = right_sampled(rng, dtypes)
+    return {"grad": numbers(a["value"].dtype, *a["place"].shape[:2], a["value"].shape[2]), **a}
+
+
 def right_slot_scores_backward(rng):
     a = right_slot_scores(rng)
     return {"grad": numbers(a["query"].dtype, *a["index"].shape), **a}
@@ -423,6 +439,12 @@ def raw(name):
             a = right_scan_backward(rng)
             into = {f"d_{n}": like(a[n]) for n in ("u", "delta", "A", "B", "C")}
             return a | {"chunk": 32} | into | threads
+        if name == "sampled":
+            a = right_sampled(rng, (torch.float32, torch.float64))
+            return a | {"to_out": numbers(a["value"].dtype, *a["place"].shape[:2], a["value"].shape[2])} | threads
+        if name == "sampled_backward":
+            a = right_sampled_backward(rng, (torch.float32, torch.float64))
+            return a | {f"d_{n}": like(a[n]) for n in ("value", "place", "share")} | threads
         if name.startswith("corners"):
             a = right_corners(rng)
             P, M, entries = cornered(a)[0]

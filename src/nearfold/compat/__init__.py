@@ -5,10 +5,22 @@ its state dict goes both ways and every gradient is the one the public code woul
 layer; `ReferenceLayer.to_nearfold` hands that layer out with the weights copied. `load_checkpoint` does so for whole
 networks. Where the public code is at fault, an explicit option of the operation reproduces it, or
 `UnsupportedReference` says why not.
+
+`from_deformable_detr` and `quicken` are for transformers' Deformable DETR.
 """
 
 from nearfold.compat.checkpoints import NETWORKS, load_checkpoint
+from nearfold.compat.deformable_detr import from_deformable_detr, quicken
 from nearfold.compat.layers import LAYERS, from_reference
 from nearfold.compat.reference import ReferenceLayer, UnsupportedReference
 
-__all__ = ["LAYERS", "NETWORKS", "ReferenceLayer", "UnsupportedReference", "from_reference", "load_checkpoint"]
+__all__ = [
+    "LAYERS",
+    "NETWORKS",
+    "ReferenceLayer",
+    "UnsupportedReference",
+    "from_deformable_detr",
+    "from_reference",
+    "load_checkpoint",
+    "quicken",
+]

@@ -10,7 +10,7 @@ from nearfold.grammar import Basic, Sum, Weight
 from nearfold.grammar.similarity import Scaled
 from nearfold.grammar.words import Block, Box, Shift, Softmax, Window
 from nearfold.lower.parameters import operand
-from nearfold.lower.plan import apply
+from nearfold.lower.plan import Context, apply
 from nearfold.nn.mixer import Mixer
 from nearfold.recognise.layouts import QKV, divided, named
 
@@ -28,7 +28,7 @@ class RolledACmix(Mixer):
         super().__init__(Sum((("a", attention), ("b", convolution))), channels)
         self.shift = shift
 
-    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def _run(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         params = self.tensors()
         assert isinstance(self.operation, Sum)
         (_, attention), (_, convolution) = self.operation.terms

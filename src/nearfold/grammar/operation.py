@@ -168,7 +168,7 @@ class Basic(Operation):
                 word.require(self)
         if not self.path.searches and not rho.needs_score and similarity != Scaled():
             raise ValueError(f"nothing reads the similarity {similarity} here (rho {rho.word}); leave it out")
-        if self.cross:
+        if self.cross and not self.path.places:
             self._require_cross()
 
     def _require_cross(self) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nearfold.grammar.operation import Basic
 
 Size = int | tuple[int, ...]
-_UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
+UNUSED = Scaled()  # where nothing is compared; made here, for torch 2.9's compiler cannot make a word
 
 
 class Path(Word):
@@ -28,6 +28,7 @@ class Path(Word):
     searches: ClassVar[bool] = False  # whether it compares, whatever its weight does
     in_line: ClassVar[bool] = False  # whether causal, without axes, is for sequences alone
     joins: ClassVar[bool] = True  # whether it may be one of several that answer a query (`&`)
+    places: ClassVar[bool] = False  # whether it says where it reads without comparing, on another input's grid, too
     similarity: Similarity = Scaled()  # what a path compares by, unless it has a field for it
 
     @property
@@ -214,54 +215,6 @@ class Block(Path):
         return tuple(n + 2 * h for n, h in zip(as_tuple(self.size, ndim, "size"), halo, strict=True))
 
 
-@dataclass(frozen=True)
-class Deformable(Path):
-    """A window whose every slot is moved by a learned, fractional offset; values are interpolated between positions.
-
-    The offsets come from a convolution of the input over the same window (arXiv 1703.06211), for ``groups`` groups of
-    channels on their own. It starts at zero: as the window.
-    """
-
-    word = "deformable"
-    examples: ClassVar[dict[str, str]] = {
-        "deformable_groups": "deformable((3, 2), groups=2, stride=2, padding=1) | box | modulated*kernel(groups=2)",
-        "deformable_bare": "deformable(3, dilation=2) | box | ones(project=v)",
-        "deformable_separable": "deformable(2) | box | modulated*separable(coordinates=fourier)",
-    }
-    primitive = ("CONTENT_AWARE", 2)
-    dynamic = True
-    joins = False
-    shapes = ("box",)
-    size: Size
-    stride: Size = 1
-    dilation: Size = 1
-    padding: Size | str = "same"
-    groups: int = 1
-
-    def __post_init__(self) -> None:
-        window = Window(self.size, stride=self.stride, dilation=self.dilation, padding=self.padding)
-        assert window.mode == "zeros"
-        positive(self, groups=self.groups)
-
-    @property
-    def similarity(self) -> Similarity:  # type: ignore[override]
-        """Nothing is compared here."""
-        return _UNUSED
-
-    @property
-    def groups_of_channels(self) -> int:
-        """As many as there are fields of offsets."""
-        return self.groups
-
-    def require(self, op: Basic) -> None:
-        super().require(op)
-        if not (one_of(op.weight.rho, ("ones", "modulated")) and op.weight.rho.heads == 1):
-            raise ValueError(
-                "deformable goes with rho ones or modulated (groups of channels: deformable(3, groups=4)), got "
-                f"{op.weight.rho}"
-            )
-
-
 ORDERS = ("raster", "columns", "snake")
 
 
@@ -295,7 +248,7 @@ class Scan(Path):
     @property
     def similarity(self) -> Similarity:  # type: ignore[override]
         """Nothing is compared here."""
-        return _UNUSED
+        return UNUSED
 
 
 @dataclass(frozen=True)

@@ -233,14 +233,26 @@ class Generated(Rho):
 
 @dataclass(frozen=True)
 class Modulated(_Static):
-    """alpha = sigmoid of a convolution of the input over the same window: deformable v2 (arXiv 1811.11168)."""
+    """alpha = what the path's own net makes of the input for every slot, beside its offsets.
+
+    ``activation`` is sigmoid (deformable v2, arXiv 1811.11168), softmax over the slots of a group (Deformable DETR,
+    arXiv 2010.04159; DCNv3, arXiv 2211.05778), whether they lie on the map or not, or none (DCNv4, arXiv 2401.06197).
+    """
 
     word = "modulated"
     dynamic = True
     primitive = ("DYNAMIC_KERNEL", 2)
-    paths = ("deformable",)
+    paths = ("deformable", "points")
     heads = 1
-    project = None
+    activation: str = "sigmoid"
+    project: str | None = None
+
+    def __post_init__(self) -> None:
+        require_projections(self)
+        known = ("sigmoid", "softmax", "none")
+        check(self.activation in known, self, "activation", self.activation, "sigmoid, softmax or none")
+        if self.project is not None:
+            check(not set("qk") & set(self.project.replace("none", "")), self, "project", self.project, "v, o or vo")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from nearfold.grammar.apart import Rectified, Sigmoid
 from nearfold.grammar.beside import Beside
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.channels import ChannelShift, CrossCovariance, Excite
+from nearfold.grammar.deformable import Deformable, Points, Sampled
 from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.latents import Latents, Nystrom, Projected, Seeds, Synthesized
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
@@ -20,7 +21,6 @@ from nearfold.grammar.paths import (
     AllCandidates,
     Block,
     Candidates,
-    Deformable,
     Grid,
     Nearby,
     Nearest,
@@ -105,6 +105,7 @@ __all__ = [
     "Nystrom",
     "Ones",
     "Path",
+    "Points",
     "Pooled",
     "Projected",
     "Random",
@@ -114,6 +115,7 @@ __all__ = [
     "Relu",
     "Rho",
     "Row",
+    "Sampled",
     "Scan",
     "Scattered",
     "Seeds",

@@ -135,7 +135,7 @@ def plain_layer(op: Operation, ndim: int = 2) -> Mixer:
     with torch.no_grad():
         for name, tensor in layer.tensors().items():
             prefix, _, last = name.rpartition(".")
-            _set_plain(tensor, last, owners.get(prefix + "." if prefix else ""))
+            _set_plain(tensor, last, owners.get(prefix + "." if prefix else ""), ndim)
     return layer
 
 
@@ -147,20 +147,24 @@ def _owners(op: Operation, prefix: str) -> Iterator[tuple[str, Basic]]:
         yield from _owners(part, f"{prefix}{i}.")
 
 
-def _set_plain(tensor: Tensor, name: str, owner: Basic | None) -> None:
+def _set_plain(tensor: Tensor, name: str, owner: Basic | None, ndim: int) -> None:
     if name in ("query_weight", "key_weight", "value_weight", "out_weight"):
         torch.nn.init.eye_(tensor).mul_(SHARPNESS if name == "query_weight" else 1.0)
     elif name in ("dt_bias", "dt_proj_bias"):
         tensor.fill_(math.log(math.expm1(STEP)))
     elif name in ("D", "dt_proj_weight", "mask_weight", "position_weight") or name.endswith("bias"):
         tensor.zero_()
+        if name == "mask_bias" and owner is not None and meaning(owner.weight.rho).start(owner, ndim) is None:
+            tensor.fill_(1 / math.prod(owner.path.slot_shape(ndim)))  # a weight that is not kept in bounds: a mean
     elif name == "x_proj_weight" and owner is not None:
         state = torch.arange(cast(Scan, owner.path).state)
         tensor.zero_()
         for first in (len(tensor) - 2 * len(state), len(tensor) - len(state)):  # B, then C
             tensor[first + state, state % len(FEATURES)] = 1
+    elif name == "feature_weight":  # of which offsets are made: the position's own features
+        tensor.zero_().flatten(2)[..., tensor[0, 0].numel() // 2] = 1
     elif name == "offset_weight":
-        _slide_uphill(tensor)
+        _slide_uphill(tensor, ndim)
     elif name == "weight" and owner is not None:
         _average(tensor, owner)
 
@@ -171,10 +175,18 @@ def _average(weight: Tensor, owner: Basic) -> None:
     meaning(kernel).fill_plain(kernel, weight, 1.0 if owner.weight.rho.needs_score else 1 / slots)
 
 
-def _slide_uphill(weight: Tensor) -> None:
-    """Every slot moves along the gradient of brightness at its own place; (group, slot, axis) x C x slots."""
-    ndim, slots = weight.dim() - 2, weight[0, 0].numel()
+def _slide_uphill(weight: Tensor, ndim: int) -> None:
+    """Every slot moves along the gradient of brightness at its own place; (group, slot, axis) x C x slots.
+
+    Without axes of slots it is that at the query's place.
+    """
     slopes = [FEATURES.index("slope down"), FEATURES.index("slope right")][-ndim:]
+    if weight.dim() == 2:
+        weight.zero_()
+        for axis, channel in enumerate(slopes):
+            weight[axis::ndim, channel] = 1
+        return
+    slots = weight[0, 0].numel()
     moves = torch.zeros(len(weight) // (slots * ndim), slots, ndim, weight.shape[1], slots)
     for slot in range(slots):
         for axis, channel in enumerate(slopes):

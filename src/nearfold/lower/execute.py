@@ -16,7 +16,7 @@ from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.operation import GATE
 from nearfold.lower.call import Call, Run, pointwise, project
 from nearfold.lower.extent import narrowed
-from nearfold.lower.frame import Frame, frame
+from nearfold.lower.frame import Frame, Source, frame
 from nearfold.lower.geometry import crop, pads_input
 from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
@@ -29,12 +29,12 @@ Body = Callable[[dict[str, Tensor], Tensor, Given, dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step is made for: channels in and out, the grid, that of a second input or (), whether it draws."""
+    """What a step is made for: channels in and out, the grid, a second input's (or its maps'), whether it draws."""
 
     channels: int
     out_channels: int
     grid: tuple[int, ...]
-    source: tuple[int, ...] = ()
+    source: Source = ()
     drawing: bool = False
 
 

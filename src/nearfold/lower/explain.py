@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nearfold._numbers import integer, plain, shown
@@ -14,7 +15,7 @@ from nearfold.kernels import engine
 from nearfold.kernels.long_conv import TRANSFORMS
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import MOST_NUMBERS, parameters
-from nearfold.lower.plan import apply, lower, operation, verdicts
+from nearfold.lower.plan import Context, apply, lower, operation, verdicts
 from nearfold.lower.verdict import Facts, Verdict
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -105,6 +106,13 @@ def backend(op: Operation | str, shape: tuple[int, ...], dtype: torch.dtype = to
     return "+".join(dict.fromkeys(names))
 
 
+def _context(op: Operation, x: Tensor) -> Context | None:
+    """A second input like the first, where one is read; a list of them where several maps are."""
+    levels = max(getattr(part.path, "levels", 1) for part in op.parts)
+    own = x.detach()
+    return [own] * levels if levels > 1 else own if op.needs_context else None
+
+
 def explain(
     op: Operation | str,
     shape: tuple[int, ...],
@@ -146,7 +154,7 @@ def explain(
     }
     x = torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
     with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as forward:
-        y = apply(op, params, x, out_channels=out_channels, context=x.detach() if op.needs_context else None)
+        y = apply(op, params, x, out_channels=out_channels, context=_context(op, x))
     with FlopCounterMode(display=False, custom_mapping=TRANSFORMS) as backward:
         if grad and y.requires_grad:
             y.sum().backward()

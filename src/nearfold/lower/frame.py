@@ -5,6 +5,7 @@ Shape legend: M outputs, N positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from nearfold._kept import once
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.lower.meaning import meaning
+
+Source = tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""The grid of a second input, or those of several maps; () where there is none."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Frame:
         stride: output stride per axis.
         out_grid: the output grid.
         features: whether query and key are read.
+        maps: the grids of several maps that are read, one after another, on `padded`'s one axis; () for one map.
         same: whether key and query are the same tensor.
         kv: heads of key and value where they are fewer than the queries'.
     """
@@ -46,6 +51,7 @@ class Frame:
     stride: tuple[int, ...]
     out_grid: tuple[int, ...]
     features: bool
+    maps: tuple[tuple[int, ...], ...]
     same: bool
     kv: int | None
 
@@ -59,8 +65,8 @@ def _reads_features(op: Basic) -> bool:
 
 
 @once
-def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bool) -> Frame:
-    """The frame of an operation; ``source`` is the grid of the second input, (); ``drawing``: candidates are drawn."""
+def frame(op: Basic, grid: tuple[int, ...], source: Source, drawing: bool) -> Frame:
+    """The frame of an operation; ``source``: a second input's grids, or (); ``drawing``: candidates are drawn."""
     path, rho = meaning(op.path), meaning(op.weight.rho)
     border, fill = path.border(op), path.fill(op, grid)
     inner: tuple[int, ...] = ()
@@ -69,14 +75,18 @@ def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bo
         added = tuple(n for end in fill[::-1] for n in (border, border + end))
     if added and not border:
         inner, grid = grid, tuple(n + end for n, end in zip(grid, fill, strict=True))
-    padded = source or tuple(n + 2 * border for n in grid)
+    maps: tuple[tuple[int, ...], ...] = ()
+    if source and isinstance(source[0], tuple):
+        maps = source
+        source = (sum(map(math.prod, maps)),)
+    padded: tuple[int, ...] = source or tuple(n + 2 * border for n in grid)  # type: ignore[assignment]
     stride = as_tuple(getattr(op.path, "stride", 1), len(grid), "stride")
     # a graph holds for other sizes, too
     own = op if torch.compiler.is_compiling() else path.fit(op, grid, padded, drawing)
     return Frame(
         op=own,
         grid=grid,
-        source=source,
+        source=source,  # type: ignore[arg-type]
         inner=inner,
         added=added,
         heads=op.heads,
@@ -85,6 +95,7 @@ def frame(op: Basic, grid: tuple[int, ...], source: tuple[int, ...], drawing: bo
         stride=stride,
         out_grid=rho.output(own, grid, path.output(own, grid)),
         features=_reads_features(op),
+        maps=maps,
         same=not {"q", "k"} & set(op.weight.projections) and not op.cross,
         kv=op.weight.rho.kv,
     )

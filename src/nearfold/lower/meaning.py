@@ -142,6 +142,10 @@ class RhoMeaning(Meaning):
     adds: ClassVar[bool] = False  # whether a call may add numbers to the scores that it weighs by
     shares: ClassVar[bool] = False  # whether a query's weights are made of its scores and add up to one
 
+    def start(self, op: Basic, ndim: int) -> float | None:
+        """Alpha of every slot in a new layer on so many grid axes, where it is one number."""
+        return self.first
+
     def output(self, op: Basic, grid: Lengths, out: Lengths) -> Lengths:
         """The output grid, where it is another one than the path's, ``out``."""
         return out

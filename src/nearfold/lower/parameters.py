@@ -123,8 +123,10 @@ def _basic(
         found[f"{LETTERS[letter]}_weight"] = Parameter((made, read), "uniform", read)
         if bias:
             found[f"{LETTERS[letter]}_bias"] = Parameter((made,), "uniform", read)
-    if op.cross and context_channels != inner and not {"k", "v"} <= set(weight.projections):
-        raise ValueError(f"{op}: context_channels={context_channels} need projections of key and value to {inner}")
+    needed = {"k", "v"} if weight.rho.needs_score else {"v"}
+    if op.cross and context_channels != inner and not needed <= set(weight.projections):
+        what = "projections of key and value" if weight.rho.needs_score else "a projection of the value"
+        raise ValueError(f"{op}: context_channels={context_channels} need {what} to {inner}")
     if ("q" in weight.projections) != ("k" in weight.projections) and inner != in_channels:
         raise ValueError(f"{op}: query and key have {inner} and {in_channels} channels; project both or none")
     found |= _compared(op, inner // weight.heads, ndim) | path.parameters(op, sizes) | rho.parameters(op, sizes)

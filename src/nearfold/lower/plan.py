@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -28,6 +28,7 @@ from nearfold.lower.backends import (
     linear,
     local,
     pooled,
+    sampled,
     scan,
     sdpa,
     transposed,
@@ -35,7 +36,7 @@ from nearfold.lower.backends import (
 )
 from nearfold.lower.call import Run
 from nearfold.lower.execute import Sizes, Step, step
-from nearfold.lower.frame import Frame
+from nearfold.lower.frame import Frame, Source
 from nearfold.lower.meaning import meaning
 from nearfold.lower.verdict import Facts, Verdict
 
@@ -56,6 +57,7 @@ BACKENDS: dict[str, ModuleType] = {
         blocks,
         pooled,
         beside,
+        sampled,
         edges,
         dense,
     )
@@ -187,7 +189,7 @@ def planned(
     op: Operation,
     tail: tuple[int, ...],
     out_channels: int,
-    source: tuple[int, ...],
+    source: Source,
     dtype: torch.dtype,
     device: str,
     grad: bool,
@@ -195,7 +197,7 @@ def planned(
     drawing: bool,
     masked: str,
 ) -> Step:
-    """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: a second input's grid, or ().
+    """All that a call on inputs (B, *tail) of these facts need not ask again; ``source``: another input's grids, or ().
 
     Raises:
         ValueError: where the input is none for the operation.
@@ -209,7 +211,11 @@ def planned(
         facts = Facts(basic, len(tail) - 1, dtype, device, grad)
         return _run(_masked(facts, backend, masked) if masked else lower(facts, backend), at)
 
-    return step(op, Sizes(tail[0], out_channels, tuple(tail[1:]), tuple(source), drawing), choose)
+    return step(op, Sizes(tail[0], out_channels, tuple(tail[1:]), source, drawing), choose)
+
+
+Context = Tensor | Sequence[Tensor]
+"""A second input: a map, or several."""
 
 
 def operation(given: Operation | str) -> Operation:
@@ -228,7 +234,7 @@ def apply(
     out_channels: int | None = None,
     backend: str = "auto",
     draw: Tensor | None = None,
-    context: Tensor | None = None,
+    context: Context | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Run an operation on x (B, C, *grid) with parameters as `parameters` names them: (B, O, *out).
@@ -240,7 +246,8 @@ def apply(
         out_channels: O, default C.
         backend: "auto", or a backend's name for every part.
         draw: (seed, draws), int64 of shape (2,): draw random candidates; None searches all of them.
-        context: (B, C', *grid'), the second input, from which `cross` paths take keys and values.
+        context: (B, C', *grid'), the second input, from which `cross` paths take keys and values; a list of them for a
+            path with ``levels``.
         mask: which keys there are, bool (B, N') or (B, *grid'), or on sequences the integers (B,) of their lengths: a
             slot that reads another position is not valid, and what x holds there is never looked at. Or bool
             (B|1, H|1, N, N'), True where a query may read a key, for paths `all`, `nearest` and those of fixed
@@ -261,7 +268,7 @@ def run(
     out_channels: int,
     backend: str = "auto",
     draw: Tensor | None = None,
-    context: Tensor | None = None,
+    context: Context | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """As `apply`, of an `Operation` on a tensor."""
@@ -269,8 +276,16 @@ def run(
         from nearfold.lower.inductor import repaired  # it brings torch's compiler in, which takes a second
 
         repaired()
+    source: Source = ()
     if context is not None:
-        _require_context(op, context, x)
+        if not (isinstance(context, (list, tuple)) and any(getattr(p.path, "levels", 1) > 1 for p in op.parts)):
+            require_tensors(context=context)
+        maps = [context] if isinstance(context, Tensor) else list(context)
+        _require_context(op, maps, x)
+        source = tuple(maps[0].shape[2:])
+        if not isinstance(context, Tensor):
+            source = tuple(tuple(one.shape[2:]) for one in maps)
+            context = torch.cat([one.flatten(2) for one in maps], 2)
     keep = None
     if mask is not None:
         require_tensors(mask=mask)
@@ -291,7 +306,7 @@ def run(
         op,
         x.shape[1:],
         out_channels,
-        () if context is None else context.shape[2:],
+        source,
         x.dtype,
         x.device.type,
         torch.is_grad_enabled(),
@@ -302,14 +317,27 @@ def run(
     return found.run(params, x, (draw, context, mask, keep), {})
 
 
-def _require_context(op: Operation, context: Tensor, x: Tensor) -> None:
-    require_tensors(context=context)
+def _require_context(op: Operation, maps: list[Tensor], x: Tensor) -> None:
+    for one in maps:
+        require_tensors(context=one)
     if not op.needs_context:
         raise ValueError(
             f"{op}: reads one input; leave context out, or write all(cross), nearest(k, cross) or window(size, cross)"
         )
-    if context.dim() < 3 or context.shape[0] != x.shape[0] or context.dtype != x.dtype or min(context.shape[1:]) == 0:
-        raise ValueError(
-            "context must be (B, C, *grid) with the batch and dtype of x, got "
-            f"{tuple(context.shape)} {context.dtype} next to {tuple(x.shape)} {x.dtype}"
-        )
+    for part in op.parts:
+        if part.cross and (wanted := getattr(part.path, "levels", 1)) != len(maps):
+            raise ValueError(
+                f"{part}: reads {wanted} map{'s' * (wanted > 1)}; context must be {'a list of them' * (wanted > 1)}"
+                f"{'a tensor' * (wanted == 1)}, got {len(maps)}"
+            )
+    for one in maps:
+        if (
+            one.dim() < 3
+            or one.shape[:2] != (x.shape[0], maps[0].shape[1])
+            or one.dtype != x.dtype
+            or 0 in one.shape[1:]
+        ):
+            raise ValueError(
+                "context must be (B, C, *grid) with the batch and dtype of x, got "
+                f"{tuple(one.shape)} {one.dtype} next to {tuple(x.shape)} {x.dtype}"
+            )

@@ -15,6 +15,7 @@ from nearfold.nn.attention import (
     TokenMLP,
 )
 from nearfold.nn.beside import TokenGridAttention
+from nearfold.nn.deformable import DCNv3, DCNv4, DeformableAttention2d, MultiScaleDeformableAttention
 from nearfold.nn.fewer import (
     AttentionPool,
     HaloAttention2d,
@@ -23,7 +24,7 @@ from nearfold.nn.fewer import (
     PerformerAttention,
     SqueezeExcite2d,
 )
-from nearfold.nn.functional import deform_conv, knn_attention
+from nearfold.nn.functional import deform_attn, deform_conv, knn_attention
 from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
     BranchingAttention,
@@ -51,7 +52,10 @@ __all__ = [
     "ConvNN3d",
     "ConvNNAttention",
     "CrossAttention",
+    "DCNv3",
+    "DCNv4",
     "DeformConv2d",
+    "DeformableAttention2d",
     "DynamicConv2d",
     "EdgeConv",
     "GlobalFilter2d",
@@ -65,6 +69,7 @@ __all__ = [
     "LocalCrossAttention2d",
     "MaxRelativeConv2d",
     "Mixer",
+    "MultiScaleDeformableAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
@@ -81,6 +86,7 @@ __all__ = [
     "TokenGridAttention",
     "TokenMLP",
     "TokenMixer",
+    "deform_attn",
     "deform_conv",
     "knn_attention",
 ]

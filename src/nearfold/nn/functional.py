@@ -1,12 +1,13 @@
 """Functions for those who bring their own projections or offsets.
 
 Shape legend: B batch, H heads, M queries or outputs, N keys or positions, d features of a head, k neighbours,
-C channels, O output channels, S slots, G groups that move on their own, a grid axes.
+C channels, O output channels, S slots, G groups that move on their own, a grid axes, L maps, P points on each of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from nearfold._numbers import flag, integer, real, sizes
 from nearfold.kernels.aggregate import aggregate
 from nearfold.kernels.corners import corners
 from nearfold.kernels.names import require_tensors
+from nearfold.kernels.sampled import sampled
 from nearfold.kernels.select import select
 from nearfold.kernels.weigh import slot_softmax
 from nearfold.lower.call import derivative_of, refuse_trace
+
+Shapes = Sequence[Sequence[int]] | Tensor
 
 
 def _refuse_derivatives(name: str, *tensors: Tensor | None) -> None:
@@ -198,3 +202,74 @@ def deform_conv(
     if bias is not None:
         y.add_(bias)
     return y.transpose(1, 2).unflatten(2, out)
+
+
+def deform_attn(value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+    """Deformable attention: every query and head sums a few points of several maps, between their positions.
+
+    What Deformable DETR's `MultiScaleDeformableAttention` computes (its ``level_start_index`` follows from the shapes),
+    on one to three grid axes. Nothing of size points x channels is kept, forward or backward.
+
+    Args:
+        value: (B, N, H, d): the positions of L maps, one map after another, each in raster order; float32, float64,
+            bfloat16 or float16.
+        spatial_shapes: positions of every map per axis, L of them, such as [(64, 64), (32, 32)], or a tensor (L, a);
+            one on a device is waited for.
+        sampling_locations: (B, M, H, L, P, a), the **last axis first**: (x, y) on images. 0 is the outer edge of a
+            map's first position, 1 that of its last (align_corners=False). In value's dtype, or in float32 beside a
+            shorter one, which is to be preferred.
+        attention_weights: (B, M, H, L, P), in the same dtype. They need not add up to one.
+
+    Returns:
+        (B, M, H * d), (bi, tri)linearly interpolated; zero beyond a map. Gradients flow to all three tensors. A
+        location that is NaN makes its query's head NaN, and has no gradient.
+
+    ValueError where shapes or dtypes do not fit. On CUDA it is PyTorch around `nearfold::aggregate`. Source: arXiv
+    2010.04159, eq. 3.
+
+    >>> value, weights = torch.arange(6.0).view(1, 6, 1, 1), torch.ones(1, 1, 1, 1, 1)
+    >>> deform_attn(value, [(2, 3)], torch.tensor([0.5, 0.25]).view(1, 1, 1, 1, 1, 2), weights)
+    tensor([[[1.]]])
+    """
+    require_tensors(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    if value.dim() != 4 or sampling_locations.dim() != 6:
+        raise ValueError(
+            "value must be (B, N, H, d) and sampling_locations (B, M, H, L, P, a), got "
+            f"{tuple(value.shape)} and {tuple(sampling_locations.shape)}"
+        )
+    B, N, H, d = value.shape
+    M, L, P, axes = sampling_locations.shape[1], *sampling_locations.shape[3:]
+    shapes = _shapes(spatial_shapes, axes)
+    if min(H, d, P) < 1 or not 1 <= axes <= 3 or sampling_locations.shape[:4] != (B, M, H, len(shapes)):
+        raise ValueError(
+            f"sampling_locations must be ({B}, M, {H}, {len(shapes)}, P, a) for value {tuple(value.shape)} and the "
+            f"{len(shapes)} maps of spatial_shapes, with heads, points and one to three axes, got "
+            f"{tuple(sampling_locations.shape)}"
+        )
+    if attention_weights.shape != (B, M, H, L, P):
+        raise ValueError(
+            f"attention_weights must be {(B, M, H, L, P)} for sampling_locations {tuple(sampling_locations.shape)}, "
+            f"got {tuple(attention_weights.shape)}"
+        )
+    if (positions := sum(map(math.prod, shapes))) != N:
+        raise ValueError(f"value must have the {positions} positions of the maps {shapes}, got {tuple(value.shape)}")
+    wide = torch.promote_types(value.dtype, torch.float32)
+    dtypes = {sampling_locations.dtype, attention_weights.dtype}
+    if not value.is_floating_point() or dtypes - {value.dtype, wide} or len(dtypes) > 1:
+        raise ValueError(
+            "value, sampling_locations and attention_weights must have one floating dtype (the last two may be float32 "
+            f"beside a shorter value), got {value.dtype}, {sampling_locations.dtype} and {attention_weights.dtype}"
+        )
+    _refuse_derivatives("deform_attn", value, sampling_locations, attention_weights)
+    size = torch.tensor([shape[::-1] for shape in shapes], dtype=wide, device=value.device)[:, None]
+    place = (sampling_locations.to(wide) * size - 0.5).flip(-1).flatten(3, 4)
+    grid = [n for shape in shapes for n in shape]
+    return sampled(value.flatten(2), place, attention_weights.to(wide).flatten(3), grid)
+
+
+def _shapes(given: Shapes, axes: int) -> list[tuple[int, ...]]:
+    """The positions of every map per axis, as Python's own."""
+    rows = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise ValueError(f"spatial_shapes must be one shape for each map, such as [(64, 64), (32, 32)], got {given!r}")
+    return [tuple(sizes("spatial_shapes", row, axes)) for row in rows]

@@ -18,8 +18,8 @@ from nearfold.grammar import Operation
 from nearfold.kernels.names import require_tensors
 from nearfold.lower.extent import unfilled
 from nearfold.lower.parameters import Parameter, parameters, part_of
+from nearfold.lower.plan import Context, run
 from nearfold.lower.plan import operation as as_operation
-from nearfold.lower.plan import run
 from nearfold.nn.draws import Draws
 
 
@@ -42,6 +42,13 @@ def _initial(spec: Parameter) -> Tensor:
         return tensor.uniform_(math.log(1e-3), math.log(1e-1))
     if kind == "harmonics":  # pi n along the last axis (S4D-Lin, arXiv 2206.11893)
         return (math.pi * torch.arange(spec.shape[-1])).expand(spec.shape).clone()
+    if kind == "rays":  # groups go off in different directions, point by point (arXiv 2010.04159, A.1)
+        levels, points, axes = map(int, number.split(","))
+        groups = len(tensor) // (levels * points * axes)
+        angle = torch.arange(groups) * (2 * math.pi / groups)
+        ray = torch.stack([angle.sin(), angle.cos()], -1) if axes > 1 else angle.cos().sign()[:, None]
+        ray = torch.nn.functional.pad(ray / ray.abs().amax(-1, keepdim=True).clamp(min=0.5), (max(0, axes - 2), 0))
+        return (torch.arange(1.0, points + 1)[:, None] * ray[:, None, None]).expand(-1, levels, -1, -1).flatten()
     assert kind == "shift"
     slots = math.prod(spec.shape[2:])
     return torch.eye(slots).reshape(spec.shape[1:]).expand(spec.shape).clone()
@@ -273,10 +280,11 @@ class Mixer(nn.Module):
         self.get_parameter(name).requires_grad_(old.requires_grad)
         self._stored = self._stored | {name: spec}
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid).
 
-        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path. ``mask``
+        ``context`` (B, context_channels, *any grid) is the second input of an operation with a `cross` path, or a list
+        of them for one with ``levels`` (their ``mask`` is (B, positions of all)). ``mask``
         says which keys there are, those of the context where there is one: bool (B, N) or (B, *grid), or on sequences
         the integers (B,) of their lengths. Others are as outside the border: no slot reads them, whatever x holds
         there. Or of pairs of query and key, (B|1, heads|1, N, N'): bool, True where a query may read a key, or floating
@@ -285,15 +293,16 @@ class Mixer(nn.Module):
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
         if self.takes_one and x.dim() == self.ndim + 1:
+            assert context is None or isinstance(context, Tensor)
             return Mixer.forward(self, x[None], None if context is None else context[None], mask)[0]
         self._require(x)
         return self._run(x, context, mask)
 
-    def _say(self, x: Tensor, context: Tensor | None) -> None:
+    def _say(self, x: Tensor, context: Context | None) -> None:
         """Once for a layer: that it asks for more neighbours than there are."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a look at the sizes would tie the graph to them
             return
-        found = unfilled(self.operation, x.shape[2:], None if context is None else context.shape[2:])
+        found = unfilled(self.operation, x.shape[2:], context.shape[2:] if isinstance(context, Tensor) else None)
         if found:
             self._told = True
             warnings.warn("; ".join(found), stacklevel=3)
@@ -309,13 +318,13 @@ class Mixer(nn.Module):
         """What the operation itself is applied to, for an input of the layer: (B, channels, *grid)."""
         return x
 
-    def _run(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        if context is not None:
-            require_tensors(context=context)
-        if context is not None and context.dim() > 1 and context.shape[1] != self.context_channels:
-            raise ValueError(
-                f"context must have context_channels={self.context_channels} for this layer, got {tuple(context.shape)}"
-            )
+    def _run(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
+        for one in context if isinstance(context, (list, tuple)) else () if context is None else (context,):
+            require_tensors(context=one)
+            if one.dim() > 1 and one.shape[1] != self.context_channels:
+                raise ValueError(
+                    f"context must have context_channels={self.context_channels} for this layer, got {tuple(one.shape)}"
+                )
         if self._searches and not self._told:
             self._say(x, context)
         draw = None
@@ -373,7 +382,7 @@ class TokenMixer(Mixer):
             operation, embed_dim, embed_dim, ndim=1, bias=bias, backend=backend, context_channels=context_dim
         )
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D); context (B, N', context_dim) where the operation is `cross`; mask as in `Mixer`.
 
         A nested tensor (torch.jagged, B sequences of their own lengths) gives a nested tensor.
@@ -381,6 +390,7 @@ class TokenMixer(Mixer):
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)
         require_tensors(**({"x": x} if context is None else {"x": x, "context": context}))
+        assert context is None or isinstance(context, Tensor)
         if x.is_nested:
             return self._ragged(x, context, mask)
         if self.takes_one and x.dim() == 2:

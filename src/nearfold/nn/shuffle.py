@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from nearfold._numbers import integer
 from nearfold.grammar import Operation
+from nearfold.lower.plan import Context
 from nearfold.nn.mixer import Mixer
 
 SHUFFLES = ("none", "before", "after", "both")
@@ -56,7 +57,7 @@ class Shuffled(Mixer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.shuffle, self.shuffle_scale = shuffle, shuffle_scale
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, *grid) -> (B, out_channels, *out_grid)."""
         if isinstance(x, fx.Proxy):
             return self._leaf(x, context, mask)

@@ -16,12 +16,13 @@ from nearfold.lower.meaning import meaning
 from nearfold.recognise.alone import TRIED, tried
 from nearfold.recognise.attention import attention_of
 from nearfold.recognise.blocks import BLOCK_RULES, PARENTS, deformable_children, is_deformable
+from nearfold.recognise.deformable import DEFORMABLE_RULES
 from nearfold.recognise.foreign import RULES, Match, Unsaid, names_of, rule_of, uninitialized
 from nearfold.recognise.layouts import CROSS
 from nearfold.recognise.pointwise import gathers_statistics, is_elementwise, is_linear, is_pointwise, strange_parameters
 from nearfold.recognise.scans import scan_of
 
-ALL_RULES = RULES | BLOCK_RULES
+ALL_RULES = RULES | BLOCK_RULES | DEFORMABLE_RULES
 EMPTY = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children they do nothing
 
 

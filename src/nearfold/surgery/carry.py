@@ -166,7 +166,7 @@ def _from_convolution(source: Weights, target: Basic) -> Carried:
     weight = _kernel(source, kernel)
     if weight is None or not meaning(target.path).slots or target.weight.projections:
         return Carried()
-    first = meaning(rho).first
+    first = meaning(rho).start(target, source.ndim)
     moved = _in_slots(source, target, weight if first is None else weight / first)
     tensors = {"weight": moved.repeat(meaning(kernel).copies(kernel), *(1,) * (moved.dim() - 1))}
     if "bias" in source.tensors:

@@ -233,6 +233,13 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 2006.15055",
         ),
         Entry(
+            "dat",
+            "Deformable attention to shared points (DAT)",
+            "sampled(4, groups=2, bias=14) | row | softmax(heads=4)",
+            ("the points of a coarse grid, moved by the input", "one slot per point", "similarity, softmaxed"),
+            "arXiv 2201.00520",
+        ),
+        Entry(
             "agent",
             "Agent attention",
             "all | row | agent(4, heads=4)",

@@ -144,6 +144,27 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
             "arXiv 1811.11168",
         ),
         Entry(
+            "dcn_v3",
+            "Deformable convolution, version 3 (InternImage)",
+            "deformable(3, groups=4, net=depthwise) | box | modulated(activation=softmax, project=vo)",
+            ("a window whose slots move with the input", "dense square, bent", "a softmaxed kernel made by the input"),
+            "arXiv 2211.05778",
+        ),
+        Entry(
+            "dcn_v4",
+            "Deformable convolution, version 4",
+            "deformable(3, groups=4, net=pointwise) | box | modulated(activation=none, project=vo)",
+            ("a window whose slots move with the input", "dense square, bent", "a kernel made by the input, unbounded"),
+            "arXiv 2401.06197",
+        ),
+        Entry(
+            "deformable_attention",
+            "Deformable attention (Deformable DETR), one map",
+            "points(4, groups=4) | box | modulated(activation=softmax, project=vo)",
+            ("a few points that the position chooses", "in no order", "made by the position itself, softmaxed"),
+            "arXiv 2010.04159",
+        ),
+        Entry(
             "involution",
             "Involution",
             "window(7) | box | generated(groups=4)",

@@ -9,6 +9,7 @@
 #include "local.h"
 #include "neighbors.h"
 #include "points.h"
+#include "sampled.h"
 #include "scan.h"
 
 namespace nearfold {
@@ -151,6 +152,10 @@ struct Engine {
     int (*largest_double)(const LargestArgs<double> &);
     int (*largest_backward_float)(const LargestBackwardArgs<float> &);
     int (*largest_backward_double)(const LargestBackwardArgs<double> &);
+    int (*sampled_float)(const SampledArgs<float> &);
+    int (*sampled_double)(const SampledArgs<double> &);
+    int (*sampled_backward_float)(const SampledBackwardArgs<float> &);
+    int (*sampled_backward_double)(const SampledBackwardArgs<double> &);
 };
 
 extern const Engine engine_generic;

@@ -51,6 +51,10 @@ int largest_float(const LargestArgs<float> &);
 int largest_double(const LargestArgs<double> &);
 int largest_backward_float(const LargestBackwardArgs<float> &);
 int largest_backward_double(const LargestBackwardArgs<double> &);
+int sampled_float(const SampledArgs<float> &);
+int sampled_double(const SampledArgs<double> &);
+int sampled_backward_float(const SampledBackwardArgs<float> &);
+int sampled_backward_double(const SampledBackwardArgs<double> &);
 
 // The kernels that layers are made of, by the type of their numbers.
 template <class T>

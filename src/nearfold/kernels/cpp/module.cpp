@@ -375,4 +375,5 @@ NB_MODULE(_engine, m) {
     nearfold::bind_corners(m);
     nearfold::bind_scan(m);
     nearfold::bind_points(m);
+    nearfold::bind_sampled(m);
 }

@@ -16,6 +16,7 @@ void bind_neighbors(nanobind::module_ &m);  // module_neighbors.cpp
 void bind_corners(nanobind::module_ &m);  // module_corners.cpp
 void bind_scan(nanobind::module_ &m);   // module_scan.cpp
 void bind_points(nanobind::module_ &m);  // module_points.cpp
+void bind_sampled(nanobind::module_ &m);  // module_sampled.cpp
 
 inline void require(bool holds, const char *what) {
     if (!holds) throw nanobind::value_error(what);

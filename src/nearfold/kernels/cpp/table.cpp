@@ -56,6 +56,10 @@ extern const Engine NEARFOLD_JOIN(engine_, NEARFOLD_ISA) = {
     NEARFOLD_ISA::largest_double,
     NEARFOLD_ISA::largest_backward_float,
     NEARFOLD_ISA::largest_backward_double,
+    NEARFOLD_ISA::sampled_float,
+    NEARFOLD_ISA::sampled_double,
+    NEARFOLD_ISA::sampled_backward_float,
+    NEARFOLD_ISA::sampled_backward_double,
 };
 
 }  // namespace nearfold

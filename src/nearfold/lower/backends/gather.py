@@ -11,31 +11,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Deformable, Dense, Depthwise, Experts, Max, Shift
+from nearfold.grammar.words import Deformable, Dense, Depthwise, Experts, Max, Points, Shift
+from nearfold.kernels import sampled_torch
 from nearfold.kernels.corners import corners
 from nearfold.kernels.deformed import DeformedWindow
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.kernels.sampled import sampled
+from nearfold.kernels.weigh import softmax_of_few
 from nearfold.kernels.whole import whole
-from nearfold.lower.call import Call, Run, count_positions, is_transformed, refuse_derivatives
+from nearfold.lower.call import Call, Run, autocast_dtype, count_positions, is_transformed, refuse_derivatives
 from nearfold.lower.frame import Frame
+from nearfold.lower.kernel import finish
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.windows import is_table
-from nearfold.lower.words.deformable import moved, window_of
+from nearfold.lower.words.deformable import moved, placed, window_of
 from nearfold.lower.words.slots import slots, summed, weighed
 
 NAME = "gather"
+MOVED = Deformable, Points
 
 
 def supports(facts: Facts) -> Verdict:
     """Windows, blocks and deformable windows; scores of a dot product only."""
     op = facts.op
-    if not (isinstance(op.path, Deformable) or is_table(op.path)):
+    if not (isinstance(op.path, MOVED) or is_table(op.path)):
         return Verdict.no(f"path is {op.path.word}: its slots are not known beforehand")
     if isinstance(op.weight.rho, Max) or isinstance(op.weight.kernel, (Experts, Shift)):
         return Verdict.no(f"weight {op.weight} is another one for every channel or input")
     if op.weight.rho.needs_score and op.path.similarity.reduced not in DOT_LIKE:
         return Verdict.no(f"similarity {op.path.similarity} is not a dot product")
-    if isinstance(op.path, Deformable):
+    if isinstance(op.path, MOVED):
+        if op.weight.kernel is None:
+            return Verdict.yes("a weighted sum over the corners of every moved slot", "roundoff")
         return Verdict.yes("corners of every moved slot, blended by tiles, times the kernel", "roundoff")
     return Verdict.yes("scores and sums over a table of positions", "roundoff")
 
@@ -44,14 +51,30 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def _fractional(call: Call) -> tuple[Tensor, Tensor]:
-    """Index and alpha (B, G, M, S * E) of a deformable window."""
-    if call.ndim in CHANNELS_LAST and call.value is call.x and not is_transformed(call.x):
-        # the convolution of the offsets is twice as fast on it, backward, and `rows` are then a view of it
-        call.x = call.value = call.x.contiguous(memory_format=CHANNELS_LAST[call.ndim])
+    """Index and alpha (B, G, M, S * E) of slots that are moved, for a kernel."""
+    if isinstance(call.op.path, Points):
+        index, part = sampled_torch.entries(*placed(call))
+        return index.permute(0, 3, 1, 2), part.permute(0, 3, 1, 2)
+    _rows_first(call)
     offset, mask, frame = moved(call)
     alpha, index = corners(offset, mask, frame.grid, frame.out, frame.size, frame.stride, frame.dilation, frame.before)
     groups = (call.value.shape[0], call.heads)
     return index.unflatten(0, groups), alpha.unflatten(0, groups)
+
+
+def _rows_first(call: Call) -> None:
+    if call.ndim in CHANNELS_LAST and call.value is call.x and not is_transformed(call.x):
+        # the convolution of the offsets is twice as fast on it, backward, and `rows` are then a view of it
+        call.x = call.value = call.x.contiguous(memory_format=CHANNELS_LAST[call.ndim])
+
+
+def _blended(call: Call) -> Tensor:
+    """The sum over moved slots without a kernel: (B, C, *out)."""
+    _rows_first(call)
+    place, share, grid = placed(call, lambda made, axis: softmax_of_few(made))
+    rows = call.rows()
+    y = sampled(rows.to(autocast_dtype(rows) or rows.dtype), place, share, grid)
+    return finish(call, y.transpose(1, 2).unflatten(2, call.out_grid))
 
 
 # positions of a map beyond which torch's convolution of the offsets is faster than ours, and little lies between
@@ -85,6 +108,8 @@ def _settled(at: Frame) -> DeformedWindow | None:
     placed = kernel is not None and getattr(kernel, "coordinates", False) is not False
     if not isinstance(op.path, Deformable) or ndim > 3 or count_positions(at.out_grid) > LARGEST_WHOLE:
         return None
+    if op.path.net != "window" or getattr(op.weight.rho, "activation", "sigmoid") != "sigmoid":
+        return None
     if placed or not (kernel is None or isinstance(kernel, (Dense, Depthwise))):
         return None
     groups = 0 if isinstance(kernel, Depthwise) else kernel.groups if isinstance(kernel, Dense) else 1
@@ -94,7 +119,9 @@ def _settled(at: Frame) -> DeformedWindow | None:
 def run(call: Call) -> Tensor:
     """(B, O, *out)."""
     refuse_derivatives(call)
-    if isinstance(call.op.path, Deformable):
+    if isinstance(call.op.path, MOVED):
+        if call.op.weight.kernel is None:
+            return _blended(call)
         return summed(call, *_fractional(call), 2**call.ndim)
     score, at = slots(call)
     return summed(call, at, weighed(call, score, at))
