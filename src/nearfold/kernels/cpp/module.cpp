@@ -374,5 +374,6 @@ NB_MODULE(_engine, m) {
     nearfold::bind_local(m);
     nearfold::bind_corners(m);
     nearfold::bind_scan(m);
+    nearfold::bind_fast(m);
     nearfold::bind_points(m);
 }
