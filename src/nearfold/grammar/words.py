@@ -8,6 +8,7 @@ or candidates. All of them can be had from here.
 
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.channels import ChannelShift, CrossCovariance
+from nearfold.grammar.fast import MLSTM, RWKV7, Additive, Delta, FastWeights
 from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
 from nearfold.grammar.paths import (
@@ -55,8 +56,11 @@ from nearfold.grammar.weights import (
 )
 
 __all__ = [
+    "MLSTM",
     "ORDERS",
+    "RWKV7",
     "S4D",
+    "Additive",
     "Agent",
     "All",
     "AllCandidates",
@@ -70,11 +74,13 @@ __all__ = [
     "ContinuousDepthwise",
     "CrossCovariance",
     "Deformable",
+    "Delta",
     "Dense",
     "Depthwise",
     "Edge",
     "Entmax",
     "Experts",
+    "FastWeights",
     "First",
     "Generated",
     "GlobalFilter",

@@ -26,7 +26,8 @@ NAMES = ("query", "key", "value", "log_decay", "beta", "left", "right")
 
 def _require(*operands: Tensor | None) -> None:
     """ValueError where the operands do not fit one another."""
-    given = {name: x for name, x in zip(NAMES, operands, strict=True) if x is not None or name in NAMES[:3]}
+    named = zip(NAMES, operands, strict=True)
+    given: dict[str, Any] = {name: x for name, x in named if x is not None or name in NAMES[:3]}
     require_tensors(**given)
     query, _, value = (given[name] for name in NAMES[:3])
 
@@ -100,8 +101,8 @@ def fast_weights(
         query: (B, N, H, s), floating; all operands in its dtype.
         key: (B, N, H, s).
         value: (B, N, H, p).
-        log_decay: (B, N, H, 1), one for a head, or (B, N, H, s); at most 0, and as low as one likes, but for states that
-            may grow; None for no decay.
+        log_decay: (B, N, H, 1), one for a head, or (B, N, H, s); normally at most 0 and as low as one
+            likes; None for no decay.
         beta: (B, N, H); None without the delta rule.
         left: (B, N, H, s), with ``right``: any correction of rank one; None for none.
         right: (B, N, H, s).
@@ -109,13 +110,13 @@ def fast_weights(
 
     Returns:
         y (B, N, H, p) in the dtype of query, and for the backward, without gradient, the states (B, H, K, s, p) before
-        every chunk and what the correction read (B, N, H, p), both empty where nothing is kept; bfloat16 and float16 are
-        computed in float32, and what is kept is float32.
+        every chunk and what the correction read (B, N, H, p), both empty where nothing is kept; bfloat16 and float16
+        are computed in float32, and what is kept is float32.
 
     Raises:
         ValueError: where shapes, dtypes or devices do not fit.
 
-    Delta rule: Yang et al., arXiv 2406.06484; with decays: arXiv 2412.06464; the general form: RWKV-7, arXiv 2503.14456.
+    Delta rule: arXiv 2406.06484; with decays: arXiv 2412.06464; the general form: RWKV-7, arXiv 2503.14456.
     """
     operands = (query, key, value, log_decay, beta, left, right)
     _require(*operands)
@@ -180,18 +181,18 @@ def fast_weights_backward(
     wide = _plain(*operands)
     wide_grad = grad.to(_compute(grad.dtype)).contiguous()
     if served(query, *there):
-        made = [None if x is None else torch.empty_like(x) for x in wide]
+        made: list[Tensor | None] = [None if x is None else torch.empty_like(x) for x in wide]
         some = reads if reads.numel() else None
         each = (wide_grad, *wide, fast_weights_torch.CHUNK, some, states, *made, engine.threads())
         engine.run("fast_backward", *each)
+        found = [x for x in made if x is not None]
     else:
-        made = _again(wide_grad, *wide)
-    found = (x for x in made if x is not None)
+        found = _again(wide_grad, *wide)
     return [x.to(like.dtype).contiguous() for x, like in zip(found, there, strict=True)]
 
 
-def _again(grad: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
-    """By the chain rule through the chunks; torch.func's, for autograd is not at work inside an operator."""
+def _again(grad: Tensor, *operands: Tensor | None) -> list[Tensor]:
+    """Those at the operands that are there. By the chain rule through the chunks; torch.func's, for autograd is not at work inside an operator."""
     at = [i for i, x in enumerate(operands) if x is not None]
 
     def formula(*given: Tensor) -> Tensor:
@@ -201,11 +202,8 @@ def _again(grad: Tensor, *operands: Tensor | None) -> list[Tensor | None]:
         return fast_weights_torch.forward(*whole)[0]
 
     with torch.autocast(grad.device.type, enabled=False):
-        _, back = torch.func.vjp(formula, *(x for x in operands if x is not None))
-        made: list[Tensor | None] = [None] * len(operands)
-        for i, x in zip(at, back(grad), strict=True):
-            made[i] = x
-    return made
+        back: Any = torch.func.vjp(formula, *(x for x in operands if x is not None))[1]
+        return list(back(grad))
 
 
 @fast_weights_backward.register_fake
@@ -235,10 +233,10 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     *given, states, reads = ctx.saved_tensors
     rest = iter(given)
-    operands = [next(rest) if there else None for there in ctx.there]
+    operands: Any = [next(rest) if there else None for there in ctx.there]
     if not ctx.keep:
-        _, states, reads = fast_weights(*operands, True)
-    made = iter(fast_weights_backward(grad, *operands, states, reads))
+        states, reads = fast_weights(*operands)[1:]
+    made = iter(fast_weights_backward(*(grad, *operands, states, reads)))
     return *(next(made) if there else None for there in ctx.there), None
 
 
@@ -266,6 +264,7 @@ def _flops(query_shape, key_shape, value_shape, decay=None, beta=None, left=None
 
 
 @register_flop_formula(torch.ops.nearfold.fast_weights_backward)
-def _backward_flops(grad, query_shape, key_shape, value_shape, decay=None, beta=None, left=None, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _backward_flops(grad, query_shape, key_shape, value_shape, *rest, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    beta, left = rest[1:3]
     # the states again (3), and of the adjoint: what query, key, value and decay get, the query's share, its decay (11)
     return (14 + 4 * (beta is not None) + 10 * (left is not None)) * _numbers(query_shape, value_shape)

@@ -25,10 +25,8 @@ def chunks_of(positions: int) -> int:
     return -(-positions // CHUNK)
 
 
-def _chunked(x: Tensor | None, T: int) -> Tensor | None:
+def _chunked(x: Tensor, T: int) -> Tensor:
     """(B, N, H, f) -> (B, H, K, T, f), zeros after the last position."""
-    if x is None:
-        return None
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % T))
     return x.unflatten(1, (-1, T)).permute(0, 3, 1, 2, 4)
 
@@ -79,55 +77,50 @@ def forward(
     """
     N = query.shape[1]
     T = min(CHUNK, 1 << max(N - 1, 0).bit_length())
-    q, k, v, decay, a, b = (_chunked(x, T) for x in (query, key, value, log_decay, left, right))
-    assert q is not None and k is not None and v is not None
-    inside, late, whole = q.new_ones(()), k, None
+    q, k, v = (_chunked(x, T) for x in (query, key, value))
+    decay, a, b = (None if x is None else _chunked(x, T) for x in (log_decay, left, right))
+    B, H, K, _, s = q.shape
+    # decays since the chunk began, the position's own with them and without; those after it; those of the whole chunk
+    inside = before = after = q.new_ones(())
+    whole: Tensor | None = None
     if decay is not None:
         total = decay.cumsum(-2)
-        inside, whole = total.exp(), total[..., -1, :, None].exp()
-        late = k * _after(decay).exp()
-    if beta is not None:  # the unknowns are what is written, z = beta (value - read)
+        inside, before = total.exp(), F.pad(total[..., :-1, :], (0, 0, 1, 0)).exp()
+        after, whole = _after(decay).exp(), total[..., -1, :, None].exp()
+    # a system (I + near) x = given, of which the last columns are multiplied by the state before the chunk
+    near = given = None
+    writes, rate = k, q.new_ones(())
+    if beta is not None:  # x is what is written: beta (value - read)
         rate = _chunked(beta[..., None], T)
-        assert rate is not None
-        near = _scores(k, k, decay).tril(-1)
-        given = torch.cat([v, -k * inside], -1) * rate
-        matrix, writer = rate * near, late
-    elif a is not None and b is not None:  # the unknowns are what is read
-        exclusive = b if decay is None else b * F.pad(total[..., :-1, :], (0, 0, 1, 0)).exp()
-        given = torch.cat([_before(b, k, decay) @ v, exclusive], -1)
-        matrix, writer = -_before(b, a, decay), a if decay is None else a * _after(decay).exp()
-    else:
-        given = matrix = writer = None
+        near, given = rate * _scores(k, k, decay).tril(-1), rate * torch.cat([v, -k * inside], -1)
+    elif a is not None and b is not None:  # x is what is read
+        near, given, writes = -_before(b, a, decay), torch.cat([_before(b, k, decay) @ v, b * before], -1), a
     fixed = slope = None
-    if given is not None:
-        made = torch.linalg.solve_triangular(matrix, given, upper=False, unitriangular=True)
-        fixed, slope = made.split([v.shape[-1], k.shape[-1]], -1)
-    added = None if beta is not None else late.mT @ v
-    B, H, K = q.shape[:3]
-    state = q.new_zeros(B, H, q.shape[-1], v.shape[-1])
-    states, unknowns = [], []
+    if near is not None and given is not None:
+        made = torch.linalg.solve_triangular(near, given, upper=False, unitriangular=True)
+        fixed, slope = made.split([v.shape[-1], s], -1)
+    added = None if beta is not None else (k * after).mT @ v
+    late = (writes * after).mT
+    state, states, found = q.new_zeros(B, H, s, v.shape[-1]), [], []
     for i in range(K):
         states.append(state)
         on = state if whole is None else state * whole[:, :, i]
         if added is not None:
             on = on + added[:, :, i]
-        if fixed is not None:
-            x = fixed[:, :, i] + slope[:, :, i] @ state
-            unknowns.append(x)
-            on = on + writer[:, :, i].mT @ x
+        if fixed is not None and slope is not None:
+            found.append(fixed[:, :, i] + slope[:, :, i] @ state)
+            on = on + late[:, :, i] @ found[-1]
         state = on
-    before = torch.stack(states, 2)
-    y = (q * inside) @ before
-    reads: Tensor | None = None
-    if fixed is None:
+    first = torch.stack(states, 2)
+    y, reads = (q * inside) @ first, None
+    if beta is None:
         y = y + _scores(q, k, decay) @ v
-    else:
-        found = torch.stack(unknowns, 2)
+    if found:
+        x = torch.stack(found, 2)
+        y, reads = y + _scores(q, writes, decay) @ x, x
         if beta is not None:
-            y, reads = y + _scores(q, k, decay) @ found, (k * inside) @ before + near @ found
-        else:
-            y, reads = y + _scores(q, k, decay) @ v + _scores(q, a, decay) @ found, found
-    return _joined(y, N), before, None if reads is None else _joined(reads, N)
+            reads = (k * inside) @ first + _scores(k, k, decay).tril(-1) @ x
+    return _joined(y, N), first, None if reads is None else _joined(reads, N)
 
 
 def _joined(x: Tensor, N: int) -> Tensor:

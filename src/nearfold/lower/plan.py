@@ -21,6 +21,7 @@ from nearfold.lower.backends import (
     conv,
     dense,
     edges,
+    fast,
     fft,
     gather,
     knn,
@@ -40,7 +41,24 @@ from nearfold.lower.verdict import Facts, Verdict
 
 BACKENDS: dict[str, ModuleType] = {
     m.NAME: m
-    for m in (conv, transposed, block, sdpa, linear, fft, scan, knn, local, gather, union, blocks, pooled, edges, dense)
+    for m in (
+        conv,
+        transposed,
+        block,
+        sdpa,
+        linear,
+        fft,
+        scan,
+        fast,
+        knn,
+        local,
+        gather,
+        union,
+        blocks,
+        pooled,
+        edges,
+        dense,
+    )
 }  # in order of preference
 ORACLE = Verdict.yes("the formula itself, dense and slow", "bitwise")
 

@@ -13,6 +13,15 @@ from nearfold.nn.attention import (
     StridedAttention,
     TokenMLP,
 )
+from nearfold.nn.fast import (
+    MLSTM,
+    RWKV7,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    Retention,
+)
 from nearfold.nn.functional import deform_conv, knn_attention
 from nearfold.nn.graphs import EdgeConv, MaxRelativeConv2d
 from nearfold.nn.layers import (
@@ -30,6 +39,8 @@ from nearfold.nn.scans import SelectiveScan, SelectiveScan2d
 from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, LargeKernelConv2d, Pool2d
 
 __all__ = [
+    "MLSTM",
+    "RWKV7",
     "S4D",
     "ACmix2d",
     "BlockAttention2d",
@@ -41,12 +52,16 @@ __all__ = [
     "ConvNNAttention",
     "CrossAttention",
     "DeformConv2d",
+    "DeltaNet",
     "DynamicConv2d",
     "EdgeConv",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
     "GlobalFilter2d",
     "Hyena",
     "Involution2d",
     "KVTAttention",
+    "KimiDeltaAttention",
     "LargeKernelConv2d",
     "LinearAttention",
     "MaxRelativeConv2d",
@@ -55,6 +70,7 @@ __all__ = [
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
     "Pool2d",
+    "Retention",
     "SelectiveScan",
     "SelectiveScan2d",
     "SelfAttention",
