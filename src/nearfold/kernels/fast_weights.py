@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from nearfold.kernels import engine, fast_weights_torch, second
 from nearfold.kernels.aggregate import served, widened
 from nearfold.kernels.names import LOW, require_tensors
-from nearfold.kernels.operator import operator
+from nearfold.kernels.operator import differentiated, operator
 
 NAMES = ("query", "key", "value", "log_decay", "beta", "left", "right")
 
@@ -192,18 +192,11 @@ def fast_weights_backward(
 
 
 def _again(grad: Tensor, *operands: Tensor | None) -> list[Tensor]:
-    """Those at the operands that are there. By the chain rule through the chunks; torch.func's, for autograd is not at work inside an operator."""
-    at = [i for i, x in enumerate(operands) if x is not None]
-
-    def formula(*given: Tensor) -> Tensor:
-        whole: list[Any] = [None] * len(operands)
-        for i, x in zip(at, given, strict=True):
-            whole[i] = x
-        return fast_weights_torch.forward(*whole)[0]
-
-    with torch.autocast(grad.device.type, enabled=False):
-        back: Any = torch.func.vjp(formula, *(x for x in operands if x is not None))[1]
-        return list(back(grad))
+    """At the operands that are there, by autograd through the chunks."""
+    with differentiated(), torch.autocast(grad.device.type, enabled=False):
+        leaves: Any = [None if x is None else x.detach().requires_grad_() for x in operands]
+        y = fast_weights_torch.forward(*leaves)[0]
+        return list(torch.autograd.grad(y, [x for x in leaves if x is not None], grad))
 
 
 @fast_weights_backward.register_fake
