@@ -322,5 +322,5 @@ def test_counted_operations(rule, factor):
 
 
 def test_the_operands_have_the_names_of_the_arguments():
-    assert OPERANDS == tuple(list(fast_weights.__wrapped__.__annotations__)[:7])
+    assert tuple(list(fast_weights.__wrapped__.__annotations__)[:7]) == OPERANDS
     assert fast_weights_torch.CHUNK & (fast_weights_torch.CHUNK - 1) == 0
