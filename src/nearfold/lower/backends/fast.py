@@ -1,4 +1,4 @@
-"""`fast`: a matrix for each head that every position writes and reads, exactly, in time linear in the positions.
+"""`fast_weights`: a matrix for each head that every position writes and reads, exactly, in time linear in the positions.
 
 The engine goes step after step on the CPU; on CUDA devices, and where there is no engine, PyTorch goes by chunks.
 
@@ -20,7 +20,7 @@ from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.words.fast import FastMeaning, along
 from nearfold.lower.words.scan import visited
 
-NAME = "fast"
+NAME = "fast_weights"
 
 
 def supports(facts: Facts) -> Verdict:
