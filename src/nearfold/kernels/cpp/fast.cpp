@@ -3,8 +3,8 @@
 // S_t = diag(decay_t) S_{t-1} + key_t z_t^T with z_t = beta_t (value_t - S_{t-1}^T (decay_t key_t)).
 //
 // One step after the other, exactly: the columns of S know nothing of one another, so a panel of them stays in the first
-// cache, and a step is four or five fused products for each number of it, where the same in chunks of matrix products
-// would be three times as many. Decays are only ever multiplied.
+// cache, and a step is four or five products for each number of it, where the same in chunks of matrix products is about
+// twice as many. Decays are only ever multiplied.
 //
 // Forward: the lanes of a vector are columns. One pass over S makes the state, what the query reads of it, and what the
 // next step's correction will. Backward: the lanes are rows. It walks the chunks from the last to the first, makes their
