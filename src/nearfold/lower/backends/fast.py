@@ -1,4 +1,4 @@
-"""`fast_weights`: a matrix for each head that every position writes and reads, exactly, in time linear in the positions.
+"""`fast_weights`: a matrix for each head that every position writes and reads, exactly, in linear time.
 
 The engine goes step after step on the CPU; on CUDA devices, and where there is no engine, PyTorch goes by chunks.
 
