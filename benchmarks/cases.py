@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import build, language, sampled, shares, small, sparse
+from benchmarks import build, language, recurrences, sampled, shares, small, sparse
 from benchmarks.case import Case
 
 
@@ -148,6 +148,12 @@ CASES: dict[str, Spec] = {
         language.state_space_duality,
         {"shape": (2, 2048, 192), "heads": 6, "state": 64},
         {"shape": (2, 50, 12), "heads": 3, "state": 5},
+    ),
+    "gated_delta_rule": Spec(
+        "gated delta rule",
+        recurrences.gated_delta_rule,
+        {"shape": (2, 4096, 8, 64)},
+        {"shape": (2, 70, 3, 5)},
     ),
     "full_kernel": Spec(
         "depthwise convolution with a full kernel",

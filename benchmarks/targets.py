@@ -73,6 +73,8 @@ TARGETS: list[Target] = [
     *_faster("deformable_attention_4", "grid_sample", 3, 4),
     *_faster("scan", "loop over time", 20, 20),
     Target("scan", "associative scan", "forward", 3),
+    *_faster("gated_delta_rule", "loop over time", 30, 30),
+    *_faster("gated_delta_rule", "chunks of matrix products", 2, 2),
     Target("points", "scikit-learn trees by cloud", "forward", 1.5),
     Target("points", "matmul + topk by cloud", "forward", 4),
     Target("full_kernel", "direct depthwise", "forward", 3),

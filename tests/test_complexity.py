@@ -341,6 +341,10 @@ def test_sums_and_branches_add_up():
         ("window(3) | box | generated(groups=4, reduction=4)", 16 * 64 + 16 + 36 * 16 + 36),
         ("window(3) | box | experts(4)", 16 * 64 + 4 * 16 + 4),
         ("scan(state=16) | causal | selective(heads=4)", (4 + 32) * 64 + 4 + 4),  # without the skip D
+        ("scan(state=8) | causal | additive(heads=4)", 2 * 32 * 64),
+        ("scan(state=8) | causal | delta(heads=4, decay=head)", (2 * 32 + 4 + 4) * 64 + 4 + 4),
+        ("scan(state=8) | causal | mlstm(heads=4)", (2 * 32 + 4 + 4) * 64 + 4 + 4),
+        ("scan(state=8) | causal | rwkv7(heads=4, rank=3)", 2 * 32 * 64 + 2 * (3 * 64 + 32 * 3 + 32) + 3 * 32),
     ],
 )
 def test_which_parameters_generate(notation, generating):

@@ -27,6 +27,7 @@ from helpers.misuse_calls import (
     cornered,
     deformed,
     image,
+    kept,
     local_scored,
     local_summed,
     raw,
@@ -36,6 +37,8 @@ from helpers.misuse_calls import (
     right_corners,
     right_corners_backward,
     right_deform_conv,
+    right_fast,
+    right_fast_backward,
     right_grouped,
     right_grouped_backward,
     right_largest,
@@ -69,6 +72,7 @@ from nearfold.kernels import engine
 from nearfold.kernels.aggregate import aggregate, aggregate_backward
 from nearfold.kernels.corners import corners, corners_backward
 from nearfold.kernels.edges import largest, largest_backward
+from nearfold.kernels.fast_weights import NAMES, fast_weights, fast_weights_backward
 from nearfold.kernels.grouped_conv import grouped_conv, grouped_conv_backward
 from nearfold.kernels.local import local_scores, local_scores_backward, local_sum, local_sum_backward
 from nearfold.kernels.local_attention import local_attention, local_attention_backward
@@ -114,6 +118,12 @@ OPERATORS = {
         selective_scan_backward,
         right_scan_backward,
         lambda a: _gradients(a, "u", "delta", "A", "B", "C"),
+    ),
+    "fast_weights": (fast_weights, right_fast, kept),
+    "fast_weights_backward": (
+        fast_weights_backward,
+        right_fast_backward,
+        lambda a: [a[n].shape for n in NAMES if a[n] is not None],
     ),
     "corners": (corners, right_corners, cornered),
     "slot_softmax": (slot_softmax, right_softmax, lambda a: [a["score"].shape]),
@@ -180,6 +190,7 @@ MADE = [
     (nn.DeformableAttention2d(8, 2, stride=2), image),
     (nn.DeformConv2d(8, 8, offset_groups=2, modulated=True), image),
     (nn.DynamicConv2d(8, 8), image),
+    (nn.GatedDeltaNet(8, 2), tokens),
     (nn.EdgeConv(8, 8, 5), sequence),
     (nn.Involution2d(8, 3), image),
     (nn.KVTAttention(8, 2, k=5), tokens),
@@ -191,6 +202,9 @@ MADE = [
     (nn.NeighborhoodAttention2d(8, 2, 3, relative_bias=True), image),
     (nn.NeighborhoodAttention3d(8, 2, 3, causal_axes=(0,)), volume),
     (nn.Pool2d(8, 3, "max", stride=1, padding=1), image),
+    (nn.RWKV7(8, 2), tokens),
+    (nn.Retention(8, 2), tokens),
+    (nn.MLSTM(8, 2), tokens),
     (nn.SelectiveScan(8, 3), tokens),
     (nn.SelectiveScan2d(8, 3), image),
     (nn.SelfAttention(8, 2, positions="alibi"), tokens),
@@ -226,6 +240,7 @@ RAW = (
     "grouped",
     "shift_conv",
     "scan",
+    "fast",
     "corners",
     "deformed",
     "largest",

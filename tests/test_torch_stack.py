@@ -24,6 +24,7 @@ from nearfold.nn import (
     ConvNN2d,
     ConvNNAttention,
     DeformConv2d,
+    GatedDeltaNet,
     KVTAttention,
     NeighborhoodAttention2d,
     SelectiveScan,
@@ -40,6 +41,7 @@ LAYERS = {
     "NeighborhoodAttention2d": (lambda: NeighborhoodAttention2d(4, 2, 3), (2, 4, 5, 6), (0, 2, 3)),
     "DeformConv2d": (lambda: DeformConv2d(4, 4, 3), (2, 4, 5, 6), (0, 2, 3)),
     "SelectiveScan": (lambda: SelectiveScan(8, 4), (2, 7, 8), (0, 1)),
+    "GatedDeltaNet": (lambda: GatedDeltaNet(8, 2, 3), (2, 7, 8), (0, 1)),
 }
 RANDOM = "random(9)"
 

@@ -77,6 +77,30 @@ def right_scan_backward(rng):
     return {"grad": torch.randn_like(a["u"]), **a, "states": states}
 
 
+def right_fast(rng):
+    B, N, H, s, p = (rng.randint(1, n) for n in (2, 80, 3, 9, 40))
+    dtype, rule = rng.choice([torch.float32, torch.float64]), rng.choice(["plain", "delta", "any"])
+    each, decays = (B, N, H), rng.choice([None, 1, s])
+    query, key, left, right = (torch.randn(*each, s, dtype=dtype) / s for _ in range(4))
+    a = {"query": query, "key": key, "value": torch.randn(*each, p, dtype=dtype)}
+    a |= {"log_decay": None if decays is None else -torch.rand(*each, decays, dtype=dtype)}
+    a |= {"beta": torch.rand(each, dtype=dtype) if rule == "delta" else None}
+    return a | {"left": left if rule == "any" else None, "right": right if rule == "any" else None}
+
+
+def kept(a):
+    """Shapes of y, the states, and what a correction read."""
+    (B, N, H, s), p = a["query"].shape, a["value"].shape[3]
+    corrected = a["beta"] is not None or a["left"] is not None
+    return [(B, N, H, p), (B, H, -(-N // 64), s, p), (B, N if corrected else 0, H, p)]
+
+
+def right_fast_backward(rng):
+    a = right_fast(rng)
+    y, states, reads = (torch.randn(shape, dtype=a["query"].dtype) for shape in kept(a))
+    return {"grad": y, **a, "states": states, "reads": reads}
+
+
 def right_largest(rng):
     B, N, C, M, S = (rng.randint(1, n) for n in (2, 9, 40, 70, 5))
     rows = torch.randn(B, N, C, dtype=rng.choice([torch.float32, torch.float64]))
@@ -445,6 +469,17 @@ def raw(name):
         if name == "sampled_backward":
             a = right_sampled_backward(rng, (torch.float32, torch.float64))
             return a | {f"d_{n}": like(a[n]) for n in ("value", "place", "share")} | threads
+        if name == "fast":
+            a = right_fast(rng)
+            y, states, reads = (numbers(a["query"].dtype, *shape) for shape in kept(a))
+            into = {"to_y": y, "to_reads": reads if reads.numel() else None, "to_states": states}
+            return a | {"chunk": 64} | into | threads
+        if name == "fast_backward":
+            a = right_fast_backward(rng)
+            states, reads = a.pop("states"), a.pop("reads")
+            into = {f"d_{n}": None if x is None else like(x) for n, x in a.items() if n != "grad"}
+            kept_ones = {"chunk": 64, "reads": reads if reads.numel() else None, "states": states}
+            return a | kept_ones | into | threads
         if name.startswith("corners"):
             a = right_corners(rng)
             P, M, entries = cornered(a)[0]

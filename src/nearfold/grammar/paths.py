@@ -233,7 +233,7 @@ class Scan(Path):
     }
     primitive = ("RECURRENT", 1)
     shapes = ("causal",)
-    rhos = ("selective",)
+    rhos = ("selective", "additive", "delta", "mlstm", "rwkv7")
     takes_kernel = False
     joins = False
     state: int = field(default=16, metadata={"always": True, "named": True})

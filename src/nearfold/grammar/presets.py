@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nearfold.grammar.entry import Entry
-from nearfold.grammar.families import attention, neighbours, sequences, several, windows
+from nearfold.grammar.families import attention, fast, neighbours, sequences, several, windows
 from nearfold.grammar.notation import NAMES, did_you_mean
 from nearfold.grammar.operation import Operation
 
@@ -13,6 +13,7 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
     **attention.FAMILIES,
     **neighbours.FAMILIES,
     **sequences.FAMILIES,
+    **fast.FAMILIES,
 }
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(e.name for e in entries) for family, entries in _FAMILIES.items()}
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entries in _FAMILIES.values() for entry in entries}

@@ -11,6 +11,7 @@ from nearfold.grammar.beside import Beside
 from nearfold.grammar.blocks import NearestBlocks
 from nearfold.grammar.channels import ChannelShift, CrossCovariance, Excite
 from nearfold.grammar.deformable import Deformable, Points, Sampled
+from nearfold.grammar.fast import MLSTM, RWKV7, Additive, Delta, FastWeights
 from nearfold.grammar.graphs import Edge, Relative
 from nearfold.grammar.latents import Latents, Nystrom, Projected, Seeds, Synthesized
 from nearfold.grammar.long import S4D, Continuous, ContinuousDepthwise, GlobalFilter, Hyena, Long, Spectral
@@ -59,8 +60,11 @@ from nearfold.grammar.weights import (
 )
 
 __all__ = [
+    "MLSTM",
     "ORDERS",
+    "RWKV7",
     "S4D",
+    "Additive",
     "Agent",
     "All",
     "AllCandidates",
@@ -75,6 +79,7 @@ __all__ = [
     "ContinuousDepthwise",
     "CrossCovariance",
     "Deformable",
+    "Delta",
     "Dense",
     "Depthwise",
     "Edge",
@@ -82,6 +87,7 @@ __all__ = [
     "Entmax",
     "Excite",
     "Experts",
+    "FastWeights",
     "Favor",
     "First",
     "Generated",

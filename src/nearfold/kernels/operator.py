@@ -7,8 +7,9 @@ others get the registered operator.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -105,6 +106,16 @@ class Operator(Generic[P, R]):
             return list(found) if self._gives_list else found  # type: ignore[return-value]
         with torch._C._AutoDispatchBelowAutograd():
             return self._body(*args, **named)
+
+
+@contextlib.contextmanager
+def differentiated() -> Iterator[None]:
+    """Within it autograd records, inside an operator, too: there torch has taken its keys out of the dispatcher."""
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradOther, keys.AutogradNestedTensor, keys.AutogradFunctionality):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 def operator(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:

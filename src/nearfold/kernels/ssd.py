@@ -44,7 +44,7 @@ def _chunked(x: Tensor, T: int, K: int) -> Tensor:
     return x.unflatten(2, (K, T))
 
 
-def _segments(log_decay: Tensor) -> Tensor:
+def segments(log_decay: Tensor) -> Tensor:
     """(.., T) -> (.., T, T): entry (i, j) is the sum over j < l <= i, and -inf above the diagonal.
 
     Each sum is added on its own, from its first term: a difference of running sums would lose the small ones behind
@@ -97,7 +97,7 @@ def decayed_attention(
         late = v
     else:
         steps = _chunked(log_decay.float() if log_decay.dtype in LOW else log_decay, T, K)
-        decay = _segments(steps).exp()
+        decay = segments(steps).exp()
         weights = scores * decay.to(scores.dtype)
         late = v * decay[..., -1, :, None].to(v.dtype)
         inside = steps.cumsum(-1).exp()

@@ -26,6 +26,10 @@ FEATURES = (
 )  # fmt: skip
 """What a patch of the image is described by."""
 SHARPNESS = 2.0  # times the query: attention as peaked as a trained layer's, not the haze of an untrained one
+GATES = tuple(
+    f"{name}_weight" for name in ("a_proj", "b_proj", "f_proj", "g_proj", "i_proj", "a_up", "f_up", "g_up", "w_up")
+)
+"""What makes decays and shares of the input: half open, whatever it is."""
 STEP = 0.01  # delta of a state space: its slowest state remembers 1 / STEP = 100 positions
 
 
@@ -163,6 +167,11 @@ def _set_plain(tensor: Tensor, name: str, owner: Basic | None, ndim: int) -> Non
             tensor[first + state, state % len(FEATURES)] = 1
     elif name == "feature_weight":  # of which offsets are made: the position's own features
         tensor.zero_().flatten(2)[..., tensor[0, 0].numel() // 2] = 1
+    elif name in ("q_proj_weight", "r_proj_weight", "k_proj_weight") and owner is not None:
+        state = torch.arange(cast(Scan, owner.path).state)
+        tensor.zero_().unflatten(0, (-1, len(state)))[:, state, state % len(FEATURES)] = 1
+    elif name in GATES:
+        tensor.zero_()
     elif name == "offset_weight":
         _slide_uphill(tensor, ndim)
     elif name == "weight" and owner is not None:

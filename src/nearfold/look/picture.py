@@ -41,9 +41,9 @@ No layer here is trained. A patch is described by 8 numbers (its colour, contras
 over the image, then each patch to one length). Queries, keys and values are these numbers themselves, the query \
 times {sharpness:g}, and all heads see all of them. Kernels average their slots. The slots of a deformable window \
 slide uphill, towards brighter patches. A scan writes and reads the features (B and C), each step is {step:g}, \
-without the skip D. Tables, and the maps that generate kernels, are random (seed 0). Heads and channels are averaged. \
-Colours follow the square root of the weight: above up to the largest of the row, below up to the strongest hundredth \
-of the matrix, of which every cell of the picture shows the strongest of its weights."""
+without the skip D; gates are half open. Tables, and the maps that generate kernels, are random (seed 0). Heads and \
+channels are averaged. Colours follow the square root of the weight: above up to the largest of the row, below up to \
+the strongest hundredth of the matrix, of which every cell of the picture shows the strongest of its weights."""
 
 
 def look(
@@ -64,7 +64,7 @@ def look(
       repeated for every head, so that each sees them all;
     - kernels average their slots (next to softmax: they are ones); position tables are zero;
     - each slot of a `deformable` window slides along the gradient of brightness at the place where the window has it;
-    - a `scan` writes and reads the features (B and C), with a step of 0.01 and no skip D;
+    - a `scan` writes and reads the features (B and C), with a step of 0.01, no skip D, and gates half open;
     - what nothing stands for (`table`, the maps of `generated`, learned encodings) stays random, from seed 0;
     - a `table` is made for as many positions as the grid has, and windows for sequences run over the raster order.
 

@@ -16,6 +16,15 @@ from nearfold.nn.attention import (
 )
 from nearfold.nn.beside import TokenGridAttention
 from nearfold.nn.deformable import DCNv3, DCNv4, DeformableAttention2d, MultiScaleDeformableAttention
+from nearfold.nn.fast import (
+    MLSTM,
+    RWKV7,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+    Retention,
+)
 from nearfold.nn.fewer import (
     AttentionPool,
     HaloAttention2d,
@@ -41,6 +50,8 @@ from nearfold.nn.scans import SelectiveScan, SelectiveScan2d
 from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, LargeKernelConv2d, Pool2d
 
 __all__ = [
+    "MLSTM",
+    "RWKV7",
     "S4D",
     "ACmix2d",
     "AttentionPool",
@@ -56,13 +67,17 @@ __all__ = [
     "DCNv4",
     "DeformConv2d",
     "DeformableAttention2d",
+    "DeltaNet",
     "DynamicConv2d",
     "EdgeConv",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
     "GlobalFilter2d",
     "HaloAttention2d",
     "Hyena",
     "Involution2d",
     "KVTAttention",
+    "KimiDeltaAttention",
     "LargeKernelConv2d",
     "LinearAttention",
     "LinformerAttention",
@@ -76,6 +91,7 @@ __all__ = [
     "NystromAttention",
     "PerformerAttention",
     "Pool2d",
+    "Retention",
     "SelectiveScan",
     "SelectiveScan2d",
     "SelfAttention",

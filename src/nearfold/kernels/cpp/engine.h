@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "deformed.h"
+#include "fast.h"
 #include "local.h"
 #include "neighbors.h"
 #include "points.h"
@@ -146,6 +147,10 @@ struct Engine {
     int (*scan_double)(const ScanArgs<double> &);
     int (*scan_backward_float)(const ScanBackwardArgs<float> &);
     int (*scan_backward_double)(const ScanBackwardArgs<double> &);
+    int (*fast_float)(const FastArgs<float> &);
+    int (*fast_double)(const FastArgs<double> &);
+    int (*fast_backward_float)(const FastBackwardArgs<float> &);
+    int (*fast_backward_double)(const FastBackwardArgs<double> &);
     int (*points_float)(const PointsArgs<float> &);
     int (*points_double)(const PointsArgs<double> &);
     int (*largest_float)(const LargestArgs<float> &);

@@ -374,6 +374,7 @@ NB_MODULE(_engine, m) {
     nearfold::bind_local(m);
     nearfold::bind_corners(m);
     nearfold::bind_scan(m);
+    nearfold::bind_fast(m);
     nearfold::bind_points(m);
     nearfold::bind_sampled(m);
 }

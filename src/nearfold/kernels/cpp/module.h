@@ -15,6 +15,7 @@ void bind_local(nanobind::module_ &m);  // module_local.cpp
 void bind_neighbors(nanobind::module_ &m);  // module_neighbors.cpp
 void bind_corners(nanobind::module_ &m);  // module_corners.cpp
 void bind_scan(nanobind::module_ &m);   // module_scan.cpp
+void bind_fast(nanobind::module_ &m);   // module_fast.cpp
 void bind_points(nanobind::module_ &m);  // module_points.cpp
 void bind_sampled(nanobind::module_ &m);  // module_sampled.cpp
 

@@ -10,23 +10,11 @@
 #include <initializer_list>
 
 #include "engine.h"
-#include "simd.h"
+#include "recurrence.h"
 
 namespace nearfold {
 namespace NEARFOLD_ISA {
 namespace {
-
-// Numbers below the smallest normal one are zero while this lives: a state that decays would otherwise end in a long row
-// of them, each of which costs the processor a hundred cycles.
-struct FlushTiny {
-#if defined(__SSE2__)
-    const unsigned before = _mm_getcsr();
-    FlushTiny() { _mm_setcsr(before | 0x8040); }
-    ~FlushTiny() { _mm_setcsr(before); }
-#else
-    FlushTiny() {}
-#endif
-};
 
 template <class T>
 struct PowerOf;
@@ -107,20 +95,6 @@ inline Vec<T> power_of_two(Vec<T> x) {
 #pragma GCC unroll 16
     for (int i = P::terms - 1; i >= 0; --i) series = fused<T>(series, f, splat<T>(P::series[i]));
     return scaled<T>(series, n);
-}
-
-// The first n lanes, zero in the others.
-template <class T>
-inline Vec<T> load_some(const T *from, int64_t n) {
-    if (n >= lanes<T>) return load<T>(from);
-    T some[lanes<T>] = {};
-    memcpy(some, from, n * sizeof(T));
-    return load<T>(some);
-}
-template <class T>
-inline void store_some(T *to, Vec<T> v, int64_t n) {
-    if (n >= lanes<T>) return store<T>(to, v);
-    memcpy(to, &v, n * sizeof(T));
 }
 
 // A (C, S) as vectors (channel vectors, S), times a factor.
@@ -326,18 +300,6 @@ void group_backward(const ScanBackwardArgs<T> &args, const Chunk<T> &c, int64_t 
             store_some<T>(args.d_delta + to, fused<T>(c.u[at], c.from_x[at], c.from_rate[at]), n);
         }
     }
-}
-
-// to[i] = sum over g of from[g * stride + i], in order.
-template <class T>
-void add_up(int threads, const T *from, int64_t groups, int64_t stride, int64_t n, T *to) {
-    constexpr int64_t run = 4096;
-    parallel(threads, ceil_div(n, run), [&](int64_t item, int) {
-        const int64_t begin = item * run, end = smaller(n, begin + run);
-        for (int64_t i = begin; i < end; ++i) to[i] = from[i];
-        for (int64_t g = 1; g < groups; ++g)
-            for (int64_t i = begin; i < end; ++i) to[i] += from[g * stride + i];
-    });
 }
 
 template <class T>

@@ -13,17 +13,18 @@ from nearfold.kernels.scan import selective_scan
 from nearfold.kernels.ssd import decayed_attention
 from nearfold.lower.call import Call, refuse_derivatives
 from nearfold.lower.verdict import Facts, Verdict
-from nearfold.lower.words.scan import scan_order, state_space
+from nearfold.lower.words.scan import state_space, visited
 
 NAME = "scan"
 
 
 def supports(facts: Facts) -> Verdict:
-    """Path scan."""
+    """Path scan under selective."""
     op = facts.op
     if not isinstance(op.path, Scan):
         return Verdict.no(f"path is {op.path.word}, not scan")
-    assert isinstance(op.weight.rho, Selective)
+    if not isinstance(op.weight.rho, Selective):
+        return Verdict.no(f"rho is {op.weight.rho.word}, not selective")
     if op.weight.rho.scan_heads is None:
         return Verdict.yes("the recurrence by chunks, states in registers", "roundoff")
     return Verdict.yes("chunks of matrix products (state-space duality)", "roundoff")
@@ -49,6 +50,7 @@ def run(call: Call) -> Tensor:
             read_BNs[:, None], write_BNs[:, None], x_BHNp * delta_BHN[..., None], delta_BHN * rate[:, None]
         )
         y_BNC = (y_BHNp + x_BHNp * skip[:, None, None]).transpose(1, 2).flatten(2)
-    if not (path.order == "raster" or call.ndim == 1) or path.reverse:
-        y_BNC = y_BNC[:, scan_order(path, call.grid, y_BNC.device).argsort()]
+    order = visited(path, call.grid, y_BNC.device)
+    if order is not None:
+        y_BNC = y_BNC[:, order.argsort()]
     return y_BNC.transpose(1, 2).unflatten(2, call.grid).to(dtype)

@@ -70,6 +70,12 @@ def scan_order(path: Scan, grid: tuple[int, ...], device: torch.device) -> Tenso
     return order.flip(0) if path.reverse else order
 
 
+def visited(path: Scan, grid: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """As `scan_order`; None where that is the raster."""
+    plain = path.order == "raster" or len(grid) == 1
+    return None if plain and not path.reverse else scan_order(path, grid, device)
+
+
 # --- the weight
 
 
@@ -126,8 +132,8 @@ def state_space(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a scan is made of, positions in its order: value (B, N, C), delta (B, N, C|H), B and C (B, N, s)."""
     path, rho, params = cast(Scan, call.op.path), cast(Selective, call.op.weight.rho), call.params
     value_BNC, keep_BN = call.value.flatten(2).transpose(1, 2), call.keep
-    if not (path.order == "raster" or call.ndim == 1) or path.reverse:
-        order = scan_order(path, call.grid, value_BNC.device)
+    order = visited(path, call.grid, value_BNC.device)
+    if order is not None:
         value_BNC, keep_BN = value_BNC[:, order], None if keep_BN is None else keep_BN[:, order]
     made = F.linear(value_BNC, params["x_proj_weight"])
     step, write, read = made.split([made.shape[-1] - 2 * path.state, path.state, path.state], -1)
