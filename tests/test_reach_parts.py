@@ -238,7 +238,6 @@ def test_timm_attention_takes_masks():
     ("models.beit.Attention", {"num_heads": 4, "window_size": (2, 3)}, "entries of its own for the class token"),
     ("models.swin_transformer_v2.WindowAttention", {"num_heads": 4, "window_size": (4, 4)}, "its cpb_mlp.0"),
     ("models.pvt_v2.Attention", {"num_heads": 4, "sr_ratio": 2}, "no word for its norm (LayerNorm), sr (Conv2d)"),
-    ("models.xcit.XCA", {"num_heads": 4}, "no word for its temperature"),
     ("models.davit.ChannelAttention", {"num_heads": 4}, "it is not all"),
     ("models.cait.TalkingHeadAttn", {"num_heads": 4}, "no word for its proj_l"),
     ("models.vision_transformer_sam.Attention", {"use_rel_pos": True, "input_size": (3, 3)}, "rel_pos_h"),

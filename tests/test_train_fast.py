@@ -19,6 +19,7 @@ def test_a_step_of_muon_is_orthogonal_and_leaves_biases_to_adamw(digits):
         epochs=1, batch_size=len(digits.train), optimizer="muon", lr=0.1, momentum=0.0, weight_decay=0.0,
         warmup_epochs=0, clip_grad_norm=0.0, device="cpu",
     )  # fmt: skip
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 10, 2), nn.Flatten()
     )
@@ -27,7 +28,7 @@ def test_a_step_of_muon_is_orthogonal_and_leaves_biases_to_adamw(digits):
     for name, p in model.named_parameters():
         moved = before[name] - p.detach()
         if p.ndim == 1:  # the first step of Adam is the sign of the gradient
-            assert moved.abs().allclose(torch.tensor(REST * recipe.lr), rtol=1e-3)
+            assert moved.abs().allclose(torch.tensor(REST * recipe.lr), rtol=0.01)
             continue
         values = torch.linalg.svdvals(moved.flatten(1))
         wanted = 0.2 * recipe.lr * max(moved.flatten(1).shape) ** 0.5  # 0.2: the size of AdamW's steps (2502.16982)

@@ -102,6 +102,9 @@ def test_layers_ask_for_their_kernels(operation, kernel):
     assert kernel in {launch.name for launch in found}
 
 
+BY_TORCH = {"GatedDeltaNet"}
+"""Layers that PyTorch's own operators do on a GPU."""
+
 WAITS = pytest.mark.xfail(
     strict=True,
     raises=RuntimeError,
@@ -118,7 +121,7 @@ def test_nothing_waits_for_the_device(name):
     walk = aggregate_torch.tiles
     with launches.asked() as found, mock.patch.object(aggregate_torch, "tiles", walk):
         layer(x.requires_grad_()).sum().backward()
-    assert found
+    assert bool(found) is (name not in BY_TORCH)
 
 
 def test_outside_it_nothing_is_asked_for_or_patched():

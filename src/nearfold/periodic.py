@@ -12,7 +12,7 @@ from nearfold.grammar.complexity import c_d, primitives
 from nearfold.grammar.presets import FAMILIES, entry_of
 from nearfold.lower import Explanation, explain
 
-WIDTHS = (23, 43, 12, 31, 4)  # name, path, shape, weight, C_D; the backend follows
+WIDTHS = (23, 43, 12, 29, 4)  # name, path, shape, weight, C_D; the backend follows
 HEAD = ("", "PATH: where to look", "SHAPE: form", "WEIGHT: what to value", "C_D", "runs on")
 EXAMPLES = """\
 examples:

@@ -20,7 +20,7 @@ def narrowed(op: Basic, fitted: Basic, params: dict[str, Tensor], ndim: int) -> 
     if fitted is op:
         return params
     params = meaning(op.path).narrow(fitted, params)
-    if "relative_bias" in params:
+    if "relative_bias" in params and op.path.similarity.bias == "table":
         table = params["relative_bias"]
         for axis, (had, has) in enumerate(zip(bias_reach(op, ndim), bias_reach(fitted, ndim), strict=True)):
             table = table.narrow(1 + axis, had - has, 2 * has - 1)
