@@ -50,23 +50,26 @@ def test_shares_and_their_intervals():
     own = ocr_lines.marks(read, truth)
     assert own.wrong.tolist() == [0, 1, 1, 2] and own.length.tolist() == [4, 4, 1, 2]
     best = ocr_lines.marks(truth, truth)
-    found = ocr_lines.characters_read(own)
+    found = ocr_lines.share("characters", own)
     assert found.mean == pytest.approx(1 - 4 / 11) and found.low < found.mean < found.high
-    apart = ocr_lines.characters_read(own, best)
+    apart = ocr_lines.share("characters", own, best)
     assert apart.mean == pytest.approx(-4 / 11) and apart.high <= 0
-    whole = ocr_lines.characters_read(best)
+    whole = ocr_lines.share("characters", best)
     assert (whole.mean, whole.low, whole.high) == (1, 1, 1)
-    assert ocr_lines.lines_read(own).mean == 0.25 and ocr_lines.lines_read(best).high == 1
-    assert ocr_lines.lines_read(own, best).mean == -0.75 and ocr_lines.lines_read(best, own).mean == 0.75
-    same = ocr_lines.lines_read(own, own)
-    assert same.mean == 0 and same.low == -same.high < 0
+    assert ocr_lines.share("lines", own).mean == 0.25 and ocr_lines.share("lines", best).high == 1
+    assert ocr_lines.share("lines", own, best).mean == -0.75 and ocr_lines.share("lines", best, own).mean == 0.75
+    same = ocr_lines.share("lines", own, own)
+    assert same.mean == same.low == same.high == 0
+    both = ocr_lines.pooled([own, best])
+    assert both.right.tolist() == [1, 0.5, 0.5, 0.5]
+    assert ocr_lines.share("characters", both).mean == pytest.approx(1 - 2 / 11)
 
 
 def test_the_bootstrap_agrees_with_its_own_spread():
     """Of many alike lines the interval is that of a mean: 1.96 standard errors."""
     rng = np.random.default_rng(1)
     wrong = rng.binomial(10, 0.2, 400)
-    found = ocr_lines.characters_read(ocr_lines.Marks(wrong, np.full(400, 10)))
+    found = ocr_lines.share("characters", ocr_lines.Marks(wrong, np.full(400, 10), wrong == 0))
     error = wrong.std(ddof=1) / 10 / 400**0.5
     assert found.half == pytest.approx(1.96 * error, rel=0.1)
 
@@ -242,7 +245,7 @@ def example() -> dict:
         "environment": {"processor": "any"},
         "onnxruntime": {"320": 3e-6},
         "lines": {kind: {"test": 5, "characters": 30} for kind in ocr_lines.WIDTHS},
-        "train": {"lines": 4, "steps": 2, "batch": 2, "lr": 1e-4},
+        "train": {"lines": 4, "seeds": 1, "steps": 2, "batch": 2, "lr": 1e-4},
         "untrained": [first, second | said],
         "trained": [first | tuned, second | tuned],
         "times": [{"network": "as it was", "tokens": t, "milliseconds": 2.5, "ratio": 1.0} for t in (None, 80)],

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nearfold.recipes.ocr_lines import WIDTHS, Marks, characters_read, lines_read, marks
+from nearfold.recipes.ocr_lines import COUNTED, WIDTHS, Marks, marks, pooled, share
 from nearfold.recipes.ocr_network import HEIGHT, STRIDE, Recogniser, difference, load
 from nearfold.recipes.ocr_report import markdown, picture
 from nearfold.recipes.ocr_tune import Seen, Tuning, seen, tune
@@ -55,6 +55,8 @@ class Settings:
     """Lines of a kind; None: as many as there are."""
     train: int = 240
     """Lines of a kind."""
+    seeds: int = 3
+    """Of training."""
     rounds: int = 15
     """Of the measurement of times: every network takes its turn in each."""
     tokens: tuple[int, ...] = (TOKENS, 1024)
@@ -62,7 +64,7 @@ class Settings:
     tuning: Tuning = field(default_factory=Tuning)
 
 
-QUICK = Settings(test=3, train=4, rounds=2, tokens=(TOKENS,), tuning=Tuning(steps=2, batch=2))
+QUICK = Settings(test=3, train=4, seeds=1, rounds=2, tokens=(TOKENS,), tuning=Tuning(steps=2, batch=2))
 
 
 def converted(net: Recogniser, operation: str | None) -> tuple[Recogniser, Report | None]:
@@ -98,7 +100,7 @@ def scores(own: dict[str, Marks], other: dict[str, Marks] | None) -> dict[str, A
     """Shares of characters and lines with their intervals, and by how much they are above another network's."""
 
     def numbers(one: Marks, two: Marks | None) -> dict[str, list[float]]:
-        found = {"characters": characters_read(one, two), "lines": lines_read(one, two)}
+        found = {what: share(what, one, two) for what in COUNTED}
         return {what: [e.mean, e.low, e.high] for what, e in found.items()}
 
     return {
@@ -119,19 +121,22 @@ def untrained(net: Recogniser, test: dict[str, Seen]) -> tuple[list[dict[str, An
 
 
 def trained(
-    net: Recogniser, data: list[Seen], test: dict[str, Seen], before: dict[str, dict[str, Marks]], tuning: Tuning
+    net: Recogniser, data: list[Seen], test: dict[str, Seen], before: dict[str, dict[str, Marks]], settings: Settings
 ) -> list[dict[str, Any]]:
-    """A row for every network that is trained; ahead of the untouched network after the same training."""
+    """A row for every trained network, over the seeds; ahead of the untouched network after the same training."""
     rows: list[dict[str, Any]] = []
     control: dict[str, Marks] | None = None
     for name in TUNED:
-        made, _ = converted(net, NETWORKS[name])
-        seconds = tune(made, data, tuning)
-        own = examined(made, test)
+        seconds, each = [], []
+        for seed in range(settings.seeds):
+            made, _ = converted(net, NETWORKS[name])
+            seconds.append(tune(made, data, settings.tuning, seed))
+            each.append(examined(made, test))
+        own = {kind: pooled([marks[kind] for marks in each]) for kind in test}
         gained = {kind: part["ahead"] for kind, part in scores(own, before[name]).items()}
-        rows.append({"network": name, "seconds": seconds, **scores(own, control), "gained": gained})
+        rows.append({"network": name, "seconds": statistics.median(seconds), **scores(own, control), "gained": gained})
         control = control or own
-        print(f"{name}, trained for {seconds:.0f} s: {_line(rows[-1])}", flush=True)
+        print(f"{name}, trained for {statistics.median(seconds):.0f} s: {_line(rows[-1])}", flush=True)
     return rows
 
 
@@ -157,7 +162,7 @@ def times(net: Recogniser, settings: Settings) -> list[dict[str, Any]]:
         took: dict[str, list[float]] = {name: [] for name in nets}
         for turn in range(settings.rounds + 1):
             for name, one in nets.items():
-                module = one if tokens is None else one.blocks[0].attn
+                module = one if tokens is None else one.attention(0)
                 call = partial(module, x) if tokens is None else partial(module, x, x, x, need_weights=False)
                 seconds = timed(call, x.device)
                 if turn:  # the first one warms up
@@ -194,9 +199,9 @@ def run(settings: Settings, runs: Path, only_times: bool = False) -> tuple[dict[
         kind: {"test": len(part.texts), "characters": sum(len(t.replace(" ", "")) for t in part.texts)}
         for kind, part in test.items()
     }
-    found["train"] = {"lines": settings.train} | vars(settings.tuning)
+    found["train"] = {"lines": settings.train, "seeds": settings.seeds} | vars(settings.tuning)
     found["untrained"], before = untrained(net, test)
-    found["trained"] = trained(net, train, test, before, settings.tuning)
+    found["trained"] = trained(net, train, test, before, settings)
     return found, net, test["printed"]
 
 

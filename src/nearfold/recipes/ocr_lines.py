@@ -12,11 +12,10 @@ Shape legend: B lines, W columns of pixels. Grey values from -1 (black) to 1 (wh
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nearfold.recipes.ocr_network import HEIGHT
-from nearfold.study.statistics import LEVEL, Estimate, changed_share, sampling
+from nearfold.study.statistics import LEVEL, Estimate
 from nearfold.train.seeds import derive
 
 if TYPE_CHECKING:
@@ -169,45 +168,54 @@ def edits(read: str, truth: str) -> int:
 
 @dataclass(frozen=True)
 class Marks:
-    """Of every line: the edits it would take, and its length. Spaces do not count."""
+    """Of every line: the edits it would take, its length, and 1 where it is read without a fault. Spaces do not count.
+
+    Where a line was read by several networks that are one but for the seed, these are means.
+    """
 
     wrong: np.ndarray
     length: np.ndarray
-
-    @property
-    def right(self) -> np.ndarray:
-        """Whether a line is read without a fault."""
-        return self.wrong == 0
+    right: np.ndarray
 
 
 def marks(read: Sequence[str], truth: Sequence[str]) -> Marks:
     """What is right of the lines that were read.
 
     >>> marks(["ab c", "xy"], ["abc", "y"])
-    Marks(wrong=array([0, 1]), length=array([3, 1]))
+    Marks(wrong=array([0., 1.]), length=array([3., 1.]), right=array([1., 0.]))
     """
     pairs = [(a.replace(" ", ""), b.replace(" ", "")) for a, b in zip(read, truth, strict=True)]
-    return Marks(np.array([edits(a, b) for a, b in pairs]), np.array([len(b) for _, b in pairs]))
+    wrong = np.array([float(edits(a, b)) for a, b in pairs])
+    return Marks(wrong, np.array([float(len(b)) for _, b in pairs]), (wrong == 0).astype(float))
 
 
-def characters_read(own: Marks, other: Marks | None = None, seed: int = 0) -> Estimate:
-    """The share of the characters that is read, 1 - edits / characters; or by how much it is more than another's.
+def pooled(several: Sequence[Marks]) -> Marks:
+    """The means of several networks' marks of the same lines."""
+    found = (np.mean([getattr(m, name) for m in several], 0) for name in ("wrong", "length", "right"))
+    return Marks(*found)
 
-    The interval is over draws of the lines with replacement (percentiles of the bootstrap), the same ones for both.
+
+COUNTED: dict[str, Callable[[Marks], tuple[np.ndarray, np.ndarray]]] = {
+    "characters": lambda m: (m.length - m.wrong, m.length),
+    "lines": lambda m: (m.right, np.ones_like(m.right)),
+}
+"""What a share may be of: how much of every line is read, and of how much."""
+
+
+def share(what: str, own: Marks, other: Marks | None = None, seed: int = 0) -> Estimate:
+    """The share of the characters or lines that is read; or by how much it is above another network's.
+
+    Of characters it is 1 - edits / characters. The interval is over draws of the lines with replacement (percentiles of
+    the bootstrap), the same ones for both networks.
+
+    Args:
+        what: a key of :data:`COUNTED`.
+        own: what a network made of the lines.
+        other: what another one made of the same lines.
+        seed: of the draws.
     """
-    wrong = own.wrong if other is None else own.wrong - other.wrong
-    base, n = float(other is None), len(wrong)
-    drawn = np.random.default_rng(seed).integers(n, size=(DRAWS, n))
-    found = base - wrong[drawn].sum(1) / own.length[drawn].sum(1)
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(base - float(wrong.sum() / own.length.sum()), float(low), float(high), n, float("nan"))
-
-
-def lines_read(own: Marks, other: Marks | None = None) -> Estimate:
-    """The share of the lines without a fault (Agresti and Coull's interval); or by how much it is above another's."""
-    n = len(own.right)
-    if other is not None:
-        return changed_share(int((own.right & ~other.right).sum()), int((~own.right & other.right).sum()), n)
-    share = float(own.right.mean())
-    centre, half = (share * n + 2) / (n + 4), NormalDist().inv_cdf((1 + LEVEL) / 2) * sampling(share, n)
-    return Estimate(share, centre - half, centre + half, n, float("nan")).cut(0.0, 1.0)
+    read, of = COUNTED[what](own)
+    read = read - COUNTED[what](other)[0] if other is not None else read
+    drawn = np.random.default_rng(seed).integers(len(of), size=(DRAWS, len(of)))
+    low, high = np.quantile(read[drawn].sum(1) / of[drawn].sum(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(read.sum() / of.sum()), float(low), float(high), len(of), float("nan"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,10 @@ class Recogniser(nn.Module):
         mixed = self.norm(x).transpose(1, 2).unflatten(2, squeezed.shape[2:])
         joined = self.last(torch.cat([features, self.expand(mixed)], 1))
         return self.head(joined.squeeze(2).transpose(1, 2))
+
+    def attention(self, block: int) -> Any:
+        """The attention layer of a block, whatever stands there now."""
+        return self.blocks[block].attn
 
     @torch.no_grad()
     def texts(self, features: Tensor, batch: int = 16) -> list[str]:

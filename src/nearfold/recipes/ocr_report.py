@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nearfold.look import mixing_matrix
-from nearfold.recipes.ocr_lines import WIDTHS, lines
+from nearfold.recipes.ocr_lines import COUNTED, WIDTHS, lines
 from nearfold.recipes.ocr_network import STRIDE, Recogniser
 from nearfold.recipes.ocr_tune import Seen
 
-WHATS = ("characters", "lines")
+WHATS = tuple(COUNTED)
 
 
 def percent(numbers: list[float] | None, sign: str = "") -> str:
@@ -91,7 +92,7 @@ def markdown(found: dict[str, Any]) -> str:
             "",
             "## After training",
             "",
-            f"{t['steps']} steps of {t['batch']} lines, learning rate {t['lr']:g}.",
+            f"{t['seeds']} seeds, {t['steps']} steps of {t['batch']} lines, learning rate {t['lr']:g}.",
             "",
         ]
         lines_ += table(
@@ -132,7 +133,7 @@ def markdown(found: dict[str, Any]) -> str:
 def reading(net: Recogniser, features: torch.Tensor, block: int) -> torch.Tensor:
     """By how much every token of a line reads every other one in a block, mean of the heads: (N, N)."""
     caught: list[torch.Tensor] = []
-    attention = net.blocks[block].attn
+    attention = net.attention(block)
     hook = attention.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
         net.read_features(features)
@@ -144,6 +145,7 @@ def reading(net: Recogniser, features: torch.Tensor, block: int) -> torch.Tensor
 def picture(nets: dict[str, Recogniser], printed: Seen, file: Path, line: int = 0, token: int = 20) -> None:
     """Where one token of a test line looks, in both blocks of every network (converted ones)."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     image = lines("printed", "test", line + 1).images[line, 0]
     columns = min(image.shape[1], int(image.ne(0).any(0).nonzero().max()) + 1)
@@ -159,5 +161,7 @@ def picture(nets: dict[str, Recogniser], printed: Seen, file: Path, line: int = 
             at.axvspan(token * STRIDE, (token + 1) * STRIDE, fill=False, edgecolor="tab:blue")
             at.set_title(f"block {block + 1}, {name}", fontsize=8)
             at.axis("off")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(64).save(file, optimize=True)  # noise is large in more colours

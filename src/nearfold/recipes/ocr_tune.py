@@ -81,7 +81,7 @@ def ctc(scores: Tensor, texts: tuple[str, ...], characters: tuple[str, ...]) -> 
 class Tuning:
     """The same for every network."""
 
-    steps: int = 120
+    steps: int = 100
     """Printed and written lines take turns."""
     batch: int = 8
     lr: float = 2e-4
