@@ -24,7 +24,7 @@ def percent(numbers: list[float] | None, sign: str = "") -> str:
     """
     if numbers is None:
         return ""
-    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(100 * n + 0.0 for n in numbers), s=sign)
+    return "{:{s}.1f} [{:{s}.1f}, {:{s}.1f}]".format(*(round(100 * n, 1) + 0.0 for n in numbers), s=sign)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -82,7 +82,7 @@ def markdown(found: dict[str, Any]) -> str:
                     "`{}`".format(r["operation"].replace("|", "\\|")),
                     r["grade"],
                     f"{r['difference']:.1e}",
-                    f"{r['macs_before'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
+                    f"{r['macs'] / 1e6:.2f}",
                 ]
                 for r in found["untrained"][1:]
             ],
@@ -155,8 +155,8 @@ def picture(nets: dict[str, Recogniser], printed: Seen, file: Path, line: int = 
         for block in range(len(net.blocks)):
             row = reading(net, printed.features[line : line + 1], block)[token]
             at = next(axes)
-            at.imshow(image[:, :columns], cmap="gray", vmin=-1.5, vmax=1.5)
-            shade = (row / row.max()).repeat_interleave(STRIDE)[None, :columns]
+            at.imshow(image[:, :columns].numpy(), cmap="gray", vmin=-1.5, vmax=1.5)
+            shade = (row / row.max()).repeat_interleave(STRIDE)[None, :columns].numpy()
             at.imshow(shade, cmap="Reds", alpha=0.6 * shade, extent=(0, columns, image.shape[0], 0), vmin=0, vmax=1)
             at.axvspan(token * STRIDE, (token + 1) * STRIDE, fill=False, edgecolor="tab:blue")
             at.set_title(f"block {block + 1}, {name}", fontsize=8)
