@@ -37,6 +37,7 @@ LONG = {
     "python -m nearfold.recipes.imagenet resnet50": "as above",
     "python -m nearfold.recipes.detection": "a minute: tests/test_recipes.py",
     "python -m nearfold.recipes.denoise": "45 minutes: tests/test_recipes.py",
+    "python -m nearfold.recipes.ocr": "minutes, and a wheel: tests/test_recipes_ocr.py",
     "python -m nearfold.kernels.triton.compiled": "minutes: tests/test_triton_compile.py",
 }
 """Commands whose arguments are only read here, by how they begin, and where they are run instead."""

@@ -93,7 +93,8 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         assert "nearfold = nearfold.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Version"] == nearfold.__version__
-    assert metadata.get_all("Provides-Extra") == ["data", "vision", "hub", "images", "tensorboard", "ray", "all", "dev"]
+    extras = ["data", "vision", "hub", "images", "tensorboard", "ray", "ocr", "all", "dev"]
+    assert metadata.get_all("Provides-Extra") == extras
 
     # out of the wheel itself, with nothing of the source tree beside it
     there = os.pathsep.join([str(wheel), *(path for path in sys.path if path.endswith("site-packages"))])
