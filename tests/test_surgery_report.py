@@ -10,6 +10,7 @@ from helpers.same_models import decoder, encoder, require_same, size, state
 from torch import nn
 
 from nearfold import Rule, convert
+from nearfold._torchvision import load
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore")]
 
@@ -98,3 +99,25 @@ def test_a_layer_that_is_used_in_other_ways(how):
         return
     assert bool(report.replaced) == (how == "called")
     assert require_same(old, model, torch.randn(2, 3, 6, 5))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["nn.MultiheadAttention", "timm"])
+def test_flops_of_fused_attention_are_counted(fused):
+    """Before and after are one operation, so they cost the same: projections, scores and sums."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if fused:
+                self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+            else:
+                self.attn = load("timm.layers").Attention(16, 4)
+
+        def forward(self, x):
+            tokens = x.flatten(2).mT
+            y = self.attn(tokens, tokens, tokens, need_weights=False)[0] if fused else self.attn(tokens)
+            return y.mT.reshape(x.shape)
+
+    rule = Rule("nearest(36, scaled) | ranked | softmax(heads={heads})", kind="attention")
+    (row,) = convert(Net().eval(), rule, input_size=(16, 6, 6)).replaced
+    assert row.flops == row.flops_after == 2 * 4 * 36 * 16 * 16 + 2 * 2 * 36 * 36 * 16

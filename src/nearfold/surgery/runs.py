@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from nearfold.grammar import Operation
 from nearfold.look.derivative import evaluating
@@ -148,6 +148,15 @@ def _noting(seen: Seen, site: Site) -> Callable[..., None]:
     return note
 
 
+def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """FLOPs of fused attention, by the shapes of query, key and value."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""What torch's counter leaves out: fused attention on the CPU costs what it costs elsewhere."""
+
+
 @torch.no_grad()
 def run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, int]]:
     """The tensors of a model's output in evaluation, and FLOPs by module; "" is the whole model.
@@ -157,8 +166,9 @@ def run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, int]]:
     >>> run(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), Call((torch.zeros(1, 3, 8, 8),), {}, ""))[1]["0"]
     13824
     """
-    twin, _ = copied(model, next((p.device for p in model.parameters()), torch.device("cpu")))
-    with unchanged(twin), FlopCounterMode(display=False) as counter:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    twin, _ = copied(model, device)
+    with unchanged(twin), quiet(device), FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         made = tensors(call(twin))
     root = type(model).__name__
     flops = {
