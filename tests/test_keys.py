@@ -90,7 +90,7 @@ QUICK_ALONE = ("conv", "kvt", "mamba", "attention_alibi", "union_kernel", "defor
 # what depends on where the map ends, whatever is there
 ENDS = (
     "reflect", "inside", "coordinates", "position", "blend", "table", "grid(", "scattered", "cross", "experts",
-    "bins", "agent", "spread", "spectral", "global_filter",
+    "bins", "agent", "spread", "spectral", "global_filter", "reweighted", "synthesized", "projected", "beside",
 )  # fmt: skip
 ALONE = [name for name in TAKING if not any(w in str(parse(CASES[name])) for w in ENDS)]
 
@@ -123,6 +123,7 @@ FREE = [
     if parse(CASES[name]).parts[0].path.word in ("all", "nearest", "scan")
     and not any(w in CASES[name] for w in (*ENDS, "bias", "rotary", "strided", "window", "stride=", "padding"))
     and not getattr(parse(CASES[name]).parts[0].weight.kernel, "everywhere", False)
+    and "seeds" not in CASES[name]  # whose outputs are no positions
 ]  # fmt: skip
 
 
