@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nearfold import _images
 from nearfold.look import mixing_matrix
 from nearfold.recipes.ocr_lines import COUNTED, WIDTHS, lines
 from nearfold.recipes.ocr_network import STRIDE, Recogniser
@@ -145,7 +146,6 @@ def reading(net: Recogniser, features: torch.Tensor, block: int) -> torch.Tensor
 def picture(nets: dict[str, Recogniser], printed: Seen, file: Path, line: int = 0, token: int = 20) -> None:
     """Where one token of a test line looks, in both blocks of every network (converted ones)."""
     from matplotlib.figure import Figure
-    from PIL import Image
 
     image = lines("printed", "test", line + 1).images[line, 0]
     columns = min(image.shape[1], int(image.ne(0).any(0).nonzero().max()) + 1)
@@ -164,4 +164,5 @@ def picture(nets: dict[str, Recogniser], printed: Seen, file: Path, line: int = 
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=90)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(drawn).convert("RGB").quantize(64).save(file, optimize=True)  # noise is large in more colours
+    whole = _images.picture(drawn.getvalue(), "the figure", "RGB")
+    whole.quantize(64).save(file, optimize=True)  # noise is large in more colours
