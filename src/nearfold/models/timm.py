@@ -5,6 +5,7 @@
 
     timm.list_models("nearfold_*")
     timm.create_model("nearfold_vgg11_hybrid", num_classes=10)
+    timm.create_model("nearfold_resnet8s_conv", pretrained=True)   # weights that come along
     timm.create_model("local-dir:FOLDER", pretrained=True)   # what `save_pretrained` wrote
 
 Networks that are registered with Nearfold later are entered by `enter`.
@@ -19,7 +20,9 @@ from typing import Any
 from torch import nn
 
 from nearfold._torchvision import load
+from nearfold.models.hub import WEIGHTS
 from nearfold.models.network import Features
+from nearfold.models.pretrained import pretrained, weights_of
 from nearfold.models.registry import MODELS, PREFIX, config, create, entry_of
 
 try:
@@ -46,6 +49,8 @@ def enter(name: str) -> None:
         for option in OPTIONAL:
             if not arguments.get(option) and option not in accepted:
                 arguments.pop(option, None)
+        if pretrained and not (arguments.get("pretrained_cfg") or arguments.get("pretrained_cfg_overlay")):
+            weights_of(name)  # of which timm would say less, and whose digest it does not check
         return build_model_with_cfg(
             functools.partial(create, name), PREFIX + name, pretrained,
             feature_cfg={"feature_cls": Features, "out_indices": None},
@@ -54,8 +59,14 @@ def enter(name: str) -> None:
 
     entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
     entrypoint.__doc__ = entry.text
-    default_cfgs[PREFIX + name] = config(entry, given, getattr(entry.network, "head_name", "head"))
+    default_cfgs[PREFIX + name] = config(entry, given, getattr(entry.network, "head_name", "head")) | _along(name)
     register_model(entrypoint)
+
+
+def _along(name: str) -> dict[str, Any]:
+    """Where timm finds the weights that come along, and what its data pipeline must take from images; or nothing."""
+    entry = pretrained().get(name)
+    return {} if entry is None else {"file": str(entry.folder / WEIGHTS), "mean": entry.mean, "std": entry.std}
 
 
 for _name in MODELS:
