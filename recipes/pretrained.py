@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from nearfold.models import MODELS, create
@@ -133,5 +132,4 @@ def text_of(entry: Pretrained, parameters: int, train: int, val: int) -> str:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

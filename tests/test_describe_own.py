@@ -82,9 +82,9 @@ def test_maxvits_attention_reads_where_its_words_say(kind, rel_pos, last):
 
     net = Net().eval()
     (row,) = [row for row in describe(net.float(), (8, 12, 8)).rows if "attn" in row.name]
-    bias = "" if rel_pos == "none" else "(bias=table)"
-    path = f"block(4, scaled{bias}{', spread' if kind == 'grid' else ''})" if bias else None
-    assert path is None or str(row.operation) == f"{path} | box | softmax(heads=2)"
+    bias = "" if rel_pos == "none" else ", scaled(bias=table)"
+    spread = ", spread" if kind == "grid" else ""
+    assert str(row.operation) == f"block(4{bias}{spread}) | box | softmax(heads=2)"
     net.double()
     operation = row.operation
     assert isinstance(operation, Operation)

@@ -21,6 +21,7 @@ RANK = {
     "options": -1,
     "_images": 0,
     "_own_code": 0,
+    "_pages": 0,
     "_torchvision": 0,
     "grammar": 0,
     "kernels": 0,

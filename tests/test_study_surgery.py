@@ -71,3 +71,15 @@ def test_a_rule_that_fits_no_layer_is_said():
 
 def test_the_network_of_the_study_comes_along():
     assert "resnet8s_conv" in pretrained.pretrained()
+
+
+def test_a_run_is_filed_under_the_weights_that_it_starts_from(monkeypatch):
+    network = {"name": "resnet8s_conv", "pretrained": True}
+    trial = Trial({"data": "digits", "network": "x"}, network, Data("digits"), Recipe(device="cpu"))
+    prints = fingerprint(load_data("digits"))
+    config = training(trial, 0, prints).config
+    digest = pretrained.weights_of("resnet8s_conv").sha256
+    assert config["network"]["pretrained"] == digest
+    assert surgery.arguments(config["network"]) == network
+    with pytest.raises(ValueError, match="planned with other weights of resnet8s_conv .*plan it again"):
+        surgery.arguments(config["network"] | {"pretrained": "0" * 64})

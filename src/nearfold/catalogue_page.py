@@ -13,12 +13,12 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nearfold._pages import environment
 from nearfold.grammar import Entry
 from nearfold.grammar.complexity import c_d
 from nearfold.look.layers import features, plain_layer
@@ -26,7 +26,7 @@ from nearfold.look.mixing import mixing_matrix
 from nearfold.lower import explain
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    pass
 
 SIDE = 8  # of the map that matrices are drawn of
 CHANNELS = 64  # of the layer whose costs are told
@@ -70,7 +70,7 @@ def page(families: Mapping[str, Sequence[tuple[Entry, int | None]]]) -> str:
     (True, 1)
     """
     rows = [_row(family, entry, year) for family, entries in families.items() for entry, year in entries]
-    return _environment().get_template("ops.html.jinja").render(
+    return environment("nearfold.look").get_template("ops.html.jinja").render(
         title="The periodic table of operators",
         rows=rows,
         families=list(families),
@@ -86,19 +86,6 @@ def page(families: Mapping[str, Sequence[tuple[Entry, int | None]]]) -> str:
         ),
         made="Made by nearfold ops --html.",
     )  # fmt: skip
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    folder = files("nearfold.look") / "templates"
-    return Environment(
-        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _row(family: str, entry: Entry, year: int | None) -> Row:

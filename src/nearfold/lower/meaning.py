@@ -180,7 +180,7 @@ class KernelMeaning(Meaning):
 
     maps_channels: ClassVar[bool] = False  # whether it makes the output's channels of those that it reads
     reads_features: ClassVar[bool] = False  # whether it reads query and key beside the value
-    everywhere: ClassVar[bool] = False  # whether its numbers are made of all positions of the input
+    of_the_map: ClassVar[bool] = False  # whether its numbers are made of all positions of the input
     bias_of: ClassVar[str] = "weight"  # the parameter that its bias is drawn like; empty: it has none
     late_bias: ClassVar[bool] = False  # whether `finish` must have happened before a bias can be added
 

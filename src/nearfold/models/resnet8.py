@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nearfold.grammar import CATALOGUE, Operation
 from nearfold.models.network import MAPS, Network
-from nearfold.models.parts import classifier, layer_of, mixing, require_size
+from nearfold.models.parts import CONV, classifier, layer_of, mixing, require_size
 from nearfold.models.registry import Entry, register
 
 PATCH = 2
@@ -142,7 +142,6 @@ class Layer:
     notation: str
 
 
-CONV = "window(3) | box | kernel"
 LAYERS: Mapping[str, Layer] = MappingProxyType(
     {
         "conv": Layer("convolution", CONV),

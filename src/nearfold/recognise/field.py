@@ -51,7 +51,7 @@ def _everywhere(op: Basic) -> bool:
     """Whether an output depends on every position: by the path, by a kernel made of the map, or by a score's scale."""
     similarity = op.path.similarity
     scaled = op.weight.rho.needs_score and similarity.uses_features and not similarity.takes_keys
-    return meaning(op.path).everywhere or meaning(op.weight.kernel).everywhere or scaled
+    return meaning(op.path).everywhere or meaning(op.weight.kernel).of_the_map or scaled
 
 
 def anywhere(place: Place, dims: int) -> Place:

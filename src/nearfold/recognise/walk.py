@@ -69,7 +69,7 @@ class Layer:
 def one_position(match: Match) -> bool:
     """Whether an operation reads a single position and nothing else: a 1x1 convolution."""
     op = match.operation
-    if not isinstance(op, Basic) or meaning(op.weight.kernel).everywhere:
+    if not isinstance(op, Basic) or meaning(op.weight.kernel).of_the_map:
         return False
     return meaning(op.path).is_table(op.path) and all_ones(getattr(op.path, "size", 0))
 

@@ -7,14 +7,14 @@ with autoescaping; only what `nearfold.study.plots.svg` drew is taken as it is.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nearfold._pages import environment
+
 if TYPE_CHECKING:
-    from jinja2 import Environment, Template
+    from jinja2 import Template
     from markupsafe import Markup
 
 
@@ -104,23 +104,9 @@ class Chart:
     caption: str
 
 
-@functools.cache
-def _environment() -> Environment:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
-    folder = files("nearfold.study") / "templates"
-    return Environment(
-        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def template(name: str) -> Template:
     """One of the folder `templates`, which comes with the package in whatever form it is installed."""
-    return _environment().get_template(name)
+    return environment("nearfold.study").get_template(name)
 
 
 def render(name: str, **view: Any) -> str:

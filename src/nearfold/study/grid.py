@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import nearfold
 from nearfold.grammar import parse
+from nearfold.models.pretrained import weights_of
 from nearfold.study.measure import machine
 from nearfold.study.plots import FAMILIES
 from nearfold.train import Recipe
@@ -246,6 +247,9 @@ def canonical(network: Config) -> dict[str, Any]:
     {'name': 'spectrum', 'operation': 'window(3) | box | kernel'}
     """
     notations = ("operation", "layer")  # "convert" is a rule, in which {self} may stand
-    return {
+    found = {
         name: str(parse(value)) if name in notations and "|" in str(value) else value for name, value in network.items()
     }
+    if found.get("pretrained"):  # the weights, not that there are some, decide a run
+        found["pretrained"] = weights_of(found["name"]).sha256
+    return found

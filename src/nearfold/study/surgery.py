@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearfold.models.pretrained import weights_of
 from nearfold.surgery import Rule, SpectrumSchedule, convert
 
 Config = Mapping[str, Any]
@@ -19,15 +20,23 @@ WALK = 2 / 3
 """Share of the steps in which layers move; in the rest they stay where they have arrived."""
 
 
-def without(network: Config) -> dict[str, Any]:
-    """The network alone."""
-    return {name: value for name, value in network.items() if name not in (TRAINED, CONVERT, LAYERS, ALONG)}
-
-
 def arguments(network: Config) -> dict[str, Any]:
-    """What `create` is to be given: on the meta device, where nothing can be loaded, fresh weights stand for others."""
-    here = torch.get_default_device().type != "meta"
-    return without(network) | ({TRAINED: True} if network.get(TRAINED) and here else {})
+    """What `create` is to be given: on the meta device, where nothing can be loaded, fresh weights stand for others.
+
+    Raises:
+        ValueError: the run was planned with other weights than those that come along.
+    """
+    own = {name: value for name, value in network.items() if name not in (TRAINED, CONVERT, LAYERS, ALONG)}
+    planned = network.get(TRAINED)
+    if not planned or torch.get_default_device().type == "meta":
+        return own
+    found = weights_of(network["name"]).sha256
+    if planned not in (True, found):
+        raise ValueError(
+            f"this run was planned with other weights of {network['name']} ({str(planned)[:12]}, here are "
+            f"{found[:12]}): plan it again"
+        )
+    return own | {TRAINED: True}
 
 
 def operate(model: nn.Module, network: Config, size: Sequence[int]) -> None:

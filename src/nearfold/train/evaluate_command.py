@@ -10,8 +10,10 @@ from nearfold.models.pretrained import Pretrained, weights_of
 from nearfold.models.registry import PREFIX, create
 from nearfold.options import brief
 from nearfold.train.data import load_data
-from nearfold.train.evaluation import normalise
+from nearfold.train.distributed import Team
+from nearfold.train.evaluation import measure
 
+BATCH = 250
 EXAMPLES = """\
 examples:
   nearfold evaluate resnet8s_conv --data cifar10=path/to/cifar10
@@ -58,10 +60,9 @@ def count(stated: Pretrained, source: str) -> tuple[int, int]:
         wanted = f"{len(stated.mean)} channels and the classes {brief(', '.join(stated.classes))}"
         found = f"{data.channels} and {brief(', '.join(data.classes))}"
         raise ValueError(f"{stated.name} was trained on images of {wanted}; {source} has {found}")
-    network = create(stated.name, pretrained=True).eval()
-    mean, std = torch.tensor(stated.mean), torch.tensor(stated.std)
-    correct = 0
-    with torch.no_grad():
-        for images, labels in zip(data.test.images.split(250), data.test.labels.split(250), strict=True):
-            correct += int((network(normalise(images, mean, std)).argmax(1) == labels).sum())
-    return correct, len(data.test)
+    network = create(stated.name, pretrained=True)
+    batches = zip(data.test.images.split(BATCH), data.test.labels.split(BATCH), strict=True)
+    mean, std, tested = torch.tensor(stated.mean), torch.tensor(stated.std), len(data.test)
+    team = Team(0, 1, torch.device("cpu"))
+    _, accuracy = measure(network, batches, tested, mean, std, precision="float32", team=team)
+    return round(accuracy * tested), tested

@@ -26,7 +26,7 @@ class CrossCovarianceMeaning(KernelMeaning):
 
     generating = ("temperature",)
     reads_features = True
-    everywhere = True
+    of_the_map = True
     bias_of = ""
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
@@ -62,7 +62,7 @@ class ExciteMeaning(KernelMeaning):
     """The sum over slots is the value itself, which the input's own gates follow."""
 
     generating = ("excite_reduce", "excite", "excite_span")
-    everywhere = True
+    of_the_map = True
     bias_of = ""
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:

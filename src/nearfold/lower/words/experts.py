@@ -24,7 +24,7 @@ class ExpertsMeaning(KernelMeaning):
 
     generating = ("router", "router_reduce")
     maps_channels = True
-    everywhere = True
+    of_the_map = True
     late_bias = True
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from nearfold.study.catalogue.presets import CONV, Preset, hybrid
+from nearfold.study.catalogue.presets import CONV, Preset, hybrid, under
 from nearfold.study.grid import Authors, Label, Study
 
 HYBRID = (
@@ -242,16 +241,8 @@ def augmentation(p: Preset) -> Study:
         "crop and flip": {"augment": "crop_flip"},
         "strong recipe": STRONG[p.name],
     }
-    trials = [
-        replace(
-            trial,
-            labels=trial.labels | {"data": f"{trial.labels['data']}, {text}"},
-            recipe=replace(trial.recipe, **fields),
-        )
-        for preset, layers in ((p, LAYERS), (vit, TOKENS))
-        for text, fields in changes.items()
-        for trial in preset.grid(layers, "layer")
-    ]
+    named = {f", {text}": fields for text, fields in changes.items()}
+    trials = [trial for q, layers in ((p, LAYERS), (vit, TOKENS)) for trial in under(q.grid(layers, "layer"), named)]
     return Study(
         "augmentation",
         p.name,

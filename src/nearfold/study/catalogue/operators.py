@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from nearfold.models.resnet8 import LAYERS
 from nearfold.study.catalogue.convnn import sampled
-from nearfold.study.catalogue.presets import Preset
-from nearfold.study.grid import Label, Study, Trial
+from nearfold.study.catalogue.presets import Preset, under
+from nearfold.study.grid import Label, Study
 
 AUGMENTED: Mapping[str, dict[str, Any]] = {"": {}, ", crop and flip": {"augment": "crop_flip"}}
 """What the recipe of a panel changes, by what is added to its name."""
@@ -21,19 +20,6 @@ FAMILIES: Mapping[Label, str] = {
     **dict.fromkeys(("hybrid, all", "hybrid, random 32", "ACmix"), "both"),
     "selective scan, cross": "between",
 }
-
-
-def both(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials without augmentation, and with it."""
-    return [
-        replace(
-            trial,
-            labels=trial.labels | {"data": f"{trial.labels['data']}{text}"},
-            recipe=replace(trial.recipe, **fields),
-        )
-        for text, fields in AUGMENTED.items()
-        for trial in trials
-    ]
 
 
 def operators(p: Preset) -> Study:
@@ -48,7 +34,7 @@ def operators(p: Preset) -> Study:
         "A hybrid of convolution and ConvNN beats convolution, 81.68 % against 80.24 %, and random candidates beat all "
         "in VGG-11 on CIFAR-10; in ViT they beat attention, 79.96 % against 77.12 % (arXiv 2511.14137, the authors' "
         "logs, single runs without augmentation). ACmix gains over convolution and attention (arXiv 2111.14556).",
-        both([*p.grid(OPERATORS, "operator"), *vit.grid(TOKENS, "operator")]),
+        under([*p.grid(OPERATORS, "operator"), *vit.grid(TOKENS, "operator")], AUGMENTED),
         p.seeds,
         "operator",
         "convolution",

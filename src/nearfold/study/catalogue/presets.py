@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nearfold.study.grid import Data, Label, Trial
 from nearfold.train import Recipe
@@ -179,5 +180,24 @@ VITS = {
         kind=", ViT",
     ),
 }
+
+
+def under(trials: Sequence[Trial], changes: Mapping[str, Mapping[str, Any]]) -> list[Trial]:
+    """The trials under several recipes, each in panels of its own.
+
+    Args:
+        trials: of all.
+        changes: fields of the recipe, by what is added to the data's name.
+    """
+    return [
+        replace(
+            trial,
+            labels=trial.labels | {"data": f"{trial.labels['data']}{text}"},
+            recipe=replace(trial.recipe, **fields),
+        )
+        for text, fields in changes.items()
+        for trial in trials
+    ]
+
 
 PRESETS = {preset.name: preset for preset in (CPU, STRONG, PAPER)}
