@@ -208,11 +208,23 @@ def join(device: str) -> Team:
         own = dist.PrefixStore(_agree_on_start(store, rank, world), store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=own, rank=rank, world_size=world)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return Team(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 _JOIN_SECONDS = 600.0
+
+
+def _leave() -> None:
+    """End the process group, and let its threads put down what they hold.
+
+    FSDP2 and modules that torch imports late keep a reference to the group, so that its threads are not joined here.
+    A thread that has finished the last collective still drops Python objects; where it gets the interpreter's lock only
+    after the interpreter has begun to end, it aborts the process. A pause hands it the lock before.
+    """
+    dist.destroy_process_group()
+    time.sleep(0.2)
+
 
 
 def _agree_on_start(store: dist.Store, rank: int, world: int) -> str:
