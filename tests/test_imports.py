@@ -38,6 +38,7 @@ RANK = {
     "surgery": 4,
     "models": 5,
     "compat": 6,
+    "export": 6,
     "train": 6,
     "study": 7,
     "recipes": 8,

@@ -81,5 +81,5 @@ def test_a_run_is_filed_under_the_weights_that_it_starts_from(monkeypatch):
     digest = pretrained.weights_of("resnet8s_conv").sha256
     assert config["network"]["pretrained"] == digest
     assert surgery.arguments(config["network"]) == network
-    with pytest.raises(ValueError, match="planned with other weights of resnet8s_conv .*plan it again"):
+    with pytest.raises(ValueError, match=r"planned with other weights of resnet8s_conv .*plan it again"):
         surgery.arguments(config["network"] | {"pretrained": "0" * 64})

@@ -112,3 +112,12 @@ def sizes(name: str, value: Any, axes: int, least: int = 1) -> list[int]:
             f"{name} must be an integer of at least {least}, at most {MOST}, or {axes} of them, got {shown(value)}"
         )
     return entries
+
+
+def parts(n: int, size: int) -> int:
+    """How many parts of at most so many n is. Not -(-n // size): ONNX divides integers towards zero.
+
+    >>> parts(9, 4), parts(8, 4), parts(0, 4)
+    (3, 2, 0)
+    """
+    return (n + size - 1) // size

@@ -54,6 +54,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "count how many test images a network whose weights come along classifies correctly",
         "nearfold.train.evaluate_command",
     ),
+    "export": (
+        "write a network as ONNX, as a program for torch alone, or compiled ahead of time; and compare",
+        "nearfold.export.command",
+    ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
     "budget": (
         "how few positions a trained model's attention needs: its accuracy against its latency over k",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._numbers import parts
 from nearfold.kernels.ssd import segments
 
 CHUNK = 64  # a power of two
@@ -22,7 +23,7 @@ CHUNK = 64  # a power of two
 
 def chunks_of(positions: int) -> int:
     """How many chunks so many positions make."""
-    return -(-positions // CHUNK)
+    return parts(positions, CHUNK)
 
 
 def _chunked(x: Tensor, T: int) -> Tensor:

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._numbers import parts
+
 CHUNK = 32
 SLAB = 2**23  # numbers (chunks, B, S, C, T) that the backward holds at a time
 
 
 def chunks_of(positions: int) -> int:
     """K: how many chunks N positions are."""
-    return -(-positions // CHUNK)
+    return parts(positions, CHUNK)
 
 
 def _chunked(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ TILE_BYTES = 1 << 20  # of chosen keys held at once
 MARGIN = 8  # candidates beyond k that exact distances rank
 
 
-def _bits(score: Tensor) -> Tensor:
+def bits(score: Tensor) -> Tensor:
     """Float32 -> int64, in the same order; the two zeros are one."""
     bits = (score + 0.0).view(torch.int32).long()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -44,7 +44,7 @@ def _exactly(score: Tensor, k: int) -> Tensor:
     R = score.shape[-1]
     if score.dtype != torch.float32:
         return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    key = (_bits(score) << 31) | (R - 1 - torch.arange(R, device=score.device))
+    key = (bits(score) << 31) | (R - 1 - torch.arange(R, device=score.device))
     return R - 1 - (key.topk(k, -1).values & 0x7FFFFFFF)
 
 
@@ -108,8 +108,8 @@ def forbidden(query_index: Tensor, key_index: Tensor, grid: list[int], rule: lis
         q, k = q // n, k // n
         far = apart % dilation != 0
         if reach >= 0:
-            far |= apart.abs_() > reach
-        bad = far if bad is None else bad.logical_or_(far)
+            far = far | (apart.abs() > reach)
+        bad = far if bad is None else bad | far
     return bad
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._numbers import parts
 from nearfold.kernels.names import LOW
 
 
@@ -56,6 +57,18 @@ def segments(log_decay: Tensor) -> Tensor:
     return terms.cumsum(-2).masked_fill(~lower, -torch.inf)
 
 
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None) -> Tensor:
+    """The same as a recurrence, for any number of positions."""
+    from nearfold.kernels.fast_weights import fast_weights
+
+    H = value.shape[1]
+    q, k = (x.expand(-1, H, -1, -1) for x in (query, key))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, value))
+    decay = None if log_decay is None else log_decay.to(value.dtype)[..., None].transpose(1, 2)
+    y: Tensor = fast_weights(q, k, v, decay, None, None, None, False)[0]
+    return y.transpose(1, 2)
+
+
 def decayed_attention(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None, *, chunk: int = 64
 ) -> Tensor:
@@ -79,8 +92,10 @@ def decayed_attention(
     """
     _require(query, key, value, log_decay, chunk)
     N = value.shape[2]
+    if torch.compiler.is_exporting() and not isinstance(N, int):
+        return _one_by_one(query, key, value, log_decay)  # the number of chunks would be that of the example
     T = max(min(chunk, N), 1)
-    K = max(-(-N // T), 1)
+    K = max(parts(N, T), 1)
     q, k, v = (_chunked(x, T, K) for x in (query, key, value))
     read = "" if q.shape[1] == 1 else "h"  # a head that all share has no axis: nothing is expanded
     write = "" if k.shape[1] == 1 else "h"

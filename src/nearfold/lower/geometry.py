@@ -99,6 +99,13 @@ def surely(condition: bool) -> bool:
     return bool(statically_known_true(condition))
 
 
+def row(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers made of sizes as a tensor (n,), which leaves them open where a compiler does."""
+    if not torch.compiler.is_compiling():
+        return like.new_tensor(values)
+    return torch.stack([torch.full((), v, dtype=like.dtype, device=like.device) for v in values])
+
+
 def causal_axes(op: Basic, ndim: int) -> tuple[int, ...]:
     """The axes along which a window ends at the query."""
     if not op.shape.causal:

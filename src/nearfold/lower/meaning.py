@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 import torch
 from torch import Tensor
 
+from nearfold._numbers import parts
 from nearfold.grammar.word import Word, as_tuple
 from nearfold.grammar.words import Kernel, Path, Rho
 
@@ -76,7 +77,7 @@ class PathMeaning(Meaning):
     def output(self, op: Basic, grid: Lengths) -> Lengths:
         """The output grid; ValueError where there is none."""
         stride = as_tuple(getattr(op.path, "stride", 1), len(grid), "stride")
-        return tuple(-(-n // s) for n, s in zip(grid, stride, strict=True))
+        return tuple(parts(n, s) for n, s in zip(grid, stride, strict=True))
 
     def border(self, op: Basic) -> int:
         """Zero inputs that it adds on every side of the grid, and that can be read like any other."""

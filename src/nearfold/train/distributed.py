@@ -226,7 +226,6 @@ def _leave() -> None:
     time.sleep(0.2)
 
 
-
 def _agree_on_start(store: dist.Store, rank: int, world: int) -> str:
     """Return a name on which exactly the processes of this start of torchrun agree.
 

@@ -41,11 +41,11 @@ def supports(facts: Facts) -> Verdict:
     return Verdict.yes("all scores, by blocks of queries that are made again in the backward pass", "roundoff")
 
 
-def _rows(call: Call, pairs: int, wide: int) -> int:
-    """Queries of a block: all of them where nothing is held, or where their number is not known yet."""
+def _blocks(call: Call, query_M: Tensor, pairs: int, wide: int) -> tuple[Tensor, ...]:
+    """Queries by blocks: all in one where nothing is held, or where their number is not known yet."""
     if call.value.is_meta or torch.compiler.is_compiling():
-        return 1 << 62
-    return max(1, BLOCK_BYTES // max(pairs * wide, 1))
+        return (query_M,)
+    return query_M.split(max(1, BLOCK_BYTES // max(pairs * wide, 1)))
 
 
 def run(call: Call) -> Tensor:
@@ -60,11 +60,11 @@ def run(call: Call) -> Tensor:
     biases = [p for p in call.params.values() if p.requires_grad]
     # distances hold the differences of all features
     each = key.shape[-1] if key is not None and near.reduced not in DOT_LIKE else 1
-    rows = _rows(call, value.shape[0] * call.heads * len(key_N), each * wide.itemsize)
+    blocks = _blocks(call, query_M, value.shape[0] * call.heads * key_N.shape[0], each * wide.itemsize)
 
     def block(query: Tensor | None, key: Tensor | None, value: Tensor, at_m: Tensor) -> Tensor:
         mask = allowed(call, at_m, key_N)
-        valid = value.new_ones((len(at_m), len(key_N)), dtype=torch.bool) if mask is None else mask
+        valid = value.new_ones((at_m.shape[0], key_N.shape[0]), dtype=torch.bool) if mask is None else mask
         valid = valid if valid.dim() == 4 else valid[None, None]
         if query is None or key is None:
             score = torch.zeros(valid.shape, dtype=wide, device=value.device)
@@ -80,10 +80,9 @@ def run(call: Call) -> Tensor:
     record = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, key, value, call.mask, *biases)
     )
-    again = record and len(query_M) > rows and not is_transformed(value, *call.params.values())
+    again = record and len(blocks) > 1 and not is_transformed(value, *call.params.values())
     made = []
-    for start in range(0, len(query_M), min(rows, max(len(query_M), 1))):
-        at_m = query_M[start : start + rows]
+    for at_m in blocks:
         query_m = None if query is None else query[:, :, at_m]
         if again:
             made.append(checkpoint(block, query_m, key, value, at_m, use_reentrant=False, preserve_rng_state=False))

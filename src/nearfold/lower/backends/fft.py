@@ -9,6 +9,7 @@ e embedded features.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from nearfold.grammar.words import Identity, Long, Spectral
 from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.names import DOT_LIKE
+from nearfold.lower.backends import dft
 from nearfold.lower.call import Call, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish
 from nearfold.lower.meaning import meaning
@@ -94,6 +96,11 @@ def _lowest(call: Call) -> Convolve:
     return convolve
 
 
+def _paired(call: Call) -> Convolve:
+    """A kernel on a grid that closes around its border, in real numbers."""
+    return functools.partial(dft.convolve, call)
+
+
 def _counted(wave_nK: Tensor) -> Tensor:
     """How often each frequency counts (K,): the size of its wave."""
     return wave_nK[:1].abs()
@@ -107,7 +114,8 @@ def run(call: Call) -> Tensor:
     with full_precision(call.value):
         kernel = call.op.weight.kernel
         assert isinstance(kernel, Long)
-        make = _lowest if isinstance(kernel, Spectral) else _closed if kernel.circular else _padded
+        closed = _paired if torch.compiler.is_exporting() else _lowest if isinstance(kernel, Spectral) else _closed
+        make = closed if kernel.circular else _padded
         convolve, value = make(call), call.value.to(wide_dtype(call))
         y = _gated(call, convolve, value) if isinstance(call.op.weight.rho, Identity) else convolve(value)
     return finish(call, y.to(call.value.dtype))

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nearfold._numbers import parts
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Block
@@ -54,7 +55,7 @@ class BlockMeaning(AxesMeaning):
         path = cast(Block, op.path)
         if not path.spread:
             return (1,) * len(grid)
-        return tuple(-(-n // size) for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
+        return tuple(parts(n, size) for n, size in zip(grid, as_tuple(path.size, len(grid), "size"), strict=True))
 
     def axis(self, op: Basic, grid: Lengths, axis: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         path, n = cast(Block, op.path), grid[axis]

@@ -123,10 +123,14 @@ class S4DMeaning(LongMeaning):
         ranges = offsets(call.op, call.grid)
         product: Tensor | None = None
         for axis, (first, last) in enumerate(ranges):
-            rate_Cn = torch.complex(-params["log_A_real"][axis].exp(), params["A_imag"][axis])
-            step_Cn = rate_Cn * params["log_dt"][axis].exp()[:, None]
-            held_Cn = (torch.exp(step_Cn) - 1) / rate_Cn
-            ways = [_powers(torch.view_as_complex(c) * held_Cn, step_Cn, last + 1) for c in params["C"][axis]]
+            rate = -params["log_A_real"][axis].exp(), params["A_imag"][axis]
+            dt_C1 = params["log_dt"][axis].exp()[:, None]
+            step = rate[0] * dt_C1, rate[1] * dt_C1
+            grown = _exp(step)
+            held = _times((grown[0] - 1, grown[1]), (rate[0], -rate[1]))
+            size_Cn = rate[0].square() + rate[1].square()
+            held = held[0] / size_Cn, held[1] / size_Cn
+            ways = [_powers(_times((c[..., 0], c[..., 1]), held), step, last + 1) for c in params["C"][axis]]
             line = ways[0]
             if first < 0:  # the other way starts one step before the position
                 line = torch.cat([ways[1][:, :last].flip(-1), line], -1)
@@ -137,14 +141,28 @@ class S4DMeaning(LongMeaning):
         return made.to(wide_dtype(call))
 
 
-def _powers(weight_Cn: Tensor, step_Cn: Tensor, count: int) -> Tensor:
-    """2 Re sum over n of weight exp(step l), for l from 0 to count - 1: (C, count)."""
-    near = torch.arange(SPAN, device=step_Cn.device)
+_Pair = tuple[Tensor, Tensor]
+"""Real and imaginary part: exporters know no complex numbers."""
+
+
+def _times(x: _Pair, y: _Pair) -> _Pair:
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def _exp(x: _Pair) -> _Pair:
+    size = x[0].exp()
+    return size * x[1].cos(), size * x[1].sin()
+
+
+def _powers(weight: _Pair, step: _Pair, count: int) -> Tensor:
+    """2 Re sum over n of weight exp(step l), for l from 0 to count - 1, of pairs (C, n): (C, count)."""
+    near = torch.arange(SPAN, device=step[0].device)
     # one more than needed: a compiler makes a graph of its own where there may be one alone
-    far = torch.arange(count // SPAN + 2, device=step_Cn.device) * SPAN
-    first_Cfn = (weight_Cn[..., None] * torch.exp(step_Cn[..., None] * far)).transpose(1, 2)
-    line = (first_Cfn @ torch.exp(step_Cn[..., None] * near)).flatten(1)
-    return 2 * line.real[:, :count]
+    far = torch.arange(count // SPAN + 2, device=step[0].device) * SPAN
+    starts, powers = (_exp((step[0][..., None] * at, step[1][..., None] * at)) for at in (far, near))
+    first = _times((weight[0][..., None], weight[1][..., None]), starts)  # (C, n, far)
+    line = first[0].mT @ powers[0] - first[1].mT @ powers[1]
+    return 2 * line.flatten(1)[:, :count]
 
 
 class _Siren(LongMeaning):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nearfold._kept import kept
+from nearfold._numbers import parts
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import NearestBlocks
@@ -82,7 +83,7 @@ class NearestBlocksMeaning(PathMeaning):
 def block_counts(op: Basic, grid: Lengths) -> Lengths:
     """Blocks along each axis."""
     size = as_tuple(cast(NearestBlocks, op.path).size, len(grid), "size")
-    return tuple(-(-n // s) for n, s in zip(grid, size, strict=True))
+    return tuple(parts(n, s) for n, s in zip(grid, size, strict=True))
 
 
 @kept
@@ -90,7 +91,7 @@ def _block_of(size: Lengths, grid: Lengths, device: torch.device) -> Tensor:
     """The block (N,) of every position, raster order of blocks."""
     flat = torch.zeros(1, dtype=torch.long, device=device)
     for n, s in zip(grid, size, strict=True):
-        flat = (flat[:, None] * -(-n // s) + torch.arange(n, device=device) // s).reshape(-1)
+        flat = (flat[:, None] * parts(n, s) + torch.arange(n, device=device) // s).reshape(-1)
     return flat
 
 
@@ -100,7 +101,7 @@ def _positions_of(size: Lengths, grid: Lengths, device: torch.device) -> Tensor:
     at = torch.zeros(1, 1, dtype=torch.long, device=device)
     there = torch.ones_like(at, dtype=torch.bool)
     for n, s in zip(grid, size, strict=True):
-        line = torch.arange(-(-n // s) * s, device=device).view(-1, s)
+        line = torch.arange(parts(n, s) * s, device=device).view(-1, s)
         shape = at.shape[0] * line.shape[0], at.shape[1] * s
         at = (at[:, None, :, None] * n + line[None, :, None]).reshape(shape)
         there = (there[:, None, :, None] & (line < n)[None, :, None]).reshape(shape)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nearfold._kept import kept
+from nearfold._numbers import parts
 from nearfold.grammar import Basic
 from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Agent, Pooled
@@ -83,7 +84,7 @@ def readable(op: Basic, grid: Lengths, device: torch.device) -> Tensor | None:
     if not op.shape.causal:
         return None
     (n,), (size,) = grid, as_tuple(cast(Pooled, op.path).size, 1, "size")
-    last_P = (torch.arange(-(-n // size), device=device) + 1) * size - 1
+    last_P = (torch.arange(parts(n, size), device=device) + 1) * size - 1
     return last_P <= torch.arange(n, device=device)[:, None]
 
 
@@ -93,13 +94,13 @@ def block_positions(size: Lengths, bins: bool, grid: Lengths, device: torch.devi
     at = torch.zeros(1, 1, dtype=torch.long, device=device)
     there = torch.ones_like(at, dtype=torch.bool)
     for n, many in zip(grid, size, strict=True):
-        block_P = torch.arange(many if bins else -(-n // many), device=device)
+        block_P = torch.arange(many if bins else parts(n, many), device=device)
         first_P, last_P = (
             (block_P * n // many, ((block_P + 1) * n + many - 1) // many)
             if bins
             else (block_P * many, (block_P + 1) * many)
         )
-        line_Ps = first_P[:, None] + torch.arange(-(-n // many) + 1 if bins else many, device=device)
+        line_Ps = first_P[:, None] + torch.arange(parts(n, many) + 1 if bins else many, device=device)
         inside_Ps = (line_Ps < last_P[:, None]) & (line_Ps < n)
         shape = at.shape[0] * line_Ps.shape[0], at.shape[1] * line_Ps.shape[1]
         at = (at[:, None, :, None] * n + line_Ps[None, :, None]).reshape(shape)

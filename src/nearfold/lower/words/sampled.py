@@ -17,6 +17,7 @@ from nearfold.grammar.word import as_tuple
 from nearfold.grammar.words import Sampled
 from nearfold.kernels import sampled_torch
 from nearfold.lower.call import Call, count_positions
+from nearfold.lower.geometry import row
 from nearfold.lower.meaning import PathMeaning, Sizes, means
 from nearfold.lower.parameters import Parameter, linear
 from nearfold.lower.selection import Selection, metric_scores
@@ -69,11 +70,11 @@ def _by_head(entries_BSEG: Tensor, heads: int) -> Tensor:
 
 def offsets(call: Call, place: Tensor) -> Tensor:
     """Where on the table of a bias every query and point lies: (B, M, S, G, a), in its entries."""
-    bias, last = cast(Sampled, call.op.path).bias, [max(1, n - 1) for n in call.grid]
+    bias, last_a = cast(Sampled, call.op.path).bias, row([n - 1 for n in call.grid], place).clamp(min=1)
     axes = [torch.arange(n, device=place.device, dtype=place.dtype) for n in call.grid]
     query_Ma = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2)
     apart = query_Ma[:, None, None] - place[:, None, :, :, 0]
-    return apart * apart.new_tensor([(bias - 1) / n for n in last]) + (bias - 1)
+    return apart * ((bias - 1) / last_a) + (bias - 1)
 
 
 def _bias(call: Call, place: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def points(call: Call) -> Tensor:
         axes.append((torch.arange(m, device=x.device, dtype=wide) + 0.5) * (n / m) - 0.5)
         apart.append(path.reach * n / m)
     base_Sa = torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2)
-    place = base_Sa + moved * moved.new_tensor(apart)
-    last = moved.new_tensor([n - 1 for n in call.grid])
+    place = base_Sa + moved * row(apart, moved)
+    last = row([n - 1 for n in call.grid], moved)
     place = torch.minimum(place.clamp(min=0), last)
     return place.unflatten(0, (-1, G)).transpose(1, 2)[..., None, :]

@@ -32,9 +32,13 @@ class SpectralMeaning(LongMeaning):
         """The frequencies (K,) of every axis that the spectrum has numbers for."""
         raise NotImplementedError
 
+    def spectrum(self, call: Call) -> Tensor:
+        """The spectrum (O, C / groups, *K, 2), real and imaginary parts."""
+        raise NotImplementedError
+
     def response(self, call: Call) -> Tensor:
         """The spectrum (O, C / groups, *K), complex."""
-        raise NotImplementedError
+        return torch.view_as_complex(self.spectrum(call).contiguous())
 
     def numbers(self, call: Call) -> Tensor:
         made = self.response(call)
@@ -82,13 +86,13 @@ class LowestMeaning(SpectralMeaning):
         lines = ((torch.arange(up), torch.arange(-down, 0)) for up, down in self._kept(call))
         return [torch.cat(line).to(call.value.device) for line in lines]
 
-    def response(self, call: Call) -> Tensor:
+    def spectrum(self, call: Call) -> Tensor:
         weight = call.params["weight"].to(wide_dtype(call))
         for axis, (up, down) in enumerate(self._kept(call), 2):
             count = weight.shape[axis]
             if up + down < count:
                 weight = torch.cat([weight.narrow(axis, 0, up), weight.narrow(axis, count - down, down)], axis)
-        return torch.view_as_complex(weight.contiguous())
+        return weight
 
 
 @means(GlobalFilter)
@@ -103,13 +107,13 @@ class GlobalFilterMeaning(SpectralMeaning):
         counts = (*call.grid[:-1], call.grid[-1] // 2 + 1)
         return [torch.arange(n, device=call.value.device) for n in counts]
 
-    def response(self, call: Call) -> Tensor:
+    def spectrum(self, call: Call) -> Tensor:
         weight = call.params["weight"].to(wide_dtype(call))
         size = as_tuple(cast(GlobalFilter, call.op.weight.kernel).size, call.ndim, "size")
         if not all(surely(n == m) for n, m in zip(size, call.grid, strict=True)):
             for axis, n in enumerate((*call.grid[:-1], call.grid[-1] // 2 + 1), 1):
                 weight = _resized(weight, axis, n)
-        return torch.view_as_complex(weight.contiguous())[:, None]
+        return weight[:, None]
 
 
 def _resized(x: Tensor, axis: int, n: int) -> Tensor:

@@ -100,10 +100,11 @@ class UnionMeaning(TableMeaning):
 
     def output(self, op: Basic, grid: Lengths) -> Lengths:
         found = {part.path: meaning(part.path).output(part, grid) for part in alone(op)}
-        if len(set(found.values())) > 1:
+        first, *others = found.values()
+        if any(out != first for out in others):
             said = ", ".join(f"{path}: {'x'.join(map(str, out))}" for path, out in found.items())
             raise ValueError(f"{op}: its paths answer on different output grids, {said}")
-        return next(iter(found.values()))
+        return first
 
     def fit(self, op: Basic, grid: Lengths, source: Lengths, drawing: bool) -> Basic:
         if owns_slots(op):
