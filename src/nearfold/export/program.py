@@ -114,10 +114,16 @@ def traced(model: nn.Module, args: Sequence[Tensor], dynamic: Any) -> ExportedPr
     if model.training:
         raise ValueError("the model is in training mode, in which it may drop and draw: call model.eval() first")
     shapes = _asked(model, args, dynamic)
+    example = tuple(args)
     if dynamic in ("batch", "sizes"):  # torch takes a size of one for a fixed one
-        args = [torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in args]
+        example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in args)
     with torch.no_grad(), _quiet():
-        program = torch.export.export(model, tuple(args), dynamic_shapes=shapes)
+        program = torch.export.export(model, example, dynamic_shapes=shapes)
+        if dynamic == "sizes" and not all(
+            0 in axes for axes in opened(program)
+        ):  # of two samples, which nobody asked for
+            fixed = tuple({axis: Dim.AUTO for axis in each if axis} for each in shapes)
+            return torch.export.export(model, tuple(args), dynamic_shapes=fixed)
     if dynamic == "batch" and not all(0 in axes for axes in opened(program)):
         raise ValueError(
             f"dynamic='batch': the model computes with the number {args[0].shape[0]} of samples as such, so that it "

@@ -120,6 +120,10 @@ def causal_axes(op: Basic, ndim: int) -> tuple[int, ...]:
 def crop(x: Tensor, first: Sequence[int], count: Sequence[int], step: Sequence[int] | int = 1) -> Tensor:
     """The grid axes (the last ones) of x: ``count`` positions from ``first`` on, of them every ``step``-th."""
     steps = (step,) * len(first) if isinstance(step, int) else step
+    if torch.compiler.is_exporting() and max(steps) > 1:  # strides of a view would become conditions on open sizes
+        for axis, (f, n, s) in enumerate(zip(first, count, steps, strict=True), x.dim() - len(first)):
+            x = x.index_select(axis, torch.arange(f, f + n, s, device=x.device))
+        return x
     where: list[Any] = [slice(f, f + n, s) for f, n, s in zip(first, count, steps, strict=True)]
     return x[(..., *where)]
 

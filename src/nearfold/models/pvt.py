@@ -178,7 +178,7 @@ class PyramidVisionTransformer(Network):
         x = self.norms[i](x.flatten(2).transpose(1, 2)) + place.flatten(2).transpose(1, 2)
         if i == len(self.embeds) - 1:
             first = (self.class_token + self.class_place).to(x.dtype)
-            x = torch.cat([first.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([first.expand(x.shape[0], -1, -1), x], 1)
         for block in self.layers[i].children():
             x = self.run(lambda x, block=block: block(x, grid), x)
         return x, grid

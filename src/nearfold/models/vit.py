@@ -153,7 +153,7 @@ class VisionTransformer(Network):
         """The class token and the patches, before the blocks: (B, 1 + N, D)."""
         require_size(x, self.patch)
         x = self.norm(self.embed(x).flatten(2).transpose(1, 2))
-        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         return x + token_code(x.shape[1], x.shape[2], x)
 
     def stages_and_last(self, x: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -53,8 +53,8 @@ def _scores(query: Tensor, key: Tensor, metric: str) -> Tensor:
         return dot.clamp(-1, 1) if metric == "cosine" else dot
     if metric == "chebyshev":
         return -(query[..., :, None, :] - key[..., None, :, :]).abs().amax(-1)
-    if metric == "euclidean":  # distances do not change, and fewer digits cancel
-        centre = key.mean(2, keepdim=True)
+    if metric == "euclidean":  # distances do not change, and fewer digits cancel; whole numbers stay whole
+        centre = torch.where(key.isfinite(), key, 0).mean(2, keepdim=True).round()
         query, key = query - centre, key - centre
     q, k = query.square().sum(-1), key.square().sum(-1)
     return 2 * (query @ key.mT) - (q[..., :, None] + k[..., None, :])

@@ -108,7 +108,10 @@ def local_attention(
     weight = (score - most).exp()
     total = weight.sum(1, keepdim=True)
     inverse = torch.where(total == 0, 0, 1 / total)
-    y = (read(v, places, out) * (weight * inverse)[:, None]).sum(2)
+    near = read(v, places, out)
+    if inside is not None:  # what stands in for a place outside may be NaN, which no weight of zero hides
+        near = near.masked_fill(~inside.flatten(0, len(out) - 1), 0)
+    y = (near * (weight * inverse)[:, None]).sum(2)
     return y.unflatten(0, (B, H)), torch.cat([most, inverse], 1).unflatten(0, (B, H))
 
 

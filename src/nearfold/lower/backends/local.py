@@ -6,8 +6,6 @@ output grid.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from nearfold.kernels.windows import WindowAttention
 from nearfold.lower.bias import has_bias
 from nearfold.lower.call import Call, Run, autocast_dtype, refuse_derivatives
 from nearfold.lower.frame import Frame
-from nearfold.lower.geometry import WindowGeometry
+from nearfold.lower.geometry import WindowGeometry, crop
 from nearfold.lower.kernel import finish, kernel_weight, values
 from nearfold.lower.verdict import Facts, Verdict
 from nearfold.lower.weighting import alpha_of
@@ -70,9 +68,9 @@ def prepare(at: Frame) -> Run:
     assert isinstance(path, Window) and isinstance(rho, Softmax)
     geometry, near = WindowGeometry.of(op, ndim), path.similarity
     size, stride, dilation, before = map(list, (geometry.size, geometry.stride, geometry.dilation, geometry.before))
-    firsts = zip(geometry.home(), at.out_grid, geometry.stride, strict=True)
-    home: list[Any] = [slice(h, h + (n - 1) * s + 1, s) for h, n, s in firsts]
-    everywhere = geometry.home() == (0,) * ndim and at.out_grid == at.grid and set(geometry.stride) == {1}
+    home = geometry.home()
+    covered = [(n - 1) * s + 1 for n, s in zip(at.out_grid, stride, strict=True)]
+    everywhere = home == (0,) * ndim and at.out_grid == at.grid and set(geometry.stride) == {1}
     metric = "dot" if near.reduced in DOT_LIKE else "euclidean"
     plain = isinstance(near, Scaled) and not (near.coordinates or near.rotary)
 
@@ -81,7 +79,7 @@ def prepare(at: Frame) -> Run:
         query, key, scale = _planes(call, position) if plain else _embedded(call)
         dtype = autocast_dtype(call.value) or call.value.dtype
         y, _ = local_attention(
-            query if everywhere else query[(..., *home)],
+            query if everywhere else crop(query, home, covered, stride),
             key,
             call.value.unflatten(1, (at.heads, -1)).to(dtype).to(query.dtype),
             size,
