@@ -28,7 +28,7 @@ PAGE, KEPT = ROOT / "docs" / "export.md", ROOT / "benchmarks" / "results" / "exp
 GRID = (28, 26)
 """Positions of an example: more than any row's blocks and frequencies need."""
 SIX = ("conv", "convnn", "swin", "deformable_v2", "nsa", "mamba")
-"""Rows for the ways that take a minute each: a window, a search, blocks, places between positions, all three, a scan."""
+"""Rows for the ways that take a minute each: a window, a search, blocks, places, all three, a scan."""
 NEAR = 1e-4
 """The largest difference, of the largest output, that the tables call none."""
 
@@ -144,8 +144,8 @@ def page(kept: dict[str, Any]) -> str:
     done = [n for n in CATALOGUE if kept.get(n, {}).get("onnx", {}).get("open")]
     wide = [n for n in done if kept[n]["onnx"]["open"] == "batch and sizes"]
     lines = [
-        f"Of the {len(CATALOGUE)} rows of the catalogue {len(done)} reach ONNX, {len(wide)} of them with batch and sizes "
-        "open. A number is the largest difference from the layer, of its largest output, over all sizes compared.",
+        f"Of the {len(CATALOGUE)} rows of the catalogue {len(done)} reach ONNX, {len(wide)} of them with batch and "
+        "sizes open. A number is the largest difference from the layer, of its largest output, over all sizes compared.",
         "",
         "| row | nodes | ONNX, onnxruntime | torch alone (.pt2) | AOTInductor | OpenVINO |",
         "|---|---:|---|---|---|---|",
