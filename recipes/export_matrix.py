@@ -145,7 +145,7 @@ def page(kept: dict[str, Any]) -> str:
     wide = [n for n in done if kept[n]["onnx"]["open"] == "batch and sizes"]
     lines = [
         f"Of the {len(CATALOGUE)} rows of the catalogue {len(done)} reach ONNX, {len(wide)} of them with batch and "
-        "sizes open. A number is the largest difference from the layer, of its largest output, over all sizes compared.",
+        "sizes open. A number is the largest difference from the layer, of its largest output, at all sizes.",
         "",
         "| row | nodes | ONNX, onnxruntime | torch alone (.pt2) | AOTInductor | OpenVINO |",
         "|---|---:|---|---|---|---|",

@@ -6,7 +6,7 @@ import torch
 
 from nearfold import _torchvision
 from nearfold.train import Recipe, load_data
-from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment
+from nearfold.train.augment import AUGMENTATIONS, crop_flip, randaugment, shift_flip
 from nearfold.train.data import Split
 from nearfold.train.distributed import Team
 from nearfold.train.feed import open_feed
@@ -20,11 +20,11 @@ def images(count=6, channels=3, height=16, width=24):
     return torch.randint(1, 256, shape, generator=draws, dtype=torch.uint8)
 
 
-def shifts(image, border_y, border_x):
-    """Every image that crop_flip may make of one, by (top, left, mirrored)."""
+def shifts(image, border_y, border_x, mode="constant"):
+    """Every image that a shift by so much may make of one, by (top, left, mirrored)."""
     _, height, width = image.shape
-    padded = torch.zeros(image.shape[0], height + 2 * border_y, width + 2 * border_x, dtype=torch.uint8)
-    padded[:, border_y : border_y + height, border_x : border_x + width] = image
+    border = (border_x, border_x, border_y, border_y)
+    padded = torch.nn.functional.pad(image[None].float(), border, mode=mode)[0].to(torch.uint8)
     for top in range(2 * border_y + 1):
         for left in range(2 * border_x + 1):
             crop = padded[:, top : top + height, left : left + width]
@@ -32,10 +32,11 @@ def shifts(image, border_y, border_x):
             yield (top, left, True), crop.flip(2)
 
 
-def test_crop_flip_makes_one_shift_of_each_image_and_uses_them_all():
-    batch = images(1, 1, 8, 16).expand(400, 1, 8, 16).contiguous()
-    results = crop_flip(batch, 7, 400, slice(None))
-    possible = {crop.numpy().tobytes(): place for place, crop in shifts(batch[0], 1, 2)}
+@pytest.mark.parametrize(("augment", "size", "mode"), [(crop_flip, 8, "constant"), (shift_flip, 16, "reflect")])
+def test_a_shift_of_each_image_is_made_and_all_are_used(augment, size, mode):
+    batch = images(1, 1, size, 2 * size).expand(400, 1, size, 2 * size).contiguous()
+    results = augment(batch, 7, 400, slice(None))
+    possible = {crop.numpy().tobytes(): place for place, crop in shifts(batch[0], 1, 2, mode)}
     assert len(possible) == 3 * 5 * 2
     seen = {possible[result.numpy().tobytes()] for result in results}
     assert seen == set(possible.values())

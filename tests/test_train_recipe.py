@@ -30,7 +30,7 @@ from nearfold.train.recipe import learning_rate
         ({"schedule": "step"}, "'cosine', 'linear', 'constant'"),
         ({"label_smoothing": 1.0}, "Recipe.label_smoothing"),
         ({"clip_grad_norm": -1}, "Recipe.clip_grad_norm"),
-        ({"augment": "flip"}, "'none', 'crop_flip', 'randaugment'"),
+        ({"augment": "flip"}, "'none', 'crop_flip', 'shift_flip', 'randaugment'"),
         ({"ema": 1.0}, "Recipe.ema"),
         ({"precision": "half"}, "'float32', 'bfloat16', 'float16'"),
         ({"device": "gpu"}, "Recipe.device must be 'auto' or a torch device"),

@@ -63,8 +63,9 @@ class Recipe:
             ``"constant"``.
         label_smoothing: Share of the target spread evenly over all classes.
         clip_grad_norm: Gradients are scaled down to this global 2-norm; 0: never.
-        augment: ``"none"``, ``"crop_flip"`` (random shift and horizontal mirroring) or ``"randaugment"``
-            (both, then RandAugment; needs the extra `vision`). For data that are read from files (``open_data``):
+        augment: ``"none"``, ``"crop_flip"`` (random shift and horizontal mirroring), ``"shift_flip"`` (the same by half
+            as much, reflected at the border: for short trainings) or ``"randaugment"`` (crop_flip, then RandAugment;
+            needs the extra `vision`). For data that are read from files (``open_data``):
             ``"none"``, ``"resized_crop"`` (a random part, resized, and mirroring), ``"resized_randaugment"`` (then
             RandAugment) or ``"resized_erasing"`` (then random erasing). Mirroring is wrong for digits and letters.
         mixup: Every image is added to another one with a random share, and so are their labels: the share is drawn
