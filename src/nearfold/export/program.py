@@ -183,10 +183,10 @@ def _trials(program: ExportedProgram, args: Sequence[Tensor]) -> Iterator[list[t
     """For the size that was given and for others, where sizes are open: some inputs, at first those that were given."""
     shapes = inputs_of(program)
     batches = {str(shape[0]) for shape in shapes if len(shape)}
-    for step in (0, *STEPS) if any(opened(program)) else (0,):
+    for more, step in enumerate((0, *STEPS) if any(opened(program)) else (0,)):
         each = [
             [
-                n + (0 if isinstance(s, int) else min(step, 1) if str(s) in batches else step)
+                n if isinstance(s, int) else n + (more if str(s) in batches else step)
                 for n, s in zip(x.shape, shape, strict=True)
             ]
             for x, shape in zip(args, shapes, strict=True)
