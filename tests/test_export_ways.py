@@ -141,7 +141,7 @@ class Four(nn.Module):
         self.said = said
 
     def forward(self, x):
-        return x.view(4, -1) if self.said else x.sum(0) if int(x.shape[0]) == 4 else x
+        return x.expand(len(x), -1) if self.said else x.sum(0) if int(x.shape[0]) == 4 else x
 
 
 @pytest.mark.parametrize(

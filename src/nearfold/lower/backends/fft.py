@@ -19,7 +19,7 @@ from torch import Tensor
 from nearfold.grammar.words import Identity, Long, Spectral
 from nearfold.kernels.long_conv import long_conv
 from nearfold.kernels.names import DOT_LIKE
-from nearfold.lower.backends import dft
+from nearfold.lower import dft
 from nearfold.lower.call import Call, count_positions, refuse_derivatives
 from nearfold.lower.kernel import finish
 from nearfold.lower.meaning import meaning
