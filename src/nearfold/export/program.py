@@ -147,11 +147,14 @@ def inputs_of(program: ExportedProgram) -> list[torch.Size]:
     return [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
 
 
+def is_open(n: int | torch.SymInt) -> bool:
+    """Whether a size is open: a symbol may have become the number of the example."""
+    return isinstance(n, torch.SymInt) and not n.node.expr.is_number
+
+
 def opened(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:
     """The open axes of every input."""
-    return tuple(
-        tuple(axis for axis, n in enumerate(shape) if isinstance(n, torch.SymInt)) for shape in inputs_of(program)
-    )
+    return tuple(tuple(axis for axis, n in enumerate(shape) if is_open(n)) for shape in inputs_of(program))
 
 
 def symbols(program: ExportedProgram) -> dict[str, str]:
@@ -160,9 +163,9 @@ def symbols(program: ExportedProgram) -> dict[str, str]:
     for shape in inputs_of(program):
         if len(shape) < 1:
             continue
-        grid = GRIDS[len(shape) - 3] if 3 <= len(shape) <= 5 and isinstance(shape[1], int) else None
+        grid = GRIDS[len(shape) - 3] if 3 <= len(shape) <= 5 and not is_open(shape[1]) else None
         for axis, n in enumerate(shape):
-            if isinstance(n, torch.SymInt) and str(n).isidentifier():
+            if is_open(n) and str(n).isidentifier():
                 other = "length" if len(shape) == 3 else f"axis{axis}"
                 word = "batch" if axis == 0 else grid[axis - 2] if grid else other
                 taken = set(words.values())
@@ -185,10 +188,7 @@ def _trials(program: ExportedProgram, args: Sequence[Tensor]) -> Iterator[list[t
     batches = {str(shape[0]) for shape in shapes if len(shape)}
     for more, step in enumerate((0, *STEPS) if any(opened(program)) else (0,)):
         each = [
-            [
-                n if isinstance(s, int) else n + (more if str(s) in batches else step)
-                for n, s in zip(x.shape, shape, strict=True)
-            ]
+            [n + (more if str(s) in batches else step) * is_open(s) for n, s in zip(x.shape, shape, strict=True)]
             for x, shape in zip(args, shapes, strict=True)
         ]
         draws = [tuple(_like(x, n, seed) for x, n in zip(args, each, strict=True)) for seed in range(DRAWS)]
