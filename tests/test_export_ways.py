@@ -50,7 +50,7 @@ def example(name):
 @pytest.mark.parametrize("name", slow_but(("convnn",), NEEDED))
 def test_onnx_with_open_sizes(name, tmp_path):
     made = to_onnx(*example(name), tmp_path / "row.onnx", dynamic="sizes")
-    assert made.difference < 1e-5 and len(made.sizes) == 3
+    assert made.difference < 1e-5 and len(made.sizes) > 1
     assert [path.name for path in tmp_path.iterdir()] == ["row.onnx"]
     graph = onnx.load(made.path)
     onnx.checker.check_model(graph)
@@ -134,14 +134,17 @@ def test_a_batch_of_one_can_be_left_open(tmp_path):
 
 
 class Four(nn.Module):
-    """Takes four samples; says so to the compiler, or to Python alone."""
-
-    def __init__(self, said):
-        super().__init__()
-        self.said = said
+    """Takes four samples."""
 
     def forward(self, x):
-        return x.expand(len(x), -1) if self.said else x.sum(0) if int(x.shape[0]) == 4 else x
+        return x.expand(len(x), -1)
+
+
+class Few(nn.Module):
+    """Answers otherwise for many samples."""
+
+    def forward(self, x):
+        return x[:, :2] if x.shape[0] < 5 else x
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ class Four(nn.Module):
         ({"opset": 17}, "opset must be 20 at least, got 17"),
         ({"model": ConvNN2d(4, 4, k=3)}, r"training mode.*call model.eval\(\) first"),
         (
-            {"model": Four(True).eval(), "args": torch.randn(4, 4), "dynamic": "batch"},
+            {"model": Four().eval(), "args": torch.randn(4, 4), "dynamic": "batch"},
             "the number 4 of samples as such",
         ),
         (
