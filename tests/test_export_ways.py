@@ -161,7 +161,7 @@ class Few(nn.Module):
             "the number 4 of samples as such",
         ),
         (
-            {"model": Four(False).eval(), "args": torch.randn(4, 4), "dynamic": "batch"},
+            {"model": Few().eval(), "args": torch.randn(4, 4), "dynamic": "batch"},
             "sizes cannot be left open: of 1",
         ),
     ],
