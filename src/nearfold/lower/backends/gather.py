@@ -104,6 +104,8 @@ def prepare(at: Frame) -> Run:
 
 def _settled(at: Frame) -> DeformedWindow | None:
     """The layer as the engine takes it; None where it does not know all of it, or the map is large."""
+    if torch.compiler.is_compiling():  # it takes the parts, and a look at the size would tie the graph to it
+        return None
     op, kernel, ndim = at.op, at.op.weight.kernel, len(at.grid)
     placed = kernel is not None and getattr(kernel, "coordinates", False) is not False
     if not isinstance(op.path, Deformable) or ndim > 3 or count_positions(at.out_grid) > LARGEST_WHOLE:
