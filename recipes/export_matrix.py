@@ -11,14 +11,17 @@ import argparse
 import json
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nearfold.export import Exported, to_aoti, to_onnx, to_pt2
+from nearfold.export import Exported, decompositions, to_aoti, to_onnx, to_pt2
+from nearfold.export.program import compare, traced
 from nearfold.grammar import CATALOGUE
 from nearfold.models import MODELS, create
 from nearfold.testing import context_for, make
@@ -33,13 +36,9 @@ NEAR = 1e-4
 """The largest difference, of the largest output, that the tables call none."""
 
 
-def openvino(model: nn.Module, args: tuple[Tensor, ...], path: Path, *, dynamic: str) -> Exported:
+def openvino(model: nn.Module, args: tuple[Tensor, ...], path: Path, *, dynamic: str | None) -> Exported:
     """ONNX, read and run by OpenVINO."""
-    from dataclasses import replace
-
     import openvino as ov
-
-    from nearfold.export.program import compare, traced
 
     onnx = path.with_suffix(".onnx")
     made = to_onnx(model, args, onnx, dynamic=dynamic)
@@ -51,11 +50,36 @@ def openvino(model: nn.Module, args: tuple[Tensor, ...], path: Path, *, dynamic:
     return replace(made, **vars(compare(model, traced(model, args, dynamic), args, outputs, NEAR)))
 
 
+def executorch(model: nn.Module, args: tuple[Tensor, ...], path: Path, *, dynamic: str | None) -> Exported:
+    """ExecuTorch with XNNPACK, of one size: memory is planned ahead there."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    if dynamic is not None:
+        raise ValueError("sizes are fixed")
+    program = traced(model, args, None)
+    lowered = program.run_decompositions(decompositions(stable_topk=True))
+    edge = to_edge_transform_and_lower(
+        lowered, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=False)
+    )
+    path.write_bytes(edge.to_executorch().buffer)
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def outputs(*inputs: Tensor) -> list[Tensor]:
+        return [x.clone() for x in method.execute([x.contiguous() for x in inputs])]
+
+    found = compare(model, program, args, outputs, NEAR)
+    operators = Counter(str(node.target) for node in lowered.graph.nodes if node.op == "call_function")
+    return Exported(path, "pte", **vars(found), open=((),), nodes=operators.total(), operators=operators)
+
+
 WAYS: dict[str, tuple[Callable[..., Exported], str]] = {
     "onnx": (to_onnx, ".onnx"),
     "pt2": (to_pt2, ".pt2"),
     "aoti": (to_aoti, ".pt2"),
     "openvino": (openvino, ".pt2"),
+    "executorch": (executorch, ".pte"),
 }
 
 
@@ -117,7 +141,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for way in () if args.page else args.ways:
-        rows = [n for n in CATALOGUE if way not in ("aoti", "openvino") or n in SIX]
+        rows = [n for n in CATALOGUE if way in ("onnx", "pt2") or n in SIX]
         names = args.names or [n for n in (*rows, *(kinds() if way == "onnx" else ())) if way not in kept.get(n, {})]
         for name in names:
             made = row(name) if name in CATALOGUE else network(name)
@@ -147,8 +171,8 @@ def page(kept: dict[str, Any]) -> str:
         f"Of the {len(CATALOGUE)} rows of the catalogue {len(done)} reach ONNX, {len(wide)} of them with batch and "
         "sizes open. A number is the largest difference from the layer, of its largest output, at all sizes.",
         "",
-        "| row | nodes | ONNX, onnxruntime | torch alone (.pt2) | AOTInductor | OpenVINO |",
-        "|---|---:|---|---|---|---|",
+        "| row | nodes | ONNX, onnxruntime | torch alone (.pt2) | AOTInductor | OpenVINO | ExecuTorch, XNNPACK |",
+        "|---|---:|---|---|---|---|---|",
     ]
     for name in CATALOGUE:
         found = kept.get(name, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -208,13 +209,27 @@ def test_the_command_says_what_it_wants(args, said, capsys):
     assert code == 2 and re.search(said, capsys.readouterr().err)
 
 
-def test_the_page_has_every_row():
+@pytest.fixture(scope="module")
+def export_matrix():
+    """recipes/export_matrix.py, where there is a tree around the package."""
+    place = importlib.util.spec_from_file_location("export_matrix", ROOT / "recipes" / "export_matrix.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["openvino", "executorch"])
+@pytest.mark.parametrize("name", ["conv", "convnn", "swin", "deformable_v2", "nsa", "mamba"])
+def test_other_runtimes(name, way, export_matrix):
+    pytest.importorskip(way)
+    found = export_matrix.tried(export_matrix.row(name), way)
+    assert found["open"] == ("batch and sizes" if way == "openvino" else "nothing"), found["why"]
+    assert found["difference"] <= export_matrix.NEAR
+
+
+def test_the_page_has_every_row(export_matrix):
     """docs/export.md is what recipes/export_matrix.py makes of its results; at least 95 % leave with open sizes."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        import export_matrix
-    finally:
-        sys.path.pop(0)
     kept = json.loads(export_matrix.KEPT.read_text())
     assert export_matrix.page(kept) in export_matrix.PAGE.read_text()
     found = [kept[name]["onnx"] for name in CATALOGUE]

@@ -93,7 +93,20 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         assert "nearfold = nearfold.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Version"] == nearfold.__version__
-    extras = ["data", "vision", "hub", "images", "tensorboard", "ray", "onnx", "ocr", "all", "dev"]
+    extras = [
+        "data",
+        "vision",
+        "hub",
+        "images",
+        "tensorboard",
+        "ray",
+        "onnx",
+        "openvino",
+        "executorch",
+        "ocr",
+        "all",
+        "dev",
+    ]
     assert metadata.get_all("Provides-Extra") == extras
 
     # out of the wheel itself, with nothing of the source tree beside it
