@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from nearfold.grammar.words import Spectral
 from nearfold.lower.call import Call
 from nearfold.lower.meaning import meaning
 from nearfold.lower.words.spectral import SpectralMeaning
@@ -52,7 +51,7 @@ def convolve(call: Call, x: Tensor) -> Tensor:
     for axis, (c, s) in enumerate(others, 2):
         y = _turned(axis, y, (c, s), -1)
     h = own.spectrum(call).unbind(-1)
-    if isinstance(call.op.weight.kernel, Spectral):
+    if own.maps_channels:
         (a, b), (c, d) = y, h
         parts = [torch.einsum("bc...,oc...->bo...", one, two) for one in (a, b) for two in (c, d)]
         y = parts[0] - parts[3], parts[1] + parts[2]
