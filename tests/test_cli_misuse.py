@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from nearfold import _interrupt
 from nearfold.cli import main
 from nearfold.study import engine, local
 from nearfold.train.trainer import Trainer
@@ -319,6 +320,21 @@ def test_every_operator_that_has_a_name_trains_or_says_why_not(capsys):
         "sapa",
     }
     assert all(word in refused[name] for name, word in (("conv_causal", "axes"), ("cross_attention", "context")))
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(recwarn):
+    """Python drops what a destructor raises."""
+
+    class Pressed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    _interrupt.check()
+    with pytest.raises(KeyboardInterrupt), _interrupt.remembered():
+        Pressed()
+        _interrupt.check()
+    _interrupt.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ RANK = {
     "_scrambled": -1,
     "options": -1,
     "_images": 0,
+    "_interrupt": 0,
     "_own_code": 0,
     "_pages": 0,
     "_torchvision": 0,
