@@ -24,7 +24,7 @@ examples:
   nearfold export resnet18_hybrid --to onnx --input 1,3,224,224 --dynamic sizes
   nearfold export torchvision:resnet18 --to pt2 --input 1,3,224,224
   nearfold export my_network.py:make_model --to aoti --input 1,3,32,32
-  nearfold export runs/hybrid/pretrained --to onnx"""
+  nearfold export runs/hybrid/pretrained --to onnx --input 1,3,32,32"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

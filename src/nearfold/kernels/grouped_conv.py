@@ -91,10 +91,10 @@ def grouped_conv(
         engine.run("grouped", list(maps), weight.contiguous(), stride, dilation, before, reflect, y, engine.threads())
         return y
     with torch.autocast(weight.device.type, enabled=False):
-        return _formula(maps, weight, stride, dilation, before, out, reflect).contiguous()
+        return formula(maps, weight, stride, dilation, before, out, reflect)
 
 
-def _formula(
+def formula(
     maps: Sequence[Tensor],
     weight: Tensor,
     stride: list[int],
@@ -103,10 +103,11 @@ def _formula(
     out: list[int],
     reflect: bool,
 ) -> Tensor:
+    """`grouped_conv` in PyTorch."""
     after = _after(maps, weight, stride, dilation, before, out)
     x = pad(torch.cat(list(maps), 2).flatten(1, 2), before, after, reflect)
     y = _CONV[len(out)](x, weight.flatten(0, 1), None, stride, 0, dilation, weight.shape[0])
-    return y.unflatten(1, weight.shape[:2]).transpose(1, 2)
+    return y.unflatten(1, weight.shape[:2]).transpose(1, 2).contiguous()
 
 
 def _on_gpu(
@@ -226,7 +227,7 @@ grouped_conv.register_autograd(_backward, setup_context=_setup)
 
 def _again(grad, maps, weight, stride, dilation, before, reflect):  # type: ignore[no-untyped-def]
     out = list(grad.shape[3:])
-    return second.gradients(lambda m, w: _formula(m, w, stride, dilation, before, out, reflect))(grad, maps, weight)
+    return second.gradients(lambda m, w: formula(m, w, stride, dilation, before, out, reflect))(grad, maps, weight)
 
 
 second.register(grouped_conv_backward, _again)

@@ -38,6 +38,11 @@ def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
         at = index if index.dim() <= MAX_AXES else index.reshape(-1, k)
         engine.run("softmax", score.contiguous().view(-1, k), at, scale, alpha.view(-1, k), engine.threads())
         return alpha
+    return formula(score, index, scale)
+
+
+def formula(score: Tensor, index: Tensor, scale: float) -> Tensor:
+    """`slot_softmax` in PyTorch."""
     valid = index >= 0
     # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
     masked = (score.masked_fill(~valid, 0) * scale).masked_fill(~valid, torch.finfo(score.dtype).min)

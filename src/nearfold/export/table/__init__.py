@@ -9,10 +9,24 @@ from typing import Any
 import torch
 
 from nearfold.export.table import neighbours, points, scans, slots, torchs, windows
+from nearfold.kernels import (  # noqa: F401, they register the operators
+    choose,
+    corners,
+    edges,
+    entmax,
+    fast_weights,
+    grouped_conv,
+    local_attention,
+    long_conv,
+    sampled,
+    scan,
+    slot_scores,
+    weigh,
+)
 
 _PLAIN = (
-    *(slots.aggregate, slots.slot_softmax, slots.slot_scores, slots.largest, slots.entmax),
-    *(windows.local_scores, windows.local_sum, windows.local_attention, windows.grouped_conv, windows.long_conv),
+    *(slots.aggregate, slots.slot_scores, slots.largest, slots.entmax),
+    *(windows.local_scores, windows.local_sum, windows.local_attention, windows.long_conv),
     *(points.corners, points.sampled),
     *(scans.selective_scan, scans.fast_weights),
 )
@@ -42,21 +56,9 @@ def decompositions(stable_topk: bool = False) -> dict[Any, Callable[..., Any]]:
     >>> any("nearfold" in str(node.target) for node in program.graph.nodes)
     False
     """
-    import nearfold.kernels.choose
-    import nearfold.kernels.corners
-    import nearfold.kernels.edges
-    import nearfold.kernels.entmax
-    import nearfold.kernels.fast_weights
-    import nearfold.kernels.grouped_conv
-    import nearfold.kernels.local_attention
-    import nearfold.kernels.long_conv
-    import nearfold.kernels.sampled
-    import nearfold.kernels.scan
-    import nearfold.kernels.slot_scores
-    import nearfold.kernels.weigh  # noqa: F401
-
     best = neighbours.first if stable_topk else neighbours.keyed
-    table = {made.__name__: made for made in _PLAIN}
+    table: dict[str, Callable[..., Any]] = {made.__name__: made for made in _PLAIN}
+    table |= {"slot_softmax": weigh.formula, "grouped_conv": grouped_conv.formula}
     table |= {made.__name__: functools.partial(made, best=best) for made in (neighbours.select, neighbours.choose)}
     found = {getattr(torch.ops.nearfold, name).default: made for name, made in table.items()}
     return found | (torchs.table() if stable_topk else {})

@@ -52,16 +52,6 @@ def aggregate(
     return (rows @ kernel).unflatten(1, (B, M)).permute(1, 2, 0, 3).flatten(2).to(dtype)
 
 
-def slot_softmax(score: Tensor, index: Tensor, scale: float) -> Tensor:
-    """`nearfold::slot_softmax`."""
-    there = index >= 0
-    # finite in invalid slots: -inf * a negative scale, or a row without any valid slot, would give NaN
-    low = torch.finfo(score.dtype).min
-    masked = (score.masked_fill(~there, 0) * scale).masked_fill(~there, low)
-    alpha = torch.softmax(masked, -1).masked_fill(~there, 0)
-    return alpha.masked_fill((index == LOST).any(-1, keepdim=True), NAN).contiguous()
-
-
 def slot_scores(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     """`nearfold::slot_scores`."""
     H = index.shape[3]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfold.export.table.windows import read
+from nearfold.export.table.windows import along, read
 
 
 def pad(x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
@@ -117,33 +117,6 @@ def adaptive_avg_pool1d(x: Tensor, size: Sequence[int]) -> Tensor:
     return x @ _means(x.shape[-1], size[0], x).T
 
 
-def _avg_pool(axes: int) -> Any:
-    """`aten::avg_pool` of windows side by side, the last of which the border may cut: onnxruntime leaves those out."""
-
-    def avg_pool(
-        x: Tensor,
-        size: Sequence[int],
-        stride: Sequence[int] = (),
-        padding: Sequence[int] = (0,),
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor: int | None = None,
-    ) -> Tensor:
-        sizes = list(size) * (axes // len(size))
-        if not ceil_mode or any(padding) or divisor is not None or list(stride or size) != list(size):
-            made: Tensor = NotImplemented
-            return made
-        for axis, s in enumerate(sizes, -axes):
-            n = x.shape[axis]
-            count = (n + s - 1) // s
-            rows = torch.nn.functional.pad(x.movedim(axis, -1), (0, count * s - n)).unflatten(-1, (count, s)).sum(-1)
-            there = (n - torch.arange(count, device=x.device) * s).clamp(max=s)
-            x = (rows / there.to(x.dtype)).movedim(-1, axis)
-        return x
-
-    return avg_pool
-
-
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -163,16 +136,11 @@ def convolution(
     amounts = [amount for p in padding for amount in (p, p)]
     if any(amounts):
         x = torch.nn.functional.pad(x, amounts[::-1])
-    places, out = [], []
-    for axis in range(axes):
-        size, n = weight.shape[2 + axis], x.shape[2 + axis]
-        out.append((n - dilation[axis] * (size - 1) - 1) // stride[axis] + 1)
-        at = torch.arange(size, device=x.device)[:, None] * dilation[axis]
-        at = at + torch.arange(out[-1], device=x.device) * stride[axis]
-        shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = at.shape
-        places.append(at.view(shape))
-    C, slots = weight.shape[1], math.prod(weight.shape[2:])
+    size = weight.shape[2:]
+    out = [(n - d * (k - 1) - 1) // t + 1 for n, k, t, d in zip(x.shape[2:], size, stride, dilation, strict=True)]
+    starts = [torch.arange(k, device=x.device) * d for k, d in zip(size, dilation, strict=True)]
+    places = [along(axis, starts[axis], stride[axis], out) for axis in range(axes)]
+    C, slots = weight.shape[1], math.prod(size)
     near = read(x, places, out)  # (1, G C, slots, *out)
     rows = near.reshape(groups, C * slots, -1)
     y = weight.flatten(1).reshape(groups, -1, C * slots) @ rows
@@ -210,9 +178,6 @@ def table() -> dict[Any, Any]:
         aten.linalg_qr.default: linalg_qr,
         aten.adaptive_avg_pool1d.default: adaptive_avg_pool1d,
         aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
-        aten.avg_pool1d.default: _avg_pool(1),
-        aten.avg_pool2d.default: _avg_pool(2),
-        aten.avg_pool3d.default: _avg_pool(3),
         aten.conv1d.default: _conv(1),
         aten.conv2d.default: _conv(2),
         aten.conv3d.default: _conv(3),

@@ -1,7 +1,7 @@
 """Windows in core ATen: one gather of all slots, not a slice for each.
 
-Shape legend: P problems (batch x heads), B batch, H heads, G groups, e embedded features, d value features, S slots,
-O outputs, `*grid` the map, `*out` the output grid.
+Shape legend: P problems (batch x heads), B batch, H heads, e embedded features, d value features, S slots,
+`*grid` the map, `*out` the output grid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nearfold.kernels.local import reflect as mirrored
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def _along(axis: int, starts: Tensor, stride: int, out: Sequence[int]) -> Tensor:
+def along(axis: int, starts: Tensor, stride: int, out: Sequence[int]) -> Tensor:
     """Where every slot and output of one axis reads: (1.., s, ..1, 1.., o, ..1), slots first."""
     at = starts[:, None] + torch.arange(out[axis], device=starts.device) * stride
     axes = len(out)
@@ -62,7 +62,7 @@ def local_scores(
     """`nearfold::local_scores`."""
     out = query.shape[2:]
     starts = _starts(offsets, len(out), key)
-    places = [_along(a, s, t, out) for a, (s, t) in enumerate(zip(starts, stride, strict=True))]
+    places = [along(a, s, t, out) for a, (s, t) in enumerate(zip(starts, stride, strict=True))]
     return _scored(query, read(key, places, out), metric, squared)
 
 
@@ -70,7 +70,7 @@ def local_sum(alpha: Tensor, value: Tensor, offsets: list[int], stride: list[int
     """`nearfold::local_sum`."""
     out = alpha.shape[2:]
     starts = _starts(offsets, len(out), value)
-    places = [_along(a, s, t, out) for a, (s, t) in enumerate(zip(starts, stride, strict=True))]
+    places = [along(a, s, t, out) for a, (s, t) in enumerate(zip(starts, stride, strict=True))]
     return (read(value, places, out) * alpha[:, None]).sum(2)
 
 
@@ -93,7 +93,7 @@ def local_attention(
     places, inside = [], None
     for axis, n in enumerate(grid):
         starts = torch.arange(size[axis], device=key.device) * dilation[axis] - before[axis]
-        at = _along(axis, starts, stride[axis], out)
+        at = along(axis, starts, stride[axis], out)
         if reflect:
             places.append(mirrored(at, n))
         else:
@@ -113,21 +113,6 @@ def local_attention(
         near = near.masked_fill(~inside.flatten(0, len(out) - 1), 0)
     y = (near * (weight * inverse)[:, None]).sum(2)
     return y.unflatten(0, (B, H)), torch.cat([most, inverse], 1).unflatten(0, (B, H))
-
-
-def grouped_conv(
-    maps: Sequence[Tensor],
-    weight: Tensor,
-    stride: list[int],
-    dilation: list[int],
-    before: list[int],
-    out: list[int],
-    reflect: bool,
-) -> Tensor:
-    """`nearfold::grouped_conv`."""
-    from nearfold.kernels.grouped_conv import _formula
-
-    return _formula(maps, weight, stride, dilation, before, out, reflect).contiguous()
 
 
 def long_conv(value: Tensor, kernel: Tensor, groups: int) -> Tensor:
