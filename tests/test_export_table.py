@@ -15,7 +15,7 @@ from torch.export import Dim
 
 import nearfold.kernels
 from nearfold.export import decompositions
-from nearfold.export.table import LEFT_OUT
+from nearfold.export.table import LEFT_OUT, torchs
 from nearfold.grammar import CATALOGUE
 from nearfold.nn import ConvNN2d, Mixer
 from nearfold.testing import context_for, make
@@ -143,3 +143,34 @@ def test_low_precision_is_computed_as_the_library_does():
     x = torch.randn(2, 8, 9, 10, dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(lowered(layer, (x,))(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "options"),
+    [
+        ("sort.stable", (draw(3, 9),), {"stable": True, "dim": 0, "descending": True}),
+        ("sort.stable", (draw(3, 9),), {"stable": True}),
+        ("searchsorted.Tensor", (draw(5).sort().values, draw(4)), {}),
+        ("searchsorted.Tensor", (torch.arange(5), torch.tensor([-1, 0, 3, 9])), {"right": True}),
+        ("cummax.default", (draw(4, 7), 1), {}),
+        ("log_sigmoid.default", (torch.linspace(-200, 50, 99, dtype=torch.float64),), {}),
+        ("adaptive_avg_pool1d.default", (draw(2, 3, 11), [4]), {}),
+        ("adaptive_avg_pool2d.default", (draw(2, 3, 5, 11), [2, 7]), {}),
+    ],
+)
+def test_forms_of_torch_s_own_operators(op, args, options):
+    name, overload = op.split(".")
+    ours = getattr(getattr(torch.ops.aten, name), overload)
+    torch.testing.assert_close(torchs.table()[ours](*args, **options), ours(*args, **options))
+
+
+def test_qr_is_one_with_a_positive_diagonal():
+    x = draw(2, 6, 4)
+    q, r = torchs.linalg_qr(x)
+    torch.testing.assert_close(q @ r, x)
+    torch.testing.assert_close(q.mT @ q, torch.eye(4, dtype=x.dtype).expand(2, 4, 4))
+    assert (r.diagonal(dim1=-2, dim2=-1) > 0).all() and torch.equal(r, r.triu())

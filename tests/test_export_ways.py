@@ -27,17 +27,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 NEEDED = (
-    "conv_strided",
-    "convnn",
-    "deformable_v2",
-    "mamba",
-    "gla",
-    "nsa",
-    "fno",
-    "s4d",
-    "performer",
-    "swin",
-    "bigbird",
+    *("conv_strided", "convnn", "deformable_v2", "mamba", "gla", "mlstm", "nsa", "fno", "s4d", "performer", "swin"),
+    *("bigbird", "dynamic_conv", "pvt_linear"),
 )
 """Rows that together need every form of torch's own operators that is made for ONNX."""
 
