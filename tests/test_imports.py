@@ -20,7 +20,6 @@ RANK = {
     "_scrambled": -1,
     "options": -1,
     "_images": 0,
-    "_interrupt": 0,
     "_own_code": 0,
     "_pages": 0,
     "_torchvision": 0,

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from nearfold import __version__
-from nearfold._interrupt import remembered
 from nearfold.options import Fill, Parser, line
 
 INTRODUCTION = """\
@@ -81,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        with remembered():
-            args = _parser().parse_args(argv)
-            return int(args.command(args))
+        args = _parser().parse_args(argv)
+        return int(args.command(args))
     except SystemExit as stop:  # argparse's way to say that help was shown (0) or an argument was wrong (2)
         return int(stop.code or 0)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nearfold._interrupt import check
 from nearfold.surgery import SpectrumSchedule
 from nearfold.train import checkpoint
 from nearfold.train.data import ImageData
@@ -110,7 +109,6 @@ class Trainer:
 
     def take_step(self, batches: Batches) -> None:
         """Take the next step of the run, with the next of the feed's `batches`."""
-        check()
         recipe, step = self.recipe, self.run.step
         watch = Watch(self.team.device)
         for group in self._optimizer.param_groups:
