@@ -330,3 +330,27 @@ def test_acmixs_convolution_is_told_head_by_head():
     by_dimension, _ = make("window(3) | box | shift(2, interleaved)", (3, 3))
     assert mixing_matrix(by_head, x).shape == (1, 2, 9, 9)
     assert mixing_matrix(by_dimension, x).shape == (1, 4, 9, 9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_those_of_the_whole_matrix(name):
+    layer, x, context, matrix = made(name)
+    rows = [matrix.shape[2] - 1, 0, matrix.shape[2] // 2]
+    some = mixing_matrix(layer, x, context=context, rows=rows)
+    assert torch.equal(some, matrix[:, :, rows])
+
+
+def test_rows_of_a_foreign_layer_are_those_of_its_whole_matrix():
+    conv = nn.Conv2d(4, 6, 3, stride=2, groups=2)
+    x = torch.randn(2, 4, 7, 6)
+    whole = mixing_matrix(conv, x, groups=2)
+    torch.testing.assert_close(mixing_matrix(conv, x, groups=2, rows=torch.tensor([5, 1])), whole[:, :, [5, 1]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [([], "at least one"), ([0.5], "whole numbers"), ([4, 9], "from 0 to 8, got 4 to 9")]
+)
+@pytest.mark.parametrize("layer", [Mixer("window(3) | box | kernel", 2), nn.Conv2d(2, 2, 3, padding=1)])
+def test_rows_that_are_none_are_refused(layer, rows, said):
+    with pytest.raises(ValueError, match=said):
+        mixing_matrix(layer, torch.randn(1, 2, 3, 3), rows=rows)

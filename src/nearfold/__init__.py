@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nearfold.examine import xray
     from nearfold.grammar import CATALOGUE, NotationError, Operation, parse, preset
     from nearfold.kernels.points import knn, knn_graph
     from nearfold.look import mixing_matrix
@@ -38,10 +39,12 @@ __all__ = [
     "mixing_matrix",
     "parse",
     "preset",
+    "xray",
 ]
 
 _PACKAGES = [
     "compat",
+    "examine",
     "extend",
     "grammar",
     "kernels",
@@ -71,6 +74,7 @@ _NAMES = {
     "mixing_matrix": "look",
     "parse": "grammar",
     "preset": "grammar",
+    "xray": "examine",
 }
 
 

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "nearfold.models.look_command",
     ),
     "describe": ("say any network in these words, layer by layer, and its complexity", "nearfold.recognise.command"),
+    "xray": ("measure where every layer of a network really looks, on images", "nearfold.examine.command"),
     "models": (
         "the networks that have a name: parameters and multiply-adds, built and published",
         "nearfold.models.command",

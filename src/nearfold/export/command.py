@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nearfold.export.program import Exported
 from nearfold.export.ways import to_aoti, to_onnx, to_pt2
-from nearfold.options import above, brief, sizes
+from nearfold.models.named import WHAT, named
+from nearfold.options import above, sizes
 
 WAYS: dict[str, tuple[Callable[..., Exported], str]] = {
     "onnx": (to_onnx, ".onnx"),
@@ -32,8 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a network that `nearfold models` lists, a folder that save_pretrained wrote, timm:NAME, torchvision:NAME "
-        "or path/to/file.py:factory (the file is run)",
+        help=WHAT,
     )
     parser.add_argument("--to", choices=tuple(WAYS), required=True, help="the format")
     parser.add_argument(
@@ -57,7 +56,7 @@ def _size(written: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     """Export, and say how it compares: the exit code."""
     write, ending = WAYS[args.to]
-    model, size = _loaded(args.model, args.pretrained)
+    model, size = named(args.model, args.pretrained)
     if args.input is None and size is None:
         raise ValueError(f"--input must say the size of an input of {args.model}, such as --input 1,3,224,224")
     shape = args.input or (1, *size)  # type: ignore[misc]
@@ -69,28 +68,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _name(spec: str) -> str:
     return Path(spec.rpartition(":")[2]).name or "network"
-
-
-def _loaded(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """A network, and the size (C, H, W) it is for where that is known."""
-    from nearfold.models import from_pretrained
-    from nearfold.models.registry import MODELS, create
-
-    if ":" in spec:
-        from nearfold.recognise.load import load_model
-
-        if pretrained:
-            raise ValueError("--pretrained is for the networks that `nearfold models --pretrained` lists")
-        model = load_model(spec)
-        found = (getattr(model, "default_cfg", None) or {}).get("input_size")
-        return model, None if found is None else tuple(found)
-    if spec in MODELS:
-        return create(spec, pretrained=pretrained), MODELS[spec].input_size
-    if Path(spec).is_dir():
-        return from_pretrained(spec), None
-    from nearfold.options import meant
-
-    raise ValueError(
-        f"MODEL must be a network that `nearfold models` lists, a folder that save_pretrained wrote, timm:NAME, "
-        f"torchvision:NAME or path/to/file.py:factory; got {brief(spec)}{meant(spec, MODELS)}"
-    )

@@ -1,7 +1,7 @@
 """The mixing matrix of a layer of another library, by differentiation; and how large a matrix may be.
 
 Shape legend: B batch, G groups of channels, M outputs, N positions, O output channels, C channels, c channels of a
-group, K copies.
+group, K copies, R rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,20 @@ def require_room(what: str, shape: tuple[int, ...], dtype: torch.dtype, limit_gi
         )
 
 
+def require_rows(rows: Tensor, outputs: int) -> None:
+    """ValueError where a row is no output."""
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < outputs:
+        raise ValueError(f"rows must be from 0 to {outputs - 1}, got {int(rows.min())} to {int(rows.max())}")
+
+
 def differentiated(
-    layer: nn.Module, x: Tensor, context: Tensor | None, groups: int, tokens: bool | None, limit_gib: float
+    layer: nn.Module,
+    x: Tensor,
+    context: Tensor | None,
+    groups: int,
+    tokens: bool | None,
+    limit_gib: float,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`nearfold.look.mixing_matrix` of a layer of another library, whose arguments these are."""
     source = x if context is None else context
@@ -47,10 +59,16 @@ def differentiated(
             if groups < 1 or channels % groups:
                 raise ValueError(f"groups={groups} must divide the {channels} {name} channels")
         wide = torch.promote_types(y_OM.dtype, torch.float32)
-        require_room(type(layer).__name__, (x.shape[0], groups, M, N), wide, limit_gib)
-        copies = max(1, min(O * M, BLOCK // (C * N + O * M + M * N)))
+        rows = torch.arange(M) if rows is None else rows
+        require_rows(rows, M)
+        R = len(rows)
+        require_room(type(layer).__name__, (x.shape[0], groups, R, N), wide, limit_gib)
+        copies = max(1, min(O * R, BLOCK // (C * N + O * M + R * N)))
+        rows = rows.to(y_OM.device)
         images = [
-            _jacobian(layer, x[b : b + 1], None if context is None else context[b : b + 1], groups, tokens, copies)
+            _jacobian(
+                layer, x[b : b + 1], None if context is None else context[b : b + 1], groups, tokens, copies, rows
+            )
             for b in range(x.shape[0])
         ]
     return torch.stack(images)
@@ -97,8 +115,16 @@ def _outputs(layer: nn.Module, x: Tensor, context: Tensor | None, tokens: bool) 
     return source, _rows(y, tokens)
 
 
-def _jacobian(layer: nn.Module, x: Tensor, context: Tensor | None, groups: int, tokens: bool, copies: int) -> Tensor:
-    """One image's matrix (G, M, N). The batch axis carries copies of it, each asked for another output number.
+def _jacobian(
+    layer: nn.Module,
+    x: Tensor,
+    context: Tensor | None,
+    groups: int,
+    tokens: bool,
+    copies: int,
+    rows_R: Tensor,
+) -> Tensor:
+    """One image's rows (G, R, N). The batch axis carries copies of it, each asked for another output number.
 
     Any layer can do this: torch.func.vmap would need a batching rule of every operator on the way.
     """
@@ -107,18 +133,20 @@ def _jacobian(layer: nn.Module, x: Tensor, context: Tensor | None, groups: int, 
         layer, many, None if context is None else context.expand(copies, *context.shape[1:]), tokens
     )
     C, N = _rows(source, tokens).shape[1:]
-    _, O, M = y_KOM.shape
-    total = y_KOM.new_zeros(groups * M, N, dtype=torch.promote_types(y_KOM.dtype, torch.float32))
-    for first in range(0, O * M, copies):
-        row_K = torch.arange(first, min(first + copies, O * M), device=y_KOM.device)
+    O, R = y_KOM.shape[1], len(rows_R)
+    total = y_KOM.new_zeros(groups * R, N, dtype=torch.promote_types(y_KOM.dtype, torch.float32))
+    for first in range(0, O * R, copies):
+        asked_K = torch.arange(first, min(first + copies, O * R), device=y_KOM.device)  # of output channels and rows
+        channel_K, at_K = asked_K // R, asked_K % R
+        copy_K = asked_K - first
         ask_KOM = y_KOM.new_zeros(y_KOM.shape)  # not zeros_like, whose rows lie as those of y: no view is flat then
-        ask_KOM.view(copies, -1)[row_K - first, row_K] = 1
+        ask_KOM[copy_K, channel_K, rows_R[at_K]] = 1
         grad = torch.autograd.grad(y_KOM, source, ask_KOM, retain_graph=True, allow_unused=True)[0]
         if grad is None:
             continue
-        group_K = row_K // M // (O // groups)
-        grad_KcN = _rows(grad, tokens).unflatten(1, (groups, -1))[row_K - first, group_K].to(total.dtype)
+        group_K = channel_K // (O // groups)
+        grad_KcN = _rows(grad, tokens).unflatten(1, (groups, -1))[copy_K, group_K].to(total.dtype)
         number_KN = grad_KcN[:, 0] if O == C == groups else grad_KcN.square().sum(1)
-        total.index_add_(0, group_K * M + row_K % M, number_KN)
+        total.index_add_(0, group_K * R + at_K, number_KN)
     size = total if O == C == groups else (total * groups / O).sqrt()
-    return size.detach().unflatten(0, (groups, M))
+    return size.detach().unflatten(0, (groups, R))

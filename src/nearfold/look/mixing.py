@@ -9,14 +9,15 @@ P output channels of a group, c channels that a group reads, L cells (channels o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from nearfold._numbers import shown
 from nearfold.grammar import Branch, Operation
-from nearfold.look.derivative import differentiated, require_room
+from nearfold.look.derivative import differentiated, require_room, require_rows
 from nearfold.lower import oracle
 from nearfold.lower.call import Call, count_positions
 from nearfold.lower.execute import execute, factors
@@ -34,6 +35,7 @@ def mixing_matrix(
     context: Tensor | None = None,
     groups: int = 1,
     tokens: bool | None = None,
+    rows: Sequence[int] | Tensor | None = None,
     limit_gib: float = 4.0,
 ) -> Tensor:
     """The effective matrix (B, G, M, N) by which a layer mixes positions: row m is what output m reads.
@@ -70,13 +72,14 @@ def mixing_matrix(
         context: the second input, for a layer that reads one; N then counts its positions.
         groups: of channels, for a layer of another library; must divide C and O.
         tokens: whether the channels come last, for a layer of another library. A 3-D x could be both: say which.
-        limit_gib: refuse matrices larger than this.
+        rows: these outputs only, by their numbers in raster order; None: all.
+        limit_gib: refuse matrices larger than this, and scores of which they would be made.
 
     Returns:
-        (B, G, M, N), positions in raster order, float32 at least, without gradients.
+        (B, G, M, N), or (B, G, rows, N), positions in raster order, float32 at least, without gradients.
 
     Raises:
-        ValueError: what is not a layer of positions, or a matrix above the limit.
+        ValueError: what is not a layer of positions, a row that it does not make, or a matrix above the limit.
 
     >>> mean = Mixer("window(3) | box | mean", 4, ndim=1)
     >>> mixing_matrix(mean, torch.randn(1, 4, 3))[0, 0].mul(6).round().tolist()
@@ -97,8 +100,18 @@ def mixing_matrix(
                 f"groups and tokens are for layers of other libraries; {type(layer).__name__} knows its own (tokens="
                 f"{own}): leave them out"
             )
-        return _own(layer, x, context, limit_gib)
-    return differentiated(layer, x, context, groups, tokens, limit_gib)
+        return _own(layer, x, context, limit_gib, _listed(rows))
+    return differentiated(layer, x, context, groups, tokens, limit_gib, _listed(rows))
+
+
+def _listed(rows: Sequence[int] | Tensor | None) -> Tensor | None:
+    """The rows as a tensor (R,) of whole numbers."""
+    if rows is None:
+        return None
+    found = torch.as_tensor(rows)
+    if found.dim() != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
+        raise ValueError(f"rows must be whole numbers, at least one, such as [0, 17]; got {shown(rows)}")
+    return found.long()
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class _Part:
 
 
 @torch.no_grad()
-def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> Tensor:
+def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float, rows: Tensor | None) -> Tensor:
     op = layer.operation
     if isinstance(layer, TokenMixer):
         x = layer.prepare(x)
@@ -126,23 +139,37 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
     parts: list[_Part] = []
 
     def spy(call: Call) -> Tensor:
-        parts.append(_part(call, limit_gib))
+        parts.append(_part(call, limit_gib, rows))
         return call.value.new_zeros(x.shape[0], meaning(call.op.weight.kernel).made(call), *call.out_grid)
 
     params = layer.tensors()
     execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
-    return _combined(op, params, x, layer.made_channels, iter(parts)).matrix
+    return _combined(op, params, x, layer.made_channels, iter(parts), rows).matrix
 
 
-def _part(call: Call, limit_gib: float) -> _Part:
-    """The matrix of one `Basic` operation."""
+def _part(call: Call, limit_gib: float, rows: Tensor | None) -> _Part:
+    """The matrix of one `Basic` operation, or these rows of it."""
+    inner = call.at.inner or call.grid
+    made = inner if call.at.inner else call.out_grid
+    at = torch.arange(math.prod(made)) if rows is None else rows
+    require_rows(at, math.prod(made))
+    if call.at.inner:  # outputs of the map, among those of the whole blocks
+        at = _raster(torch.unravel_index(at, inner), call.out_grid)
+    whole = rows is None and not call.at.inner
     rho, kernel = call.op.weight.rho, meaning(call.op.weight.kernel).blocks(call)
     heads = meaning(rho).looks(rho, call.heads, call.value.shape[1])
     groups = heads if kernel is None else kernel.shape[1]
-    shape = (call.value.shape[0], groups, count_positions(call.out_grid), count_positions(call.padded))
+    B, M, N = call.value.shape[0], count_positions(call.out_grid), count_positions(call.padded)
+    shape = (B, groups, len(at), N)
     require_room(str(call.op), shape, wide_dtype(call), limit_gib)
+    if not meaning(call.op.path).is_table(call.op.path):
+        require_room(f"{call.op}: scores", (B, heads, M, N), wide_dtype(call), limit_gib)
     chosen = select(call)
     alpha = oracle.weights(call, chosen)
+    if not whole:
+        at = at.to(alpha.device)
+        index, valid = (t[..., at, :] for t in (chosen.index, chosen.valid))
+        chosen, alpha = replace(chosen, index=index, valid=valid, score=None, coefficient=None), alpha[..., at, :]
     alpha = alpha.expand(shape[0], max(heads, alpha.shape[1]), *alpha.shape[2:])
     if kernel is None:
         word = call.op.weight.kernel
@@ -151,14 +178,18 @@ def _part(call: Call, limit_gib: float) -> _Part:
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
     border = call.at.padding
-    inner = call.at.inner or call.grid
     matrix = part.matrix
     if border or call.at.inner:
         matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
-    if call.at.inner:
-        outputs = (slice(None), slice(None), *(slice(n) for n in inner))
-        matrix = matrix.unflatten(2, call.out_grid)[outputs].flatten(2, -2)
     return _Part(matrix, part.exact)
+
+
+def _raster(at: tuple[Tensor, ...], grid: tuple[int, ...]) -> Tensor:
+    """Coordinates -> numbers in raster order on a grid."""
+    number = torch.zeros_like(at[0])
+    for a, n in zip(at, grid, strict=True):
+        number = number * n + a
+    return number
 
 
 def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
@@ -181,26 +212,41 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
     alpha_BLMS = alpha_BHMS.repeat_interleave(cells // heads, 1)
     if out * read == 1:
         return _Part(_scattered(alpha_BLMS * kernel_BGPcS[:, :, 0], chosen), True)
-    # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
-    # is that of R a: S scatters of numbers instead of P c
     split = cells // groups
     blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
-    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
     total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
+    if _apart(chosen):
+        scattered = _scattered(alpha_BLMS * (blocks.square().sum(2) / out).sqrt()[:, :, None], chosen)
+        return _Part(total.add_(scattered.square_().unflatten(1, (groups, split)).sum(2)).sqrt_(), False)
+    # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
+    # is that of R a: S scatters of numbers instead of P c
+    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
     for q in range(factor_BLqS.shape[2]):
         scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
         total += scattered.square_().unflatten(1, (groups, split)).sum(2)
     return _Part(total.sqrt_(), False)
 
 
-def _combined(op: Operation, params: dict[str, Tensor], x: Tensor, channels: int, parts: Iterator[_Part]) -> _Part:
+def _apart(chosen: Selection) -> bool:
+    """Whether no two slots of an output read the same position."""
+    S = chosen.index.shape[-1]
+    alone = -1 - torch.arange(S, device=chosen.index.device)  # a slot that reads nothing meets no other
+    read = torch.where(chosen.valid, chosen.index, alone).sort(-1).values
+    return not bool((read.diff(dim=-1) == 0).any())
+
+
+def _combined(
+    op: Operation, params: dict[str, Tensor], x: Tensor, channels: int, parts: Iterator[_Part], rows: Tensor | None
+) -> _Part:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
     if not op.operands:
         return next(parts)
     each = zip(op.operands, op.shares(channels), strict=True)
     reads = op.inputs(x.shape[1]) if isinstance(op, Branch) else (slice(None),) * len(op.operands)
     operands = [
-        _combined(term, operand(params, i), x[:, reads[i]], made, parts) for i, (term, made) in enumerate(each) if made
+        _combined(term, operand(params, i), x[:, reads[i]], made, parts, rows)
+        for i, (term, made) in enumerate(each)
+        if made
     ]
     _same_positions(op, operands)
     exact = all(m.exact for m in operands)
@@ -211,6 +257,7 @@ def _combined(op: Operation, params: dict[str, Tensor], x: Tensor, channels: int
     for factor, part in zip(factors(op, params, x), operands, strict=True):
         if isinstance(factor, Tensor) and factor.dim():  # a gate: the outputs' positions are rows
             factor = factor.flatten(2)[..., None].to(part.matrix.dtype)
+            factor = factor if rows is None else factor[..., rows.to(factor.device), :]
         matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * (1.0 if factor is None else factor)
         total = total + (matrix if exact else matrix.abs())
     assert isinstance(total, Tensor)

@@ -140,6 +140,19 @@ def new_mixer(site: Site, op: Operation) -> Mixer:
     return mixer
 
 
+def in_words(site: Site, operation: Operation) -> Mixer:
+    """A layer in the words that it is in, with its weights, in evaluation mode; nothing has been compared.
+
+    Raises:
+        ValueError: its weights have no place there.
+    """
+    mixer = new_mixer(site, operation)
+    assert site.weights is not None
+    _fill(mixer, carry(site.weights, operation))
+    like: Tensor = next(iter(site.source.tensors.values()))
+    return mixer.to(like.device, like.dtype).eval()
+
+
 def _mixer(site: Site, wanted: Operation, begin: Operation) -> tuple[Mixer, Carried, list[str]]:
     """The layer with its weights, how they were carried, and notes on what is frozen."""
     mixer, weights = new_mixer(site, wanted), site.weights

@@ -103,10 +103,12 @@ class Site:
         least = self._least(old, make)
         if least is None:
             return
-        for grid in ([least] * 3, [least + 1, least + 4, least + 2], [least + 7, least + 5, least + 6]):
-            yield self.source.call(self._map(make, 2, *grid[: self.source.ndim]))
-        alone = self._map(make, 1, *[least + 2] * self.source.ndim)[0]
-        yield Trial((alone,), what="inputs without a batch axis")
+        grids = ([least] * 3, [least + 1, least + 4, least + 2], [least + 7, least + 5, least + 6])
+        for grid in (grid[: self.source.ndim] for grid in grids):
+            if limit is None or math.prod(grid) <= limit:
+                yield self.source.call(self._map(make, 2, *grid))
+        side = least + 2 if limit is None or (least + 2) ** self.source.ndim <= limit else least
+        yield Trial((self._map(make, 1, *[side] * self.source.ndim)[0],), what="inputs without a batch axis")
 
     def _plain(self, make: Make, n: int) -> Iterator[Trial]:
         x = make(2, n, self.in_channels)

@@ -1,0 +1,110 @@
+"""Which layers of a model mix positions, and what of each is known before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nearfold.grammar import Operation
+from nearfold.nn.mixer import Mixer
+from nearfold.recognise.foreign import Match
+from nearfold.recognise.observation import Observation
+from nearfold.recognise.ran import layers_of
+from nearfold.recognise.walk import Layer
+from nearfold.surgery.build import in_words, standing
+from nearfold.surgery.sites import Site, sites
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layer to be measured.
+
+    Attributes:
+        name: dotted, in the model.
+        kind: name of its class.
+        operation: what it is in the words; None: they do not say it.
+        place: the module whose calls are watched: the layer, or the block that calls it.
+        axis: where channels are in its output, 1 or -1; None: not known.
+        mixer: the layer in the words, with its weights; None where it must be differentiated.
+        twin: what would stand in ``place``, around the mixer; it is compared before the mixer is believed.
+        reason: why the words do not say it.
+    """
+
+    name: str
+    kind: str
+    operation: Operation | None
+    place: nn.Module
+    axis: int | None = 1
+    mixer: Mixer | None = None
+    twin: nn.Module | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A layer that is not measured, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+def sources(model: nn.Module, input_size: tuple[int, ...]) -> tuple[list[Source], list[Left]]:
+    """The layers of a model that mix positions, in the order in which they are registered, and those left out.
+
+    Args:
+        model: any module that takes a batch of maps; it is left as it is.
+        input_size: channels and grid of one of them.
+
+    Raises:
+        ValueError: the model does not run on such an input.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1))
+    >>> found, left = sources(net, (3, 8, 8))
+    >>> [(one.name, str(one.operation)) for one in found]
+    [('0', 'window(3, padding=0) | box | kernel'), ('2', 'window(2, stride=2, padding=0) | box | mean')]
+    """
+    layers, seen = layers_of(model, input_size)
+    assert seen is not None
+    said = {entry.name: entry for entry in sites(model) if isinstance(entry, Site)}
+    found: list[Source] = []
+    left = [Left(name, type(model.get_submodule(name)).__name__, MEAN) for name in seen.means]
+    for layer in layers:
+        one = _source(model, layer, seen, said)
+        if isinstance(one, Source):
+            found.append(one)
+        elif one is not None:
+            left.append(one)
+    return found, left
+
+
+MEAN = "a mean over all positions: it reads each alike and leaves no map"
+
+
+def _source(model: nn.Module, layer: Layer, seen: Observation, said: dict[str, Site]) -> Source | Left | None:
+    called = seen.calls.get(layer.name)
+    match = called if isinstance(called, Match) else layer.match
+    if layer.reason or isinstance(called, str):
+        reason = layer.reason or str(called)
+        if layer.listed or layer.name not in seen.ran:
+            return Left(layer.name, layer.kind, reason)
+        return Source(layer.name, layer.kind, None, model.get_submodule(layer.name), None, reason=reason)
+    if match is None or not layer.mixes:
+        return None
+    if layer.name not in seen.ran and layer.name not in said:
+        return Left(layer.name, layer.kind, "it did not run")
+    if match.operation.needs_context:
+        return Left(layer.name, layer.kind, "it reads a second input, whose positions are not those of the map")
+    module = layer.modules[0]
+    plain = Source(layer.name, layer.kind, match.operation, module, match.axis)
+    if isinstance(module, Mixer):
+        return Source(layer.name, layer.kind, match.operation, module, match.axis, module, module)
+    site = said.get(layer.name)
+    if site is None:
+        return plain
+    try:
+        mixer = in_words(site, match.operation)
+    except ValueError:  # differentiated instead
+        return plain
+    return Source(layer.name, layer.kind, match.operation, site.place, match.axis, mixer, standing(site, mixer))

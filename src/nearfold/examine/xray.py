@@ -1,0 +1,140 @@
+"""`xray`: where every layer of a network looks, measured on images.
+
+Shape legend: I images, B images of a batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfold._images import first_line
+from nearfold.examine.network import ReceptiveField, gram, receptive_fields
+from nearfold.examine.reading import Layer, first_tensor, read
+from nearfold.examine.report import XRay, finished
+from nearfold.examine.sources import sources
+from nearfold.look.derivative import evaluating
+
+BATCH = 8
+
+Progress = Callable[[int, int, str], None]
+"""Told how much is done, of how much, and what: every time a layer has been measured on a batch."""
+
+
+def xray(
+    model: nn.Module, images: Tensor, *, batch: int = BATCH, network: bool = True, progress: Progress | None = None
+) -> XRay:
+    """Measure where every layer that mixes positions looks.
+
+    The model runs in evaluation mode on the images as they are given (normalised as it wants them); every layer is
+    measured while it runs, on the maps that the layers before it have made. Layers of this library, and those that
+    `nearfold.convert` could carry over, are read head by head from the operation itself, after it has made the same
+    output; any other is differentiated on the first four images. What is measured, with formulas: docs/xray.md.
+
+    Args:
+        model: takes (B, C, *grid); it is left as it is, gradients included.
+        images: (I, C, *grid), at least two, of the kind that it was trained for; noise has no content to look for.
+        batch: images that run at once; content is compared within a batch.
+        network: measure the whole network, too: receptive fields, and how alike the layers' maps are.
+        progress: called as (done, of, name).
+
+    Returns:
+        The layers with their measures; ``str()`` is a table.
+
+    Raises:
+        ValueError: the model does not run on such images, or they are fewer than two.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1))
+    >>> seen = xray(net, torch.randn(2, 3, 8, 8))
+    >>> [(one.name, round(one.measures["window3"], 3), one.measures["content"] > 0) for one in seen.layers]
+    [('0', 1.0, False), ('2', 1.0, True), ('3', 1.0, False)]
+    >>> [field.name for field in seen.fields]
+    ['0', '2', '3']
+    """
+    _require(model, images, batch)
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        found, left = sources(model, tuple(images.shape[1:]))
+    layers = [Layer(source) for source in found]
+    batches = list(images.split(batch))
+    if len(batches) > 1 and len(batches[-1]) < 2:  # content is compared within a batch
+        batches[-2:] = [torch.cat(batches[-2:])]
+    told = _Told(progress, len(layers) * len(batches))
+    with evaluating(model), torch.no_grad(), _watched(layers, images.shape[2:], network, told):
+        for part in batches:
+            for layer in layers:
+                layer.calls = 0
+            model(part)
+    fields: list[ReceptiveField] = []
+    why = ""
+    if network:
+        measured = {one.source.name: one.source.place for one in layers if one.measures}
+        last = frozenset(one.source.name for one in layers if one.source.axis != 1)
+        try:
+            fields = receptive_fields(model, images, measured, last)
+        except (RuntimeError, ValueError, TypeError) as error:  # it runs, but cannot be differentiated as a whole
+            why = f"receptive fields: {first_line(error)}"
+    return finished(model, images, layers, left, fields, why, time.perf_counter() - began)
+
+
+class _Told:
+    """Counts what was done."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, name: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total, name)
+
+
+@contextlib.contextmanager
+def _watched(layers: list[Layer], image: torch.Size, network: bool, told: _Told) -> Iterator[None]:
+    """Every layer is measured when it has returned; of several calls in one run, on the first."""
+
+    def returned(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _busy:
+            return  # a layer that is asked anew, by differentiation or within another
+        layer.calls += 1
+        if layer.calls > 1:
+            return
+        _busy.append(module)
+        began = time.perf_counter()
+        try:
+            if network:
+                layer.grams.append(gram(first_tensor(output)))
+            if not layer.reason:
+                read(layer, args, kwargs, output, tuple(image))
+        finally:
+            _busy.pop()
+            layer.seconds += time.perf_counter() - began
+            told(layer.source.name)
+
+    _busy: list[nn.Module] = []
+    hooks = [layer.source.place.register_forward_hook(partial(returned, layer), with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _require(model: nn.Module, images: Tensor, batch: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(images, Tensor) or images.dim() < 3 or not images.is_floating_point():
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be floating point, (images, channels, *grid), got {got}")
+    if len(images) < 2:
+        raise ValueError(
+            f"images must be two or more, since what changes from one to the next is measured; got {len(images)}"
+        )
+    if batch < 2:
+        raise ValueError(f"batch must be 2 or more, since images are compared within a batch; got {batch}")

@@ -1,0 +1,210 @@
+"""The x-ray: measures of known matrices by their closed forms, foreign layers as ours, and a model left as it was."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nearfold import xray
+from nearfold.cli import main
+from nearfold.examine.reading import placed
+from nearfold.look import mixing_matrix
+from nearfold.look.measures import measure
+from nearfold.nn import ConvNN2d, Mixer
+
+SIDE = 6
+N = SIDE * SIDE
+
+
+def places():
+    return torch.stack(torch.unravel_index(torch.arange(N), (SIDE, SIDE)), -1).double()
+
+
+def test_reading_everything_alike():
+    found = measure(torch.full((2, 1, N, N), 1 / N), (SIDE, SIDE))
+    apart = torch.cdist(places(), places())
+    expected = {
+        "distance": float(apart.mean()), "reach": 1.0, "spread": N, "participation": N, "most95": math.ceil(0.95 * N),
+        "itself": 1 / N, "before": (N + 1) / 2 / N, "beside": 0.0, "negative": 0.0, "anisotropy": 0.0, "rank": 1 / N,
+        "translation": 1.0, "content": 0.0,
+    }  # fmt: skip
+    mean = found.mean()
+    for name, value in expected.items():
+        assert mean[name] == pytest.approx(value, abs=1e-6), name
+    assert math.isnan(mean["heads"])
+
+
+def test_a_convolution_of_equal_weights():
+    conv = Mixer("window(3) | box | ones", 4)
+    x = torch.randn(3, 4, SIDE, SIDE)
+    found = measure(mixing_matrix(conv, x), (SIDE, SIDE)).mean()
+    reads = [min(i + 1, SIDE - 1) - max(i - 1, 0) + 1 for i in range(SIDE)]
+    spread = sum(a * b for a in reads for b in reads) / N
+    assert found["spread"] == pytest.approx(spread, abs=1e-6)
+    assert found["window3"] == found["translation"] == pytest.approx(1.0, abs=1e-6)
+    assert found["content"] == found["negative"] == 0.0
+    inner = measure(mixing_matrix(conv, x), (SIDE, SIDE)).spread
+    assert inner.shape == (3, 1)
+    middle = measure(mixing_matrix(conv, x, rows=[2 * SIDE + 2]), (SIDE, SIDE), torch.tensor([2 * SIDE + 2])).mean()
+    assert middle["distance"] == pytest.approx((4 + 4 * math.sqrt(2)) / 9, abs=1e-6)
+    assert middle["before"] == pytest.approx(5 / 9, abs=1e-6)
+
+
+def test_a_line_a_block_and_a_sign():
+    line = Mixer("window((1, 5)) | box | ones", 2)
+    found = measure(mixing_matrix(line, torch.randn(1, 2, SIDE, SIDE)), (SIDE, SIDE)).mean()
+    assert found["anisotropy"] == pytest.approx(1.0, abs=1e-6)
+    block = Mixer("block(3) | box | mean", 2)
+    found = measure(mixing_matrix(block, torch.randn(2, 2, SIDE, SIDE)), (SIDE, SIDE)).mean()
+    assert found["spread"] == pytest.approx(9, abs=1e-6)
+    assert found["rank"] == pytest.approx(4 / N, abs=1e-6)
+    assert found["translation"] < 0.9
+    signed = torch.tensor([[3.0, -1.0], [0.0, 2.0]])[None, None]
+    assert measure(signed, (2,)).mean()["negative"] == pytest.approx((0.25 + 0) / 2)
+    assert math.isnan(measure(signed, (2,), signed=False).mean()["negative"])
+
+
+def test_rows_that_share_nothing_and_a_scan():
+    one, other = torch.eye(N).roll(1, 1), torch.eye(N).roll(3, 1)
+    found = measure(torch.stack([one, other])[:, None], (SIDE, SIDE))
+    assert found.content.flatten().tolist() == pytest.approx([1.0, 1.0])
+    heads = measure(torch.stack([one, other])[None], (SIDE, SIDE))
+    assert float(heads.heads) == pytest.approx(1.0)
+    scan = Mixer("scan(state=4) | causal | selective", 4, ndim=1).eval()
+    matrix = mixing_matrix(scan, torch.randn(2, 4, 20))
+    assert measure(matrix, (20,)).mean()["before"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_tokens_beside_the_map():
+    matrix = torch.zeros(1, 1, N, N + 1)
+    matrix[..., 0] = 0.25
+    matrix[0, 0, :, 1:] = torch.eye(N) * 0.75
+    found = measure(matrix, (SIDE, SIDE), beside=1).mean()
+    assert found["beside"] == pytest.approx(0.25)
+    assert found["distance"] == 0.0
+    assert found["itself"] == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="2 tokens beside it"):
+        measure(matrix, (SIDE, SIDE), beside=2)
+
+
+def test_sequences_that_are_no_map_are_refused():
+    assert placed(14 * 14 + 1, (224, 224)) == (1, (14, 14))
+    with pytest.raises(ValueError, match="60 positions are no map of an image of 8 x 8"):
+        placed(60, (8, 8))
+
+
+class Attention(nn.Module):
+    """An attention of somebody's: tokens, two heads."""
+
+    def __init__(self, width=8, heads=2):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attn = nn.Conv2d(3, 8, 2, stride=2), Attention()
+
+    def forward(self, x):
+        return self.attn(self.stem(x).flatten(2).mT)
+
+
+def test_a_foreign_network_is_measured_by_its_own_weights_and_left_as_it_was():
+    torch.manual_seed(0)
+    net = Tokens().train()
+    x = torch.randn(5, 3, 2 * SIDE, 2 * SIDE)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    seen = xray(net, x, batch=3)
+    stem, attention = seen.layers
+    assert (stem.way, attention.way) == ("words", "words")
+    assert attention.grid == (SIDE, SIDE)
+    assert attention.beside == 0
+    assert attention.images == 5
+    with torch.no_grad():
+        tokens = net.stem(x).flatten(2).mT
+        q, k, _ = net.attn.qkv(tokens).view(5, N, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        alpha = (q @ k.mT / 2).softmax(-1)
+    expected = measure(alpha, (SIDE, SIDE)).mean()
+    for name in ("distance", "spread", "window3", "translation", "heads"):
+        assert attention.measures[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_what_has_no_words_is_differentiated():
+    class Odd(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    torch.manual_seed(0)
+    odd = Odd(3, 4, 3, padding=1)
+    seen = xray(nn.Sequential(odd, nn.Conv2d(4, 4, 1)), torch.randn(2, 3, SIDE, SIDE))
+    (layer,) = seen.layers
+    assert layer.way == "derivative"
+    assert layer.measures["window3"] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < layer.measures["content"] < 0.5
+    linear = xray(nn.Sequential(nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3))), torch.randn(2, 3, SIDE, SIDE))
+    assert all(one.measures["content"] == 0 for one in linear.layers)
+
+
+def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
+    page, numbers = tmp_path / "x.html", tmp_path / "x.json"
+    given = ["xray", "resnet8s_attention", "--pretrained", "--images", "4", "--suggest"]
+    assert main([*given, "--out", str(page), "--json", str(numbers)]) == 0
+    printed = capsys.readouterr().out
+    assert "groups.1.layer" in printed
+    assert "nearest(" in printed
+    assert "output changes by" in printed
+    text = page.read_text()
+    assert text.count("<details") == 7
+    assert "http" not in text
+    assert '"reach"' in numbers.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["xray", "nothing_like_it"], "MODEL must be a network"),
+        (["xray", "resnet8s_conv", "--out", "x.png"], "--out x.png: the page is HTML"),
+        (["xray", "torchvision:resnet18"], "--input must say the size"),
+        (["xray", "resnet8s_conv", "--data", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_what_the_command_refuses(given, said, capsys):
+    assert main(given) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "said"),
+    [
+        (torch.zeros(1, 3, 8, 8), {}, "two or more"),
+        (torch.zeros(2, 3, 8, 8), {"batch": 1}, "batch must be 2 or more"),
+        (torch.zeros(2, 3, 8, 8).long(), {}, "floating point"),
+    ],
+)
+def test_what_is_refused(images, options, said):
+    with pytest.raises(ValueError, match=said):
+        xray(nn.Sequential(ConvNN2d(3, 4, k=2)), images, **options)
+
+
+def test_attention_on_maps_becomes_nearest():
+    from nearfold import Rule, convert
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Mixer("all | row | softmax(heads=2)", 8))
+    report = convert(net, Rule("nearest(5, scaled) | ranked | softmax(heads=2)", name="1"))
+    (row,) = report.replaced
+    assert (row.grade, row.reason) == ("approximate", "exact only up to 5 positions")
