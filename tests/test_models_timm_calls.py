@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nearfold import Rule, convert
 from nearfold._torchvision import load
 from nearfold.models import create
+from nearfold.nn import no_weight_decay
 
 load("torchvision")
 timm = pytest.importorskip("timm")
+from timm.optim import create_optimizer_v2  # noqa: E402
+
 import nearfold.models.timm  # noqa: E402, F401
 
 PAIRS = {
@@ -90,3 +94,69 @@ def test_what_cannot_be_is_said():
         with pytest.raises(ValueError, match=words):
             call()
     assert net.fc is before and net.global_pool == "avg"
+
+
+def _spared(model):
+    """Names of what timm's optimizer does not decay, of more than one axis."""
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == sum(
+        p.requires_grad for p in model.parameters()
+    )
+    return {name for name, p in model.named_parameters() if id(p) in free and p.dim() > 1}
+
+
+SMALL = {"widths": (4, 4, 8, 8), "heads": (1, 1, 2, 2), "img_size": (32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kinds"),
+    [
+        ("acmix_pvt_tiny", SMALL, {"class_token", "class_place", "places"}),
+        ("vit_tiny_attention", {"width": 12, "heads": 2, "depth": 1}, {"class_token"}),
+        ("acmix_swin_tiny", {"width": 12, "heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1)}, {"relative_bias"}),
+        ("resnet8_scan", {}, {"A_log"}),
+        ("acmix_resnet26", {"width": 8}, set()),
+    ],
+)
+def test_timm_decays_the_weights_alone(name, arguments, kinds):
+    net = timm.create_model(f"nearfold_{name}", **arguments)
+    spared = _spared(net)
+    assert {kind for kind in kinds if any(kind in n.split(".") for n in spared)} == kinds
+    assert all(kinds & set(n.split(".")) for n in spared)
+    assert net.no_weight_decay() <= {n for n, _ in net.named_parameters()}
+
+
+def test_a_converted_network_says_what_is_not_decayed():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1))
+    term = "a*(window(3, scaled(bias=table)) | box | softmax(heads=2))"
+    convert(net, Rule(f"({{self}}) + {term}", name="1"), input_size=(3, 8, 8))
+    named = dict(net.named_parameters())
+    spared = {name for name in no_weight_decay(net) if named[name].dim() > 1}
+    assert len(spared) == 1 and spared.pop().endswith("relative_bias")
+    assert {n for n in no_weight_decay(net) if named[n].dim() == 1} == {"1.rates"}
+
+
+@torch.no_grad()
+def test_timms_own_wrapper_of_features():
+    """``feature_cls="getter"`` calls `forward_intermediates`."""
+    x = torch.randn(1, 3, 64, 64)
+    ours = timm.create_model("nearfold_resnet18_conv", features_only=True, feature_cls="getter", out_indices=(1, 3))
+    theirs = timm.create_model("resnet18", features_only=True, feature_cls="getter", out_indices=(1, 3))
+    assert type(ours) is type(theirs) and ours.feature_info.channels() == theirs.feature_info.channels()
+    assert [m.shape for m in ours.eval()(x)] == [m.shape for m in theirs.eval()(x)]
+
+
+@pytest.mark.parametrize("name", ["resnet18_hybrid", "vgg11_hybrid", "swin_tiny"])
+def test_segmentation_models(name):
+    """``tu-`` and our name in timm; a test of what is installed beside (extra `stacks`)."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    net = smp.Unet(f"tu-nearfold_{name}", encoder_weights=None, classes=3, decoder_channels=(16, 8, 8, 4, 4))
+    x = torch.randn(2, 3, 64, 64)
+    y = net(x)
+    assert y.shape == (2, 3, 64, 64)
+    y.square().mean().backward()
+    unused = {n for n, p in net.named_parameters() if p.grad is None}
+    assert unused <= {f"encoder.model.network.norm.{what}" for what in ("weight", "bias")}  # of the head that is gone
+    with pytest.raises(ValueError, match="output_stride=16"):
+        smp.DeepLabV3Plus(f"tu-nearfold_{name}", encoder_weights=None)

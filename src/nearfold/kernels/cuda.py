@@ -31,7 +31,7 @@ def _load(name: str) -> ModuleType | None:
     if os.environ.get("NEARFOLD_ENGINE") == OFF:
         return None
     try:
-        return importlib.import_module(f"nearfold.kernels.triton.{name}")
+        return importlib.import_module(f".triton.{name}", __package__)
     except ImportError as error:
         warnings.warn(
             f"Triton is not here ({error}): tiled PyTorch runs on the GPU instead, with the same results, slower and "

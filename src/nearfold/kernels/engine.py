@@ -27,7 +27,7 @@ _forced_off = 0  # how many `forced("off")` are open
 @functools.cache
 def _compiled() -> ModuleType | ImportError:
     try:
-        return importlib.import_module("nearfold.kernels._engine")
+        return importlib.import_module("._engine", __package__)
     except ImportError as error:
         return error
 

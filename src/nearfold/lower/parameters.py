@@ -29,11 +29,16 @@ SHARED = tuple(f"{LETTERS[c]}_{part}" for c in "qkv" for part in ("weight", "bia
 
 @dataclass(frozen=True)
 class Parameter:
-    """Shape and initial values; ``fan_in`` sets the bound of uniform ones."""
+    """Shape and initial values; ``fan_in`` sets the bound of uniform ones.
+
+    ``decays``: whether an optimizer that decays weights should decay it. Rates, places, learned tokens and the
+    constants of a recurrence do not: at zero they would say something, not nothing.
+    """
 
     shape: tuple[int, ...]
     init: str
     fan_in: int = 1
+    decays: bool = True
 
     def __post_init__(self) -> None:
         if math.prod(self.shape) > MOST_NUMBERS:
@@ -95,7 +100,7 @@ def parameters(
             hoisted[name] = owners[0][name]
             for o in owners:
                 del o[name]
-    rates = {"rates": Parameter((op.learned,), f"constant:{1 / len(op.terms)}")} if op.learned else {}
+    rates = {"rates": Parameter((op.learned,), f"constant:{1 / len(op.terms)}", decays=False)} if op.learned else {}
     if op.gates:
         rates["gate_weight"] = Parameter((op.gates, in_channels), "uniform", in_channels)
         if bias:
@@ -158,7 +163,7 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
         return {}
     if near.learned:
         lam = near.lam  # type: ignore[attr-defined]
-        found["blend_logit"] = Parameter((op.weight.heads,), f"constant:{math.log(lam / (1 - lam))}")
+        found["blend_logit"] = Parameter((op.weight.heads,), f"constant:{math.log(lam / (1 - lam))}", decays=False)
     if near.coordinates == "learned":
         found["encoding_weight"] = Parameter((LEARNED, 2 * BANDS * ndim), "uniform", 2 * BANDS * ndim)
     if near.rotary and (head < 2 * ndim or head % (2 * ndim)):
@@ -168,7 +173,7 @@ def _compared(op: Basic, head: int, ndim: int) -> dict[str, Parameter]:
         )
     if near.bias == "table":
         offsets = tuple(2 * n - 1 for n in bias_reach(op, ndim))
-        found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02")
+        found["relative_bias"] = Parameter((op.weight.heads, *offsets), "normal:0.02", decays=False)
     return found
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nearfold.nn import no_weight_decay
+
 POOLS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
     "avg": lambda x, axes: x.mean(axes),
     "max": lambda x, axes: x.amax(axes),
@@ -41,6 +43,8 @@ class Network(nn.Module):
     pools: tuple[str, ...] = ("avg",)
     """What ``global_pool`` may be: how positions become one. "" leaves the map, or all tokens; "token" is the first."""
     global_pool: str = "avg"
+    undecayed: tuple[str, ...] = ()
+    """Parameters of its own that no decay of weights should touch: tokens and places."""
     grad_checkpointing: bool = False
     architecture: str = ""
     arguments: dict[str, Any]
@@ -121,6 +125,14 @@ class Network(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: every block's inner tensors are made again in the backward pass."""
         self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that a decay of weights should leave alone, beside vectors.
+
+        timm's method of this name: what the layers say (`nearfold.nn.no_weight_decay`), and class tokens and places.
+        """
+        own = {name for name, _ in self.named_parameters() if name.partition(".")[0] in self.undecayed}
+        return own | no_weight_decay(self)
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -128,6 +128,7 @@ class PyramidVisionTransformer(Network):
     """
 
     pools, global_pool = TOKENS, "token"
+    undecayed = ("class_token", "class_place", "places")
 
     def __init__(
         self,

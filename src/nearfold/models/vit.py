@@ -120,6 +120,7 @@ class VisionTransformer(Network):
     """
 
     pools, global_pool = TOKENS, "token"
+    undecayed = ("class_token",)
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -226,7 +227,7 @@ class Mixer(nn.Module):
                     raise ValueError(f"{op}: its {name} {spec.shape} and that of {self.operation} {have.shape} differ")
                 shape = tuple(map(max, have.shape, spec.shape))
                 if shape != have.shape:
-                    self._grow(op, name, Parameter(shape, spec.init, max(have.fan_in, spec.fan_in)))
+                    self._grow(op, name, replace(spec, shape=shape, fan_in=max(have.fan_in, spec.fan_in)))
             if _draws(op) and self.sampler is None:
                 self.sampler = _new_sampler().to(next(iter(self.tensors().values())).device)
 
@@ -234,6 +235,14 @@ class Mixer(nn.Module):
     def room(self) -> dict[str, Parameter]:
         """Every parameter that the layer has: of its operation, and of those that it has room for."""
         return dict(self._stored)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that a decay of weights should leave alone, beside biases.
+
+        >>> sorted(Mixer("scan(state=4) | causal | selective", 8, ndim=1).no_weight_decay())
+        ['A_log', 'D', 'dt_proj_bias']
+        """
+        return {name for name, spec in self._stored.items() if not spec.decays}
 
     def hold(self, room: dict[str, Parameter]) -> None:
         """Have the parameters of another layer's `room`, with any values: state to load follows."""
@@ -364,6 +373,25 @@ class Mixer(nn.Module):
         """The notation and the channels."""
         backend = "" if self.backend == "auto" else f", backend={self.backend}"
         return f"{self.operation}, {self.in_channels}, {self.out_channels}, ndim={self.ndim}{backend}"
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters, of all our layers in a model, that a decay of weights should leave alone.
+
+    Tables of relative positions, learned tokens, rates, a learned lambda, the constants of a recurrence. Biases and all
+    other vectors are not listed but where they are one of these: training loops know them by their axes.
+
+    Args:
+        model: any network, such as one that was converted.
+
+    >>> swin = nn.Sequential(Mixer("block(4, scaled(bias=table)) | box | softmax(heads=2)", 8), nn.Linear(8, 8))
+    >>> no_weight_decay(swin)
+    {'0.relative_bias'}
+
+    To timm: ``timm.optim.param_groups_weight_decay(swin, 0.05, no_weight_decay_list=no_weight_decay(swin))``.
+    """
+    layers = [(f"{name}." if name else "", m) for name, m in model.named_modules() if isinstance(m, Mixer)]
+    return {prefix + name for prefix, layer in layers for name in layer.no_weight_decay()}
 
 
 class TokenMixer(Mixer):

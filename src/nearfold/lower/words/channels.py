@@ -32,7 +32,7 @@ class CrossCovarianceMeaning(KernelMeaning):
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
         heads = cast(CrossCovariance, op.weight.kernel).heads
         require_divides(op, "heads", heads, sizes.inner, "channels of query, key and value")
-        return {"temperature": Parameter((heads,), "constant:1")}
+        return {"temperature": Parameter((heads,), "constant:1", decays=False)}
 
     def weight(self, call: Call) -> None:
         return None

@@ -217,7 +217,10 @@ class DeltaMeaning(FastMeaning):
             found |= linear("a_proj", decays, sizes.in_channels, False)
         else:
             found |= linear("f_down", state, sizes.in_channels, False) | linear("f_up", decays, state, False)
-        return found | {"A_log": Parameter((rho.heads,), "decay"), "dt_bias": Parameter((decays,), "step")}
+        return found | {
+            "A_log": Parameter((rho.heads,), "decay", decays=False),
+            "dt_bias": Parameter((decays,), "step", decays=False),
+        }
 
     def steps(self, call: Call, at: Along) -> Steps:
         rho = cast(Delta, call.op.weight.rho)

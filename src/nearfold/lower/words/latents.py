@@ -80,7 +80,7 @@ class SeedsMeaning(_OfKeys):
     generating = ("seed",)
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
-        return {"seed_weight": Parameter((cast(Seeds, op.weight.rho).n, sizes.inner), "normal:1")}
+        return {"seed_weight": Parameter((cast(Seeds, op.weight.rho).n, sizes.inner), "normal:1", decays=False)}
 
     def output(self, op: Basic, grid: Lengths, out: Lengths) -> Lengths:
         return (1,) * (len(grid) - 1) + (cast(Seeds, op.weight.rho).n,)
@@ -108,7 +108,7 @@ class LatentsMeaning(_OfKeys):
     generating = ("latent",)
 
     def parameters(self, op: Basic, sizes: Sizes) -> dict[str, Parameter]:
-        return {"latent_weight": Parameter((cast(Latents, op.weight.rho).n, sizes.inner), "normal:1")}
+        return {"latent_weight": Parameter((cast(Latents, op.weight.rho).n, sizes.inner), "normal:1", decays=False)}
 
     def constant(self, call: Call, valid: Tensor, index: Tensor) -> Tensor:
         rho, wide = cast(Latents, call.op.weight.rho), wide_dtype(call)

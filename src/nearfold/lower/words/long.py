@@ -83,8 +83,8 @@ class HyenaMeaning(LongMeaning):
         for name in ("second", "third"):
             found |= linear(name, kernel.width, kernel.width, True)
         found |= linear("last", sizes.inner, kernel.width, False)
-        found["frequency"] = Parameter((kernel.width,), f"constant:{kernel.omega}")
-        return found | {"D": Parameter((sizes.inner,), "normal:1")}
+        found["frequency"] = Parameter((kernel.width,), f"constant:{kernel.omega}", decays=False)
+        return found | {"D": Parameter((sizes.inner,), "normal:1", decays=False)}
 
     def numbers(self, call: Call) -> Tensor:
         kernel, params = cast(Hyena, call.op.weight.kernel), wide(call)
@@ -110,11 +110,11 @@ class S4DMeaning(LongMeaning):
         axes, ways = (1, 1) if op.shape.causal else (sizes.ndim, 2)
         pairs = cast(S4D, op.weight.kernel).state // 2
         return {
-            "log_dt": Parameter((axes, sizes.inner), "log_step"),
-            "log_A_real": Parameter((axes, sizes.inner, pairs), f"constant:{math.log(0.5)}"),
-            "A_imag": Parameter((axes, sizes.inner, pairs), "harmonics"),
+            "log_dt": Parameter((axes, sizes.inner), "log_step", decays=False),
+            "log_A_real": Parameter((axes, sizes.inner, pairs), f"constant:{math.log(0.5)}", decays=False),
+            "A_imag": Parameter((axes, sizes.inner, pairs), "harmonics", decays=False),
             "C": Parameter((axes, ways, sizes.inner, pairs, 2), f"normal:{math.sqrt(0.5)}"),
-            "D": Parameter((sizes.inner,), "normal:1"),
+            "D": Parameter((sizes.inner,), "normal:1", decays=False),
         }
 
     def numbers(self, call: Call) -> Tensor:

@@ -41,7 +41,7 @@ class SampledMeaning(PathMeaning):
         feature = {name: Parameter(p.shape, p.init, path.size**a) for name, p in feature.items()}
         found = feature | {"offset_weight": Parameter((a, c), "constant:0")}
         if path.bias:
-            found["relative_bias"] = Parameter((op.heads, *(2 * path.bias - 1,) * a), "normal:0.02")
+            found["relative_bias"] = Parameter((op.heads, *(2 * path.bias - 1,) * a), "normal:0.02", decays=False)
         return found
 
     def select(self, call: Call) -> Selection:

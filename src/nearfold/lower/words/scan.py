@@ -92,17 +92,17 @@ class SelectiveMeaning(RhoMeaning):
             require_divides(op, "heads", heads, channels, "channels of the value")
             return {
                 "x_proj_weight": Parameter((heads + 2 * state, channels), "uniform", channels),
-                "dt_bias": Parameter((heads,), "step"),
-                "A_log": Parameter((heads,), "decay"),
-                "D": Parameter((heads,), "constant:1"),
+                "dt_bias": Parameter((heads,), "step", decays=False),
+                "A_log": Parameter((heads,), "decay", decays=False),
+                "D": Parameter((heads,), "constant:1", decays=False),
             }
         rank = rho.rank or -(-channels // 16)
         return {
             "x_proj_weight": Parameter((rank + 2 * state, channels), "uniform", channels),
             "dt_proj_weight": Parameter((channels, rank), "uniform", rank),
-            "dt_proj_bias": Parameter((channels,), "step"),
-            "A_log": Parameter((channels, state), "decay"),
-            "D": Parameter((channels,), "constant:1"),
+            "dt_proj_bias": Parameter((channels,), "step", decays=False),
+            "A_log": Parameter((channels, state), "decay", decays=False),
+            "D": Parameter((channels,), "constant:1", decays=False),
         }
 
     def looks(self, rho: Selective, heads: int, channels: int) -> int:
