@@ -40,6 +40,7 @@ RANK = {
     "compat": 6,
     "export": 6,
     "train": 6,
+    "explorer": 7,
     "study": 7,
     "recipes": 8,
     "cli": 8,

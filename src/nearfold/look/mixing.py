@@ -9,7 +9,7 @@ P output channels of a group, c channels that a group reads, L cells (channels o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,7 @@ def mixing_matrix(
                 f"groups and tokens are for layers of other libraries; {type(layer).__name__} knows its own (tokens="
                 f"{own}): leave them out"
             )
-        return _own(layer, x, context, limit_gib)
+        return own_matrix(layer, x, context, limit_gib)
     return differentiated(layer, x, context, groups, tokens, limit_gib)
 
 
@@ -109,8 +109,20 @@ class _Part:
     exact: bool
 
 
+def triangle(blocks_BLpS: Tensor) -> Tensor:
+    """R (B, L, q, S) of W = QR: R a is as long as W a for every a, and has fewer rows."""
+    return torch.linalg.qr(blocks_BLpS, mode="r").R
+
+
 @torch.no_grad()
-def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> Tensor:
+def own_matrix(
+    layer: Mixer,
+    x: Tensor,
+    context: Tensor | None = None,
+    limit_gib: float = 4.0,
+    factor: Callable[[Tensor], Tensor] = triangle,
+) -> Tensor:
+    """`mixing_matrix` of a layer of the library; ``factor`` is asked for `triangle` of every dense kernel, in order."""
     op = layer.operation
     if isinstance(layer, TokenMixer):
         x = layer.prepare(x)
@@ -126,7 +138,7 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
     parts: list[_Part] = []
 
     def spy(call: Call) -> Tensor:
-        parts.append(_part(call, limit_gib))
+        parts.append(_part(call, limit_gib, factor))
         return call.value.new_zeros(x.shape[0], meaning(call.op.weight.kernel).made(call), *call.out_grid)
 
     params = layer.tensors()
@@ -134,7 +146,7 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float) -> T
     return _combined(op, params, x, layer.made_channels, iter(parts)).matrix
 
 
-def _part(call: Call, limit_gib: float) -> _Part:
+def _part(call: Call, limit_gib: float, factor: Callable[[Tensor], Tensor]) -> _Part:
     """The matrix of one `Basic` operation."""
     rho, kernel = call.op.weight.rho, meaning(call.op.weight.kernel).blocks(call)
     heads = meaning(rho).looks(rho, call.heads, call.value.shape[1])
@@ -149,7 +161,7 @@ def _part(call: Call, limit_gib: float) -> _Part:
         # a kernel of pairs brings what it makes of two values: the matrix says which, not by how much each of the two
         part = _Part(_scattered(alpha, chosen), word is None or not word.edges)
     else:
-        part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
+        part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype), factor)
     border = call.at.padding
     inner = call.at.inner or call.grid
     matrix = part.matrix
@@ -172,7 +184,9 @@ def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
     return matrix.masked_fill_(alpha_BHMS.isnan().any(-1, keepdim=True), float("nan"))
 
 
-def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) -> _Part:
+def _with_kernel(
+    alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor, factor: Callable[[Tensor], Tensor]
+) -> _Part:
     """Alpha and a kernel: exact where its blocks are single numbers, their sizes otherwise."""
     heads, (_, groups, out, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
     if chosen.entries > 1:
@@ -185,7 +199,7 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
     # is that of R a: S scatters of numbers instead of P c
     split = cells // groups
     blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
-    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
+    factor_BLqS = factor(blocks) / math.sqrt(out)
     total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
     for q in range(factor_BLqS.shape[2]):
         scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
