@@ -2,8 +2,8 @@
 
     python recipes/explorer_graphs.py [NAME ...]
 
-NAME is an operator of the page (all its settings), ``features``, or a network whose weights come along; without one, all
-of them: some minutes. What is not named stays as it is in the store.
+NAME is an operator of the page (all its settings), ``features``, or a network whose weights come along; without one,
+all of them: some minutes. What is not named stays as it is in the store.
 """
 
 from __future__ import annotations

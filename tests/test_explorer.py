@@ -1,4 +1,4 @@
-"""The explorer: its graphs say what the library says, its page asks for nothing but the runtime, its server is for us alone."""
+"""The explorer: graphs that say what the library says, a page that asks for the runtime alone, a server for us."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def opened(browser, address):
         page = context.new_page()
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or faults.append(request.url))
+        page.on(
+            "request", lambda request: request.url.startswith((address, "data:", "blob:")) or faults.append(request.url)
+        )
         page.goto(address + link)
         page.wait_for_function(SETTLED)
         return page
@@ -104,7 +106,9 @@ def assert_rows(page, at, lam, **chosen):
         layer = plain_layer(op, 1 if op.for_sequences else 2, len(FEATURES))
         matrix = mixing_matrix(layer, x.flatten(2) if op.for_sequences else x)[0].mean(0)
         row = matrix[at[0] * GRID + at[1]]
-        torch.testing.assert_close(found[operator.title], row, rtol=0, atol=TOLERANCE, msg=lambda m, n=notation: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[operator.title], row, rtol=0, atol=TOLERANCE, msg=lambda m, n=notation: f"{n}: {m}"
+        )
         said = page.locator("figure", has=page.get_by_role("heading", name=operator.title, exact=True))
         assert Reading("", "", row, matrix, 0).summary == said.locator(".summary").inner_text()
         assert said.locator("code").inner_text() == notation
@@ -174,9 +178,11 @@ def test_it_fits_a_phone(opened, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     ground = page.evaluate("getComputedStyle(document.querySelector('main')).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(27, 30, 34)"}[scheme]
-    corner = page.evaluate("[...document.querySelector('figure canvas').getContext('2d').getImageData(4, 4, 1, 1).data]")
+    corner = page.evaluate(
+        "[...document.querySelector('figure canvas').getContext('2d').getImageData(4, 4, 1, 1).data]"
+    )
     assert (sum(corner[:3]) / 3 < 128) == (scheme == "dark")
     page.locator("#photo").tap(position={"x": 10, "y": 10})
     assert page.inner_text("#where") == f"Row 1, column 1 of {GRID}."
-    unnamed = "[...document.querySelectorAll('canvas, input, select, button')].filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim()))"
-    assert page.evaluate(f"{unnamed}.length") == 0
+    controls = "[...document.querySelectorAll('canvas, input, select, button')]"
+    assert page.evaluate(f"{controls}.every(e => e.ariaLabel || e.labels?.length || e.textContent.trim())")

@@ -8,7 +8,6 @@ Shape legend: F features, C channels, H x W pixels, h, w a layer's grid, rows, c
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -59,15 +58,23 @@ class Weights(nn.Module):
         with torch.no_grad():
             self.out = tuple(layer(x).shape[2:]) if layer.ndim == 2 else self.grid
         # what follows from the weights alone is computed here, once, and not in the page
-        found: list[Tensor] = []
-        self._matrix(x, lambda blocks: found.append(_compact(triangle(blocks))) or found[-1])
-        again: list[Tensor] = []
-        self._matrix(x.flip(3), lambda blocks: again.append(_compact(triangle(blocks))) or again[-1])
+        found, again = (self._factors(map_) for map_ in (x, x.flip(3)))
         if not all(map(torch.equal, found, again)):
             raise ValueError(f"{layer.operation}: its kernel depends on the input, and the page knows constant ones")
         self.factors = len(found)
         for i, factor in enumerate(found):
             self.register_buffer(f"factor{i}", factor)
+
+    def _factors(self, x: Tensor) -> list[Tensor]:
+        """Of every dense kernel."""
+        found: list[Tensor] = []
+
+        def factor(blocks: Tensor) -> Tensor:
+            found.append(_compact(triangle(blocks)))
+            return found[-1]
+
+        self._matrix(x, factor)
+        return found
 
     def _matrix(self, x: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
         return own_matrix(self.layer, x if self.layer.ndim == 2 else x.flatten(2), factor=factor)[0].mean(0)
@@ -126,6 +133,9 @@ class Layers(nn.Module):
         ValueError: there is no such layer, or a layer's kernel depends on its input.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, network: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
@@ -135,7 +145,9 @@ class Layers(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.layers = layers_of(network)
         if not self.layers:
-            raise ValueError(f"{type(network).__name__} has no Mixer layer on maps, of which the page could show anything")
+            raise ValueError(
+                f"{type(network).__name__} has no Mixer layer on maps, of which the page could show anything"
+            )
         with torch.no_grad():
             given = self._given(torch.rand(3, *size, generator=torch.Generator().manual_seed(0)))
         self.weights = nn.ModuleList(Weights(layer, given[name]) for name, layer in self.layers.items())

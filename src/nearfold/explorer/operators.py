@@ -79,7 +79,7 @@ OPERATORS: Mapping[str, Operator] = {
             "conv",
             "Convolution",
             "window({window}) | box | kernel",
-            "Reads a window around the position; each place in it has a weight of its own. The photograph is not asked.",
+            "Reads a window around the position, a weight for each place in it. The photograph is not asked.",
             "yᵢ = Σₛ Wₛ vᵢ₊ₛ,  s in the window",
         ),
         Operator(

@@ -1,4 +1,4 @@
-"""The explorer as one page: its graphs, photographs, texts and scripts are inside. ONNX Runtime Web is beside it, or fetched.
+"""The explorer as one page: graphs, photographs, texts and scripts are inside, ONNX Runtime Web beside it or fetched.
 
 Shape legend: H x W pixels.
 """
@@ -97,11 +97,11 @@ def page(networks: Mapping[str, bytes]) -> str:
         data=Markup(json.dumps(_data(list(networks))).replace("<", "\\u003c")),
         notes=(
             f"No operator here is trained. A patch, of {GRID} × {GRID}, is described by {len(FEATURES)} numbers ("
-            f"{', '.join(FEATURES)}), each normalised over the photograph, then each patch to one length. Queries, keys "
-            f"and values are these numbers themselves, the query times {SHARPNESS:g}; of several heads each sees its "
-            "share of them. Kernels average their slots; the slots of the deformable window slide uphill; a scan writes "
-            f"and reads the features, with a step of {STEP:g}. Heads and channels are averaged; of a dense kernel the "
-            "size counts.",
+            f"{', '.join(FEATURES)}), each normalised over the photograph, then each patch to one length. Queries, "
+            f"keys and values are these numbers themselves, the query times {SHARPNESS:g}; of several heads each sees "
+            "its share of them. Kernels average their slots; the slots of the deformable window slide uphill; a scan "
+            f"writes and reads the features, with a step of {STEP:g}. Heads and channels are averaged; of a dense "
+            "kernel the size counts.",
             "Colours follow the square root of the weight, up to the largest of each picture; patches without colour "
             "are not read. The layers of a network read the maps that the layers before them have made.",
         ),
