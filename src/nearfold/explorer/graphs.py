@@ -58,7 +58,7 @@ class Weights(nn.Module):
         with torch.no_grad():
             self.out = tuple(layer(x).shape[2:]) if layer.ndim == 2 else self.grid
         # what follows from the weights alone is computed here, once, and not in the page
-        found, again = (self._factors(map_) for map_ in (x, x.flip(3)))
+        found, again = (self._factors(given) for given in (x, -x))
         if not all(map(torch.equal, found, again)):
             raise ValueError(f"{layer.operation}: its kernel depends on the input, and the page knows constant ones")
         self.factors = len(found)
@@ -100,7 +100,7 @@ class Described(nn.Module):
 def plain(notation: str) -> Weights:
     """What an operation with plain weights reads of features (1, F, GRID, GRID), of which each head sees its share.
 
-    >>> plain("window(3) | box | kernel")(torch.randn(1, 8, 28, 28))[0, 0, :2, :3].mul(9).tolist()
+    >>> plain("window(3) | box | kernel")(torch.randn(1, 8, 28, 28))[0, 0, :2, :3].mul(9).round().tolist()
     [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
     """
     op = parse(notation)
