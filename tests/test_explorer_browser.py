@@ -152,7 +152,7 @@ def test_layers_of_a_network_and_a_file(opened, tmp_path):
     page.wait_for_function("document.querySelector('#view').selectedOptions[0].text === 'layers of mine.onnx'")
     page.wait_for_function(SETTLED)
     assert "all | row | softmax" in page.locator("code").first.inner_text()
-    for wrong, said in ((kept("features"), "does not say what its layers read"), (b"nonsense", "cannot be read")):
+    for wrong, said in ((kept("conv-window3"), "does not say what its layers read"), (b"nonsense", "cannot be read")):
         (tmp_path / "wrong.onnx").write_bytes(wrong)
         page.set_input_files("#model", tmp_path / "wrong.onnx")
         page.wait_for_function(f"document.querySelector('#status').textContent.includes({said!r})")
