@@ -13,12 +13,12 @@ OURS := $(VENV)/.nearfold-made
 CORE := $(VENV)/.nearfold-core
 DEV := $(VENV)/.nearfold-dev
 
-.PHONY: help demo test slow lint format bench clean
+.PHONY: help demo test slow lint format bench explorer clean
 .NOTPARALLEL: # two installations into one .venv would collide
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(CORE) ## the main job on the embedded data: nearfold study spectrum
 	$(BIN)/nearfold study spectrum
@@ -45,6 +45,12 @@ format: $(DEV) ## rewrite the sources into the project's format
 
 bench: $(CORE) ## time and memory against the usual formulations and libraries; a few idle minutes
 	$(BIN)/python -m benchmarks
+
+ORT := 1.30.0
+explorer: $(CORE) ## the page of `nearfold explore` with ONNX Runtime Web of npm beside it, in build/explorer
+	mkdir -p build/onnxruntime-web
+	cd build/onnxruntime-web && npm pack --silent onnxruntime-web@$(ORT) && tar xzf onnxruntime-web-$(ORT).tgz
+	$(BIN)/nearfold explore --runtime build/onnxruntime-web --out build/explorer
 
 clean: ## remove caches and build products; keep .venv and runs
 	rm -rf build dist *.egg-info src/nearfold/kernels/_engine*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -31,6 +31,7 @@ LONG = {
     "nearfold study run": "hours of runs: tests/test_study_engine.py",
     "nearfold models": "half a minute for the whole table: tests/test_models.py runs a part and counts every row",
     "nearfold budget": "minutes on a real network: tests/test_study_budget.py",
+    "nearfold explore": "it serves until Ctrl-C: tests/test_explorer.py",
     "nearfold evaluate": "the data are not here: tests/test_pretrained.py does it on digits",
     "nearfold train --model resnet8": "the data are not here: tests/test_train_fast.py does it on digits",
     "torchrun": "a network at full size, or several machines: tests/test_recipes_imagenet.py rehearses every row",

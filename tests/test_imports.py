@@ -41,6 +41,7 @@ RANK = {
     "export": 6,
     "train": 6,
     "examine": 7,
+    "explorer": 7,
     "study": 7,
     "recipes": 8,
     "cli": 8,

@@ -41,6 +41,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "draw what operators read of a photograph for one position, and their mixing matrices",
         "nearfold.models.look_command",
     ),
+    "explore": (
+        "open a page in which operators run on a photograph, and show where they look",
+        "nearfold.explorer.command",
+    ),
     "describe": ("say any network in these words, layer by layer, and its complexity", "nearfold.recognise.command"),
     "xray": ("measure where every layer of a network really looks, on images", "nearfold.examine.command"),
     "models": (

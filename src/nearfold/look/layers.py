@@ -122,8 +122,10 @@ def _named(operation: str | Operation) -> tuple[str, Operation]:
     return next((e.title for e in CATALOGUE.values() if e.operation == operation), ""), operation
 
 
-def plain_layer(op: Operation, ndim: int = 2) -> Mixer:
+def plain_layer(op: Operation, ndim: int = 2, channels: int | None = None) -> Mixer:
     """A layer whose weights are the plain ones that `look` describes, over features repeated for every head.
+
+    ``channels``: so many instead, such as `FEATURES`, of which every head then sees its share.
 
     >>> layer = plain_layer(parse("all | row | softmax(heads=2)"))
     >>> layer.in_channels, layer.key_weight.diagonal().min().item(), layer.key_bias.abs().max().item()
@@ -134,7 +136,7 @@ def plain_layer(op: Operation, ndim: int = 2) -> Mixer:
     )]  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = Mixer(op, len(FEATURES) * math.lcm(*heads), ndim=ndim).eval()
+        layer = Mixer(op, channels or len(FEATURES) * math.lcm(*heads), ndim=ndim).eval()
     owners = dict(_owners(op, ""))
     with torch.no_grad():
         for name, tensor in layer.tensors().items():

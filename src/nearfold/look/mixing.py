@@ -9,7 +9,7 @@ P output channels of a group, c channels that a group reads, L cells (channels o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,7 +100,7 @@ def mixing_matrix(
                 f"groups and tokens are for layers of other libraries; {type(layer).__name__} knows its own (tokens="
                 f"{own}): leave them out"
             )
-        return _own(layer, x, context, limit_gib, _listed(rows))
+        return own_matrix(layer, x, context, limit_gib, rows=_listed(rows))
     return differentiated(layer, x, context, groups, tokens, limit_gib, _listed(rows))
 
 
@@ -122,8 +122,21 @@ class _Part:
     exact: bool
 
 
+def triangle(blocks_BLpS: Tensor) -> Tensor:
+    """R (B, L, q, S) of W = QR: R a is as long as W a for every a, and has fewer rows."""
+    return torch.linalg.qr(blocks_BLpS, mode="r").R
+
+
 @torch.no_grad()
-def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float, rows: Tensor | None) -> Tensor:
+def own_matrix(
+    layer: Mixer,
+    x: Tensor,
+    context: Tensor | None = None,
+    limit_gib: float = 4.0,
+    factor: Callable[[Tensor], Tensor] = triangle,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`mixing_matrix` of a layer of the library; ``factor`` is asked for `triangle` of every dense kernel, in order."""
     op = layer.operation
     if isinstance(layer, TokenMixer):
         x = layer.prepare(x)
@@ -139,7 +152,7 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float, rows
     parts: list[_Part] = []
 
     def spy(call: Call) -> Tensor:
-        parts.append(_part(call, limit_gib, rows))
+        parts.append(_part(call, limit_gib, factor, rows))
         return call.value.new_zeros(x.shape[0], meaning(call.op.weight.kernel).made(call), *call.out_grid)
 
     params = layer.tensors()
@@ -147,12 +160,13 @@ def _own(layer: Mixer, x: Tensor, context: Tensor | None, limit_gib: float, rows
     return _combined(op, params, x, layer.made_channels, iter(parts), rows).matrix
 
 
-def _part(call: Call, limit_gib: float, rows: Tensor | None) -> _Part:
+def _part(call: Call, limit_gib: float, factor: Callable[[Tensor], Tensor], rows: Tensor | None) -> _Part:
     """The matrix of one `Basic` operation, or these rows of it."""
     inner = call.at.inner or call.grid
     made = inner if call.at.inner else call.out_grid
     at = torch.arange(math.prod(made)) if rows is None else rows
-    require_rows(at, math.prod(made))
+    if rows is not None:
+        require_rows(rows, math.prod(made))
     if call.at.inner:  # outputs of the map, among those of the whole blocks
         at = _raster(torch.unravel_index(at, inner), call.out_grid)
     whole = rows is None and not call.at.inner
@@ -176,7 +190,7 @@ def _part(call: Call, limit_gib: float, rows: Tensor | None) -> _Part:
         # a kernel of pairs brings what it makes of two values: the matrix says which, not by how much each of the two
         part = _Part(_scattered(alpha, chosen), word is None or not word.edges)
     else:
-        part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype))
+        part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype), factor)
     border = call.at.padding
     matrix = part.matrix
     if border or call.at.inner:
@@ -203,7 +217,9 @@ def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
     return matrix.masked_fill_(alpha_BHMS.isnan().any(-1, keepdim=True), float("nan"))
 
 
-def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) -> _Part:
+def _with_kernel(
+    alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor, factor: Callable[[Tensor], Tensor]
+) -> _Part:
     """Alpha and a kernel: exact where its blocks are single numbers, their sizes otherwise."""
     heads, (_, groups, out, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
     if chosen.entries > 1:
@@ -215,12 +231,12 @@ def _with_kernel(alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor) ->
     split = cells // groups
     blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
     total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
-    if _apart(chosen):
+    if factor is triangle and _apart(chosen):  # a graph that is exported cannot ask
         scattered = _scattered(alpha_BLMS * (blocks.square().sum(2) / out).sqrt()[:, :, None], chosen)
         return _Part(total.add_(scattered.square_().unflatten(1, (groups, split)).sum(2)).sqrt_(), False)
     # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
     # is that of R a: S scatters of numbers instead of P c
-    factor_BLqS = torch.linalg.qr(blocks, mode="r").R / math.sqrt(out)
+    factor_BLqS = factor(blocks) / math.sqrt(out)
     for q in range(factor_BLqS.shape[2]):
         scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
         total += scattered.square_().unflatten(1, (groups, split)).sum(2)
