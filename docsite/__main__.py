@@ -1,4 +1,4 @@
-"""python -m docsite build: the site in site/, or the reasons why not; python -m docsite serve: while pages are written."""
+"""python -m docsite build: the site in site/, or why not; python -m docsite serve: while pages are written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         wrong = build(not args.no_pictures, args.out.resolve())
     except ValueError as error:
         wrong = str(error).splitlines()
-    print(*(f"docs: {line}" for line in wrong), sep="\n", file=sys.stderr)
+    for line in wrong:
+        print(f"docs: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import griffe
-import nearfold
 
+import nearfold
 from docsite.doctests import fenced
 from docsite.pages import Staged
 
 PACKAGES = (
-    "nearfold", "nearfold.grammar", "nearfold.nn", "nearfold.lower", "nearfold.look", "nearfold.recognise", "nearfold.surgery",
-    "nearfold.models", "nearfold.train", "nearfold.export", "nearfold.compat", "nearfold.extend",
+    "nearfold", "nearfold.grammar", "nearfold.nn", "nearfold.lower", "nearfold.look", "nearfold.recognise",
+    "nearfold.surgery", "nearfold.models", "nearfold.train", "nearfold.export", "nearfold.compat", "nearfold.extend",
 )  # fmt: skip
 """Packages whose ``__all__`` is the library's public face."""
 MODULES = ("nearfold.testing",)

@@ -20,6 +20,7 @@ def navigation(staged: Staged) -> Nav:
     def listed(name: str) -> Nav:
         return [page for pages in lists[name].values() for page in pages]
 
+    studies = sorted(page for page in staged.titles if page.startswith("studies/") and page.endswith("summary.md"))
     families = [{family.capitalize(): pages} for family, pages in lists["operators"].items()]
     explorer = [{"Explorer": page} for page in ("explorer/index.md", "explorer/index.html") if staged.has(page)][:1]
     sections: dict[str, Nav] = {
@@ -29,8 +30,7 @@ def navigation(staged: Staged) -> Nav:
         "Operators": ["operators/index.md", *families],
         "Reference": listed("api"),
         "Studies": [
-            "studies/index.md", *sorted(p for p in staged.titles if p.startswith("studies/") and p.endswith("summary.md")),
-            "denoising.md", "ocr.md", {"Trained networks": listed("models")},
+            "studies/index.md", *studies, "denoising.md", "ocr.md", {"Trained networks": listed("models")},
         ],
         "Project": [
             {"Benchmarks": ["benchmarks.md", *listed("benchmarks")]}, {"Decisions": listed("decisions")},

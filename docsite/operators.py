@@ -91,23 +91,31 @@ def page(entry: Entry, why: str = "") -> str:
     lines += [f"`{entry.name}` in code and on the command line · {_paper(entry)}", ""]
     lines += ["| word | here |", "|---|---|"]
     lines += [f"| {word} | {said} |" for word, said in zip(("path", "shape", "weight"), entry.words, strict=True)]
-    lines += ["", "## Where it looks", ""]
-    if why:
-        lines += [why, ""]
-    else:
-        lines += [
-            '<div class="nf-pictures" markdown>', "",
-            f"![A photograph of a flower, and over it what {entry.title} reads for one position](looks/{entry.name}.webp)",
-            "", f"![The mixing matrix of {entry.title}](matrices/{entry.name}.png)", "", "</div>", "",
-            f"Left: what one position (framed) of a photograph, seen as {GRID[0]} x {GRID[1]} patches, reads; blue weighs"
-            f" positive, orange negative. Right: the whole mixing matrix on a map of {SIDE} x {SIDE} positions, a row for"
-            " every output, a column for every input. Layers have plain weights, none is trained"
-            " ([how](../api/look.md#nearfold.look.look)); colours follow the square root of the weight.", "",
-        ]  # fmt: skip
+    lines += ["", "## Where it looks", "", *([why] if why else _shown(entry)), ""]
     lines += ["## Formula", "", *formula(op), "", "## Code", "", "```python", *code.splitlines(), "```", ""]
     lines += ["## Cost", "", *_cost(entry, told), "", "## What runs it", "", *_backends(told), ""]
     lines += ["## Beside it in the table", "", *neighbours(entry), ""]
     return "\n".join(lines)
+
+
+def _shown(entry: Entry) -> list[str]:
+    """The two pictures of an operator, and how to read them."""
+    flower = f"A photograph of a flower, and over it what {entry.title} reads for one position"
+    return [
+        '<div class="nf-pictures" markdown>',
+        "",
+        f"![{flower}](looks/{entry.name}.webp)",
+        "",
+        f"![The mixing matrix of {entry.title}](matrices/{entry.name}.png)",
+        "",
+        "</div>",
+        "",
+        f"Left: what one position (framed) of a photograph, seen as {GRID[0]} x {GRID[1]} patches, reads; blue weighs",
+        f"positive, orange negative. Right: the whole mixing matrix on a map of {SIDE} x {SIDE} positions, a row for",
+        "every output, a column for every input. Layers have plain weights, none is trained",
+        "([how](../api/look.md#nearfold.look.look)); colours follow the square root of the weight. Photograph:",
+        "flickr.com/photos/vultilion, CC BY 2.0, from scikit-learn.",
+    ]
 
 
 def _spelled(notation: str) -> list[str]:
