@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,5 +92,6 @@ def test_the_site_is_built_and_has_a_page_for_every_operator(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for name, entry in CATALOGUE.items():
-        text = (tmp_path / f"operators/{name}.html").read_text(encoding="utf-8")
-        assert entry.title in text, name
+        raw = (tmp_path / f"operators/{name}.html").read_text(encoding="utf-8")
+        text = " ".join(html.unescape(re.sub(r"<[^>]*>", "", raw)).split())
+        assert entry.title in text and entry.notation in text, name
