@@ -105,6 +105,7 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         "executorch",
         "stacks",
         "ocr",
+        "docs",
         "all",
         "dev",
     ]

@@ -137,10 +137,19 @@ def _made(rows: int, columns: int) -> Tensor:
 
 
 def drawn(matrix: Tensor) -> str:
-    """A matrix (M, N) as a PNG in a data URI: how strong a weight is says the alpha channel, on any ground.
+    """A matrix (M, N) as a PNG in a data URI.
 
     >>> drawn(torch.eye(2))[:22]
     'data:image/png;base64,'
+    """
+    return "data:image/png;base64," + base64.b64encode(png(matrix)).decode()
+
+
+def png(matrix: Tensor) -> bytes:
+    """A matrix (M, N) as a PNG file: how strong a weight is says the alpha channel, on any ground.
+
+    >>> png(torch.eye(2))[1:4]
+    b'PNG'
     """
     share = matrix / matrix.abs().amax().clamp(min=1e-30)
     # the root: weak weights are seen beside strong ones
@@ -151,7 +160,6 @@ def drawn(matrix: Tensor) -> str:
     raw = b"".join(b"\0" + bytes(line) for line in level.tolist())
     head = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"PLTE", palette), (b"tRNS", alpha), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b""))
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    return "data:image/png;base64," + base64.b64encode(png).decode()

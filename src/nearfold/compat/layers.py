@@ -53,3 +53,4 @@ LAYERS: dict[str, Callable[[Config, State], Conversion]] = {
     "MultiHeadBranchingAttention": attention.branching_attention,
     "ACmix": acmix.acmix,
 }
+"""What reproduces each public layer, by the name of its class."""

@@ -17,6 +17,7 @@ _FAMILIES: dict[str, tuple[Entry, ...]] = {
 }
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(e.name for e in entries) for family, entries in _FAMILIES.items()}
 CATALOGUE: dict[str, Entry] = {entry.name: entry for entries in _FAMILIES.values() for entry in entries}
+"""The operators that have a name, by name."""
 NAMES.update({name: (entry.notation, f"{entry.title} {entry.source}") for name, entry in CATALOGUE.items()})
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nearfold.grammar.operation import Basic
 
 WORDS: dict[str, dict[str, type[Word]]] = {}
+"""Every word of the notation, by kind and then by its spelling."""
 
 
 class Word:

@@ -267,4 +267,5 @@ class Features(nn.Module):
         return [maps[i] for i in self.feature_info.out_indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory, as `Network.set_grad_checkpointing` does."""
         self.network.set_grad_checkpointing(enable)

@@ -63,6 +63,7 @@ class Entry:
 
 
 MODELS: dict[str, Entry] = {}
+"""Every network that has a name, by name."""
 
 
 def register(name: str, entry: Entry) -> None:
