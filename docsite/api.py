@@ -16,7 +16,8 @@ from docsite.pages import Staged
 
 PACKAGES = (
     "nearfold", "nearfold.grammar", "nearfold.nn", "nearfold.lower", "nearfold.look", "nearfold.recognise",
-    "nearfold.surgery", "nearfold.examine", "nearfold.explorer", "nearfold.models", "nearfold.train", "nearfold.export", "nearfold.compat", "nearfold.extend",
+    "nearfold.surgery", "nearfold.examine", "nearfold.explorer",
+    "nearfold.models", "nearfold.train", "nearfold.export", "nearfold.compat", "nearfold.extend",
 )  # fmt: skip
 """Packages whose ``__all__`` is the library's public face."""
 MODULES = ("nearfold.testing",)
