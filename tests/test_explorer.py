@@ -197,7 +197,7 @@ def test_the_server_is_for_this_machine(served, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--model", "nonsense"], "--model must be a folder that save_pretrained wrote"),
+        (["--model", "nonsense"], "MODEL must be a network that `nearfold models` lists"),
         (["--model", "nonsense.onnx"], "no such file"),
         (["--runtime", "nowhere"], "has no ort.wasm.bundle.min.mjs"),
         (["--port", "99999"], "wanted a whole number from 0 to 65,535"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from nearfold import xray
 from nearfold.cli import main
-from nearfold.examine.reading import placed
+from nearfold.examine.reading import placed, probed
 from nearfold.look import mixing_matrix
 from nearfold.look.measures import measure
 from nearfold.nn import ConvNN2d, Mixer
@@ -156,8 +156,61 @@ def test_what_has_no_words_is_differentiated():
     assert layer.way == "derivative"
     assert layer.measures["window3"] == pytest.approx(1.0, abs=1e-6)
     assert 0 < layer.measures["content"] < 0.5
-    linear = xray(nn.Sequential(nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3))), torch.randn(2, 3, SIDE, SIDE))
-    assert all(one.measures["content"] == 0 for one in linear.layers)
+
+
+def test_the_derivative_of_a_linear_layer_has_the_measures_of_its_weights():
+    class Halved(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    halved = Halved(3, 4, 3, padding=1)
+    halved.load_state_dict(conv.state_dict())
+    x = torch.randn(3, 3, SIDE, SIDE)
+    (known,), (asked,) = (xray(nn.Sequential(layer), x).layers for layer in (conv, halved))
+    assert (known.way, asked.way) == ("words", "derivative")
+    assert asked.measures["content"] == 0
+    assert asked.measures["translation"] == pytest.approx(1, abs=1e-6)
+    assert asked.measures["spread"] == pytest.approx(known.measures["spread"], rel=0.05)  # two signs, not all channels
+    whole = mixing_matrix(halved, x[:1])
+    many = probed(halved, halved, x[:1], torch.arange(N), False, probes=512)
+    torch.testing.assert_close(many, whole[0, 0], rtol=0.2, atol=0.02)
+
+
+class Windows(nn.Module):
+    """Quarters of a map as a batch of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        parts = x.view(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        made = self.inner(parts)
+        return made.view(B, 2, 2, C, H // 2, W // 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def test_parts_of_images_in_the_batch_are_not_taken_for_images():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Windows())
+    seen = xray(net, torch.randn(4, 3, 8, 8))
+    assert [one.name for one in seen.layers] == ["0"]
+    (inner,) = (one for one in seen.left if one.name == "1.inner.0")
+    assert "called on 16 parts of 4 images" in inner.reason
+    assert seen.alike.shape == (1, 1)
+
+
+def test_layers_maps_are_compared():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1))
+    seen = xray(net, torch.randn(16, 3, 8, 8), batch=8)
+    assert torch.allclose(seen.alike.diagonal(), torch.ones(2).double())
+    assert 0.3 < seen.alike[0, 1] < 1
+    assert seen.alike[0, 1] == pytest.approx(float(seen.alike[1, 0]))
+    few = xray(net, torch.randn(3, 3, 8, 8))
+    assert few.alike.isnan().all()
+    assert [field.name for field in few.fields] == ["0", "1"]
 
 
 def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):

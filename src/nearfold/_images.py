@@ -1,10 +1,11 @@
 """Image files that nobody vouches for: the formats that are meant and no other, upright, within limits that are said.
 
-Everything in the package that reads an image reads it here.
+Everything in the package that reads an image reads it here; and pages take theirs from `jpeg_uri`.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 SUFFIXES = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".bmp": "BMP", ".gif": "GIF",
@@ -166,3 +168,16 @@ def _decoded(image: Image, mode: str) -> tuple[Image, str]:
 def first_line(error: object) -> str:
     """Return the first line of an error's message, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def jpeg_uri(pixels: Tensor, side: int | None = None) -> str:
+    """An image (3, H, W), or (1, H, W), from 0 to 1 as JPEG in a data URI; a square where a side is given."""
+    from PIL import Image as Pillow
+
+    raw = (pixels.expand(3, -1, -1).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    image = Pillow.fromarray(raw)
+    if side is not None:
+        image = image.resize((side, side), Pillow.Resampling.LANCZOS)
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -78,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.write_text(page(shown), encoding="utf-8")
     print(args.out)
     if args.json is not None:
-        import json
-
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({spec: seen.to_dict() for spec, seen, _ in shown}, indent=1), encoding="utf-8")
         print(args.json)
     return 0

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nearfold._images import SUFFIXES
 from nearfold.look.picture import load_image
 from nearfold.train.data import load_data
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SAMPLES = ("china", "flower")
 USUAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's images, which a network expects that says nothing else."""
@@ -54,7 +54,7 @@ def _files(source: str) -> list[Path]:
     folder = Path(source)
     if not folder.is_dir() or any((folder / split).exists() for split in ("train", "test")):
         return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _crops(count: int) -> list[Tensor]:

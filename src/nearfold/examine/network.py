@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from nearfold.examine.reading import first_tensor, placed
 from nearfold.look.derivative import evaluating
 
 DEPTHS = 12  # layers whose receptive field is found, evenly spaced
 IMAGES = 4
-BESIDE = 16  # tokens that may lie beside a square map
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,10 @@ def receptive_fields(
             model(x)
             for name in asked:
                 y = made.get(name)
-                if y is None or not y.requires_grad:
+                if y is None or not y.requires_grad or len(y) != 1:
                     continue
-                (grad,) = torch.autograd.grad(y, x, _middle(y, name in last), retain_graph=True, allow_unused=True)
+                ask = _middle(y, name in last, tuple(x.shape[2:]))
+                (grad,) = torch.autograd.grad(y, x, ask, retain_graph=True, allow_unused=True)
                 if grad is not None:
                     energy[name] += grad[0].square().sum(0).double().cpu()
     found = []
@@ -84,22 +84,17 @@ def receptive_fields(
     return found
 
 
-def _middle(y: Tensor, last: bool) -> Tensor:
+def _middle(y: Tensor, last: bool, image: tuple[int, ...]) -> Tensor:
     """Random signs over the channels of the middle position, zeros elsewhere: as y, (1, C, *grid) or (1, *grid, C)."""
     rows = y.movedim(-1, 1) if last else y
-    sides = rows.shape[2:]
-    if last and len(sides) == 1:  # tokens of a map, with a few beside it in front: the middle row's middle
-        side = math.isqrt(sides[0])
-        beside = sides[0] - side * side
-        at = [beside + (side // 2) * side + side // 2 if beside <= BESIDE else sides[0] // 2]
-    else:
-        at = [n // 2 for n in sides]
-    number = 0
-    for i, n in zip(at, sides, strict=True):
-        number = number * n + i
+    sides = tuple(rows.shape[2:])
+    beside, grid = placed(sides[0], image) if len(sides) == 1 else (0, sides)
+    number = beside
+    for i, n in enumerate(grid):
+        number += n // 2 * math.prod(grid[i + 1 :])
     ask = torch.zeros(1, rows.shape[1], math.prod(sides), dtype=y.dtype, device=y.device)
     ask[0, :, number] = (torch.randint(2, ask.shape[1:2], generator=torch.Generator().manual_seed(0)) * 2 - 1).to(y)
-    ask = ask.unflatten(2, tuple(sides))
+    ask = ask.unflatten(2, sides)
     return ask.movedim(1, -1) if last else ask
 
 
@@ -110,9 +105,7 @@ def _outputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            if tensors and name not in made:
-                made[name] = tensors[0]
+            made.setdefault(name, first_tensor(output))
 
         return hook
 
@@ -124,8 +117,10 @@ def _outputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def gram(y: Tensor) -> Tensor:
-    """The products (B, B) of a batch's maps, each as one vector, without their mean."""
+def gram(y: Tensor, batch: int) -> Tensor:
+    """The products (B, B) of a batch's maps, each as one vector, without their mean; NaN where an image has not one."""
+    if len(y) != batch:
+        return torch.full((batch, batch), torch.nan, dtype=torch.double)
     flat = y.detach().flatten(1).double() if y.numel() < 1 << 24 else y.detach().flatten(1)
     flat = flat - flat.mean(0)
     return (flat @ flat.T).double().cpu()
@@ -140,7 +135,7 @@ def alike(grams_LB: list[list[Tensor]]) -> Tensor:
         grams_LB: for every layer, the products (B, B) of every batch.
 
     >>> x, y = torch.randn(8, 20), torch.randn(8, 20)
-    >>> torch.allclose(alike([[gram(x)], [gram(2 * x)]]), torch.ones(2, 2).double())
+    >>> torch.allclose(alike([[gram(x, 8)], [gram(2 * x, 8)]]), torch.ones(2, 2).double())
     True
     """
     count = len(grams_LB)

@@ -5,8 +5,6 @@ The page asks for nothing outside itself. Texts reach it through a template with
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfold._images import jpeg_uri
 from nearfold._pages import environment
 from nearfold.catalogue_page import drawn
 from nearfold.examine.landmarks import landmarks
@@ -97,7 +96,7 @@ def page(shown: Sequence[tuple[str, XRay, Tensor]]) -> str:
                 "name": name,
                 "seen": seen,
                 "layers": layers,
-                "photograph": _jpeg(pixels),
+                "photograph": jpeg_uri(pixels if len(pixels) == 3 else pixels[:1]),
                 "fields": fields,
                 "alike": drawn(alike.float()) if len(alike) > 1 and float(alike.abs().sum()) > 0 else "",
             }
@@ -199,13 +198,3 @@ def _pooled(matrix: Tensor) -> Tensor:
         return matrix
     sides = tuple(min(LARGEST, n) for n in matrix.shape)
     return F.adaptive_max_pool2d(matrix.abs()[None, None].float(), sides)[0, 0]
-
-
-def _jpeg(pixels: Tensor) -> str:
-    """An image (C, H, W) from 0 to 1 in a data URI."""
-    from PIL import Image
-
-    shown = (pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)).clamp(0, 1)
-    memory = io.BytesIO()
-    Image.fromarray((shown * 255).byte().permute(1, 2, 0).numpy()).save(memory, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(memory.getvalue()).decode()

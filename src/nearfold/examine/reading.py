@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nearfold._images import first_line
 from nearfold.examine.sources import Source
@@ -20,7 +20,7 @@ from nearfold.look.derivative import evaluating
 from nearfold.look.measures import Measures, measure
 from nearfold.look.mixing import mixing_matrix
 from nearfold.nn.mixer import Mixer, TokenMixer
-from nearfold.surgery.proof import budget, difference
+from nearfold.surgery.proof import budget, difference, tensors
 
 EVERY = 256  # outputs of which all are asked, where their rows are at most
 NUMBERS = 1 << 20  # numbers
@@ -82,7 +82,7 @@ class Layer:
         return Measures(**values)
 
 
-def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, image: tuple[int, ...]) -> None:
+def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, images: Tensor) -> None:
     """Measure a layer on one call of it; where that fails, the reason is kept.
 
     Args:
@@ -90,16 +90,17 @@ def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
         args: of the call.
         kwargs: of the call.
         output: what the layer made.
-        image: grid of the model's input, which says how tokens lie on a map.
+        images: (B, C, *grid), the model's input, whose grid says how tokens lie on a map.
     """
+    batch, image = len(images), tuple(images.shape[2:])
     try:
         if not layer.way:
-            layer.way = "words" if _same(layer, args, kwargs, output, image) else "derivative"
+            layer.way = "words" if _same(layer, args, kwargs, output) else "derivative"
         if layer.way == "words":
             if not layer.fixed:
-                _by_words(layer, args, kwargs, image)
+                _by_words(layer, args, kwargs, batch, image)
         elif layer.images < IMAGES:
-            _by_derivative(layer, args, kwargs, output, image)
+            _by_derivative(layer, args, kwargs, output, batch, image)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         layer.reason = first_line(error)
 
@@ -107,7 +108,7 @@ def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
 # --- in the words
 
 
-def _same(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, image: tuple[int, ...]) -> bool:
+def _same(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether the layer in the words makes what the layer made, on this very call."""
     source = layer.source
     if source.mixer is source.place:
@@ -120,7 +121,7 @@ def _same(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
     assert source.twin is not None
     try:
         ours, theirs = first_tensor(source.twin(*args, **kwargs)), first_tensor(output)
-    except (ValueError, RuntimeError, TypeError, AssertionError):
+    except (ValueError, RuntimeError, TypeError):
         return False
     return difference(ours, theirs) <= budget(theirs.dtype)
 
@@ -141,12 +142,12 @@ def _without_weights(source: Source, args: tuple[Any, ...]) -> Source | None:
     return Source(source.name, source.kind, source.operation, source.place, 1, mixer, mixer)
 
 
-def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], image: tuple[int, ...]) -> None:
+def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, image: tuple[int, ...]) -> None:
     mixer, twin = layer.source.mixer, layer.source.twin
     assert mixer is not None and twin is not None
     given: list[Tensor] = []
     if twin is mixer:
-        given.append(_main(args, kwargs))
+        given.append(first_tensor((args, kwargs)))
     else:
         hook = mixer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
         try:
@@ -154,6 +155,7 @@ def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], image
         finally:
             hook.remove()
     x = given[0].detach()
+    _require_whole(x, batch)
     if isinstance(mixer, TokenMixer):
         n = x.shape[1]
         layer.beside, layer.grid = placed(n, image) if x.dim() == 3 else (0, tuple(x.shape[1:-1]))
@@ -191,12 +193,14 @@ def _signed(mixer: Mixer) -> bool:
 
 
 def _by_derivative(
-    layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, image: tuple[int, ...]
+    layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, batch: int, image: tuple[int, ...]
 ) -> None:
     place = layer.source.place
     leaves, spec = tree_flatten((args, kwargs))
     which = next(i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2)
     x, y = leaves[which], first_tensor(output)
+    _require_whole(x, batch)
+    _require_whole(y, batch)
     tokens = _channels_last(layer.source.axis, x, y, image)
     layer.beside, layer.grid = _grid(x, tokens, image)
     out_beside, layer.out_grid = _grid(y, tokens, image)
@@ -221,7 +225,9 @@ def _by_derivative(
     _keep(layer, torch.stack(images)[:, None], signed=False)
 
 
-def probed(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R: Tensor, tokens: bool) -> Tensor:
+def probed(
+    call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R: Tensor, tokens: bool, probes: int = PROBES
+) -> Tensor:
     """The sizes of some rows (R, N) of a layer's derivative at one image, estimated by random signs over its channels.
 
     The size of a pair is sqrt(sum over o and c of (dy[o, m] / dx[c, n])^2 / O), as in `nearfold.look.mixing_matrix`.
@@ -229,8 +235,8 @@ def probed(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R
     of every row and image: what differs between two of them is the layer's own.
     """
     with evaluating(layer), torch.enable_grad():
-        rows_K = rows_R.repeat_interleave(PROBES)
-        copies = PROBES * max(1, min(len(rows_R), (1 << 24) // (PROBES * x.numel())))
+        rows_K = rows_R.repeat_interleave(probes)
+        copies = probes * max(1, min(len(rows_R), (1 << 24) // (probes * x.numel())))
         found, signs_pO = [], None
         for first in range(0, len(rows_K), copies):
             row_k = rows_K[first : first + copies]
@@ -238,12 +244,12 @@ def probed(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R
             y_kOM = _flat(call(many.clone()), tokens)
             if signs_pO is None:
                 generator = torch.Generator().manual_seed(0)
-                signs_pO = (torch.randint(2, (PROBES, y_kOM.shape[1]), generator=generator) * 2 - 1).to(y_kOM)
+                signs_pO = (torch.randint(2, (probes, y_kOM.shape[1]), generator=generator) * 2 - 1).to(y_kOM)
             ask_kOM = torch.zeros_like(y_kOM, memory_format=torch.contiguous_format)
-            ask_kOM[torch.arange(len(row_k)), :, row_k] = signs_pO.repeat(len(row_k) // PROBES, 1)
+            ask_kOM[torch.arange(len(row_k)), :, row_k] = signs_pO.repeat(len(row_k) // probes, 1)
             (grad,) = torch.autograd.grad(y_kOM, many, ask_kOM)
             found.append(_flat(grad, tokens).square().sum(1) / y_kOM.shape[1])
-        return torch.cat(found).unflatten(0, (-1, PROBES)).mean(1).sqrt().detach()
+        return torch.cat(found).unflatten(0, (-1, probes)).mean(1).sqrt().detach()
 
 
 def _channels_last(axis: int | None, x: Tensor, y: Tensor, image: tuple[int, ...]) -> bool:
@@ -271,6 +277,12 @@ def _batched(t: Any, x: Tensor) -> bool:
 
 
 # --- shared
+
+
+def _require_whole(x: Tensor, batch: int) -> None:
+    """ValueError where a layer is not given the images one by one: windows of them, or positions first."""
+    if x.shape[0] != batch:
+        raise ValueError(f"it is called on {x.shape[0]} parts of {batch} images, and nothing says which lies where")
 
 
 def placed(positions: int, image: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -333,13 +345,9 @@ def _flat(x: Tensor, tokens: bool) -> Tensor:
     return (x.movedim(-1, 1) if tokens else x).flatten(2)
 
 
-def _main(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-
-
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor of what a layer returns."""
-    found = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
-    if found is None:
-        raise ValueError(f"it returns {type(output).__name__}, without a tensor")
-    return found
+    """The first tensor of what a layer takes or returns, whatever holds it."""
+    found = tensors(output)
+    if not found:
+        raise ValueError(f"{type(output).__name__} has no tensor")
+    return found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +14,7 @@ from nearfold.examine.network import ReceptiveField, alike
 from nearfold.examine.reading import Layer
 from nearfold.examine.sources import Left
 from nearfold.look.measures import Measures
+from nearfold.recognise.report import aligned
 
 SHOWN = {
     "distance": "distance",
@@ -121,13 +121,7 @@ class XRay:
             mark = f" [{marks.setdefault(layer.note, len(marks) + 1)}]" if layer.note else ""
             grid = "x".join(map(str, layer.grid)) + (f"+{layer.beside}" if layer.beside else "")
             cells.append((layer.name + mark, layer.notation or "?", grid, *(number(layer.measures[m]) for m in SHOWN)))
-        if self.layers:
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            for row in cells:
-                each = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-                lines.append("  ".join(each).rstrip())
-        else:
-            lines.append("no layer that mixes positions was measured")
+        lines += aligned(cells, left=2) if self.layers else ["no layer that mixes positions was measured"]
         lines += [f"  [{number}] {note}" for note, number in marks.items()]
         if self.fields:
             sides = ", ".join(f"{field.name} {field.side:.0f}" for field in self.fields)
@@ -151,10 +145,6 @@ class XRay:
         found["left"] = [vars(one) for one in self.left]
         found["fields"] = [{"name": one.name, "side": one.side} for one in self.fields]
         return dict(_plain(found))
-
-    def to_json(self) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=1)
 
 
 LEGEND = (

@@ -6,22 +6,22 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nearfold._images import first_line
+from nearfold.examine.reading import first_tensor
 from nearfold.examine.report import XRay, XRayLayer
 from nearfold.grammar import Basic, parse
+from nearfold.grammar.words import All, Row
 from nearfold.look.derivative import evaluating
+from nearfold.look.measures import WINDOWS
 from nearfold.surgery.convert import convert
 from nearfold.surgery.rule import Rule
 
 SHARE = 0.95  # of what is read, that must stay
 STILL = 0.1  # content below which a layer does not depend on the image
-SIDES = (3, 7, 15)
 
 
 @dataclass(frozen=True)
@@ -70,54 +70,48 @@ def suggest(model: nn.Module, images: Tensor, seen: XRay) -> list[Suggestion]:
     >>> suggest(net, (x := torch.randn(2, 3, 6, 6)), xray(net, x))  # nothing here is dense attention
     []
     """
-    found = []
-    with evaluating(model), torch.no_grad():
-        before = _output(model(images))
+    twin, found = copy.deepcopy(model), []
+    with evaluating(twin), torch.no_grad():
+        before = first_tensor(twin(images))
         for layer in seen.layers:
             for rule, why in rules_for(layer):
-                found.append(_tried(model, images, before, rule, why))
+                found.append(_tried(twin, images, before, rule, why))
     return found
 
 
 def rules_for(layer: XRayLayer) -> list[tuple[Rule, str]]:
     """The rules that a layer's measures speak for, with what speaks for them."""
-    op = parse(layer.notation) if layer.notation else None
-    if layer.way != "words" or not isinstance(op, Basic):
+    op = parse(layer.notation) if layer.way == "words" else None
+    if not isinstance(op, Basic) or op.path != All() or op.shape != Row() or op.weight.rho.word != "softmax":
         return []
-    rules = []
-    rho = str(op.weight)
-    everywhere = str(op.path) == "all" and str(op.shape) == "row" and rho.startswith("softmax")
+    rules, rho = [], str(op.weight)
     k = math.ceil(max(layer.by_head["most95"]))
-    if everywhere and k <= layer.positions // 2:
+    if k <= layer.positions // 2:
         why = f"{k} of {layer.positions} positions hold {SHARE:.0%} of what its widest head reads"
         rules.append((Rule(f"nearest({k}, scaled) | ranked | {rho}", name=layer.name), why))
-    still = not layer.measures["content"] >= STILL
-    side = next((s for s in SIDES if min(layer.by_head[f"window{s}"]) >= SHARE and s < min(layer.grid)), None)
-    if everywhere and still and side is not None and layer.beside == 0 and len(layer.grid) == 2:
-        content = layer.measures["content"]
+    content = layer.measures["content"]
+    side = next((s for s in WINDOWS if min(layer.by_head[f"window{s}"]) >= SHARE and s < min(layer.grid)), None)
+    if content < STILL and side is not None and layer.beside == 0 and len(layer.grid) == 2:
         why = f"{SHARE:.0%} of what it reads lies in {side} x {side}, and content changes {content:.2f} of it"
         rules.append((Rule(f"window({side}) | box | {rho}", name=layer.name), why))
     return rules
 
 
-def _tried(model: nn.Module, images: Tensor, before: Tensor, rule: Rule, why: str) -> Suggestion:
-    twin = copy.deepcopy(model)
+def _tried(twin: nn.Module, images: Tensor, before: Tensor, rule: Rule, why: str) -> Suggestion:
+    """A rule, tried on a copy of the model, which is then as it was."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # that it refuses is said below
             report = convert(twin, rule)
     except ValueError as error:
         return Suggestion(rule, why, "refused", reason=first_line(error))
-    rows = [row for row in report.rows if row.name == rule.name]
-    if not rows or rows[0].status != "replaced":
-        return Suggestion(rule, why, "refused", reason=rows[0].reason if rows else "it is no layer that convert knows")
-    after = _output(twin(images))
+    (row,) = (row for row in report.rows if row.name == rule.name)
+    if row.status != "replaced":
+        return Suggestion(rule, why, "refused", reason=row.reason)
+    after = first_tensor(twin(images))
+    report.undo()
     change = float((after - before).norm() / before.norm().clamp(min=1e-30))
     same = float("nan")
     if before.dim() == 2 and before.shape[1] > 1:
         same = float((after.argmax(1) == before.argmax(1)).double().mean())
-    return Suggestion(rule, why, rows[0].grade, change, same)
-
-
-def _output(made: Any) -> Tensor:
-    return next(t for t in tree_leaves(made) if isinstance(t, Tensor)).detach()
+    return Suggestion(rule, why, row.grade, change, same)

@@ -66,11 +66,13 @@ def xray(
     if len(batches) > 1 and len(batches[-1]) < 2:  # content is compared within a batch
         batches[-2:] = [torch.cat(batches[-2:])]
     told = _Told(progress, len(layers) * len(batches))
-    with evaluating(model), torch.no_grad(), _watched(layers, images.shape[2:], network, told):
+    with evaluating(model), torch.no_grad():
         for part in batches:
+            with _watched(layers, part, network, told):
+                model(part)
             for layer in layers:
-                layer.calls = 0
-            model(part)
+                if layer.grams and not layer.calls:  # as one that was called, and said nothing
+                    layer.grams.append(torch.full((len(part), len(part)), torch.nan, dtype=torch.double))
     fields: list[ReceptiveField] = []
     why = ""
     if network:
@@ -96,29 +98,32 @@ class _Told:
 
 
 @contextlib.contextmanager
-def _watched(layers: list[Layer], image: torch.Size, network: bool, told: _Told) -> Iterator[None]:
+def _watched(layers: list[Layer], images: Tensor, network: bool, told: _Told) -> Iterator[None]:
     """Every layer is measured when it has returned; of several calls in one run, on the first."""
+    busy: list[nn.Module] = []  # the layer that is asked anew, by differentiation or within another
 
     def returned(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if _busy:
-            return  # a layer that is asked anew, by differentiation or within another
+        if busy:
+            return
         layer.calls += 1
         if layer.calls > 1:
             return
-        _busy.append(module)
+        busy.append(module)
         began = time.perf_counter()
         try:
             if network:
-                layer.grams.append(gram(first_tensor(output)))
+                layer.grams.append(gram(first_tensor(output), len(images)))
             if not layer.reason:
-                read(layer, args, kwargs, output, tuple(image))
+                read(layer, args, kwargs, output, images)
         finally:
-            _busy.pop()
+            busy.pop()
             layer.seconds += time.perf_counter() - began
             told(layer.source.name)
 
-    _busy: list[nn.Module] = []
-    hooks = [layer.source.place.register_forward_hook(partial(returned, layer), with_kwargs=True) for layer in layers]
+    hooks = []
+    for layer in layers:
+        layer.calls = 0
+        hooks.append(layer.source.place.register_forward_hook(partial(returned, layer), with_kwargs=True))
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nearfold.explorer.graphs import kept, layers_to_onnx
 from nearfold.explorer.page import write
+from nearfold.models.named import WHAT, named
 from nearfold.models.pretrained import pretrained
 from nearfold.options import brief, folder, whole
 
@@ -34,9 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "--model", action="append", default=[], metavar="MODEL", dest="models",
-        help="show the layers of this network, too: a folder that save_pretrained wrote, or a file that "
-        "nearfold.explorer.layers_to_onnx wrote; give it again for more (those of `nearfold models --pretrained` are "
-        "there)",
+        help=f"show the layers of this network, too: {WHAT}, or a file that nearfold.explorer.layers_to_onnx wrote; "
+        "give it again for more (those of `nearfold models --pretrained` are there)",
     )  # fmt: skip
     parser.add_argument("--out", type=folder, metavar="FOLDER", help="write the page there, and serve nothing")
     parser.add_argument(
@@ -74,23 +74,16 @@ def network(spec: str) -> bytes:
     """What the layers of a network read, as ONNX.
 
     Raises:
-        ValueError: there is no such folder or file, or it has no layers that the page could show.
+        ValueError: there is no such network or file, or it has no layers that the page could show.
     """
     path = Path(spec)
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ValueError(f"--model {brief(spec)}: no such file")
         return path.read_bytes()
-    if not path.is_dir():
-        raise ValueError(
-            f"--model must be a folder that save_pretrained wrote, or a file that nearfold.explorer.layers_to_onnx "
-            f"wrote, got {brief(spec)}"
-        )
-    from nearfold.models import from_pretrained
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
-        layers_to_onnx(from_pretrained(spec), file)
+        layers_to_onnx(named(spec)[0], file)
         return file.read_bytes()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nearfold._images import jpeg_uri
 from nearfold._pages import environment
 from nearfold.explorer.graphs import SIDE, kept
 from nearfold.explorer.operators import CHOICES, GRID, LAMBDA, OPERATORS, START
@@ -50,15 +50,10 @@ class Photograph:
     @property
     def uri(self) -> str:
         """The middle square, as JPEG."""
-        from PIL import Image
-
         pixels = load_image(f"sample:{self.name}.jpg")
         side = min(pixels.shape[1:])
         top, left = ((n - side) // 2 for n in pixels.shape[1:])
-        square = (pixels[:, top : top + side, left : left + side] * 255).round().byte().permute(1, 2, 0).numpy()
-        written = io.BytesIO()
-        Image.fromarray(square).resize((PIXELS, PIXELS), Image.Resampling.LANCZOS).save(written, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+        return jpeg_uri(pixels[:, top : top + side, left : left + side], PIXELS)
 
 
 PHOTOGRAPHS = (

@@ -169,7 +169,7 @@ class Description:
                     f"{row.parameters:,}", "" if row.flops is None else f"{row.flops:,}", row.field,
                 )
             )  # fmt: skip
-        lines += _table(cells, left=4) if self.rows else ["no layer mixes positions"]
+        lines += aligned(cells, left=4) if self.rows else ["no layer mixes positions"]
         lines += [f"  [{number}] {note}" for note, number in footnotes.items()]
         if self.unknown:
             lines += ["", "unknown:"] + [f"  {s.name or '(model)'} ({s.kind}): {s.reason}" for s in self.unknown]
@@ -180,7 +180,7 @@ class Description:
         return "\n".join([*lines, "", str(self.complexity), *legend])
 
 
-def _table(cells: Sequence[tuple[str, ...]], left: int) -> list[str]:
+def aligned(cells: Sequence[tuple[str, ...]], left: int) -> list[str]:
     """Aligned columns, the first ``left`` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 

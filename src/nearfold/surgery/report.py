@@ -11,6 +11,7 @@ from torch import nn
 
 from nearfold.look.derivative import evaluating
 from nearfold.recognise.foreign import count
+from nearfold.recognise.report import aligned
 from nearfold.surgery.carry import GRADES
 from nearfold.surgery.proof import difference, tensors
 
@@ -190,8 +191,7 @@ class Report:
             if row.status == "replaced":
                 cells.append((row.name, row.operation, row.grade, row.to, *_counts(row)))
         if len(cells) > 1:
-            widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-            lines += ["  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+            lines += aligned(cells, left=len(cells[0]))
         for grade in (*GRADES, "kept", "refused"):
             reasons: dict[str, list[str]] = {}
             for row in self.rows:
