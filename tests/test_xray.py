@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from nearfold import xray
+from nearfold import Rule, convert, xray
 from nearfold.cli import main
+from nearfold.examine.images import images_of, normalised
 from nearfold.examine.reading import placed, probed
+from nearfold.examine.suggest import suggest
 from nearfold.look import mixing_matrix
 from nearfold.look.measures import measure
+from nearfold.models import create
 from nearfold.nn import ConvNN2d, Mixer
 
 SIDE = 6
@@ -255,9 +259,23 @@ def test_what_is_refused(images, options, said):
 
 
 def test_attention_on_maps_becomes_nearest():
-    from nearfold import Rule, convert
-
     net = nn.Sequential(nn.Conv2d(3, 8, 1), Mixer("all | row | softmax(heads=2)", 8))
     report = convert(net, Rule("nearest(5, scaled) | ranked | softmax(heads=2)", name="1"))
     (row,) = report.replaced
     assert (row.grade, row.reason) == ("approximate", "exact only up to 5 positions")
+
+
+@torch.no_grad()
+def test_every_suggestion_is_tried_alone():
+    net = create("resnet8s_attention", pretrained=True).eval()
+    x = normalised(net, images_of(None, 4, (3, 32, 32)))[0]
+    before = net(x)
+    found = suggest(net, x, xray(net, x, network=False))
+    assert len({one.rule.name for one in found}) > 1
+    for one in found:
+        twin = copy.deepcopy(net)
+        convert(twin, one.rule)
+        after = twin(x)
+        assert one.change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
+        assert one.same == float((after.argmax(1) == before.argmax(1)).double().mean())
+    assert torch.equal(net(x), before)

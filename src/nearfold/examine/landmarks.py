@@ -25,11 +25,13 @@ NAMES = (
 COMPARED = ("reach", "density", "window3", "before", "content", "translation")
 ROWS = 32
 FARTHEST = 32  # side of the largest grid on which they are measured
+SCANS = ("mamba", "scan_cross", "retention")  # whose matrix takes seconds on more positions than
+FEW = 256
 
 
 @functools.lru_cache(maxsize=16)
 def landmarks(grid: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """The measures of the catalogue's operators on a grid of two axes, by name; without those that cannot lie there.
+    """The measures of the catalogue's operators on a grid of two axes, by name; without scans on a large one.
 
     >>> round(landmarks((7, 7))["pool_global"]["reach"], 6)
     1.0
@@ -38,6 +40,8 @@ def landmarks(grid: tuple[int, ...]) -> dict[str, dict[str, float]]:
     rows = torch.randperm(math.prod(grid), generator=torch.Generator().manual_seed(0))[:ROWS].sort().values
     found = {}
     for name in NAMES:
+        if name in SCANS and math.prod(grid) > FEW:
+            continue
         op = CATALOGUE[name].operation.map(lambda part: part.sized(math.prod(grid)))
         layer = plain_layer(op, 1 if op.for_sequences else 2)
         assert not isinstance(layer, TokenMixer)

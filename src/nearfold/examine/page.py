@@ -125,7 +125,7 @@ def _grid_of(shown: Sequence[tuple[str, XRay, Tensor]]) -> tuple[int, ...]:
 def _landmarks(grid: tuple[int, ...]) -> list[Dot]:
     measured = landmarks(grid)
     found: list[Dot] = []
-    for name in LANDMARKS:
+    for name in filter(measured.__contains__, LANDMARKS):
         x, y = _x(measured[name]["reach"]), _y(measured[name]["content"])
         while any(abs(x - other.x) < 90 and abs(y - other.y) < 13 for other in found):
             y -= 13  # names may not cover one another; the dot is where it is
