@@ -14,9 +14,9 @@ from nearfold._images import first_line
 from nearfold.examine.reading import first_tensor
 from nearfold.examine.report import XRay, XRayLayer
 from nearfold.grammar import Basic, parse
-from nearfold.grammar.words import All, Row
 from nearfold.look.derivative import evaluating
 from nearfold.look.measures import WINDOWS
+from nearfold.surgery.adapters import dense
 from nearfold.surgery.convert import convert
 from nearfold.surgery.rule import Rule
 
@@ -82,8 +82,9 @@ def suggest(model: nn.Module, images: Tensor, seen: XRay) -> list[Suggestion]:
 def rules_for(layer: XRayLayer) -> list[tuple[Rule, str]]:
     """The rules that a layer's measures speak for, with what speaks for them."""
     op = parse(layer.notation) if layer.way == "words" else None
-    if not isinstance(op, Basic) or op.path != All() or op.shape != Row() or op.weight.rho.word != "softmax":
+    if op is None or not dense(op, layer.positions):
         return []
+    assert isinstance(op, Basic)
     rules, rho = [], str(op.weight)
     k = math.ceil(max(layer.by_head["most95"]))
     if k <= layer.positions // 2:
