@@ -258,6 +258,13 @@ def test_what_is_refused(images, options, said):
         xray(nn.Sequential(ConvNN2d(3, 4, k=2)), images, **options)
 
 
+def test_signs_are_told_where_they_are_known():
+    x = torch.randn(2, 4, SIDE, SIDE)
+    for text, known in (("box | separable", True), ("box | experts(2)", False), ("box | kernel(groups=4)", True)):
+        (layer,) = xray(nn.Sequential(Mixer(f"window(3) | {text}", 4)), x).layers
+        assert math.isnan(layer.measures["negative"]) != known, text
+
+
 def test_attention_on_maps_becomes_nearest():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), Mixer("all | row | softmax(heads=2)", 8))
     report = convert(net, Rule("nearest(5, scaled) | ranked | softmax(heads=2)", name="1"))

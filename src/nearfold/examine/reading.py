@@ -18,7 +18,7 @@ from nearfold._images import first_line
 from nearfold.examine.sources import Source
 from nearfold.look.derivative import evaluating
 from nearfold.look.measures import Measures, measure
-from nearfold.look.mixing import mixing_matrix
+from nearfold.look.mixing import own_mixing
 from nearfold.nn.mixer import Mixer, TokenMixer
 from nearfold.surgery.proof import budget, difference, tensors
 
@@ -166,27 +166,21 @@ def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch
     rows = layer.rows + layer.beside
 
     def rows_of(images: Tensor) -> Tensor:
-        return torch.cat([_limited(layer, mixing_matrix(mixer, one[None], rows=rows)) for one in images])
+        return torch.cat([_limited(layer, own_mixing(mixer, one[None], rows=rows).matrix) for one in images])
 
+    signed = own_mixing(mixer, x[:1], rows=rows[:1]).exact
     first = rows_of(x[:ALIKE])
     layer.fixed = (
         len(first) > 1 and all(torch.equal(first[0], one) for one in first[1:]) and not bool((x[0] == x[1]).all())
     )
     if layer.fixed:
-        _keep(layer, first[:2], _signed(mixer))
+        _keep(layer, first[:2], signed)
         return
     step = _images_at_once(layer)
     for begin in range(0, len(x), step):
         done = first[begin : begin + step]
         rest = x[begin + len(done) : begin + step]
-        _keep(layer, torch.cat([done, rows_of(rest)]) if len(rest) else done, _signed(mixer))
-
-
-def _signed(mixer: Mixer) -> bool:
-    """Whether its matrix has the weights themselves, and not the sizes of a kernel that maps channels."""
-    return all(
-        part.weight.kernel is None or not hasattr(part.weight.kernel, "groups") for part in mixer.operation.parts
-    )
+        _keep(layer, torch.cat([done, rows_of(rest)]) if len(rest) else done, signed)
 
 
 # --- by differentiation

@@ -22,7 +22,7 @@ from nearfold.explorer.operators import GRID, LAMBDA, Operator
 from nearfold.export import to_onnx
 from nearfold.grammar import parse
 from nearfold.look.layers import FEATURES, features, plain_layer
-from nearfold.look.mixing import own_matrix, triangle
+from nearfold.look.mixing import own_mixing, triangle
 from nearfold.models.look import layers_of
 from nearfold.nn.mixer import Mixer
 
@@ -77,7 +77,7 @@ class Weights(nn.Module):
         return found
 
     def _matrix(self, x: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
-        return own_matrix(self.layer, x if self.layer.ndim == 2 else x.flatten(2), factor=factor)[0].mean(0)
+        return own_mixing(self.layer, x if self.layer.ndim == 2 else x.flatten(2), factor=factor).matrix[0].mean(0)
 
     def forward(self, x: Tensor) -> Tensor:
         kept = (self.get_buffer(f"factor{i}") for i in range(self.factors))

@@ -100,7 +100,7 @@ def mixing_matrix(
                 f"groups and tokens are for layers of other libraries; {type(layer).__name__} knows its own (tokens="
                 f"{own}): leave them out"
             )
-        return own_matrix(layer, x, context, limit_gib, rows=_listed(rows))
+        return own_mixing(layer, x, context, limit_gib, rows=_listed(rows)).matrix
     return differentiated(layer, x, context, groups, tokens, limit_gib, _listed(rows))
 
 
@@ -115,8 +115,8 @@ def _listed(rows: Sequence[int] | Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The matrix (B, G, M, N) of one operand; ``exact``: signed and multiplied with values, not a size."""
+class Mixing:
+    """The matrix (B, G, M, N) of an operation; ``exact``: signed and multiplied with values, not a size."""
 
     matrix: Tensor
     exact: bool
@@ -128,15 +128,18 @@ def triangle(blocks_BLpS: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def own_matrix(
+def own_mixing(
     layer: Mixer,
     x: Tensor,
     context: Tensor | None = None,
     limit_gib: float = 4.0,
     factor: Callable[[Tensor], Tensor] = triangle,
     rows: Tensor | None = None,
-) -> Tensor:
-    """`mixing_matrix` of a layer of the library; ``factor`` is asked for `triangle` of every dense kernel, in order."""
+) -> Mixing:
+    """`mixing_matrix` of a layer of the library, and whether it is exact.
+
+    ``factor`` is asked for the `triangle` of every dense kernel, in order.
+    """
     op = layer.operation
     if isinstance(layer, TokenMixer):
         x = layer.prepare(x)
@@ -149,7 +152,7 @@ def own_matrix(
         raise ValueError(
             f"context must have the batch of x and {layer.context_channels} channels, got {tuple(context.shape)}"
         )
-    parts: list[_Part] = []
+    parts: list[Mixing] = []
 
     def spy(call: Call) -> Tensor:
         parts.append(_part(call, limit_gib, factor, rows))
@@ -157,10 +160,10 @@ def own_matrix(
 
     params = layer.tensors()
     execute(op, params, x, lambda *_: spy, out_channels=layer.made_channels, context=context)
-    return _combined(op, params, x, layer.made_channels, iter(parts), rows).matrix
+    return _combined(op, params, x, layer.made_channels, iter(parts), rows)
 
 
-def _part(call: Call, limit_gib: float, factor: Callable[[Tensor], Tensor], rows: Tensor | None) -> _Part:
+def _part(call: Call, limit_gib: float, factor: Callable[[Tensor], Tensor], rows: Tensor | None) -> Mixing:
     """The matrix of one `Basic` operation, or these rows of it."""
     inner = call.at.inner or call.grid
     made = inner if call.at.inner else call.out_grid
@@ -188,14 +191,14 @@ def _part(call: Call, limit_gib: float, factor: Callable[[Tensor], Tensor], rows
     if kernel is None:
         word = call.op.weight.kernel
         # a kernel of pairs brings what it makes of two values: the matrix says which, not by how much each of the two
-        part = _Part(_scattered(alpha, chosen), word is None or not word.edges)
+        part = Mixing(_scattered(alpha, chosen), word is None or not word.edges)
     else:
         part = _with_kernel(alpha, chosen, kernel.to(alpha.dtype), factor)
     border = call.at.padding
     matrix = part.matrix
     if border or call.at.inner:
         matrix = matrix.unflatten(-1, call.padded)[(..., *(slice(border, border + n) for n in inner))].flatten(3)
-    return _Part(matrix, part.exact)
+    return Mixing(matrix, part.exact)
 
 
 def _raster(at: tuple[Tensor, ...], grid: tuple[int, ...]) -> Tensor:
@@ -219,7 +222,7 @@ def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
 
 def _with_kernel(
     alpha_BHMS: Tensor, chosen: Selection, kernel_BGPcS: Tensor, factor: Callable[[Tensor], Tensor]
-) -> _Part:
+) -> Mixing:
     """Alpha and a kernel: exact where its blocks are single numbers, their sizes otherwise."""
     heads, (_, groups, out, read, _) = alpha_BHMS.shape[1], kernel_BGPcS.shape
     if chosen.entries > 1:
@@ -227,20 +230,20 @@ def _with_kernel(
     cells = math.lcm(heads, groups)
     alpha_BLMS = alpha_BHMS.repeat_interleave(cells // heads, 1)
     if out * read == 1:
-        return _Part(_scattered(alpha_BLMS * kernel_BGPcS[:, :, 0], chosen), True)
+        return Mixing(_scattered(alpha_BLMS * kernel_BGPcS[:, :, 0], chosen), True)
     split = cells // groups
     blocks = kernel_BGPcS.unflatten(3, (split, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
     total = alpha_BHMS.new_zeros(alpha_BHMS.shape[0], groups, alpha_BHMS.shape[2], chosen.positions)
     if factor is triangle and _apart(chosen):  # a graph that is exported cannot ask
         scattered = _scattered(alpha_BLMS * (blocks.square().sum(2) / out).sqrt()[:, :, None], chosen)
-        return _Part(total.add_(scattered.square_().unflatten(1, (groups, split)).sum(2)).sqrt_(), False)
+        return Mixing(total.add_(scattered.square_().unflatten(1, (groups, split)).sum(2)).sqrt_(), False)
     # slots may read one position, where their blocks add up. With W = QR as a matrix (P c, S) the size of sum a_s W_s
     # is that of R a: S scatters of numbers instead of P c
     factor_BLqS = factor(blocks) / math.sqrt(out)
     for q in range(factor_BLqS.shape[2]):
         scattered = _scattered(alpha_BLMS * factor_BLqS[:, :, q, None], chosen)
         total += scattered.square_().unflatten(1, (groups, split)).sum(2)
-    return _Part(total.sqrt_(), False)
+    return Mixing(total.sqrt_(), False)
 
 
 def _apart(chosen: Selection) -> bool:
@@ -252,8 +255,8 @@ def _apart(chosen: Selection) -> bool:
 
 
 def _combined(
-    op: Operation, params: dict[str, Tensor], x: Tensor, channels: int, parts: Iterator[_Part], rows: Tensor | None
-) -> _Part:
+    op: Operation, params: dict[str, Tensor], x: Tensor, channels: int, parts: Iterator[Mixing], rows: Tensor | None
+) -> Mixing:
     """The matrix of an operation from those of its `Basic` parts, in the order in which they ran."""
     if not op.operands:
         return next(parts)
@@ -267,7 +270,7 @@ def _combined(
     _same_positions(op, operands)
     exact = all(m.exact for m in operands)
     if isinstance(op, Branch):
-        return _Part(torch.cat([m.matrix for m in operands], 1), exact)
+        return Mixing(torch.cat([m.matrix for m in operands], 1), exact)
     groups = math.lcm(*(m.matrix.shape[1] for m in operands))
     total: Tensor | float = 0.0
     for factor, part in zip(factors(op, params, x), operands, strict=True):
@@ -277,10 +280,10 @@ def _combined(
         matrix = part.matrix.repeat_interleave(groups // part.matrix.shape[1], 1) * (1.0 if factor is None else factor)
         total = total + (matrix if exact else matrix.abs())
     assert isinstance(total, Tensor)
-    return _Part(total, exact)
+    return Mixing(total, exact)
 
 
-def _same_positions(op: Operation, operands: list[_Part]) -> None:
+def _same_positions(op: Operation, operands: list[Mixing]) -> None:
     shapes = [tuple(m.matrix.shape[2:]) for m in operands]
     if len(set(shapes)) > 1:
         listed = " and ".join(map(str, shapes))
