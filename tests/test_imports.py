@@ -39,6 +39,7 @@ RANK = {
     "models": 5,
     "compat": 6,
     "export": 6,
+    "structures": 5,
     "train": 6,
     "examine": 7,
     "explorer": 7,

@@ -94,6 +94,8 @@ class SpectrumNet(nn.Module):
         depth: number of blocks.
         stride: stride of the stem, see `stem_stride`.
         hidden: channels inside the MLPs; None: twice the width.
+        kernel: side of the stem's convolution, odd where it overlaps; None: 3, or 2 * stride - 1 where that is more.
+            ``kernel=stride`` cuts patches: then positions exchange nothing outside the operation.
 
     Raises:
         NotationError: `operation` is a notation that does not parse.
@@ -114,18 +116,19 @@ class SpectrumNet(nn.Module):
         depth: int = 2,
         stride: int = 1,
         hidden: int | None = None,
+        kernel: int | None = None,
     ) -> None:
         super().__init__()
         hidden = 2 * width if hidden is None else hidden
+        kernel = max(3, 2 * stride - 1) if kernel is None else kernel
         numbers = {
             "in_channels": in_channels, "classes": classes, "width": width, "depth": depth, "stride": stride,
-            "hidden": hidden,
+            "hidden": hidden, "kernel": kernel,
         }  # fmt: skip
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        kernel = max(3, 2 * stride - 1)
-        self.stem = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2)
+        self.stem = nn.Conv2d(in_channels, width, kernel, stride, padding=0 if kernel == stride else kernel // 2)
         self.place = nn.Parameter(torch.full((1, width, 1, 1), 0.1))
         self.blocks = nn.ModuleList(Block(operation, width, hidden) for _ in range(depth))
         self.head = nn.Sequential(nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfold.structures import PREFIX, made, structure
 from nearfold.train.readers import decode, resize
 from nearfold.train.seeds import generator
 from nearfold.train.sources import open_source
@@ -135,8 +136,8 @@ def load_data(
     Everything is decoded to uint8 and held in memory, up to 8 GiB.
 
     Args:
-        source: ``"digits"``: scikit-learn's 1797 handwritten digits, (1, 8, 8), nothing to download; or
-            a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet), with tar
+        source: ``"digits"``: scikit-learn's 1797 handwritten digits, (1, 8, 8), nothing to download;
+            ``"made:NAME"``: a task of known structure, made from a seed (`nearfold.structures.STRUCTURES`); or a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet), with tar
             files (train-*.tar) or with images (train/CLASS/*.png, with val/ and test/ if there are any), in the
             layouts of docs/training.md. A folder that happens to be called digits: ``"./digits"``.
         limit: At most so many training images, counted before the validation images are taken from
@@ -167,15 +168,15 @@ def load_data(
             raise ValueError(f"{name} must be None or an integer of at least 1; got {most!r}")
     limits = {"train": limit, "test": limit if test_limit is None else test_limit}
     require_views(validation, image_size, sizes_may_stay=True)
-    if source == "digits":
+    if comes_along(source):
         if label_column is not None:
-            raise ValueError(f"label_column={label_column!r} is for parquet and tar files: digits have one label each")
-        splits = _digits()
+            raise ValueError(f"label_column={label_column!r} is for parquet and tar files: {source} has one label each")
+        classes, splits = _along(str(source))
         picks = _pick({name: split.labels for name, split in splits.items()}, limits, validation, seed)
         chosen = {name: splits[origin][rows] for name, (origin, rows) in picks.items()}
         if image_size is not None:
             chosen = {n: Split(resize(split.images, image_size), split.labels) for n, split in chosen.items()}
-        return ImageData("digits", tuple(map(str, range(10))), **chosen)
+        return ImageData(str(source), classes, **chosen)
 
     folder = Path(source)
     found = open_source(folder, label_column)
@@ -187,6 +188,22 @@ def load_data(
         for (name, (origin, rows)), pixels in zip(picks.items(), images, strict=True)
     }
     return ImageData(folder.resolve().name, found.classes, **chosen)
+
+
+def comes_along(source: str | Path) -> bool:
+    """Whether a data set comes with nearfold or its packages: the digits, and the tasks that are made.
+
+    >>> comes_along("digits"), comes_along("made:pairs"), comes_along("./digits")
+    (True, True, False)
+    """
+    return source == "digits" or str(source).startswith(PREFIX)
+
+
+def _along(source: str) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """Classes and splits of a data set that comes along."""
+    if source == "digits":
+        return tuple(map(str, range(10))), _digits()
+    return structure(source).classes, {name: Split(*drawn) for name, drawn in made(source).items()}
 
 
 def require_views(validation: float, image_size: int | None, *, sizes_may_stay: bool = False) -> None:

@@ -1,0 +1,118 @@
+"""Tasks on maps whose answer is somewhere else: at an offset, anywhere, by content, or in all that looks alike.
+
+Shape legend: N images, S pixels a side, P = S * S positions, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nearfold.structures.structure import Structure, below, distinct, labels, noisy, one_hot
+
+SIDE = 10
+POSITIONS = SIDE * SIDE
+KINDS = 4
+OFFSET = (3, -4)
+"""Rows down and columns to the right, from the mark to the answer."""
+KEY = 6
+"""Bits of a key."""
+RIVALS = 8
+"""Keys on a map of retrieval; one of them is the asked one."""
+GROUPS = 4
+SPREAD = 1.0
+"""Of a position's value around that of its group, which is -1 or 1."""
+
+
+def as_maps(values_NPC: Tensor, rng: torch.Generator) -> Tensor:
+    """Values in -1..1 or 0..1, kept away from the border, with noise: (N, C, S, S)."""
+    return noisy(0.5 + 0.25 * values_NPC.mT.unflatten(2, (SIDE, SIDE)), rng)
+
+
+def pairs(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two marks anywhere, each of one of four kinds: are they of the same kind?"""
+    drawn = labels(count, 2, rng)
+    first = below(KINDS, count, rng)
+    second = torch.where(drawn == 1, first, (first + 1 + below(KINDS - 1, count, rng)) % KINDS)
+    values = torch.zeros(count, POSITIONS, KINDS)
+    at = distinct(count, 2, POSITIONS, rng)
+    values[torch.arange(count), at[:, 0], first] = 1
+    values[torch.arange(count), at[:, 1], second] = 1
+    return as_maps(2 * values, rng), drawn
+
+
+def offset(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every position has one of four values, one position a mark: what stands 3 rows below and 4 columns before it?"""
+    drawn = labels(count, KINDS, rng)
+    down, right = OFFSET
+    row = below(SIDE - down, count, rng)
+    column = -right + below(SIDE + right, count, rng)
+    field = below(KINDS, count * POSITIONS, rng).view(count, POSITIONS)
+    every = torch.arange(count)
+    field[every, (row + down) * SIDE + column + right] = drawn
+    mark = torch.zeros(count, POSITIONS, 1)
+    mark[every, row * SIDE + column] = 1
+    return as_maps(torch.cat([2 * mark, one_hot(field, KINDS)], 2), rng), drawn
+
+
+def retrieval(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A marked position shows a key, eight others a key and a value: which value has the one with the same key?
+
+    Keys are six signs, new on every map, and the eight differ.
+    """
+    drawn = labels(count, KINDS, rng)
+    keys = distinct(count, RIVALS, 2**KEY, rng)
+    signs = 2 * ((keys[..., None] >> torch.arange(KEY)) & 1).float() - 1
+    at = distinct(count, RIVALS + 1, POSITIONS, rng)
+    value = below(KINDS, count * RIVALS, rng).view(count, RIVALS)
+    value[:, 0] = drawn
+    every = torch.arange(count)[:, None]
+    values = torch.zeros(count, POSITIONS, 1 + KEY + KINDS)
+    values[every, at[:, 1:], 1 : 1 + KEY] = signs
+    values[every, at[:, 1:], 1 + KEY :] = 2 * one_hot(value, KINDS)
+    values[every[:, 0], at[:, 0], 1 : 1 + KEY] = signs[:, 0]
+    values[every[:, 0], at[:, 0], 0] = 2
+    return as_maps(values, rng), drawn
+
+
+def alike(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions fall into four groups of one look each, new on every map; a group has a sign, seen in much noise.
+
+    Which sign has the group of the marked position? Alone, a position tells it in five of six cases; the mean over its
+    group, of about 25, nearly always.
+    """
+    drawn = labels(count, 2, rng)
+    group = below(GROUPS, count * POSITIONS, rng).view(count, POSITIONS)
+    looks = distinct(count, GROUPS, 2**KEY, rng)
+    signs = 2 * ((looks[..., None] >> torch.arange(KEY)) & 1).float() - 1
+    sign = 2 * below(2, count * GROUPS, rng).view(count, GROUPS).float() - 1
+    at = below(POSITIONS, count, rng)
+    every = torch.arange(count)
+    sign[every, group[every, at]] = 2 * drawn.float() - 1
+    shown = signs[every[:, None], group]
+    seen = sign.gather(1, group) + SPREAD * torch.randn(count, POSITIONS, generator=rng)
+    mark = torch.zeros(count, POSITIONS)
+    mark[every, at] = 2
+    return as_maps(torch.cat([mark[..., None], shown, 0.5 * seen[..., None]], 2), rng), drawn
+
+
+STRUCTURES = {
+    "pairs": Structure(
+        "same or different", "all", "row: any two places", "softmax",
+        "compares every mark with every other", "all | row | softmax(heads=4)", ("different", "same"), pairs,
+    ),
+    "offset": Structure(
+        "a fixed offset away", "window(9), one slot of it", "box", "kernel",
+        "reads one offset", "window(9) | box | kernel", tuple("abcd"), offset,
+    ),
+    "retrieval": Structure(
+        "retrieval by content", "nearest(1)", "ranked", "softmax",
+        "finds the position whose key is most similar, and reads its value",
+        "nearest(2, scaled) | ranked | softmax", tuple("abcd"), retrieval,
+    ),
+    "alike": Structure(
+        "the mean of what looks alike", "nearest(25)", "ranked", "mean",
+        "takes the mean over all positions that look alike", "nearest(25, cosine) | ranked | mean", ("minus", "plus"),
+        alike,
+    ),
+}  # fmt: skip
