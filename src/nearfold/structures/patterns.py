@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearfold.structures.structure import Structure, below, labels, noisy
 
-SIDE = 10
+SIDE = 8
 CONTRAST = 0.2
 """Standard deviation of a texture around grey."""
 
@@ -83,7 +83,7 @@ def translated(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def scaled(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One of four shapes, 4, 6 or 8 pixels large, anywhere."""
+    """One of four shapes, 4, 6 or 8 pixels large, anywhere it fits."""
     kinds = (0, 3, 4, 7)
     drawn = labels(count, len(kinds), rng)
     shapes = glyphs()[torch.tensor(kinds)][drawn][:, None]
@@ -98,10 +98,10 @@ def scaled(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def rotated(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """One of six shapes in the middle, turned by any angle."""
     drawn = labels(count, len(TURNED), rng)
-    shapes = F.interpolate(glyphs()[torch.tensor(TURNED)][drawn][:, None], size=(8, 8), mode="nearest")
+    shapes = F.interpolate(glyphs()[torch.tensor(TURNED)][drawn][:, None], size=(6, 6), mode="bilinear")
     angle = 2 * math.pi * torch.rand(count, generator=rng)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(count)
-    turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1) * (SIDE / 8)
+    turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1) * (SIDE / 6)
     grid = F.affine_grid(turn, [count, 1, SIDE, SIDE], align_corners=False)
     return noisy(0.2 + 0.6 * F.grid_sample(shapes, grid, align_corners=False), rng), drawn
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.structures.structure import Structure, below, distinct, labels, noisy, one_hot
+from nearfold.structures.structure import FAINT, Structure, below, distinct, labels, noisy, one_hot
 
-SIDE = 10
+SIDE = 8
 POSITIONS = SIDE * SIDE
 KINDS = 4
-OFFSET = (3, -4)
+OFFSET = (2, -3)
 """Rows down and columns to the right, from the mark to the answer."""
 KEY = 6
 """Bits of a key."""
-RIVALS = 8
+RIVALS = 4
 """Keys on a map of retrieval; one of them is the asked one."""
 GROUPS = 4
 SPREAD = 1.0
@@ -26,7 +26,7 @@ SPREAD = 1.0
 
 def as_maps(values_NPC: Tensor, rng: torch.Generator) -> Tensor:
     """Values in -1..1 or 0..1, kept away from the border, with noise: (N, C, S, S)."""
-    return noisy(0.5 + 0.25 * values_NPC.mT.unflatten(2, (SIDE, SIDE)), rng)
+    return noisy(0.5 + 0.25 * values_NPC.mT.unflatten(2, (SIDE, SIDE)), rng, FAINT)
 
 
 def pairs(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def pairs(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def offset(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every position has one of four values, one position a mark: what stands 3 rows below and 4 columns before it?"""
+    """Every position has one of four values, one position a mark: what stands 2 rows below and 3 columns before it?"""
     drawn = labels(count, KINDS, rng)
     down, right = OFFSET
     row = below(SIDE - down, count, rng)
@@ -56,9 +56,9 @@ def offset(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def retrieval(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A marked position shows a key, eight others a key and a value: which value has the one with the same key?
+    """A marked position shows a key, four others a key and a value: which value has the one with the same key?
 
-    Keys are six signs, new on every map, and the eight differ.
+    Keys are six signs, new on every map, and the four differ.
     """
     drawn = labels(count, KINDS, rng)
     keys = distinct(count, RIVALS, 2**KEY, rng)
@@ -79,7 +79,7 @@ def alike(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Positions fall into four groups of one look each, new on every map; a group has a sign, seen in much noise.
 
     Which sign has the group of the marked position? Alone, a position tells it in five of six cases; the mean over its
-    group, of about 25, nearly always.
+    group, of about 16, nearly always.
     """
     drawn = labels(count, 2, rng)
     group = below(GROUPS, count * POSITIONS, rng).view(count, POSITIONS)
@@ -102,8 +102,8 @@ STRUCTURES = {
         "compares every mark with every other", "all | row | softmax(heads=4)", ("different", "same"), pairs,
     ),
     "offset": Structure(
-        "a fixed offset away", "window(9), one slot of it", "box", "kernel",
-        "reads one offset", "window(9) | box | kernel", tuple("abcd"), offset,
+        "a fixed offset away", "window(7), one slot of it", "box", "kernel",
+        "reads one offset", "window(7) | box | kernel", tuple("abcd"), offset,
     ),
     "retrieval": Structure(
         "retrieval by content", "nearest(1)", "ranked", "softmax",
@@ -111,8 +111,8 @@ STRUCTURES = {
         "nearest(2, scaled) | ranked | softmax", tuple("abcd"), retrieval,
     ),
     "alike": Structure(
-        "the mean of what looks alike", "nearest(25)", "ranked", "mean",
-        "takes the mean over all positions that look alike", "nearest(25, cosine) | ranked | mean", ("minus", "plus"),
+        "the mean of what looks alike", "nearest(16)", "ranked", "mean",
+        "takes the mean over all positions that look alike", "nearest(16, cosine) | ranked | mean", ("minus", "plus"),
         alike,
     ),
 }  # fmt: skip

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nearfold.structures.structure import Structure, below, labels, noisy
 
-SIDE = 20
+SIDE = 16
 LETTERS = "ABCDEFGHKLMNPRST"
-SIZES = (11, 16)
+SIZES = (9, 14)
 """Of a font, in pixels: from, and to but not with."""
 
 
@@ -41,7 +41,7 @@ def characters(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
     drawn = labels(count, len(LETTERS), rng)
     faces, sizes = below(len(_fonts()), count, rng), SIZES[0] + below(SIZES[1] - SIZES[0], count, rng)
-    moved = 5 * torch.rand(count, 2, generator=rng) - 2.5
+    moved = 3 * torch.rand(count, 2, generator=rng) - 1.5
     images = np.zeros((count, SIDE, SIDE), dtype=np.uint8)
     for row in range(count):
         picture = Image.new("L", (SIDE, SIDE))
@@ -72,7 +72,7 @@ def _photographs() -> tuple[Tensor, ...]:
 
 
 def _turned(half: int, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Squares of 20 pixels from the left (0) or right (1) half of the photographs, turned by so many quarters."""
+    """Squares of 16 pixels from the left (0) or right (1) half of the photographs, turned by so many quarters."""
     drawn = labels(count, 4, rng)
     which, place = below(2, count, rng), torch.rand(count, 2, generator=rng)
     images = torch.empty(count, 1, SIDE, SIDE)

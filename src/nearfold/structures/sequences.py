@@ -10,21 +10,21 @@ import math
 import torch
 from torch import Tensor
 
-from nearfold.structures.structure import Structure, below, distinct, labels, noisy, one_hot
+from nearfold.structures.structure import FAINT, Structure, below, distinct, labels, noisy, one_hot
 
-LENGTH = 64
-SYMBOLS = 6
-COPIED = 4
+LENGTH = 32
+SYMBOLS = 4
+COPIED = 3
 """Symbols to remember; one of them is asked for."""
-ALPHABET = 16
+ALPHABET = 8
 STEPS = 24
-POINTS = 64
+POINTS = 48
 BODIES = ("ball", "sphere", "cube", "torus", "cylinder", "spiral")
 
 
 def as_rows(values_NLC: Tensor, rng: torch.Generator) -> Tensor:
     """Values in 0..1, with noise: (N, C, 1, L)."""
-    return noisy(0.25 + 0.5 * values_NLC.mT[:, :, None], rng)
+    return noisy(0.25 + 0.5 * values_NLC.mT[:, :, None], rng, FAINT)
 
 
 def _remembered(at: Tensor, others: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -49,13 +49,13 @@ def _remembered(at: Tensor, others: Tensor, rng: torch.Generator) -> tuple[Tenso
 
 
 def copy(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Four symbols at the start, nothing, and at the end a number: which symbol stood there?"""
+    """Three symbols at the start, nothing, and at the end a number: which symbol stood there?"""
     at = torch.arange(COPIED).expand(count, COPIED)
     return _remembered(at, torch.zeros(count, LENGTH, SYMBOLS), rng)
 
 
 def selective(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Four of 63 symbols are marked, anywhere, and at the end a number: which was that marked one?"""
+    """Three of 31 symbols are marked, anywhere, and at the end a number: which was that marked one?"""
     at = distinct(count, COPIED, LENGTH - 1, rng).sort(1).values
     others = one_hot(below(SYMBOLS, count * LENGTH, rng).view(count, LENGTH), SYMBOLS)
     return _remembered(at, others, rng)
@@ -64,7 +64,7 @@ def selective(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def induction(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """The last symbol stood once before: which one of four came after it then?
 
-    The symbols before are of another alphabet of 16, each as often as chance has it; the asked one stands once.
+    The symbols before are of another alphabet of 8, each as often as chance has it; the asked one stands once.
     """
     drawn = labels(count, KINDS := 4, rng)
     every = torch.arange(count)
@@ -116,7 +116,7 @@ def composed(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def points(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """64 points of one of six bodies, turned about the upright, of any size within a factor of 1.5, in random order."""
+    """48 points of one of six bodies, turned about the upright, of any size within a factor of 1.5, in random order."""
     drawn = labels(count, len(BODIES), rng)
     u, v, w = (torch.rand(count, POINTS, generator=rng) for _ in range(3))
     normal = torch.randn(count, POINTS, 3, generator=rng)
@@ -143,12 +143,12 @@ def points(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 STRUCTURES = {
     "copy": Structure(
         "copying", "all, by position", "row", "table",
-        "reads the position that the number at the end names", "all | row | table(64)", tuple("abcdef"), copy,
+        "reads the position that the number at the end names", "all | row | table(32)", tuple("abcd"), copy,
     ),
     "selective": Structure(
         "selective copying", "scan", "causal", "selective",
         "counts the marked symbols as they come, and keeps the asked one", "scan(state=16) | causal | selective",
-        tuple("abcdef"), selective,
+        tuple("abcd"), selective,
     ),
     "induction": Structure(
         "induction", "all, by content", "causal", "softmax",

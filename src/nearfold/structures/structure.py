@@ -12,7 +12,9 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """(how many, generator) -> float images (N, C, H, W), in 0..1 or a little beyond, and int64 labels (N,)."""
 
 NOISE = 0.1
-"""Standard deviation of the noise of every made image, in shares of the range from black to white."""
+"""Standard deviation of the noise of a made picture, in shares of the range from black to white."""
+FAINT = 0.03
+"""That of marks and symbols."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ def labels(count: int, classes: int, rng: torch.Generator) -> Tensor:
     return (torch.arange(count) % classes)[torch.randperm(count, generator=rng)]
 
 
-def noisy(images: Tensor, rng: torch.Generator) -> Tensor:
-    """The images with Gaussian noise of `NOISE`."""
-    return images + NOISE * torch.randn(images.shape, generator=rng)
+def noisy(images: Tensor, rng: torch.Generator, sigma: float = NOISE) -> Tensor:
+    """The images with Gaussian noise."""
+    return images + sigma * torch.randn(images.shape, generator=rng)
 
 
 def below(limits: Tensor | int, count: int, rng: torch.Generator) -> Tensor:
