@@ -114,24 +114,25 @@ STRUCTURES = {
     "texture": Structure(
         "local texture", "window(3)", "box", "kernel",
         "correlates every neighbourhood with the eight filters, and takes the mean of the squares",
-        "window(3) | box | kernel", _named(8), texture,
+        "window(3) | box | kernel", _named(8), (1, SIDE, SIDE), texture,
     ),
     "stripes": Structure(
         "stripes along rows", "window of one row", "box, anisotropic", "kernel",
         "correlates seven pixels of a row with the four filters, and takes the mean of the squares",
-        "window((1, 7)) | box | kernel", _named(4), stripes,
+        "window((1, 7)) | box | kernel", _named(4), (1, SIDE, SIDE), stripes,
     ),
     "scales": Structure(
         "shapes of three sizes", "windows of several sizes", "box", "kernel",
-        "finds every shape at every size, and takes the largest response", "window(7) | box | kernel", _named(4), scaled,
+        "finds every shape at every size, and takes the largest response", "window(7) | box | kernel", _named(4),
+        (1, SIDE, SIDE), scaled,
     ),
     "translated": Structure(
         "shapes anywhere", "window(4)", "box, the same everywhere", "kernel",
         "correlates every neighbourhood with the shapes, and takes the largest response",
-        "window(5) | box | kernel", _named(8), translated,
+        "window(5) | box | kernel", _named(8), (1, SIDE, SIDE), translated,
     ),
     "rotated": Structure(
         "shapes at any angle", "window(5), turned", "no direction is special", "kernel",
-        "finds the angle, then the shape", "deformable(3) | box | kernel", _named(6), rotated,
+        "finds the angle, then the shape", "deformable(3) | box | kernel", _named(6), (1, SIDE, SIDE), rotated,
     ),
 }  # fmt: skip

@@ -99,20 +99,23 @@ def alike(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 STRUCTURES = {
     "pairs": Structure(
         "same or different", "all", "row: any two places", "softmax",
-        "compares every mark with every other", "all | row | softmax(heads=4)", ("different", "same"), pairs,
+        "compares every mark with every other", "all | row | softmax(heads=4)", ("different", "same"),
+        (KINDS, SIDE, SIDE), pairs,
     ),
     "offset": Structure(
         "a fixed offset away", "window(7), one slot of it", "box", "kernel",
-        "reads one offset", "window(7) | box | kernel", tuple("abcd"), offset,
+        "reads one offset", "window(7) | box | kernel", tuple("abcd"),
+        (1 + KINDS, SIDE, SIDE), offset,
     ),
     "retrieval": Structure(
         "retrieval by content", "nearest(1)", "ranked", "softmax",
         "finds the position whose key is most similar, and reads its value",
-        "nearest(2, scaled) | ranked | softmax", tuple("abcd"), retrieval,
+        "nearest(2, scaled) | ranked | softmax", tuple("abcd"),
+        (1 + KEY + KINDS, SIDE, SIDE), retrieval,
     ),
     "alike": Structure(
         "the mean of what looks alike", "nearest(16)", "ranked", "mean",
         "takes the mean over all positions that look alike", "nearest(16, cosine) | ranked | mean", ("minus", "plus"),
-        alike,
+        (2 + KEY, SIDE, SIDE), alike,
     ),
 }  # fmt: skip

@@ -85,25 +85,41 @@ def _turned(half: int, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor
 
 
 @functools.cache
-def _scrambled() -> Tensor:
-    """An order of the 64 pixels of a digit, the same for all."""
-    return torch.randperm(64, generator=torch.Generator().manual_seed(0))
+def _digits() -> tuple[Tensor, Tensor]:
+    """Scikit-learn's digits (1797, 1, 8, 8), 0..1, their pixels in an order that is the same for all; their labels."""
+    from sklearn.datasets import load_digits
+
+    raw: Any = load_digits()  # its type depends on an argument
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(raw.images).float().flatten(1)[:, order] / 16
+    return images.unflatten(1, (1, 8, 8)), torch.from_numpy(raw.target).long()
 
 
-def permuted(images: Tensor) -> Tensor:
-    """Digits (N, 1, 8, 8) whose pixels have changed places, all in the same way."""
-    return images.flatten(2)[..., _scrambled()].unflatten(2, (8, 8))
+def _permuted(held_out: bool, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every fifth digit, or the four others, in random order: at most as many as there are."""
+    images, drawn = _digits()
+    rows = ((torch.arange(len(drawn)) % 5 == 0) == held_out).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=rng)[:count]]
+    return images[rows], drawn[rows]
 
 
 STRUCTURES = {
+    "permuted": Structure(
+        "digits whose pixels changed places", "all, by position", "row", "table",
+        "knows which pixels belong together, since nothing else says it", "all | row | table(64)",
+        tuple("0123456789"), (1, 8, 8), functools.partial(_permuted, False),
+        held_out=functools.partial(_permuted, True), real=True,
+    ),
     "characters": Structure(
         "printed letters", "window(5)", "box, the same everywhere", "kernel",
-        "finds strokes and how they meet, in any face", "window(5) | box | kernel", tuple(LETTERS), characters,
+        "finds strokes and how they meet, in any face", "window(5) | box | kernel", tuple(LETTERS),
+        (1, SIDE, SIDE), characters,
         real=True,
     ),
     "photographs": Structure(
         "which way up is a photograph", "windows of several sizes", "box: up is not down", "kernel",
         "knows that light comes from above", "window(5) | box | kernel", ("0", "90", "180", "270"),
+        (1, SIDE, SIDE),
         functools.partial(_turned, 0), held_out=functools.partial(_turned, 1), real=True,
     ),
 }  # fmt: skip

@@ -143,30 +143,33 @@ def points(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 STRUCTURES = {
     "copy": Structure(
         "copying", "all, by position", "row", "table",
-        "reads the position that the number at the end names", "all | row | table(32)", tuple("abcd"), copy,
+        "reads the position that the number at the end names", "all | row | table(32)", tuple("abcd"),
+        (SYMBOLS + 1 + COPIED, 1, LENGTH), copy,
     ),
     "selective": Structure(
         "selective copying", "scan", "causal", "selective",
         "counts the marked symbols as they come, and keeps the asked one", "scan(state=16) | causal | selective",
-        tuple("abcd"), selective,
+        tuple("abcd"), (SYMBOLS + 1 + COPIED, 1, LENGTH), selective,
     ),
     "induction": Structure(
         "induction", "all, by content", "causal", "softmax",
         "finds the symbol where it stood before, and reads what came next",
-        "all | causal | softmax(heads=4)", tuple("abcd"), induction,
+        "all | causal | softmax(heads=4)", tuple("abcd"), (ALPHABET + 4, 1, LENGTH), induction,
     ),
     "tracking": Structure(
         "the last setting of a switch", "scan", "causal", "selective",
-        "keeps what was set last", "scan(state=16) | causal | selective", tuple("abc"), tracking,
+        "keeps what was set last", "scan(state=16) | causal | selective", tuple("abc"),
+        (4, 1, STEPS), tracking,
     ),
     "composed": Structure(
         "the product of permutations", "scan", "causal", "a state that every step turns",
         "keeps the product so far; a diagonal state cannot", "scan(state=16) | causal | delta(heads=4, project=vo)",
-        ("abc", "bca", "cab", "bac", "acb", "cba"), composed,
+        ("abc", "bca", "cab", "bac", "acb", "cba"), (6, 1, STEPS // 2), composed,
     ),
     "points": Structure(
         "sets of points", "nearest(9) in space", "ranked: order means nothing", "kernel",
         "looks at every point's neighbours in space, whatever their place in the row",
-        "nearest(20, euclidean) | ranked | max*edge", BODIES, points,
+        "nearest(20, euclidean) | ranked | max*edge", BODIES,
+        (3, 1, POINTS), points,
     ),
 }  # fmt: skip

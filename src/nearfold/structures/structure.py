@@ -29,6 +29,7 @@ class Structure:
         perfect: what a perfect operator would do.
         notation: an operator of that kind.
         classes: their names.
+        size: channels, height and width of an image.
         draw: makes images.
         held_out: makes the test images, where they have a source of their own.
         real: whether the images come from the world, and not from a rule.
@@ -43,6 +44,7 @@ class Structure:
     perfect: str
     notation: str
     classes: tuple[str, ...]
+    size: tuple[int, int, int]
     draw: Draw
     held_out: Draw | None = None
     real: bool = False

@@ -348,11 +348,52 @@ def looks(results: Results, seen: Looks) -> Chart:
     return Chart(svg(lambda: picture(seen, colours), label), label, caption)
 
 
+def _matrix(results: Results, authors: Sequence[Points]) -> list[Chart]:
+    """Accuracy of every setting on every data set, as a map of colours."""
+    label = f"Test accuracy by {results.study.axis} and data"
+    caption = (
+        f"{label}, in percent: means over seeds. Every row is coloured between its lowest and its highest accuracy, so "
+        "that colours compare operators on a task, not tasks. Bold: not found worse than the best of the row "
+        "(paired by seed, Holm's adjusted p below 0.05)."
+    )
+    return [_chart(partial(_colours, results), label, caption)]
+
+
+def _colours(results: Results, tips: Tips) -> Figure:
+    from nearfold.study.catalogue.aligned import level
+
+    panels, axis = results.panels, results.study.axis
+    titles = list(dict.fromkeys(row.title for rows in panels.values() for row in rows))
+    figure = new_figure(9.2, 1.9 + 0.29 * len(panels))
+    axes = figure.subplots()
+    for y, rows in enumerate(panels.values()):
+        means = [100 * row.estimate("test_accuracy").mean for row in rows]
+        low, high, good = min(means), max(means), level(rows)
+        for row, mean in zip(rows, means, strict=True):
+            share = (mean - low) / (high - low) if high > low else 1.0
+            x = titles.index(row.title)
+            cell = axes.barh(y, 0.96, left=x - 0.48, height=0.92, color=OURS, alpha=0.06 + 0.6 * share, lw=0)
+            tips.add(cell, f"{row.trial.panel}, {row.title}: {accuracy(row.estimate('test_accuracy'))}")
+            weight = "bold" if row.title in good else "normal"
+            axes.text(x, y, f"{mean:.0f}", ha="center", va="center", fontsize=7.5, weight=weight, color=THEME["ink"])
+    axes.set_xticks(range(len(titles)), [plain(title) for title in titles], rotation=40, ha="left", fontsize=8)
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(panels)), [plain(name) for name in panels], fontsize=8.5)
+    axes.set(xlim=(-0.6, len(titles) - 0.4), ylim=(len(panels) - 0.4, -0.6))
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.grid(visible=False)
+    axes.set_xlabel(axis)
+    return figure
+
+
 CHARTS: dict[str, Callable[[Results, Sequence[Points]], list[Chart]]] = {
     "settings": _settings,
     "gaps": _gaps,
     "ranking": _ranking,
     "costs": _costs,
     "spectrum": _spectrum,
+    "matrix": _matrix,
 }
 """Figures by the name that a study gives."""

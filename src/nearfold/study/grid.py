@@ -30,7 +30,8 @@ class Data:
     """A data set of a study.
 
     Attributes:
-        name: ``"digits"``, or a name whose folder the user gives: ``--data NAME=FOLDER``.
+        name: ``"digits"``, ``"made:NAME"`` (`nearfold.structures`), or a name whose folder the user gives:
+            ``--data NAME=FOLDER``.
         limit: at most so many training images; None: all.
         test_limit: at most so many test images; None: as many as `limit`.
         validation: share of the training images held out to choose epochs and settings.

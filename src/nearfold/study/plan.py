@@ -12,6 +12,7 @@ from nearfold.study.store import Store
 from nearfold.study.tasks import Place, Sources, build, load, source_of
 from nearfold.train import ImageData, StreamData, require_trainable
 from nearfold.train.checkpoint import fingerprint
+from nearfold.train.data import comes_along
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
     Args:
         study: the study.
         root: of the store.
-        sources: folder by name of a data set; "digits" needs none.
+        sources: folder by name of a data set; those that come along need none.
         resumable: as in `Place`.
         workers: as in `Place`.
 
@@ -70,7 +71,7 @@ def plan(study: Study, root: Path, sources: Sources, *, resumable: bool = False,
             f"--data {unknown[0]}={sources[unknown[0]]}: no data set of the study {study.name!r} is called so; its "
             f"data sets are {', '.join(names)}{meant(unknown[0], names)}"
         )
-    missing = tuple(name for name in names if name != "digits" and name not in sources)
+    missing = tuple(name for name in names if not comes_along(name) and name not in sources)
     trials = [trial for trial in study.trials if trial.data.name not in missing]
     if not trials:
         source_of(missing[0], sources)  # raises

@@ -17,6 +17,7 @@ from nearfold.study.grid import Data
 from nearfold.study.measure import measure
 from nearfold.train import ImageData, Recipe, StreamData, begin, fit, load_data, open_data, prepare, save_weights
 from nearfold.train.checkpoint import fingerprint
+from nearfold.train.data import comes_along
 from nearfold.train.distributed import join
 
 Config = Mapping[str, Any]
@@ -87,7 +88,7 @@ def source_of(name: str, sources: Sources) -> str:
     Raises:
         ValueError: nobody said.
     """
-    if name != "digits" and name not in sources:
+    if not comes_along(name) and name not in sources:
         raise ValueError(f"where is the data set {name!r}? Say it: --data {name}=FOLDER")
     return sources.get(name, name)
 

@@ -137,7 +137,8 @@ def load_data(
 
     Args:
         source: ``"digits"``: scikit-learn's 1797 handwritten digits, (1, 8, 8), nothing to download;
-            ``"made:NAME"``: a task of known structure, made from a seed (`nearfold.structures.STRUCTURES`); or a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet), with tar
+            ``"made:NAME"``: a task of known structure, made from a seed (`nearfold.structures.STRUCTURES`); or
+            a folder with parquet files in the Hugging Face layout (train-*.parquet, test-*.parquet), with tar
             files (train-*.tar) or with images (train/CLASS/*.png, with val/ and test/ if there are any), in the
             layouts of docs/training.md. A folder that happens to be called digits: ``"./digits"``.
         limit: At most so many training images, counted before the validation images are taken from

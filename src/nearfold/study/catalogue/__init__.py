@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nearfold.study.catalogue.acmix as acmix
+import nearfold.study.catalogue.alignment as alignment
 import nearfold.study.catalogue.budget as budget
 import nearfold.study.catalogue.convnn as convnn
 import nearfold.study.catalogue.gwo as gwo
@@ -29,6 +30,7 @@ STUDIES: dict[str, Maker] = {
         *budget.STUDIES,
         *operators.STUDIES,
         *surgery.STUDIES,
+        *alignment.STUDIES,
     )
 }
 

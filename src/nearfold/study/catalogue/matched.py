@@ -56,21 +56,50 @@ def matched(
     Raises:
         ValueError: a layer cannot meet the budget within `TOLERANCE`.
     """
-    plain = 2 * width
     stride = max(1, SHAPES[data.name][1] // side)
-    price = functools.partial(_cost, width, depth, data.name, stride, measure)
-    budget = max(price(layer, plain) for layer in layers.values())
     trials = []
-    for value, layer in layers.items():
-        first, second = (price(layer, hidden) for hidden in (plain, 2 * plain))
-        hidden = plain + round((budget - first) / ((second - first) / plain))
-        off = price(layer, hidden) / budget - 1
-        if abs(off) > TOLERANCE:
-            raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network ({width=})")
-        network = {"name": "spectrum", "operation": layer, "width": width, "depth": depth, "hidden": hidden}
+    for value, hidden in mlps(layers, width, depth, data.name, stride, measure).items():
+        network = {"name": "spectrum", "operation": layers[value], "width": width, "depth": depth, "hidden": hidden}
         network |= {"stride": stride} if side != GRID else {}
         trials.append(Trial({"data": data.name, axis: value}, network, data, recipe))
     return trials
+
+
+def mlps(
+    layers: Mapping[Label, str],
+    width: int,
+    depth: int,
+    data: str,
+    stride: int,
+    measure: Measure,
+    plain: int | None = None,
+) -> dict[Label, int]:
+    """How wide the MLPs have to be, by layer, so that all networks have the budget of the hungriest one.
+
+    Args:
+        layers: notation by value on the axis.
+        width: channels.
+        depth: blocks.
+        data: whose images are counted for. Numbers of parameters differ between data in the stem and the classifier
+            alone, which all layers share.
+        stride: of the stem.
+        measure: of what the budget is.
+        plain: channels inside the MLPs of the hungriest layer; None: twice the width.
+
+    Raises:
+        ValueError: as in `matched`.
+    """
+    plain = 2 * width if plain is None else plain
+    price = functools.partial(_cost, width, depth, data, stride, measure)
+    budget = max(price(layer, plain) for layer in layers.values())
+    found = {}
+    for value, layer in layers.items():
+        first, second = (price(layer, hidden) for hidden in (plain, 2 * plain))
+        found[value] = plain + round((budget - first) / ((second - first) / plain))
+        off = price(layer, found[value]) / budget - 1
+        if abs(off) > TOLERANCE:
+            raise ValueError(f"{layer} is {off:+.1%} off the budget of {budget:,}: widen the network ({width=})")
+    return found
 
 
 @functools.cache
