@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nearfold.structures.structure import FAINT, Structure, below, distinct, labels, noisy, one_hot
+from nearfold.structures.structure import FAINT, Structure, balanced, below, distinct, labels, noisy, one_hot, one_of
 
 SIDE = 8
 POSITIONS = SIDE * SIDE
@@ -44,12 +44,13 @@ def pairs(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def offset(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Every position has one of four values, one position a mark: what stands 2 rows below and 3 columns before it?"""
     drawn = labels(count, KINDS, rng)
+    field = balanced(count, POSITIONS, KINDS, rng).view(count, SIDE, SIDE)
     down, right = OFFSET
-    row = below(SIDE - down, count, rng)
-    column = -right + below(SIDE + right, count, rng)
-    field = below(KINDS, count * POSITIONS, rng).view(count, POSITIONS)
+    answers = field[:, down:, : SIDE + right] == drawn[:, None, None]  # that a mark on the map leads to
+    place = one_of(answers.flatten(1), rng)
+    row, column = place // (SIDE + right), place % (SIDE + right) - right
     every = torch.arange(count)
-    field[every, (row + down) * SIDE + column + right] = drawn
+    field = field.flatten(1)
     mark = torch.zeros(count, POSITIONS, 1)
     mark[every, row * SIDE + column] = 1
     return as_maps(torch.cat([2 * mark, one_hot(field, KINDS)], 2), rng), drawn
@@ -58,14 +59,15 @@ def offset(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def retrieval(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """A marked position shows a key, four others a key and a value: which value has the one with the same key?
 
-    Keys are six signs, new on every map, and the four differ.
+    Keys are six signs, new on every map, and the four differ, as the values do.
     """
     drawn = labels(count, KINDS, rng)
     keys = distinct(count, RIVALS, 2**KEY, rng)
     signs = 2 * ((keys[..., None] >> torch.arange(KEY)) & 1).float() - 1
     at = distinct(count, RIVALS + 1, POSITIONS, rng)
-    value = below(KINDS, count * RIVALS, rng).view(count, RIVALS)
-    value[:, 0] = drawn
+    value = (
+        drawn[:, None] + torch.cat([torch.zeros(count, 1, dtype=torch.long), 1 + distinct(count, 3, 3, rng)], 1)
+    ) % KINDS
     every = torch.arange(count)[:, None]
     values = torch.zeros(count, POSITIONS, 1 + KEY + KINDS)
     values[every, at[:, 1:], 1 : 1 + KEY] = signs
@@ -78,17 +80,19 @@ def retrieval(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def alike(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Positions fall into four groups of one look each, new on every map; a group has a sign, seen in much noise.
 
+    A group has 16 positions; two groups have one sign, two the other.
+
     Which sign has the group of the marked position? Alone, a position tells it in five of six cases; the mean over its
-    group, of about 16, nearly always.
+    group nearly always.
     """
     drawn = labels(count, 2, rng)
-    group = below(GROUPS, count * POSITIONS, rng).view(count, POSITIONS)
+    group = balanced(count, POSITIONS, GROUPS, rng)
     looks = distinct(count, GROUPS, 2**KEY, rng)
     signs = 2 * ((looks[..., None] >> torch.arange(KEY)) & 1).float() - 1
-    sign = 2 * below(2, count * GROUPS, rng).view(count, GROUPS).float() - 1
-    at = below(POSITIONS, count, rng)
+    sign = balanced(count, GROUPS, 2, rng)
     every = torch.arange(count)
-    sign[every, group[every, at]] = 2 * drawn.float() - 1
+    at = one_of(sign.gather(1, group) == drawn[:, None], rng)
+    sign = 2 * sign.float() - 1
     shown = signs[every[:, None], group]
     seen = sign.gather(1, group) + SPREAD * torch.randn(count, POSITIONS, generator=rng)
     mark = torch.zeros(count, POSITIONS)

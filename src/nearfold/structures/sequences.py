@@ -10,13 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from nearfold.structures.structure import FAINT, Structure, below, distinct, labels, noisy, one_hot
+from nearfold.structures.structure import FAINT, Structure, balanced, below, distinct, labels, noisy, one_hot, one_of
 
 LENGTH = 32
 SYMBOLS = 4
-COPIED = 3
-"""Symbols to remember; one of them is asked for."""
-ALPHABET = 8
+COPIED = SYMBOLS
+"""Symbols to remember, each of them once; one is asked for."""
+ALPHABET, FOLLOWERS, COUPLES = 8, 4, 12
+"""Of induction: symbols that are asked for, symbols that come after them, and how many of both."""
 STEPS = 24
 POINTS = 48
 BODIES = ("ball", "sphere", "cube", "torus", "cylinder", "spiral")
@@ -37,9 +38,8 @@ def _remembered(at: Tensor, others: Tensor, rng: torch.Generator) -> tuple[Tenso
     """
     count = len(at)
     drawn = labels(count, SYMBOLS, rng)
-    every, which = torch.arange(count), below(COPIED, count, rng)
-    symbols = below(SYMBOLS, count * COPIED, rng).view(count, COPIED)
-    symbols[every, which] = drawn
+    every, symbols = torch.arange(count), distinct(count, COPIED, SYMBOLS, rng)
+    which = (symbols == drawn[:, None]).int().argmax(1)
     mark, asked = torch.zeros(count, LENGTH, 1), torch.zeros(count, LENGTH, COPIED)
     mark[every[:, None], at] = 1
     others[every[:, None], at] = one_hot(symbols, SYMBOLS)
@@ -49,13 +49,13 @@ def _remembered(at: Tensor, others: Tensor, rng: torch.Generator) -> tuple[Tenso
 
 
 def copy(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Three symbols at the start, nothing, and at the end a number: which symbol stood there?"""
+    """Four symbols at the start, nothing, and at the end a number: which symbol stood there?"""
     at = torch.arange(COPIED).expand(count, COPIED)
     return _remembered(at, torch.zeros(count, LENGTH, SYMBOLS), rng)
 
 
 def selective(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Three of 31 symbols are marked, anywhere, and at the end a number: which was that marked one?"""
+    """Four of 31 symbols are marked, anywhere, and at the end a number: which was that marked one?"""
     at = distinct(count, COPIED, LENGTH - 1, rng).sort(1).values
     others = one_hot(below(SYMBOLS, count * LENGTH, rng).view(count, LENGTH), SYMBOLS)
     return _remembered(at, others, rng)
@@ -64,21 +64,17 @@ def selective(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 def induction(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """The last symbol stood once before: which one of four came after it then?
 
-    The symbols before are of another alphabet of 8, each as often as chance has it; the asked one stands once.
+    Symbols of an alphabet of eight and of the four take turns; each of the four stands as often as the others.
     """
-    drawn = labels(count, KINDS := 4, rng)
-    every = torch.arange(count)
+    drawn = labels(count, FOLLOWERS, rng)
+    every, tails = torch.arange(count), balanced(count, COUPLES, FOLLOWERS, rng)
     asked = below(ALPHABET, count, rng)
-    heads = (asked[:, None] + 1 + below(ALPHABET - 1, count * LENGTH, rng).view(count, LENGTH)) % ALPHABET
-    tails = below(KINDS, count * LENGTH, rng).view(count, LENGTH)
-    place = 2 * below((LENGTH - 2) // 2, count, rng)
-    heads[every, place] = asked
-    heads[:, -1] = asked
-    tails[every, place + 1] = drawn
-    values = torch.zeros(count, LENGTH, ALPHABET + KINDS)
-    values[:, 0:-1:2, :ALPHABET] = one_hot(heads, ALPHABET)[:, 0:-1:2]
-    values[:, 1:-1:2, ALPHABET:] = one_hot(tails, KINDS)[:, 1:-1:2]
-    values[:, -1, :ALPHABET] = one_hot(heads, ALPHABET)[:, -1]
+    heads = (asked[:, None] + 1 + below(ALPHABET - 1, count * COUPLES, rng).view(count, COUPLES)) % ALPHABET
+    heads[every, one_of(tails == drawn[:, None], rng)] = asked
+    values = torch.zeros(count, 2 * COUPLES + 1, ALPHABET + FOLLOWERS)
+    values[:, 0:-1:2, :ALPHABET] = one_hot(heads, ALPHABET)
+    values[:, 1:-1:2, ALPHABET:] = one_hot(tails, FOLLOWERS)
+    values[every, -1, asked] = 1
     return as_rows(values, rng), drawn
 
 
@@ -154,7 +150,7 @@ STRUCTURES = {
     "induction": Structure(
         "induction", "all, by content", "causal", "softmax",
         "finds the symbol where it stood before, and reads what came next",
-        "all | causal | softmax(heads=4)", tuple("abcd"), (ALPHABET + 4, 1, LENGTH), induction,
+        "all | causal | softmax(heads=4)", tuple("abcd"), (ALPHABET + FOLLOWERS, 1, 2 * COUPLES + 1), induction,
     ),
     "tracking": Structure(
         "the last setting of a switch", "scan", "causal", "selective",

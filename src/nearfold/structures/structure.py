@@ -70,6 +70,20 @@ def distinct(count: int, many: int, of: int, rng: torch.Generator) -> Tensor:
     return torch.rand(count, of, generator=rng).argsort(1)[:, :many]
 
 
+def balanced(count: int, many: int, of: int, rng: torch.Generator) -> Tensor:
+    """For every row `many` numbers below `of`, each as often as the others, in random order: int64 (count, many).
+
+    What stands in a map as often whatever the label is cannot be counted instead of found.
+    """
+    return (torch.arange(many) % of)[torch.rand(count, many, generator=rng).argsort(1)]
+
+
+def one_of(there: Tensor, rng: torch.Generator) -> Tensor:
+    """One of the places that are marked in each row of `there`, bool (N, P): int64 (N,)."""
+    assert there.any(1).all()
+    return (torch.rand(there.shape, generator=rng) * there).argmax(1)
+
+
 def one_hot(values: Tensor, classes: int) -> Tensor:
     """float32 (..., classes)."""
     return torch.nn.functional.one_hot(values, classes).float()
