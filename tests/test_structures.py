@@ -166,7 +166,7 @@ def product(images: Tensor) -> Tensor:
 RULES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "texture": (
         squares_of(torch.einsum("ik,jl->ijkl", patterns.cosines(3), patterns.cosines(3)).flatten(0, 1)[1:]),
-        1.0,
+        0.88,
     ),
     "stripes": (squares_of(patterns.cosines(7)[1:5, None]), 0.7),
     "scales": (best_place((4, 6, 8), (0, 3, 4, 7)), 0.99),
@@ -197,7 +197,7 @@ def test_every_task_that_is_not_of_pictures_of_the_world_has_a_rule() -> None:
 
 
 COUNTED = {"scales": 0.39, "translated": 0.29, "rotated": 0.51, "tracking": 0.46, "points": 0.53}
-"""Shares of right answers that counting may give where it tells a little: of ink, of how far points reach, of settings."""
+"""The most that counting may give where it tells a little: of ink, of how far points reach, of settings."""
 
 
 @pytest.mark.parametrize("name", [name for name, task in STRUCTURES.items() if not task.real])
