@@ -14,7 +14,7 @@ CORE := $(VENV)/.nearfold-core
 DEV := $(VENV)/.nearfold-dev
 DOCS := $(VENV)/.nearfold-docs
 
-.PHONY: help demo test slow lint format bench docs docs-serve explorer clean
+.PHONY: help demo test slow thorough lint format bench docs docs-serve explorer clean
 .NOTPARALLEL: # two installations into one .venv would collide
 .DEFAULT_GOAL := help
 
@@ -33,7 +33,10 @@ test: $(DEV) ## the quick tests and the doctests, in two processes of one thread
 	$(PYTEST) -m "not slow"
 
 slow: $(DEV) ## the tests marked slow: kills, torchrun, Ray, Triton's interpreter, sanitizers
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not thorough"
+
+thorough: $(DEV) ## what `make slow` leaves out: the other cells of slow tests of many cells; before a release
+	$(PYTEST) -m thorough
 
 lint: $(DEV) ## formatting, lint rules and types; changes nothing
 	$(BIN)/ruff format --check .

@@ -17,6 +17,14 @@ pytest.register_assert_rewrite("helpers")
 collect_ignore_glob = ["toys/*"]  # to import one registers its word, for all tests of the process
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not ask for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the slow cells of a test of many, `CELLS` are slow and the others thorough."""
+    from helpers.cells import leave_a_sample
+
+    leave_a_sample(items)
+
+
 @pytest.fixture
 def seeded() -> None:
     """Torch's generator starts from 0."""

@@ -1,10 +1,30 @@
-"""Which cells of a parametrisation are quick."""
+"""Which cells of a parametrisation are quick, which slow, and which only thorough."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
+
+CELLS = 12
+"""Slow cells of one parametrised test that `make slow` runs, evenly spaced over its parameters."""
+EACH_ITS_OWN = ("test_docs.py", "test_howto.py", "test_study_claims.py")
+"""Files whose cells run different code, each of them: all are slow."""
+
+
+def leave_a_sample(items: Sequence[pytest.Item]) -> None:
+    """Mark the slow cells that are not of the sample thorough: `make thorough` runs them."""
+    cells: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") and item.path.name not in EACH_ITS_OWN:
+            test, parametrised, _ = item.nodeid.partition("[")
+            if parametrised:
+                cells.setdefault((str(item.path), test), []).append(item)
+    for found in cells.values():
+        kept = {found[round(i * (len(found) - 1) / (CELLS - 1))].nodeid for i in range(CELLS)}
+        for item in found:
+            if item.nodeid not in kept:
+                item.add_marker(pytest.mark.thorough)
 
 
 def slow_but(quick: Iterable[str], names: Iterable[str]) -> list:
