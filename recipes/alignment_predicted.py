@@ -3,7 +3,7 @@
     python recipes/alignment_predicted.py --store FOLDER --data cifar10=FOLDER
 
 Profiles are those of benchmarks/results/alignment.json (`recipes/alignment_data.py`), accuracies those of the runs in
-the store of `nearfold study run alignment`. Without them the page is written from docs/studies/alignment/predicted.json.
+the store of `nearfold study run alignment`. Without a store the page is written from what was kept of them.
 """
 
 from __future__ import annotations
