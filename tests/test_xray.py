@@ -12,7 +12,8 @@ from torch import nn
 from nearfold import Rule, convert, xray
 from nearfold.cli import main
 from nearfold.examine.images import images_of, normalised
-from nearfold.examine.reading import placed, probed
+from nearfold.examine.layout import Layout, placed
+from nearfold.examine.reading import probed
 from nearfold.examine.suggest import suggest
 from nearfold.look import mixing_matrix
 from nearfold.look.measures import measure
@@ -178,7 +179,7 @@ def test_the_derivative_of_a_linear_layer_has_the_measures_of_its_weights():
     assert asked.measures["translation"] == pytest.approx(1, abs=1e-6)
     assert asked.measures["spread"] == pytest.approx(known.measures["spread"], rel=0.05)  # two signs, not all channels
     whole = mixing_matrix(halved, x[:1])
-    many = probed(halved, halved, x[:1], torch.arange(N), False, probes=512)
+    many = probed(halved, halved, x[:1], torch.arange(N), Layout(1), probes=512)
     torch.testing.assert_close(many, whole[0, 0], rtol=0.2, atol=0.02)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from nearfold import Rule, _torchvision, convert, xray
 from nearfold.examine import XRayLayer
+from nearfold.examine.layout import Layout
 from nearfold.examine.reading import probed
 from nearfold.look.measures import measure
 from nearfold.nn import Mixer, SelectiveScan
@@ -172,6 +173,6 @@ def test_a_mamba_of_transformers():
         assert torch.allclose(theirs(x.mT), ours(x.mT), atol=1e-6)
     (layer,) = xray(Sequences(theirs), x, network=False).layers
     assert (layer.kind, layer.way, layer.notation) == ("MambaMixer", "derivative", "scan(state=4) | causal | selective")
-    rows = torch.stack([probed(ours, ours, one[None].mT, layer.rows, True) for one in x])[:, None]
+    rows = torch.stack([probed(ours, ours, one[None].mT, layer.rows, Layout(-1)) for one in x])[:, None]
     same(layer.measures, measure(rows, (20,), layer.rows, signed=False).mean())
     assert layer.measures["before"] == pytest.approx(1.0, abs=1e-6)
