@@ -183,29 +183,6 @@ def test_the_derivative_of_a_linear_layer_has_the_measures_of_its_weights():
     torch.testing.assert_close(many, whole[0, 0], rtol=0.2, atol=0.02)
 
 
-class Windows(nn.Module):
-    """Quarters of a map as a batch of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        parts = x.view(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        made = self.inner(parts)
-        return made.view(B, 2, 2, C, H // 2, W // 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-
-
-def test_parts_of_images_in_the_batch_are_not_taken_for_images():
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Windows())
-    seen = xray(net, torch.randn(4, 3, 8, 8))
-    assert [one.name for one in seen.layers] == ["0"]
-    (inner,) = (one for one in seen.left if one.name == "1.inner.0")
-    assert "called on 16 parts of 4 images" in inner.reason
-    assert seen.alike.shape == (1, 1)
-
-
 def test_layers_maps_are_compared():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1))

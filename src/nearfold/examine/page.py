@@ -25,7 +25,6 @@ LANDMARKS = (
 )  # fmt: skip
 """Of the catalogue, those that the chart names."""
 USUAL = (14, 14)  # the grid on which they are measured, unless the network has another one often
-ASKED = 3  # rows of a layer that are drawn on the image
 HEADS = 8  # of which one row is drawn
 LARGEST = 112  # side of a picture; larger maps are pooled
 WIDTH, HEIGHT = 720, 460  # of the chart
@@ -161,7 +160,8 @@ def _shown(m: int, i: int, count: int, layer: XRayLayer) -> Shown:
     heads = []
     if layer.sample.shape[0] > 1:
         heads = [_row(layer, layer.sample[h, middle], middle) for h in range(min(HEADS, layer.sample.shape[0]))]
-    text = f"{len(layer.rows)} rows of {max(len(layer.rows), math.prod(layer.out_grid))}, one for each output asked, by {layer.positions} inputs"
+    of = f" of {math.prod(layer.out_grid)}" if layer.out_grid else ""
+    text = f"{len(layer.rows)} rows{of}, one for each output asked, by {layer.positions} inputs"
     return Shown(
         f"m{m}-{i}", layer, f"hsl({hue} 65% 52%)", [number(layer.measures[name]) for name in SHOWN], numbers,
         rows, heads, Picture(drawn(_pooled(whole)), text),
