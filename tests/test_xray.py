@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -207,6 +208,25 @@ def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
     assert text.count("<details") == 7
     assert "http" not in text
     assert '"reach"' in numbers.read_text()
+
+
+@pytest.mark.parametrize(("name", "side"), [("ViTModel", 14), ("Dinov2Model", 16), ("beit", 14)])
+def test_a_network_of_transformers_by_name(name, side, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "x.json"
+    given = ["xray", f"transformers:{name}", "--images", "2", "--out", str(tmp_path / "x.html"), "--json", str(out)]
+    assert main(given) == 0
+    assert "note: a small configuration" in capsys.readouterr().out
+    (found,) = json.loads(out.read_text()).values()
+    attentions = [one for one in found["layers"] if "softmax" in one["notation"]]
+    assert [(one["grid"], one["beside"]) for one in attentions] == [([side, side], 1)] * 2
+    assert all("mean over all" in one["reason"] for one in found["left"])
+
+
+def test_a_network_of_transformers_that_takes_no_images(capsys):
+    pytest.importorskip("transformers")
+    assert main(["xray", "transformers:BertModel"]) == 2
+    assert "takes input_ids, and no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
