@@ -288,3 +288,29 @@ def test_measures_of_a_row_without_a_place():
     assert math.isnan(found["distance"])
     with pytest.raises(ValueError, match="1 rows"):
         measure(row.expand(1, 1, 2, -1), (SIDE, SIDE), None, (), beside=1)
+
+
+class Halves(nn.Module):
+    """The left half of a map onto the right one: (B, C, H, W). Its only part maps channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.mix(x + x.flip(-1))
+
+
+def test_a_forward_of_its_own_is_measured_where_no_part_is():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Halves()).eval()
+    seen = xray(net, torch.randn(2, 3, SIDE, SIDE), network=False)
+    layer = only(seen, "1")
+    assert not seen.left
+    assert (layer.way, layer.grid) == ("derivative", (SIDE, SIDE))
+    assert "own forward" in layer.note
+    truth = torch.eye(N) + torch.eye(N).view(N, SIDE, SIDE).flip(-1).flatten(1)
+    for name in ("distance", "spread", "itself", "before", "content"):
+        rows = truth[layer.rows].expand(2, 1, -1, -1)
+        assert layer.measures[name] == pytest.approx(
+            measure(rows, (SIDE, SIDE), layer.rows).mean()[name], abs=CLOSE, rel=CLOSE
+        ), name

@@ -72,13 +72,20 @@ def sources(model: nn.Module, input_size: tuple[int, ...]) -> tuple[list[Source]
     said = {entry.name: entry for entry in sites(model) if isinstance(entry, Site)}
     found: list[Source] = []
     left = [Left(name, type(model.get_submodule(name)).__name__, MEAN) for name in seen.means]
+    inner = {layer.name for layer in layers if layer.mixes or (layer.reason and not layer.listed)}
     for layer in layers:
+        if layer.listed and layer.name in seen.glue and not any(_is_in(name, layer.name) for name in inner):
+            layer = replace(layer, listed=False)  # none of its parts mixes: what its forward does is all there is
         one = _source(model, layer, seen, said)
         if isinstance(one, Source):
             found.append(one)
         elif one is not None:
             left.append(one)
     return found, left
+
+
+def _is_in(name: str, container: str) -> bool:
+    return not container or name.startswith(f"{container}.")
 
 
 MEAN = "a mean over all positions: it reads each alike and leaves no map"
