@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from nearfold.examine.layout import Layout, observed
-from nearfold.grammar import Basic, Operation
-from nearfold.grammar.words import Table
+from nearfold.grammar import Operation
 from nearfold.nn.mixer import Mixer
+from nearfold.recognise.blocks import token_table
 from nearfold.recognise.foreign import Match
 from nearfold.recognise.observation import Observation
 from nearfold.recognise.ran import layers_of
@@ -111,7 +112,8 @@ def _source(model: nn.Module, layer: Layer, seen: Observation, said: dict[str, S
     plain = Source(layer.name, layer.kind, match.operation, module, observed(lies, match.axis))
     if isinstance(module, Mixer):
         return replace(plain, mixer=module, twin=module)
-    if is_table(match.operation) and isinstance(module, nn.Linear) and plain.layout.axis == 1 and lies is not None:
+    along = isinstance(module, nn.Linear) and match.operation == token_table(module).operation
+    if along and lies is not None and plain.layout.axis == 1:
         mixer = _table(module, match.operation, lies.channel.shape[1])
         return replace(plain, mixer=mixer, twin=mixer)
     site = said.get(layer.name)
@@ -129,12 +131,7 @@ def _batch_second(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and not module.batch_first
 
 
-def is_table(operation: Operation) -> bool:
-    """Whether an operation is one learned matrix of positions."""
-    return isinstance(operation, Basic) and isinstance(operation.weight.rho, Table)
-
-
-def _table(linear: nn.Linear, operation: Operation, channels: int) -> Mixer:
+def _table(linear: Any, operation: Operation, channels: int) -> Mixer:
     """A map of positions in the words, with its weights."""
     mixer = Mixer(operation, channels, ndim=1, bias=linear.bias is not None)
     own = {"table_weight": linear.weight} | ({} if linear.bias is None else {"table_bias": linear.bias})
