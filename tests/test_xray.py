@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 from nearfold import Rule, convert, xray
 from nearfold.cli import main
 from nearfold.examine.images import images_of, normalised
-from nearfold.examine.reading import placed, probed
+from nearfold.examine.layout import Layout, placed
+from nearfold.examine.reading import probed
 from nearfold.examine.suggest import suggest
 from nearfold.look import mixing_matrix
 from nearfold.look.measures import measure
@@ -178,31 +180,8 @@ def test_the_derivative_of_a_linear_layer_has_the_measures_of_its_weights():
     assert asked.measures["translation"] == pytest.approx(1, abs=1e-6)
     assert asked.measures["spread"] == pytest.approx(known.measures["spread"], rel=0.05)  # two signs, not all channels
     whole = mixing_matrix(halved, x[:1])
-    many = probed(halved, halved, x[:1], torch.arange(N), False, probes=512)
+    many = probed(halved, halved, x[:1], torch.arange(N), Layout(1), probes=512)
     torch.testing.assert_close(many, whole[0, 0], rtol=0.2, atol=0.02)
-
-
-class Windows(nn.Module):
-    """Quarters of a map as a batch of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        parts = x.view(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        made = self.inner(parts)
-        return made.view(B, 2, 2, C, H // 2, W // 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-
-
-def test_parts_of_images_in_the_batch_are_not_taken_for_images():
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Windows())
-    seen = xray(net, torch.randn(4, 3, 8, 8))
-    assert [one.name for one in seen.layers] == ["0"]
-    (inner,) = (one for one in seen.left if one.name == "1.inner.0")
-    assert "called on 16 parts of 4 images" in inner.reason
-    assert seen.alike.shape == (1, 1)
 
 
 def test_layers_maps_are_compared():
@@ -229,6 +208,25 @@ def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
     assert text.count("<details") == 7
     assert "http" not in text
     assert '"reach"' in numbers.read_text()
+
+
+@pytest.mark.parametrize(("name", "side"), [("ViTModel", 14), ("Dinov2Model", 16), ("beit", 14)])
+def test_a_network_of_transformers_by_name(name, side, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "x.json"
+    given = ["xray", f"transformers:{name}", "--images", "2", "--out", str(tmp_path / "x.html"), "--json", str(out)]
+    assert main(given) == 0
+    assert "note: a small configuration" in capsys.readouterr().out
+    (found,) = json.loads(out.read_text()).values()
+    attentions = [one for one in found["layers"] if "softmax" in one["notation"]]
+    assert [(one["grid"], one["beside"]) for one in attentions] == [([side, side], 1)] * 2
+    assert all("mean over all" in one["reason"] for one in found["left"])
+
+
+def test_a_network_of_transformers_that_takes_no_images(capsys):
+    pytest.importorskip("transformers")
+    assert main(["xray", "transformers:BertModel"]) == 2
+    assert "takes input_ids, and no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

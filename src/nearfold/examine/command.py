@@ -23,6 +23,7 @@ examples:
   nearfold xray resnet8s_hybrid --pretrained --data cifar10=path/to/cifar10
   nearfold xray resnet8s_hybrid --pretrained --against resnet8s_attention
   nearfold xray timm:swin_tiny_patch4_window7_224 --data photographs --images 8 --out swin.html
+  nearfold xray transformers:ViTModel --images 4
   nearfold xray my_network.py:make_model --input 3,64,64 --suggest"""
 
 
@@ -65,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
         seen = xray(model, images, progress=_Clock(spec))
         shown.append((spec, seen, pixels[0]))
         print(seen)
-        if note:
-            print(f"note: {note}")
+        small = "a small configuration: layers of the same kinds, fewer and narrower, with random weights"
+        for said in (note, small if spec.startswith("transformers:") else ""):
+            if said:
+                print(f"note: {said}")
         if args.suggest:
             suggestions = suggest(model, images, seen)
             print(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nearfold.examine.reading import first_tensor, placed
+from nearfold.examine.layout import placed
+from nearfold.examine.reading import first_tensor
 from nearfold.look.derivative import evaluating
 
 DEPTHS = 12  # layers whose receptive field is found, evenly spaced
@@ -117,8 +118,15 @@ def _outputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def gram(y: Tensor, batch: int) -> Tensor:
-    """The products (B, B) of a batch's maps, each as one vector, without their mean; NaN where an image has not one."""
+def gram(y: Tensor, batch: int, parts: int = 1) -> Tensor:
+    """The products (B, B) of a batch's maps, each as one vector, without their mean; NaN where an image has not one.
+
+    Args:
+        y: (B P, ...), what a layer made.
+        batch: B.
+        parts: P, which follow one another.
+    """
+    y = y.unflatten(0, (-1, parts)) if len(y) == batch * parts else y
     if len(y) != batch:
         return torch.full((batch, batch), torch.nan, dtype=torch.double)
     flat = y.detach().flatten(1).double() if y.numel() < 1 << 24 else y.detach().flatten(1)

@@ -25,7 +25,6 @@ LANDMARKS = (
 )  # fmt: skip
 """Of the catalogue, those that the chart names."""
 USUAL = (14, 14)  # the grid on which they are measured, unless the network has another one often
-ASKED = 3  # rows of a layer that are drawn on the image
 HEADS = 8  # of which one row is drawn
 LARGEST = 112  # side of a picture; larger maps are pooled
 WIDTH, HEIGHT = 720, 460  # of the chart
@@ -161,9 +160,8 @@ def _shown(m: int, i: int, count: int, layer: XRayLayer) -> Shown:
     heads = []
     if layer.sample.shape[0] > 1:
         heads = [_row(layer, layer.sample[h, middle], middle) for h in range(min(HEADS, layer.sample.shape[0]))]
-    text = (
-        f"{len(layer.rows)} rows of {math.prod(layer.out_grid)}, one for each output asked, by {layer.positions} inputs"
-    )
+    of = f" of {math.prod(layer.out_grid)}" if layer.out_grid else ""
+    text = f"{len(layer.rows)} rows{of}, one for each output asked, by {layer.positions} inputs"
     return Shown(
         f"m{m}-{i}", layer, f"hsl({hue} 65% 52%)", [number(layer.measures[name]) for name in SHOWN], numbers,
         rows, heads, Picture(drawn(_pooled(whole)), text),
@@ -173,7 +171,7 @@ def _shown(m: int, i: int, count: int, layer: XRayLayer) -> Shown:
 def _asked(layer: XRayLayer) -> list[int]:
     """Rows that are drawn: of those that were asked, the ones nearest to three places of the map."""
     if len(layer.out_grid) != 2:
-        return [0, len(layer.rows) // 2, len(layer.rows) - 1][:ASKED]
+        return list(dict.fromkeys([0, len(layer.rows) // 2, len(layer.rows) - 1]))
     at = torch.stack(torch.unravel_index(layer.rows, layer.out_grid), -1).double()
     sides = torch.tensor(layer.out_grid, dtype=torch.double)
     wanted = [(0.25, 0.3), (0.5, 0.5), (0.72, 0.68)]
@@ -186,6 +184,8 @@ def _row(layer: XRayLayer, row: Tensor, number_of_row: int) -> Picture:
     on = row[layer.beside :]
     if len(layer.grid) != 2:
         return Picture(drawn(on[None]), "what one output reads")
+    if not layer.out_grid:
+        return Picture(drawn(_pooled(on.unflatten(0, layer.grid))), "what an output beside the map reads of it")
     at = torch.unravel_index(layer.rows[number_of_row], layer.out_grid)
     y, x = ((float(a) + 0.5) / n for a, n in zip(at, layer.out_grid, strict=True))
     text = f"what the output at row {int(at[0])}, column {int(at[1])} reads"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nearfold._images import first_line
+from nearfold.examine.layout import Layout, placed
 from nearfold.examine.sources import Source
 from nearfold.look.derivative import evaluating
 from nearfold.look.measures import Measures, measure
@@ -32,7 +33,7 @@ IMAGES = 4  # of which a layer is differentiated
 ROWS = 32  # outputs by which it is
 PROBES = 2  # random signs over the channels of each
 CHUNK = 1 << 23  # numbers of a matrix that are measured at once
-BESIDE = 8  # tokens that may lie beside a map
+NEAR = 1e-3  # how far what one image makes alone may be from what it makes among others, by the largest number
 
 
 @dataclass
@@ -43,9 +44,10 @@ class Layer:
         source: what was known before.
         way: ``words``, ``derivative``, or empty before it ran.
         grid: of its inputs, () before it ran.
-        out_grid: of its outputs.
+        out_grid: of its outputs; () where they lie beside the map, as the one query of class attention.
         beside: tokens beside the map, which come first.
         rows: (R,), outputs that are asked.
+        alone: what it is given of the first image where that runs alone, for a layer that is given parts of images.
         groups: of channels, or heads; those measured are at most `GROUPS`.
         measures: of every batch.
         sample: (G, R, N), of the first image.
@@ -62,6 +64,7 @@ class Layer:
     out_grid: tuple[int, ...] = ()
     beside: int = 0
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    alone: Tensor | None = None
     groups: int = 1
     measures: list[Measures] = field(default_factory=list)
     sample: Tensor | None = None
@@ -94,6 +97,8 @@ def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
     """
     batch, image = len(images), tuple(images.shape[2:])
     try:
+        if not layer.measures:
+            _require_order(layer, next((t for t in tree_leaves((args, kwargs)) if holds_positions(t)), images))
         if not layer.way:
             layer.way = "words" if _same(layer, args, kwargs, output) else "derivative"
         if layer.way == "words":
@@ -128,7 +133,7 @@ def _same(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
 
 def _without_weights(source: Source, args: tuple[Any, ...]) -> Source | None:
     """A layer without weights, as a pool: its operation is all of it."""
-    if source.operation is None or source.axis != 1 or any(True for _ in source.place.parameters()):
+    if source.operation is None or source.layout.axis != 1 or any(True for _ in source.place.parameters()):
         return None
     x = next((t for t in args if isinstance(t, Tensor) and t.dim() > 2), None)
     if x is None:
@@ -139,7 +144,7 @@ def _without_weights(source: Source, args: tuple[Any, ...]) -> Source | None:
         return None
     if any(True for _ in mixer.parameters()):
         return None
-    return Source(source.name, source.kind, source.operation, source.place, 1, mixer, mixer)
+    return replace(source, mixer=mixer, twin=mixer)
 
 
 def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, image: tuple[int, ...]) -> None:
@@ -154,21 +159,23 @@ def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch
             twin(*args, **kwargs)
         finally:
             hook.remove()
-    x = given[0].detach()
-    _require_whole(x, batch)
+    x, layout = given[0].detach(), layer.source.layout
+    _require_parts(layer, x, batch)
     if isinstance(mixer, TokenMixer):
-        n = x.shape[1]
-        layer.beside, layer.grid = placed(n, image) if x.dim() == 3 else (0, tuple(x.shape[1:-1]))
-        layer.out_grid = layer.grid
+        sides = out_sides = tuple(x.shape[1:-1])
     else:
-        layer.grid, layer.out_grid = tuple(mixer.prepare(x[:1]).shape[2:]), tuple(mixer(x[:1]).shape[2:])
+        sides, out_sides = tuple(mixer.prepare(x[:1]).shape[2:]), tuple(mixer(x[:1]).shape[2:])
+    layer.beside, layer.grid = layout.on_map(sides, image)
+    out_beside, layer.out_grid = (layer.beside, layer.grid) if sides == out_sides else layout.on_map(out_sides, image)
+    _require_beside(layer, out_beside)
     _choose_rows(layer, SOME)
     rows = layer.rows + layer.beside
+    x = x.unflatten(0, (batch, layout.parts))
 
     def rows_of(images: Tensor) -> Tensor:
-        return torch.cat([_limited(layer, own_mixing(mixer, one[None], rows=rows).matrix) for one in images])
+        return torch.cat([_limited(layer, _on_map(mixer, one, rows, layout)) for one in images])
 
-    signed = own_mixing(mixer, x[:1], rows=rows[:1]).exact
+    signed = own_mixing(mixer, x[0, :1], rows=rows[:1] % math.prod(out_sides)).exact
     first = rows_of(x[:ALIKE])
     layer.fixed = (
         len(first) > 1 and all(torch.equal(first[0], one) for one in first[1:]) and not bool((x[0] == x[1]).all())
@@ -183,6 +190,21 @@ def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch
         _keep(layer, torch.cat([done, rows_of(rest)]) if len(rest) else done, signed)
 
 
+def _on_map(mixer: Mixer, x_P: Tensor, rows: Tensor, layout: Layout) -> Tensor:
+    """These rows (1, G, R, N) of what a layer in the words does to one image, on the map that its parts are of."""
+    if layout.places is None:
+        return own_mixing(mixer, x_P, rows=rows).matrix
+    positions, whole = layout.places.shape[1], torch.zeros(0)
+    found_R = layout.places.flatten().argsort()[rows]
+    for part in (found_R // positions).unique().tolist():
+        (mine,) = torch.where(found_R // positions == part)
+        block = own_mixing(mixer, x_P[part : part + 1], rows=found_R[mine] % positions).matrix
+        if not len(whole):
+            whole = block.new_zeros(1, block.shape[1], len(rows), layout.places.numel())
+        whole[:, :, mine[:, None], layout.places[part][None]] = block
+    return whole
+
+
 # --- by differentiation
 
 
@@ -191,38 +213,44 @@ def _by_derivative(
 ) -> None:
     place = layer.source.place
     leaves, spec = tree_flatten((args, kwargs))
-    which = next(i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2)
+    which = next((i for i, t in enumerate(leaves) if holds_positions(t)), None)
+    if which is None:
+        raise ValueError("nothing that it is given has positions")
     x, y = leaves[which], first_tensor(output)
-    _require_whole(x, batch)
-    _require_whole(y, batch)
-    tokens = _channels_last(layer.source.axis, x, y, image)
-    layer.beside, layer.grid = _grid(x, tokens, image)
-    out_beside, layer.out_grid = _grid(y, tokens, image)
-    if out_beside != layer.beside:
-        raise ValueError(
-            f"{layer.beside} tokens lie beside the map of its input, {out_beside} beside that of its output"
-        )
-    _choose_rows(layer, ROWS)
-    asked = layer.rows + layer.beside
-    images = []
-    for b in range(min(len(x), IMAGES - layer.images)):
+    _require_parts(layer, x, batch)
+    if len(y) != len(x):
+        raise ValueError(f"its output {tuple(y.shape)} has another batch than its input {tuple(x.shape)}")
+    layout = _laid(layer.source.layout, x, y, image)
+    layer.beside, layer.grid = layout.on_map(_sides(x, layout.axis), image)
+    out_sides = _sides(y, layout.axis)
+    if _asks_for_all(out_sides, layer):
+        layer.out_grid, layer.rows = (), torch.arange(out_sides[0])
+        asked = layer.rows
+    else:
+        out_beside, layer.out_grid = layout.on_map(out_sides, image)
+        _require_beside(layer, out_beside)
+        _choose_rows(layer, ROWS)
+        asked = layer.rows + layer.beside
+    images, parts = [], layout.parts
+    for b in range(min(batch, IMAGES - layer.images)):
+        mine = slice(b * parts, (b + 1) * parts)
 
-        def call(many: Tensor, b: int = b) -> Tensor:
-            given = [
-                many if i == which else t[b : b + 1].expand(len(many), *t.shape[1:]) if _batched(t, x) else t
-                for i, t in enumerate(leaves)
-            ]
+        def call(many: Tensor, mine: slice = mine) -> Tensor:
+            given = [many if i == which else _again(t[mine], many) if _batched(t, x) else t
+                     for i, t in enumerate(leaves)]  # fmt: skip
             args, kwargs = tree_unflatten(given, spec)
             return first_tensor(place(*args, **kwargs))
 
-        images.append(probed(call, place, x[b : b + 1], asked, tokens))
+        images.append(probed(call, place, x[mine], asked, layout))
     _keep(layer, torch.stack(images)[:, None], signed=False)
 
 
 def probed(
-    call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R: Tensor, tokens: bool, probes: int = PROBES
+    call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, rows_R: Tensor, layout: Layout, probes: int = PROBES
 ) -> Tensor:
     """The sizes of some rows (R, N) of a layer's derivative at one image, estimated by random signs over its channels.
+
+    The image is x (P, ...), one entry of the batch for each of its parts; all of them run together.
 
     The size of a pair is sqrt(sum over o and c of (dy[o, m] / dx[c, n])^2 / O), as in `nearfold.look.mixing_matrix`.
     The mean of (sum over o of s[o] dy[o, m] / dx[c, n])^2 over random signs s is that sum over o. The signs are those
@@ -234,36 +262,58 @@ def probed(
         found, signs_pO = [], None
         for first in range(0, len(rows_K), copies):
             row_k = rows_K[first : first + copies]
-            many = x.detach().expand(len(row_k), *x.shape[1:]).clone().requires_grad_()
-            y_kOM = _flat(call(many.clone()), tokens)
+            many = x.detach().repeat(len(row_k), *[1] * (x.dim() - 1)).requires_grad_()
+            y_kOM = layout.flat(call(many.clone()))
             if signs_pO is None:
                 generator = torch.Generator().manual_seed(0)
                 signs_pO = (torch.randint(2, (probes, y_kOM.shape[1]), generator=generator) * 2 - 1).to(y_kOM)
             ask_kOM = torch.zeros_like(y_kOM, memory_format=torch.contiguous_format)
             ask_kOM[torch.arange(len(row_k)), :, row_k] = signs_pO.repeat(len(row_k) // probes, 1)
             (grad,) = torch.autograd.grad(y_kOM, many, ask_kOM)
-            found.append(_flat(grad, tokens).square().sum(1) / y_kOM.shape[1])
+            found.append(layout.flat(grad).square().sum(1) / y_kOM.shape[1])
         return torch.cat(found).unflatten(0, (-1, probes)).mean(1).sqrt().detach()
 
 
-def _channels_last(axis: int | None, x: Tensor, y: Tensor, image: tuple[int, ...]) -> bool:
-    if axis is not None:
-        return axis == -1
+def _laid(layout: Layout, x: Tensor, y: Tensor, image: tuple[int, ...]) -> Layout:
+    """The layout with its channels' axis, which nothing but the tensors' shapes may say."""
+    if layout.axis is not None:
+        return layout
     if x.dim() == 3 and y.dim() == 3:
         placed(x.shape[1], image)
-        return True
+        return Layout(-1)
     if x.dim() == 2 + len(image) == y.dim():
-        return False
+        return Layout(1)
     raise ValueError(f"nothing says which axes of {tuple(x.shape)} and {tuple(y.shape)} are positions")
 
 
-def _grid(x: Tensor, tokens: bool, image: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    sides = tuple(x.shape[1:-1]) if tokens else tuple(x.shape[2:])
-    if len(sides) == len(image):
-        return 0, sides
-    if len(sides) == 1:
-        return placed(sides[0], image)
-    raise ValueError(f"a map of {tuple(x.shape)} is not a map of the image's axes")
+def _sides(x: Tensor, axis: int | None) -> tuple[int, ...]:
+    """Of a tensor's positions; (B, C) is one."""
+    if x.dim() == 2:
+        return (1,)
+    return tuple(x.shape[1:-1] if axis == -1 else x.shape[2:])
+
+
+def _asks_for_all(out_sides: tuple[int, ...], layer: Layer) -> bool:
+    """Whether the outputs are queries that lie beside the map, as in class attention, and no map themselves."""
+    there = math.prod(layer.grid) + layer.beside
+    return len(out_sides) == 1 and out_sides[0] < there and out_sides[0] in (1, layer.beside)
+
+
+def _require_beside(layer: Layer, out_beside: int) -> None:
+    if out_beside != layer.beside:
+        raise ValueError(
+            f"{layer.beside} tokens lie beside the map of its input, {out_beside} beside that of its output"
+        )
+
+
+def holds_positions(t: Any) -> bool:
+    """Whether an argument of a layer is a map or a sequence."""
+    return isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2
+
+
+def _again(t: Tensor, many: Tensor) -> Tensor:
+    """A part of a batch as often as it fills a batch."""
+    return t.repeat(len(many) // len(t), *[1] * (t.dim() - 1))
 
 
 def _batched(t: Any, x: Tensor) -> bool:
@@ -273,33 +323,18 @@ def _batched(t: Any, x: Tensor) -> bool:
 # --- shared
 
 
-def _require_whole(x: Tensor, batch: int) -> None:
-    """ValueError where a layer is not given the images one by one: windows of them, or positions first."""
-    if x.shape[0] != batch:
+def _require_parts(layer: Layer, x: Tensor, batch: int) -> None:
+    """ValueError where a layer is not given the images one by one, and nothing says which entry is of which."""
+    parts = layer.source.layout.parts
+    if x.shape[0] != batch * parts:
         raise ValueError(f"it is called on {x.shape[0]} parts of {batch} images, and nothing says which lies where")
 
 
-def placed(positions: int, image: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """How a sequence lies on a map as wide as the image: tokens beside it, which come first, and its grid.
-
-    Raises:
-        ValueError: no map with at most `BESIDE` tokens beside it has so many positions.
-
-    >>> placed(197, (224, 224)), placed(201, (224, 224)), placed(48, (128, 192))
-    ((1, (14, 14)), (5, (14, 14)), (0, (6, 8)))
-    """
-    if len(image) == 1:
-        return 0, (positions,)
-    if len(image) == 2:
-        for beside in range(min(BESIDE, positions - 1) + 1):
-            on = positions - beside
-            exact = math.sqrt(on * image[0] / image[1])
-            for height in {math.floor(exact), math.ceil(exact)} - {0}:
-                width = on // height
-                near = abs(height * image[1] - width * image[0]) < max(image)  # less than one row or column off
-                if height * width == on and near:
-                    return beside, (height, width)
-    raise ValueError(f"{positions} positions are no map of an image of {' x '.join(map(str, image))}")
+def _require_order(layer: Layer, x: Tensor) -> None:
+    """ValueError where the parts of an image do not follow one another in the batch."""
+    parts = layer.source.layout.parts
+    if parts > 1 and (layer.alone is None or difference(x[:parts], layer.alone.to(x)) > NEAR):
+        raise ValueError(f"it is called on {parts} parts of every image, and those of one do not follow one another")
 
 
 def _choose_rows(layer: Layer, some: int) -> None:
@@ -332,11 +367,6 @@ def _keep(layer: Layer, matrix: Tensor, signed: bool) -> None:
     if layer.sample is None:
         layer.sample = matrix[0].float().cpu()
     layer.measures.append(measure(matrix.cpu(), layer.grid, layer.rows, layer.out_grid, layer.beside, signed=signed))
-
-
-def _flat(x: Tensor, tokens: bool) -> Tensor:
-    """(B, C, N)."""
-    return (x.movedim(-1, 1) if tokens else x).flatten(2)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -39,7 +39,7 @@ class XRayLayer:
         notation: what it is in the words; "" where they do not say it.
         way: ``words`` (read from the operation, head by head) or ``derivative`` (differentiated, heads together).
         grid: of its inputs.
-        out_grid: of its outputs.
+        out_grid: of its outputs; () where they lie beside the map, as the one query of class attention.
         beside: tokens beside the map.
         groups: of channels, or heads.
         images: on how many it was measured.
@@ -51,6 +51,7 @@ class XRayLayer:
         sample: (G, R, N), the rows in the first image.
         seconds: that measuring it took.
         nearest: operators of the catalogue that look most alike there; empty where the outputs' grid is another.
+        rearranged: whether it is given the map in parts or in another order; the rows are those of the map.
         note: what should be known beside it.
     """
 
@@ -71,6 +72,7 @@ class XRayLayer:
     sample: Tensor
     seconds: float
     nearest: tuple[str, ...] = ()
+    rearranged: bool = False
     note: str = ""
 
     @property
@@ -188,6 +190,12 @@ def _row(layer: Layer) -> XRayLayer:
         notes.append(source.reason)
     if layer.way == "derivative":
         notes.append(f"differentiated on {layer.images} images, all heads together")
+    layout = source.layout
+    if layout.places is not None:
+        given = f"{layout.parts} parts of every image" if layout.parts > 1 else "the positions in another order"
+        notes.append(f"it is given {given}: read on the map")
+    if not layer.out_grid:
+        notes.append("its outputs lie beside the map and have no place on it")
     if layer.groups > layer.sample.shape[0]:
         notes.append(f"{layer.sample.shape[0]} of {layer.groups} groups")
     if layer.calls > 1:
@@ -198,7 +206,8 @@ def _row(layer: Layer) -> XRayLayer:
         layer.out_grid, layer.beside, layer.groups, layer.images, layer.fixed, all_.mean(),
         {name: _deviation(t) for name, t in each.items()},
         {name: t.nanmean(0).tolist() for name, t in each.items() if t.dim() == 2},
-        layer.rows, layer.sample, layer.seconds, _nearest(layer, all_.mean()), "; ".join(notes),
+        layer.rows, layer.sample, layer.seconds, _nearest(layer, all_.mean()),
+        layout.places is not None, "; ".join(notes),
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def suggest(model: nn.Module, images: Tensor, seen: XRay) -> list[Suggestion]:
 
 def rules_for(layer: XRayLayer) -> list[tuple[Rule, str]]:
     """The rules that a layer's measures speak for, with what speaks for them."""
-    op = parse(layer.notation) if layer.way == "words" else None
+    op = parse(layer.notation) if layer.way == "words" and not layer.rearranged else None
     if op is None or not dense(op, layer.positions):
         return []
     assert isinstance(op, Basic)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nearfold._images import first_line
 from nearfold.examine.network import ReceptiveField, gram, receptive_fields
-from nearfold.examine.reading import Layer, first_tensor, read
+from nearfold.examine.reading import Layer, first_tensor, holds_positions, read
 from nearfold.examine.report import XRay, finished
 from nearfold.examine.sources import sources
 from nearfold.look.derivative import evaluating
@@ -67,6 +68,7 @@ def xray(
         batches[-2:] = [torch.cat(batches[-2:])]
     told = _Told(progress, len(layers) * len(batches))
     with evaluating(model), torch.no_grad():
+        _alone(model, images[:1], [layer for layer in layers if layer.source.layout.parts > 1])
         for part in batches:
             with _watched(layers, part, network, told):
                 model(part)
@@ -77,7 +79,7 @@ def xray(
     why = ""
     if network:
         measured = {one.source.name: one.source.place for one in layers if one.measures}
-        last = frozenset(one.source.name for one in layers if one.source.axis != 1)
+        last = frozenset(one.source.name for one in layers if one.source.layout.axis != 1)
         try:
             fields = receptive_fields(model, images, measured, last)
         except (RuntimeError, ValueError, TypeError) as error:  # it runs, but cannot be differentiated as a whole
@@ -111,10 +113,10 @@ def _watched(layers: list[Layer], images: Tensor, network: bool, told: _Told) ->
         busy.append(module)
         began = time.perf_counter()
         try:
-            if network:
-                layer.grams.append(gram(first_tensor(output), len(images)))
             if not layer.reason:
                 read(layer, args, kwargs, output, images)
+            if network:
+                layer.grams.append(gram(first_tensor(output), len(images), layer.source.layout.parts))
         finally:
             busy.pop()
             layer.seconds += time.perf_counter() - began
@@ -126,6 +128,22 @@ def _watched(layers: list[Layer], images: Tensor, network: bool, told: _Told) ->
         hooks.append(layer.source.place.register_forward_hook(partial(returned, layer), with_kwargs=True))
     try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _alone(model: nn.Module, image: Tensor, layers: list[Layer]) -> None:
+    """Note what layers that are given parts of images are given of one image: which parts of a batch are its."""
+
+    def given(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer.alone is None:
+            layer.alone = next((t.detach() for t in tree_leaves((args, kwargs)) if holds_positions(t)), None)
+
+    hooks = [layer.source.place.register_forward_pre_hook(partial(given, layer), with_kwargs=True) for layer in layers]
+    try:
+        if layers:
+            model(image)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 WINDOWS = (3, 7, 15)
+PLACED = (
+    "distance", "reach", "itself", "window3", "window7", "window15", "before", "anisotropy", "translation"
+)  # fmt: skip
+"""The measures that ask where an output lies."""
 RANKED = 4  # images whose rank is found: a singular value decomposition of every group
 
 
@@ -37,7 +41,7 @@ class Measures:
         beside: (I, G), share read of tokens that lie beside the map.
         negative: (I, G), share of negative weights, by size.
         anisotropy: (I, G), 0: as far along every direction; 1: along a line.
-        rank: (I, G), effective rank of the rows asked, by the smaller side of their matrix.
+        rank: (I, G), effective rank of the rows asked, by the smaller side of their matrix; NaN of a single row.
         translation: (I, G), how much alike rows are when moved to one place: 1 for a convolution.
         content: (I, G), how much a row changes from one image to the next: 0 for a convolution.
         heads: (I,), how much the heads' rows differ, mean over pairs of heads; NaN of a single one.
@@ -86,7 +90,8 @@ def measure(
         matrix: (I, G, R, N), of `nearfold.look.mixing_matrix`.
         grid: of the inputs; N is its positions and ``beside``.
         rows: (R,), which outputs the rows are, in raster order; None: all, in order.
-        out_grid: of the outputs, where it is another one.
+        out_grid: of the outputs, where it is another one; (): they lie beside the map, as a class token does: measures
+            that ask for their place are not defined.
         beside: how many of the inputs, the first ones, lie beside the map, such as a class token.
         signed: whether the entries are weights; False where they are sizes, whose sign is not known.
 
@@ -101,6 +106,9 @@ def measure(
     grid = tuple(grid)
     out_grid = grid if out_grid is None else tuple(out_grid)
     _require(matrix, grid, rows, out_grid, beside)
+    if grid and not out_grid:
+        found = measure(matrix, grid, torch.zeros(matrix.shape[2], dtype=torch.long), grid, beside, signed)
+        return replace(found, **{name: torch.full_like(found.spread, float("nan")) for name in PLACED})
     rows = torch.arange(math.prod(out_grid)) if rows is None else rows.cpu()
     full_IGRN = matrix.double()
     size_IGR = full_IGRN.abs().sum(-1)
@@ -193,7 +201,12 @@ def _anisotropy(on_IGRN: Tensor, offset_RNa: Tensor) -> Tensor:
 
 
 def _rank(full_IGRN: Tensor) -> Tensor:
-    """Effective rank (Roy and Vetterli 2007) by the smaller side; rows that are not finite count as zero."""
+    """Effective rank (Roy and Vetterli 2007) by the smaller side; rows that are not finite count as zero.
+
+    Of one row it says nothing.
+    """
+    if min(full_IGRN.shape[-2:]) == 1:
+        return full_IGRN.new_full(full_IGRN.shape[:2], float("nan"))
     values = torch.linalg.svdvals(full_IGRN.nan_to_num(0.0, 0.0, 0.0))
     share = values / values.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp() / min(full_IGRN.shape[-2:])

@@ -20,7 +20,7 @@ def named(spec: str, pretrained: bool = False) -> tuple[nn.Module, tuple[int, ..
     """A network, and the size (C, H, W) of the images it is for, where that is known.
 
     Args:
-        spec: what `WHAT` says.
+        spec: what `WHAT` says; a network of transformers comes in a small configuration, with random weights.
         pretrained: with the weights that come along.
 
     Raises:
@@ -30,10 +30,14 @@ def named(spec: str, pretrained: bool = False) -> tuple[nn.Module, tuple[int, ..
     (3, 32, 32)
     """
     if ":" in spec:
-        from nearfold.recognise.load import load_model
+        from nearfold.recognise.configured import of_images
+        from nearfold.recognise.load import load_model, transformers_library
 
         if pretrained:
             raise ValueError("--pretrained is for the networks that `nearfold models --pretrained` lists")
+        where, _, name = spec.rpartition(":")
+        if where == "transformers":
+            return of_images(transformers_library(), name)
         model = load_model(spec)
         found = (getattr(model, "default_cfg", None) or {}).get("input_size")
         return model, None if found is None else tuple(found)

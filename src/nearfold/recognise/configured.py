@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.options import meant
+from nearfold.recognise.trial import trial
 
 # Sizes that most configurations have; what a network is made of does not depend on them.
 LAYERS = {
@@ -80,6 +81,27 @@ def _config(config: Any, sizes: dict[str, int]) -> Any:
         if own is not None:
             given[part] = own.to_dict() | {k: v for k, v in sizes.items() if type(getattr(own, k, None)) is int}
     return config(**given)
+
+
+def of_images(library: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A model that takes images, of the first of the sizes of `models` with which it runs, and the size of an image.
+
+    Raises:
+        ValueError: as `models` does, or it takes no images, or runs with none of them.
+    """
+    errors = []
+    for model in models(library, name):
+        given = next(inputs(model))
+        if "pixel_values" not in given:
+            raise ValueError(f"transformers:{name} takes {next(iter(given))}, and no images")
+        size = tuple(given["pixel_values"].shape[1:])
+        try:
+            trial(model, size, None, lambda twin, modules, args, kwargs: twin(*args, **kwargs))
+        except ValueError as error:
+            errors.append(error)
+            continue
+        return model, size
+    raise ValueError(f"transformers:{name}: {errors[0]}") from errors[0]
 
 
 def inputs(model: Any) -> Iterator[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nearfold.recognise.compared import Compared
 from nearfold.recognise.foreign import Match
+from nearfold.recognise.place import Place
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Observation:
         glue: operations that mix positions in the forward of a container or an unknown layer itself, by its name, and
             how often.
         compared: attention that such a forward was seen to be made of; its operations are no glue.
+        lies: where the entries of a module's input come from: of its first call, the first map or sequence it is given.
         means: containers whose own forward takes the mean over positions: the field behind it, and of which it is.
     """
 
@@ -35,6 +37,7 @@ class Observation:
     calls: dict[str, Match | str] = field(default_factory=dict)
     glue: dict[str, Counter[str]] = field(default_factory=dict)
     compared: dict[str, Compared] = field(default_factory=dict)
+    lies: dict[str, Place] = field(default_factory=dict)
     means: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 

@@ -174,8 +174,13 @@ class _Watch(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        layer = None if self._inside() else self.by_module.get(module)
-        self.seen.ran.add(self.names[module])
+        inside, own = self._inside(), self.names[module]
+        layer = None if inside else self.by_module.get(module)
+        main = next((t for t in given if t.is_floating_point() and t.dim() > 2), None)
+        lies = None if inside or main is None or own in self.seen.ran else self.place(main)
+        if lies is not None:
+            self.seen.lies[own] = lies
+        self.seen.ran.add(own)
         if layer is not None and given:
             if is_linear(module):
                 self._look(layer.name, given[0])
