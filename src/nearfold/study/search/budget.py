@@ -137,5 +137,3 @@ class Networks:
             "name": "spectrum", "operation": notation, "width": self.width, "depth": self.depth,
             "stride": self.stride, "kernel": self.stride, "hidden": hidden,
         }  # fmt: skip
-
-

@@ -56,7 +56,7 @@ PATHS: dict[str, Form] = {
         "nearest({n}, {similarity}{candidates}{own})",
         {
             "n": MANY, "similarity": SIMILARITIES, "own": ("", ", self"),
-            "candidates": ("", ", random(32)", ", window(5)", ", grid(4)"),
+            "candidates": ("", ", random(32)", ", window(5)", ", grid(5)"),
         },
     ),
     "blend": Form("nearest({n}, blend({lam}){own})", {"n": MANY, "lam": (0.1, 0.25, 0.5, 0.75), "own": ("", ", self")}),
@@ -206,29 +206,30 @@ class Space:
         found: dict[str, tuple[str, dict[str, Value]]] = {}
         for name, form in self.paths.items():
             shape = self.shapes(name)[0]
-            scored = next((rho for rho in ("softmax", "ones") if rho in self.weights(name, shape)), "")
-            rho = scored or next(iter(self.weights(name, shape)))
-            value = next(self.rhos[rho].filled())[1] + self.weights(name, shape)[rho][0]
+            values = [
+                next(self.rhos[rho].filled())[1] + kernels[0] for rho, kernels in self.weights(name, shape).items()
+            ]
             for arguments, text in form.filled():
-                op = _parsed(f"{text} | {shape} | {value}")
-                if isinstance(op, Basic):
-                    found.setdefault(str(op.path), (name, arguments))
+                tries = (_parsed(f"{text} | {shape} | {value}") for value in values)  # not every one reads a similarity
+                if (op := next(filter(None, tries), None)) is not None:
+                    found.setdefault(str(op.parts[0].path), (name, arguments))
         return found
 
     @functools.cached_property
     def _weights_by_text(self) -> dict[str, tuple[str, dict[str, Value], str]]:
         """Form, arguments and kernel by a weight as the language prints it."""
-        found: dict[str, tuple[str, dict[str, Value], str]] = {}
+        places: dict[tuple[str, str], str] = {}  # a path and shape that each rho and kernel go with
         for path in self.paths:
+            _, looks = next(self.paths[path].filled())
             for shape in self.shapes(path):
                 for rho, kernels in self.weights(path, shape).items():
-                    _, looks = next(self.paths[path].filled())
-                    for (arguments, text), kernel in itertools.product(self.rhos[rho].filled(), kernels):
-                        if (rho, text + kernel) in found:
-                            continue
-                        op = _parsed(f"{looks} | {shape} | {text}{kernel}")
-                        if isinstance(op, Basic):
-                            found.setdefault(str(op.weight), (rho, arguments, kernel))
+                    for kernel in kernels:
+                        places.setdefault((rho, kernel), f"{looks} | {shape}")
+        found: dict[str, tuple[str, dict[str, Value], str]] = {}
+        for (rho, kernel), place in places.items():
+            for arguments, text in self.rhos[rho].filled():
+                if (op := _parsed(f"{place} | {text}{kernel}")) is not None:
+                    found.setdefault(str(op.parts[0].weight), (rho, arguments, kernel))
         return found
 
 
@@ -251,6 +252,3 @@ def _limited(forms: Mapping[str, Form], keep: Mapping[str, Callable[[int], bool]
         if all(values.values()):
             found[name] = replace(form, values=values)
     return found
-
-
-
