@@ -197,8 +197,10 @@ class Search:
         place = Place(s.out, {self.name: s.data})
         runs = Runs(described, fingerprint(self.data), s.recipe, place, engine, Clock(self._planned(lengths), say))
         known, left_out = self._known(runs)
-        proposer = Proposer(space, first=len(known) + s.generation)
-        outside = [title for title, one in known.items() if not proposer.know(one.notation, one.values)]
+        outside = [title for title, one in known.items() if space.parameters(one.notation) is None]
+        proposer = Proposer(space, first=len(known) - len(outside) + 1)  # the first generation is drawn at random
+        for one in known.values():
+            proposer.know(one.notation, one.values)
         halving = Halving(proposer, self.networks, runs, lengths, SEED, {one.notation: one for one in known.values()})
         tried = self._generations(halving)
         whole = sorted((one for one in tried if s.epochs in one.values), key=lambda one: -one.rank[1])

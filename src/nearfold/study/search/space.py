@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -103,14 +104,13 @@ class Space:
     @functools.cached_property
     def paths(self) -> dict[str, Form]:
         """The paths whose sizes fit the grid."""
-        positions, side = functools.reduce(int.__mul__, self.grid), max(self.grid)
+        side, positions = max(self.grid), math.prod(self.grid)
         return _limited(PATHS, {"k": lambda k: k <= side, "n": lambda n: n < positions})
 
     @functools.cached_property
     def rhos(self) -> dict[str, Form]:
         """The weights, with heads that divide the channels and tables for the grid."""
-        positions = functools.reduce(int.__mul__, self.grid)
-        table = replace(RHOS["table"], values={"inputs": (positions,)})
+        table = replace(RHOS["table"], values={"inputs": (math.prod(self.grid),)})
         return _limited({**RHOS, "table": table}, {"heads": lambda heads: self.channels % heads == 0})
 
     def draw(self, suggest: Suggest) -> str:
