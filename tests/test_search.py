@@ -87,7 +87,7 @@ def test_what_it_starts_from_lies_in_the_space_but_for_acmix():
 @pytest.mark.parametrize(("kind", "most"), [("params", 30_000), ("flops", 2_500_000)])
 def test_networks_have_the_budget_by_a_count_of_their_own(digits, kind, most):
     networks = Networks(digits, Budget(kind, most), width=16)
-    notations = [*START.values(), *(n for n in drawn(12) if n)]
+    notations = [*START.values(), *(n for n in drawn(6) if n)]
     seen = 0
     for notation in notations:
         sized = str(parse(notation).map(lambda part: part.sized(64)))
@@ -100,7 +100,7 @@ def test_networks_have_the_budget_by_a_count_of_their_own(digits, kind, most):
         assert isinstance(model, SpectrumNet) and model.stem.kernel_size == (1, 1)
         spent = count_parameters(model) if kind == "params" else count_flops(model, (1, 8, 8))
         assert 0.95 * most <= spent <= most, sized
-    assert seen >= 20
+    assert seen >= 14
 
 
 def test_an_operator_over_the_budget_and_a_budget_too_coarse_are_told_apart(digits):
@@ -261,14 +261,16 @@ def test_what_test_images_say_decides_nothing_before_the_end(tmp_path, monkeypat
     assert not any("test" in line for line in lines)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 9, 17])
-def test_an_interrupted_search_goes_on_and_comes_to_the_same(tmp_path, monkeypatch, stop):
+def test_an_interrupted_search_goes_on_and_comes_to_the_same(tmp_path, monkeypatch):
     whole, _, all_of_it = made(monkeypatch, settings(tmp_path / "whole"))
-    first, second = Made(stop), Made()
-    with pytest.raises(KeyboardInterrupt):
-        made(monkeypatch, settings(tmp_path / "twice"), first)
-    again, _, _ = made(monkeypatch, settings(tmp_path / "twice"), second)
-    assert len(first.keys) == stop and sorted(first.keys + second.keys) == sorted(all_of_it.keys)
+    trained = []
+    for stop in (1, 5, 9):  # among the known, in the first generation and in the second
+        train = Made(stop)
+        with pytest.raises(KeyboardInterrupt):
+            made(monkeypatch, settings(tmp_path / "killed"), train)
+        trained += train.keys
+    again, _, train = made(monkeypatch, settings(tmp_path / "killed"))
+    assert len(trained) == 15 and sorted(trained + train.keys) == sorted(all_of_it.keys)
     assert same(again) == same(whole)
 
 
@@ -295,9 +297,9 @@ def test_a_budget_of_latency_is_measured_and_what_is_over_it_is_not_trained(tmp_
 
 def test_no_generation_begins_when_time_is_up(tmp_path, monkeypatch):
     asked = settings(tmp_path, minutes=0.01)
-    with pytest.raises(ValueError, match="no operation was proposed"):
+    with pytest.raises(ValueError, match="no time for one generation"):
         made(monkeypatch, asked)
-    found, _, _ = made(monkeypatch, settings(tmp_path, minutes=23.5))  # 1.5 known, 18 finalists: 4 for generations
+    found, _, _ = made(monkeypatch, settings(tmp_path, minutes=23.5))  # 4.5 known, 18 finalists: one begins
     assert len(found.tried) == 5
 
 

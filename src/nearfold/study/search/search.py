@@ -204,6 +204,11 @@ class Search:
         halving = Halving(proposer, self.networks, runs, lengths, SEED, {one.notation: one for one in known.values()})
         tried = self._generations(halving)
         whole = sorted((one for one in tried if s.epochs in one.values), key=lambda one: -one.rank[1])
+        if not tried and s.minutes is not None:
+            raise ValueError(
+                f"minutes={s.minutes:g} is no time for one generation beside the known operators and the finalists: "
+                "give more, or fewer finalists and seeds; what has finished stays"
+            )
         if not whole:
             raise ValueError(f"no operation was proposed that fits {s.budget} and trains: see {s.out}/failed")
         titled = {one.notation: title for title, one in known.items()}
@@ -289,6 +294,7 @@ class Search:
         for side in sides:
             if not any(one.side == side for one in found):
                 raise ValueError(f"every finalist of the side {side!r} has a run that failed: see {s.out}/failed")
+        runs.clock.planned = runs.clock.done
         runs.clock.line(f"finalists, {len(found)} x {s.seeds} seeds x {s.epochs} epochs: done")
         return sorted(found, key=lambda one: (one.side, -one.chosen_by))
 
