@@ -238,7 +238,7 @@ class _Parser:
 
     def arguments(self, cls: type[Word]) -> dict[str, Any]:
         fields = {f.metadata.get("notation", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = _type_hints(cls)
+        hints = _type_hints(cls)  # type: ignore[arg-type]
         order = [n for n, f in fields.items() if f.default is dataclasses.MISSING or f.metadata.get("positional")]
         found: dict[str, Any] = {}
         opened = self.peek() == "("

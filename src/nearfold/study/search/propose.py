@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nearfold.study.search.space import Space, Value
-
-if TYPE_CHECKING:
-    import optuna
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Proposer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=first)
-            self._study: optuna.Study = optuna.create_study(direction="maximize", sampler=sampler)
+            self._study: Any = optuna.create_study(direction="maximize", sampler=sampler)
         finally:
             optuna.logging.set_verbosity(before)
         self._space = space
@@ -79,7 +76,7 @@ class Proposer:
         """The next operation."""
         trial = self._study.ask()
         try:
-            return Proposal(self._space.draw(trial.suggest_categorical), "", trial)  # type: ignore[arg-type]
+            return Proposal(self._space.draw(trial.suggest_categorical), "", trial)
         except ValueError as error:
             return Proposal("", str(error), trial)
 
