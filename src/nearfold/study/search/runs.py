@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nearfold.study.engine import Engine, duration, work_through
-from nearfold.study.grid import Data, Run, Trial, costing, training
+from nearfold.study.grid import Data, Label, Run, Trial, costing, training
 from nearfold.study.store import Store
 from nearfold.study.tasks import Place
 from nearfold.train import Recipe
@@ -125,7 +125,11 @@ class Runs:
     def _trial(self, network: Config, epochs: int) -> Trial:
         share = epochs / self.recipe.epochs
         recipe = replace(self.recipe, epochs=epochs, warmup_epochs=share * self.recipe.warmup_epochs)
-        labels = {"data": self.data.name, "operator": str(network["operation"]), "epochs": float(epochs)}
+        labels: dict[str, Label] = {
+            "data": self.data.name,
+            "operator": str(network["operation"]),
+            "epochs": float(epochs),
+        }
         return Trial(labels, network, self.data, recipe)
 
     def _do(self, runs: Sequence[Run], epochs: int) -> None:

@@ -260,7 +260,8 @@ class Search:
 
     def _generations(self, halving: Halving) -> list[Tried]:
         """Generation after generation, until there are enough trials, or no time or nothing new."""
-        s, tried = self.settings, []
+        s = self.settings
+        tried: list[Tried] = []
         generation = 0
         while len(tried) < s.trials and not self._late(halving.runs):
             generation += 1
