@@ -112,7 +112,7 @@ class Halving:
     def _look(self, proposal: Proposal) -> tuple[str, Config | None]:
         """Why a proposal is not trained, or its network."""
         if proposal.refused:
-            return "the grammar", None
+            return "refused by the grammar", None
         if proposal.notation in self.tried:
             return "tried before", None
         try:
@@ -120,7 +120,7 @@ class Halving:
         except OverBudget:
             return "over the budget", None
         except ValueError:
-            return "the network", None
+            return "not for this width and grid", None
         budget = self.networks.budget
         if budget.measured:
             cost = self.runs.costs([network])[0]

@@ -136,7 +136,7 @@ def _row(found: Found, one: Finalist) -> str:
     network = one.tried.network
     first = 100 * one.tried.values[found.settings.epochs]
     return (
-        f"| {one.side} | {one.title} {_cell(one.tried.notation)} | {c_d(parse(one.tried.notation)):g} | "
+        f"| {one.side} | {f'{one.title} {_cell(one.tried.notation)}'.strip()} | {c_d(parse(one.tried.notation)):g} | "
         f"{network['hidden']} | {first:.1f} | {_accuracy(values)} | {test} |"
     )
 
@@ -154,7 +154,7 @@ def _counted(found: Found) -> str:
     refused = sum(found.refused.values())
     reasons = ", ".join(f"{count} {why}" for why, count in sorted(found.refused.items(), key=lambda entry: -entry[1]))
     lengths = sorted({epochs for one in found.tried for epochs in one.values})
-    trained = ", ".join(f"{sum(e in one.values for one in found.tried)} for {e} epochs" for e in lengths)
+    trained = ", ".join(f"{sum(e in one.values for one in found.tried)} for {e} epoch{'s'[: e > 1]}" for e in lengths)
     return (
         f"{len(found.tried) + refused} operations were proposed; {refused} of them were not trained"
         + (f" ({reasons})" if refused else "")
