@@ -93,7 +93,7 @@ class Space:
 
     >>> space = Space(32, (8, 8))
     >>> space.draw(lambda name, choices: choices[0])
-    'window(3) | box | kernel'
+    'window(3) | box | ones'
     >>> space.parameters("window(3) | box | kernel")["path"]
     'window'
     """
