@@ -30,7 +30,7 @@ def navigation(staged: Staged) -> Nav:
         "Operators": ["operators/index.md", *families],
         "Reference": listed("api"),
         "Studies": [
-            "studies/index.md", *studies, "denoising.md", "ocr.md", {"Trained networks": listed("models")},
+            "studies/index.md", *studies, "search.md", "denoising.md", "ocr.md", {"Trained networks": listed("models")},
         ],
         "Project": [
             {"Benchmarks": ["benchmarks.md", *listed("benchmarks")]}, {"Decisions": listed("decisions")},

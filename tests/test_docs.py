@@ -30,6 +30,7 @@ LONG = {
     "nearfold study spectrum": "minutes: `make demo`, which tests/test_study_spectrum.py rehearses",
     "nearfold study run": "hours of runs: tests/test_study_engine.py",
     "nearfold models": "half a minute for the whole table: tests/test_models.py runs a part and counts every row",
+    "nearfold search": "minutes: tests/test_search.py does a small one",
     "nearfold budget": "minutes on a real network: tests/test_study_budget.py",
     "nearfold explore": "it serves until Ctrl-C: tests/test_explorer.py",
     "nearfold evaluate": "the data are not here: tests/test_pretrained.py does it on digits",

@@ -43,11 +43,11 @@ RANK = {
     "train": 6,
     "examine": 7,
     "explorer": 7,
-    "study": 7,
-    "recipes": 8,
-    "cli": 8,
-    "app": 8,
-    "__main__": 9,
+    "study": 8,
+    "recipes": 9,
+    "cli": 9,
+    "app": 9,
+    "__main__": 10,
 }
 FORWARDED = {"nearfold.lower": ["nearfold.look"]}
 """What a package's `__getattr__` fetches from above it: names that have moved up, where users have them."""
@@ -57,6 +57,7 @@ HEAVY = (
     "timm",
     "gradio",
     "ray",
+    "optuna",
     "sklearn",
     "matplotlib",
     "pyarrow",

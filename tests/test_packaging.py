@@ -100,6 +100,7 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         "images",
         "tensorboard",
         "ray",
+        "search",
         "onnx",
         "openvino",
         "executorch",

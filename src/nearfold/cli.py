@@ -64,6 +64,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "nearfold.export.command",
     ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
+    "search": (
+        "propose operators from the language, halve them by training, and compare the best with the known ones",
+        "nearfold.study.search.command",
+    ),
     "budget": (
         "how few positions a trained model's attention needs: its accuracy against its latency over k",
         "nearfold.study.budget_command",

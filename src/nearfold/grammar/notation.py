@@ -35,6 +35,8 @@ ENDS = ("", "+", ")", ",")
 MAX_DEPTH = 50  # far from Python's recursion limit
 SHOWN = 300  # characters of a text in an error
 
+_type_hints = functools.lru_cache(maxsize=1024)(typing.get_type_hints)  # most of the time of a reading, otherwise
+
 _TOKEN = re.compile(r"\s*(?:(?P<number>-?\d+\.?\d*(?:[eE][-+]?\d+)?|-?\.\d+)|(?P<name>[A-Za-z_]\w*)|(?P<sign>.))")
 
 
@@ -236,7 +238,7 @@ class _Parser:
 
     def arguments(self, cls: type[Word]) -> dict[str, Any]:
         fields = {f.metadata.get("notation", f.name): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = typing.get_type_hints(cls)
+        hints = _type_hints(cls)  # type: ignore[arg-type]
         order = [n for n, f in fields.items() if f.default is dataclasses.MISSING or f.metadata.get("positional")]
         found: dict[str, Any] = {}
         opened = self.peek() == "("
