@@ -221,7 +221,7 @@ def _apart(room: Room) -> Tensor:
 
 
 def deformed(x_NPD: Tensor, room: Room) -> Tensor:
-    """A window of 3 whose slots a random map of the window itself moves, by about a position, read between positions."""
+    """A window of 3 whose slots a random map of the window itself moves by about a position."""
     draws = room.draws("deformed")
     at = window(3)
     around = read(x_NPD, slots(room.grid, window(3))).flatten(2)

@@ -108,9 +108,7 @@ def _by_place(x_NPD: Tensor, at: Positions) -> dict[str, Tensor]:
         for trial, penalty in enumerate(PENALTIES):
             own = torch.linalg.solve(zz_Pqq + penalty * n * eye, zy_PqD - zz_Pqq @ shared)
             trials["own"][trial, out] = (left[out] - torch.einsum("npq,pqd->npd", z[out], own)).square().sum((1, 2))
-            inverse = torch.linalg.inv(
-                flat[~out].T @ flat[~out] + penalty * n * torch.eye(places * size)
-            )
+            inverse = torch.linalg.inv(flat[~out].T @ flat[~out] + penalty * n * torch.eye(places * size))
             block_PDD = inverse.view(places, size, places, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             missed = torch.linalg.solve(block_PDD, (flat[out] @ inverse).view(-1, places, size).permute(1, 2, 0))
             trials["table"][trial, out] = missed.square().sum((0, 1))
@@ -137,7 +135,9 @@ def _by_content(x_NPD: Tensor, at: Positions) -> dict[str, Tensor]:
     y_RD = x_NPD.flatten(0, 1)
     near = _unit(_nearest(alike_NPP, x_NPD).flatten(0, 1))
     warm = -alike_NPP.mean()
-    soft = torch.softmax((4 * alike_NPP / warm).masked_fill(torch.eye(places, dtype=torch.bool), -torch.inf), -1) @ x_NPD
+    soft = (
+        torch.softmax((4 * alike_NPP / warm).masked_fill(torch.eye(places, dtype=torch.bool), -torch.inf), -1) @ x_NPD
+    )
     fixed = around_NPQ.flatten(0, 1)
     found = {"nearest": explained(near, y_RD, block_R)}
     both = torch.cat([fixed, near, _unit(soft.flatten(0, 1))], 1)

@@ -36,7 +36,7 @@ class Positions:
 
     Attributes:
         x_NPD: features, centred, of about unit variance: float32.
-        scale_D: their standard deviations before; directions of little variance have less than unit variance in `x_NPD`.
+        scale_D: what they were divided by: their standard deviations, and a little more where these are small.
         grid: rows and columns of positions.
         labels: int64 (N,).
         classes: how many.

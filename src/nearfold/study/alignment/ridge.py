@@ -15,9 +15,9 @@ from nearfold.study.alignment.positions import BLOCKS, FOLDS
 PENALTIES = (1e-4, 1e-2, 1e-1, 1.0, 10.0)
 """Of a regression, in shares of the rows: regressors have about unit variance."""
 KEPT = 256
-"""Features of a probe that a classifier keeps."""
-OWN = 128
-"""Of the positions' own features that every classifier keeps beside them."""
+"""Features of a group that a classifier keeps."""
+SHARES = (0.3, 1.0, 3.0)
+"""What a second group of features is multiplied by."""
 
 
 def explained(z_NQ: Tensor, y_ND: Tensor, block_N: Tensor) -> Tensor:
@@ -69,48 +69,56 @@ def by_block(error_N: Tensor, square_N: Tensor, block_N: Tensor) -> Tensor:
     return (square - error) / square.mean()
 
 
-def right(groups: Sequence[Tensor], keep: Sequence[int], labels_N: Tensor, classes: int, fold_N: Tensor) -> Tensor:
+def right(groups: Sequence[Tensor], labels_N: Tensor, classes: int, fold_N: Tensor) -> Tensor:
     """Which images a ridge classifier on features names correctly when their fold is left out: bool (N,).
 
-    In every fold, from the other folds alone: features are standardised; of each group those are kept whose means
+    In every fold, from the other folds alone: features are standardised; of each group the `KEPT` are kept whose means
     differ most between the classes, by the F statistic (sure independence screening, Fan and Lv 2008); one ridge
     regression on the labels, one-hot and centred, with the penalty of the least leave-one-out error, which has a closed
     form (Rifkin and Lippert, Notes on regularized least squares, 2007).
 
+    How much a second group counts beside the first, one of `SHARES`, nothing among them, is chosen for every fold by
+    the images of the other folds: a group that does not help does not hurt.
+
     Args:
-        groups: features (N, M) each.
-        keep: how many to keep of each group.
+        groups: features (N, M), one or two.
         labels_N: int64.
         classes: how many.
         fold_N: the fold of every image.
 
     >>> labels = torch.arange(400) % 2
     >>> shown = torch.cat([labels[:, None].float(), torch.randn(400, 50)], 1)
-    >>> bool(right([shown], [5], labels, 2, torch.arange(400) // 2 % FOLDS).all())
+    >>> bool(right([shown], labels, 2, torch.arange(400) // 2 % FOLDS).all())
     True
     """
-    found = torch.zeros(len(labels_N), dtype=torch.bool)
+    shares = (0.0, *SHARES) if len(groups) > 1 else (0.0,)
+    good = torch.zeros(len(shares), len(labels_N), dtype=torch.bool)
     truth_NK = torch.nn.functional.one_hot(labels_N, classes).double()
     for fold in range(FOLDS):
         out = fold_N == fold
         rows = (~out).nonzero()[:, 0]
-        parts = [_screened(group, rows, truth_NK[rows], most) for group, most in zip(groups, keep, strict=True)]
-        z = torch.cat(parts, 1).double()
+        parts = [_screened(group, rows, truth_NK[rows]).double() for group in groups]
         mean = truth_NK[rows].mean(0)
-        weights = _fitted(z[rows], truth_NK[rows] - mean)
-        found[out] = (z[out] @ weights + mean).argmax(1) == labels_N[out]
+        for n, share in enumerate(shares):
+            z = torch.cat([parts[0], share * parts[1]], 1) if share else parts[0]
+            weights = _fitted(z[rows], truth_NK[rows] - mean)
+            good[n, out] = (z[out] @ weights + mean).argmax(1) == labels_N[out]
+    found = torch.zeros(len(labels_N), dtype=torch.bool)
+    for fold in range(FOLDS):
+        out = fold_N == fold
+        found[out] = good[good[:, ~out].sum(1).argmax(), out]
     return found
 
 
-def _screened(features_NM: Tensor, rows: Tensor, truth_nK: Tensor, most: int) -> Tensor:
-    """The features that tell the classes apart best in these rows, standardised by them: (N, at most `most`)."""
+def _screened(features_NM: Tensor, rows: Tensor, truth_nK: Tensor) -> Tensor:
+    """The features that tell the classes apart best in these rows, standardised by them: (N, at most `KEPT`)."""
     x = features_NM[rows]
     mean, deviation = x.mean(0), x.std(0)
     count_K = truth_nK.sum(0).float().clamp_min(1)
     classes_KM = truth_nK.float().T @ (x - mean)
     between = (classes_KM.square() / count_K[:, None]).sum(0) / (deviation.square() * len(rows)).clamp_min(1e-12)
     between[deviation < 1e-6] = 0
-    best = between.topk(min(most, len(between))).indices.sort().values
+    best = between.topk(min(KEPT, len(between))).indices.sort().values
     return (features_NM[:, best] - mean[best]) / deviation[best].clamp_min(1e-6)
 
 
