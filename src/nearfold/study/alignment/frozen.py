@@ -32,6 +32,8 @@ DECAYS = (0.3, 0.6, 0.8, 0.95)
 """Of a scan that forgets, by the position."""
 KEPT = (0.0, 0.3, 0.7, 1.0)
 """What a selective scan keeps of its state where its gate is open; elsewhere it keeps everything."""
+BESIDE = ((-1, 0), (0, -1), (0, 1), (1, 0))
+"""Offsets of what stands beside a position."""
 HEADS = 4
 """Heads that compare by a random half of the features each, beside one that compares by all."""
 
@@ -43,10 +45,12 @@ class Room:
     Attributes:
         grid: rows and columns of positions.
         size: D, features of a position.
+        middle: of every feature, halfway between its least and its greatest value.
     """
 
     grid: tuple[int, int]
     size: int
+    middle: tuple[float, ...]
 
     @property
     def places(self) -> int:
@@ -160,11 +164,12 @@ def _views(x_NPD: Tensor, room: Room) -> list[Tensor]:
     return [x_NPD, *(x_NPD[..., half] for half in halves)]
 
 
-def attention(near: int | None = None) -> Reads:
+def attention(near: int | None = None, count: int | None = None) -> Reads:
     """Means weighed by a softmax of minus the squared distance of features, the position itself left out.
 
     Args:
         near: only within a window of this size; None: over all.
+        count: only over so many positions, the most alike; None: over all.
     """
 
     def reads(x_NPD: Tensor, room: Room) -> Tensor:
@@ -173,8 +178,11 @@ def attention(near: int | None = None) -> Reads:
             closed = closed | ~_within(room, near)
         found = []
         for view in _views(x_NPD, room):
-            score = -torch.cdist(view, view).square() * (4 / view.shape[2])
-            found.append(torch.softmax(score.masked_fill(closed, -1e9), -1) @ x_NPD)
+            score = (-torch.cdist(view, view).square() * (4 / view.shape[2])).masked_fill(closed, -1e9)
+            if count is not None:
+                best = score.topk(min(count, room.places), dim=-1)
+                score = torch.full_like(score, -1e9).scatter(-1, best.indices, best.values)
+            found.append(torch.softmax(score, -1) @ x_NPD)
         return torch.cat(found, 2)
 
     return reads
@@ -186,29 +194,31 @@ def _within(room: Room, size: int) -> Tensor:
     return torch.zeros(room.places, room.places + 1, dtype=torch.bool).scatter(1, table, True)[:, :-1]
 
 
-def nearest(share: float = 1.0, ranked: bool = True) -> Reads:
-    """The positions most alike, each rank a slot, and what stands beside the first of each comparison.
+def nearest(share: float = 1.0, ranked: bool = True, around: bool = False) -> Reads:
+    """The positions most alike, each rank a slot.
 
     Args:
         share: how much features count; the rest is the distance between the positions.
         ranked: whether each rank is a slot of its own; else their mean is read.
+        around: whether what stands beside the first is read, too: two steps, one by content and one in space.
     """
 
     def reads(x_NPD: Tensor, room: Room) -> Tensor:
         count = min(NEAREST, room.places - 1)
         own = torch.eye(room.places, dtype=torch.bool)
-        apart_PP = _apart(room)
-        padded = F.pad(x_NPD, (0, 0, 1, 1))
+        apart_PP, beside_PS = _apart(room), slots(room.grid, BESIDE)
+        padded = F.pad(x_NPD, (0, 0, 0, 1))
+        rows = torch.arange(len(x_NPD))[:, None, None]
         found = []
         for number, view in enumerate(_views(x_NPD, room)):
             far = share * torch.cdist(view, view) / math.sqrt(view.shape[2]) + (1 - share) * apart_PP
             index = far.masked_fill(own, torch.inf).topk(count, largest=False).indices
-            rows = torch.arange(len(x_NPD))[:, None, None]
             values = x_NPD[rows, index]
             found.append(values.mean(2))
             if ranked:
                 found.append(values.flatten(2) if number == 0 else values[:, :, 0])
-                found += [padded[rows[..., 0], index[..., 0] + step] for step in (0, 2)]
+            if around:
+                found.append(padded[rows, beside_PS[index[..., 0]]].flatten(2))
         return torch.cat(found, 2)
 
     return reads
@@ -242,14 +252,14 @@ def fading(x_NPD: Tensor, room: Room) -> Tensor:
 
 
 def selective(x_NPD: Tensor, room: Room) -> Tensor:
-    """A state that takes a position in where one feature is above its mean, and keeps a share of what it held there.
+    """A state that takes a position in where one feature is above its middle, and keeps a share of what it held there.
 
     Features of images: the states at the end, alone and times what stands at the end and the mean of all.
     """
-    gate_PN = (x_NPD > 0).float().transpose(0, 1)
+    gate_PND = (x_NPD > torch.tensor(room.middle)).float().transpose(0, 1)
     keep_A = torch.tensor(KEPT)
     state = torch.zeros(len(x_NPD), room.size, len(KEPT), room.size)
-    for x_ND, gate_ND in zip(x_NPD.transpose(0, 1), gate_PN, strict=True):
+    for x_ND, gate_ND in zip(x_NPD.transpose(0, 1), gate_PND, strict=True):
         kept_NDA = torch.where(gate_ND[..., None] > 0, keep_A, 1.0)
         state = state * kept_NDA[..., None] + (gate_ND[..., None] * x_ND[:, None])[:, :, None]
     end = state.flatten(1)
@@ -270,5 +280,6 @@ def by_place(x_NPD: Tensor, room: Room) -> Tensor:
 
 
 def room_of(at: Positions) -> Room:
-    """The grid of a data set, and how many features a position has."""
-    return Room(at.grid, at.x_NPD.shape[2])
+    """What the frozen features have to know of a data set."""
+    middle = (at.x_NPD.amin((0, 1)) + at.x_NPD.amax((0, 1))) / 2
+    return Room(at.grid, at.x_NPD.shape[2], tuple(middle.tolist()))

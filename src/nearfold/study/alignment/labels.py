@@ -13,13 +13,15 @@ from torch import Tensor
 from nearfold.study.alignment import frozen
 from nearfold.study.alignment.frozen import Reads, Room, pooled
 from nearfold.study.alignment.positions import BLOCKS, Positions, window
-from nearfold.study.alignment.ridge import right
+from nearfold.study.alignment.ridge import Task, beside, right, screened
 
 BATCH = 64
 ITSELF = "itself"
 """The measure for which nothing is read: position by position."""
 RINGS = "window(5), by distance alone"
 """A window's slots averaged over all directions; no operator of the notation."""
+BOTH = "branch(0.5, nearest(9, euclidean) | ranked | kernel, window(3) | box | kernel)"
+"""By content, and from there in space."""
 READS: dict[str, Reads] = {
     "window(3) | box | kernel": frozen.offsets(*window(3)),
     "window(5) | box | kernel": frozen.offsets(*window(5)),
@@ -36,7 +38,9 @@ READS: dict[str, Reads] = {
     "all | row | mean": frozen.everywhere,
     "all | row | softmax": frozen.attention(),
     "nearest(9, euclidean) | ranked | kernel": frozen.nearest(),
+    "nearest(9, euclidean) | ranked | softmax": frozen.attention(count=frozen.NEAREST),
     "nearest(9, euclidean) | ranked | mean": frozen.nearest(ranked=False),
+    BOTH: frozen.nearest(around=True),
     "nearest(9, blend(0.5)) | ranked | kernel": frozen.nearest(0.5),
     "all | causal | s4d(4)": frozen.fading,
 }
@@ -85,18 +89,22 @@ def of_labels(at: Positions, progress: Progress = silent) -> dict[str, Tensor]:
     (['itself', 'window(3) | box | kernel'], torch.Size([20]))
     """
     room = frozen.room_of(at)
-    own = _features(frozen.itself, at, room)
+    task = Task(at.labels, at.classes, at.folds)
+    own = screened(_features(frozen.itself, at, room), task)
+    alone = right(own, task)
     chance = 1 / at.classes
-    found = {}
-    of = len(PROBES) + 1
-    for number, name in enumerate((ITSELF, *PROBES)):
-        progress(number, of, name)
-        groups = [own] if name == ITSELF else [own, _features(PROBES[name], at, room)]
-        good = right(groups, at.labels, at.classes, at.folds)
-        counts = torch.zeros(BLOCKS, dtype=torch.float64).index_add(0, at.blocks, good.double())
-        found[name] = (counts / torch.bincount(at.blocks, minlength=BLOCKS) - chance) / (1 - chance)
-    progress(of, of, "")
+    found = {ITSELF: _above(alone, at, chance)}
+    for number, (name, make) in enumerate(PROBES.items()):
+        progress(number, len(PROBES), name)
+        found[name] = _above(beside(own, screened(_features(make, at, room), task), alone, task), at, chance)
+    progress(len(PROBES), len(PROBES), "")
     return found
+
+
+def _above(good_N: Tensor, at: Positions, chance: float) -> Tensor:
+    """Accuracy above chance in every block."""
+    counts = torch.zeros(BLOCKS, dtype=torch.float64).index_add(0, at.blocks, good_N.double())
+    return (counts / torch.bincount(at.blocks, minlength=BLOCKS) - chance) / (1 - chance)
 
 
 def _features(make: Reads, at: Positions, room: Room) -> Tensor:

@@ -105,7 +105,7 @@ def measure(data: ImageData, limit: int = 2000, progress: Progress = silent) -> 
     (200, True)
     """
     at = positions(data, limit)
-    of = len(PROBES) + 2
+    of = len(PROBES) + 1
     progress(0, of, "positions from others")
     inputs = of_inputs(at)
     labels = of_labels(at, lambda done, _, name: progress(done + 1, of, name))

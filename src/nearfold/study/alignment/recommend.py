@@ -92,8 +92,16 @@ def unlike(a: Description, b: Description) -> float:
 
 @functools.cache
 def _probes() -> dict[str, Description]:
-    """What the words of the probes say, of those that the notation has."""
-    return {name: describe(part) for name in PROBES if name != RINGS for part in parse(name).parts}
+    """What the words of the probes say, of those that are one operation of the notation."""
+    read = ((name, parse(name)) for name in PROBES if name != RINGS)
+    return {name: describe(op) for name, op in read if isinstance(op, Basic)}
+
+
+@functools.cache
+def _joint() -> dict[str, tuple[Description, ...]]:
+    """What the words of the probes say that combine operations."""
+    read = ((name, parse(name)) for name in PROBES if name != RINGS)
+    return {name: tuple(map(describe, op.parts)) for name, op in read if not isinstance(op, Basic)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,7 +129,8 @@ def features(profile: Profile, notation: str | Operation, drawn: Sequence[int] |
         ``gain``: accuracy above chance of the probe most like it, less that of positions by themselves;
         ``path``, ``shape``, ``weight``: the mean of this over all probes with that word's idea; ``inputs``: the share
         of a position's variance that its path explains; ``complexity``: of the operation, in GWO's points. Of a sum,
-        each is the largest of its operands; of a branch, halfway from there to their mean, weighed by their channels.
+        each is the largest of its operands; of a branch, halfway from there to their mean, weighed by their channels;
+        the gain is that of a probe that combines the same paths, where that is more.
 
     >>> from nearfold.study.alignment.profile import Measure
     >>> none = {name: Measure((0.0, 0.0)) for name in ("itself", *PROBES)}
@@ -139,12 +148,14 @@ def features(profile: Profile, notation: str | Operation, drawn: Sequence[int] |
 def _evidence(op: Operation, gains: Mapping[str, float], inputs: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(op, Basic):
         parts = [_evidence(operand, gains, inputs) for operand in op.present]
-        most = {name: max(part[name] for part in parts) for name in parts[0]}
-        if not isinstance(op, Branch) or len(parts) == 1:
-            return most
-        shares = (op.ratio, 1 - op.ratio)
-        mean = {name: sum(s * part[name] for s, part in zip(shares, parts, strict=True)) for name in most}
-        return {name: (most[name] + mean[name]) / 2 for name in most}
+        found = {name: max(part[name] for part in parts) for name in parts[0]}
+        if isinstance(op, Branch) and len(parts) > 1:
+            shares = (op.ratio, 1 - op.ratio)
+            for name in found:
+                found[name] = (found[name] + sum(s * part[name] for s, part in zip(shares, parts, strict=True))) / 2
+        paths = {(said.path, said.searches) for said in map(describe, op.parts)}
+        joint = (n for n, both in _joint().items() if {(said.path, said.searches) for said in both} <= paths)
+        return found | {"gain": max(found["gain"], *(gains[name] for name in joint), -math.inf)}
     said, probes = describe(op), _probes()
     return {
         "gain": gains[nearest_probe(op)],

@@ -6,6 +6,7 @@ Shape legend: N images or rows, Q regressors, D targets, M features, K classes, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from nearfold.study.alignment.positions import BLOCKS, FOLDS
 
 PENALTIES = (1e-4, 1e-2, 1e-1, 1.0, 10.0)
 """Of a regression, in shares of the rows: regressors have about unit variance."""
-KEPT = 256
+KEPT = 192
 """Features of a group that a classifier keeps."""
-SHARES = (0.3, 1.0, 3.0)
+SHARES = (0.4, 2.0)
 """What a second group of features is multiplied by."""
 
 
@@ -69,57 +70,84 @@ def by_block(error_N: Tensor, square_N: Tensor, block_N: Tensor) -> Tensor:
     return (square - error) / square.mean()
 
 
-def right(groups: Sequence[Tensor], labels_N: Tensor, classes: int, fold_N: Tensor) -> Tensor:
-    """Which images a ridge classifier on features names correctly when their fold is left out: bool (N,).
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be told from features: labels int64 (N,), how many classes, and the fold of every image."""
 
-    In every fold, from the other folds alone: features are standardised; of each group the `KEPT` are kept whose means
-    differ most between the classes, by the F statistic (sure independence screening, Fan and Lv 2008); one ridge
-    regression on the labels, one-hot and centred, with the penalty of the least leave-one-out error, which has a closed
-    form (Rifkin and Lippert, Notes on regularized least squares, 2007).
+    labels: Tensor
+    classes: int
+    folds: Tensor
 
-    How much a second group counts beside the first, one of `SHARES`, nothing among them, is chosen for every fold by
-    the images of the other folds: a group that does not help does not hurt.
+    @property
+    def truth_NK(self) -> Tensor:
+        """The labels, one-hot: float64 (N, K)."""
+        return torch.nn.functional.one_hot(self.labels, self.classes).double()
+
+
+def right(z_FNM: Sequence[Tensor], task: Task) -> Tensor:
+    """Which images a ridge classifier names correctly when their fold is left out: bool (N,).
+
+    One ridge regression on the labels, one-hot and centred, for every fold; its penalty is that of the least
+    leave-one-out error in the other folds, which has a closed form (Rifkin and Lippert, Notes on regularized least
+    squares, 2007).
 
     Args:
-        groups: features (N, M), one or two.
-        labels_N: int64.
-        classes: how many.
-        fold_N: the fold of every image.
+        z_FNM: features (N, M) for every fold, chosen and standardised by the others: `screened`.
+        task: the labels.
 
     >>> labels = torch.arange(400) % 2
-    >>> shown = torch.cat([labels[:, None].float(), torch.randn(400, 50)], 1)
-    >>> bool(right([shown], labels, 2, torch.arange(400) // 2 % FOLDS).all())
+    >>> task = Task(labels, 2, torch.arange(400) // 2 % FOLDS)
+    >>> bool(right(screened(torch.cat([labels[:, None].float(), torch.randn(400, 50)], 1), task), task).all())
     True
     """
-    shares = (0.0, *SHARES) if len(groups) > 1 else (0.0,)
-    good = torch.zeros(len(shares), len(labels_N), dtype=torch.bool)
-    truth_NK = torch.nn.functional.one_hot(labels_N, classes).double()
+    found = torch.zeros(len(task.labels), dtype=torch.bool)
+    for fold, z_NM in enumerate(z_FNM):
+        out = task.folds == fold
+        mean = task.truth_NK[~out].mean(0)
+        weights = _fitted(z_NM[~out], task.truth_NK[~out] - mean)
+        found[out] = (z_NM[out] @ weights + mean).argmax(1) == task.labels[out]
+    return found
+
+
+def beside(own_FNM: Sequence[Tensor], more_FNM: Sequence[Tensor], alone_N: Tensor, task: Task) -> Tensor:
+    """`right` with more features beside some, whose answers alone are given: bool (N,).
+
+    How much the second count beside the first, one of `SHARES` or nothing, is chosen for every fold by the images of
+    the other folds: features that do not help do not hurt.
+    """
+    joined = ([torch.cat([a, s * b], 1) for a, b in zip(own_FNM, more_FNM, strict=True)] for s in SHARES)
+    good = torch.stack([alone_N, *(right(z_FNM, task) for z_FNM in joined)])
+    found = torch.zeros_like(alone_N)
     for fold in range(FOLDS):
-        out = fold_N == fold
-        rows = (~out).nonzero()[:, 0]
-        parts = [_screened(group, rows, truth_NK[rows]).double() for group in groups]
-        mean = truth_NK[rows].mean(0)
-        for n, share in enumerate(shares):
-            z = torch.cat([parts[0], share * parts[1]], 1) if share else parts[0]
-            weights = _fitted(z[rows], truth_NK[rows] - mean)
-            good[n, out] = (z[out] @ weights + mean).argmax(1) == labels_N[out]
-    found = torch.zeros(len(labels_N), dtype=torch.bool)
-    for fold in range(FOLDS):
-        out = fold_N == fold
+        out = task.folds == fold
         found[out] = good[good[:, ~out].sum(1).argmax(), out]
     return found
 
 
-def _screened(features_NM: Tensor, rows: Tensor, truth_nK: Tensor) -> Tensor:
-    """The features that tell the classes apart best in these rows, standardised by them: (N, at most `KEPT`)."""
-    x = features_NM[rows]
-    mean, deviation = x.mean(0), x.std(0)
-    count_K = truth_nK.sum(0).float().clamp_min(1)
-    classes_KM = truth_nK.float().T @ (x - mean)
-    between = (classes_KM.square() / count_K[:, None]).sum(0) / (deviation.square() * len(rows)).clamp_min(1e-12)
-    between[deviation < 1e-6] = 0
-    best = between.topk(min(KEPT, len(between))).indices.sort().values
-    return (features_NM[:, best] - mean[best]) / deviation[best].clamp_min(1e-6)
+def screened(features_NM: Tensor, task: Task) -> list[Tensor]:
+    """For every fold, the `KEPT` features that tell the classes apart best in the others, standardised by them.
+
+    By the F statistic of each feature alone (sure independence screening, Fan and Lv 2008): float64 (N, at most KEPT).
+    """
+    x = features_NM - features_NM.mean(0)
+    scale = x.square().mean(0).sqrt()
+    x = x / scale.clamp_min(1e-6)
+    cell_N = task.folds * task.classes + task.labels
+    cells = torch.nn.functional.one_hot(cell_N, FOLDS * task.classes).float()
+    sums_FKM = (cells.T @ x).unflatten(0, (FOLDS, task.classes)).double()
+    squares_FM = torch.stack([x[task.folds == fold].square().sum(0) for fold in range(FOLDS)]).double()
+    count_FK = cells.sum(0).unflatten(0, (FOLDS, task.classes)).double()
+    found = []
+    for fold in range(FOLDS):
+        count_K, sums_KM = count_FK.sum(0) - count_FK[fold], sums_FKM.sum(0) - sums_FKM[fold]
+        rows = count_K.sum()
+        mean = sums_KM.sum(0) / rows
+        variance = (squares_FM.sum(0) - squares_FM[fold]) / rows - mean.square()
+        apart = (sums_KM.square() / count_K.clamp_min(1)[:, None]).sum(0) - rows * mean.square()
+        statistic = torch.where((variance > 1e-6) & (scale > 1e-6), apart / variance.clamp_min(1e-6), 0.0)
+        best = statistic.topk(min(KEPT, len(mean))).indices.sort().values
+        found.append((x[:, best].double() - mean[best]) / variance[best].clamp_min(1e-6).sqrt())
+    return found
 
 
 def _fitted(z_nM: Tensor, y_nK: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from nearfold.study.alignment.labels import ITSELF, PROBES, RINGS
+from nearfold.study.alignment.labels import BOTH, ITSELF, PROBES, RINGS
 from nearfold.study.alignment.profile import Measure, Profile
 from nearfold.study.document import Cell, Table
 
@@ -42,6 +42,7 @@ LABELS: dict[str, str] = {
     "nearest(9, blend(0.5)) | ranked | kernel": "path",
     "nearest(9, euclidean) | ranked | kernel": "path",
     "all | row | mean": "path",
+    BOTH: "path",
     "window((1, 7)) | box | kernel": "shape",
     "window((7, 1)) | box | kernel": "shape",
     RINGS: "shape",
@@ -53,6 +54,7 @@ LABELS: dict[str, str] = {
     "window(7) | box | generated(groups=1)": "weight",
     "all | row | softmax": "weight",
     "nearest(9, euclidean) | ranked | mean": "weight",
+    "nearest(9, euclidean) | ranked | softmax": "weight",
     "scan(state=4) | causal | selective": "weight",
 }
 """Which word a probe is about, beside others that share its other two."""
@@ -103,7 +105,8 @@ def _of_inputs(found: Mapping[str, Measure]) -> Iterator[str]:
     if _above(found["everywhere"]) and near is not None:
         yield f"path: the mean of everywhere explains {100 * found['everywhere'].value:.0f} %."
     if "similar" in found and _above(found["similar"]):
-        yield f"path: positions alike in some features are in others, {100 * found['similar'].value:.0f} % of the variance."
+        share = 100 * found["similar"].value
+        yield f"path: positions alike in some features are alike in the others: {share:.0f} % of the variance."
     if "column(7)" in found:
         for one, other in (("row(7)", "column(7)"), ("column(7)", "row(7)")):
             if _beyond(found[one], found[other]):
@@ -142,7 +145,8 @@ COMPARED: dict[str, Sequence[tuple[str, str, str]]] = {
         ("window(7) | box | kernel", "window(3) | box | kernel", "a window of 7 tells more than one of 3"),
         ("window(9) | box | kernel", "window(7) | box | kernel", "a window of 9 more than one of 7"),
         ("all | row | mean", "window(7) | box | kernel", "everywhere tells more than a window of 7"),
-        ("nearest(9, euclidean) | ranked | kernel", "window(7) | box | kernel", "what looks alike tells more than what is near"),
+        ("nearest(9, euclidean) | ranked | kernel", "window(7) | box | kernel", "what is alike more than what is near"),
+        (BOTH, "nearest(9, euclidean) | ranked | kernel", "what stands beside the one most alike more than it alone"),
     ),
     "shape": (
         ("window((1, 7)) | box | kernel", "window((7, 1)) | box | kernel", "along rows more than down columns"),
