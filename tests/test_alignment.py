@@ -32,7 +32,8 @@ from nearfold.study.alignment.positions import BLOCKS, FOLDS, slots, window
 from nearfold.study.alignment.recommend import nearest_probe
 from nearfold.study.alignment.ridge import PENALTIES, Task, _fitted, beside, explained, right, screened
 from nearfold.study.alignment.words import sentences
-from nearfold.train import load_data
+from nearfold.train import ImageData, load_data
+from nearfold.train.data import Split
 
 ROOT = Path(__file__).resolve().parents[1]
 CONV, TABLE, ATTENTION = "window(3) | box | kernel", "all | row | table(64)", "all | row | softmax(heads=4)"
@@ -101,7 +102,7 @@ def test_where_positions_have_changed_places_a_window_is_blind_and_a_table_is_no
     before = values(of_inputs(maps(smooth, (8, 8))))
     after = values(of_inputs(maps(smooth[:, torch.randperm(64, generator=rng(1))], (8, 8))))
     assert after["window(3)"] < before["window(3)"] - 0.4
-    assert after["own"] > before["own"] + 0.3
+    assert after["own"] > before["own"] + 0.1
     assert after["table"] == pytest.approx(before["table"], abs=1e-3) and after["table"] > 0.7
 
 
@@ -113,7 +114,7 @@ def test_weights_that_differ_from_place_to_place_are_seen():
 
 
 def test_what_looks_alike_is_found_by_content():
-    alike = values(of_inputs(positions(load_data("made:alike"), 400)))
+    alike = values(of_inputs(positions(load_data("made:alike"), 200)))
     assert alike["similar"] > 0.4 and alike["similar"] > 2 * alike["window(7)"]
     texture = values(of_inputs(positions(load_data("made:texture"), 400)))  # one of eight filters: no fixed weights
     assert texture["content"] > 0.2 > 0.1 > texture["window(3)"]
@@ -228,10 +229,28 @@ def test_no_image_but_those_of_training_is_read(monkeypatch):
 
 def test_of_a_row_of_positions_each_is_one_pixel():
     assert positions(load_data("made:points"), 160).grid == (1, 64)
-    at = positions(load_data("made:characters", limit=200), 160)
+    at = positions(load_data("digits", limit=200, image_size=20), 160)
     assert at.grid == (10, 10) and at.x_NPD.shape[2] == 4
     gram = torch.corrcoef(at.x_NPD.flatten(0, 1).T)
     assert float((gram - torch.eye(4)).abs().max()) < 0.05  # principal components
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"size": (1, 2)}, "1 x 2 positions, and from 4 to 1024"),
+        ({"size": (1, 2000)}, "1 x 2000 positions"),
+        ({"alike": True}, "all training images are alike"),
+        ({"classes": 1}, "all training images are of one class"),
+    ],
+)
+def test_data_that_cannot_be_measured(changed, said):
+    size = changed.get("size", (4, 4))
+    images = torch.randint(256, (160, 1, *size), dtype=torch.uint8, generator=rng())
+    images = torch.full_like(images, 7) if changed.get("alike") else images
+    split = Split(images, torch.arange(160) % changed.get("classes", 2))
+    with pytest.raises(ValueError, match=said):
+        positions(ImageData("given", ("a", "b"), split, split, split))
 
 
 def profile(inputs=(), **gains: float) -> Profile:
@@ -302,7 +321,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys, monkeypatch):
     assert cli.main(["align", "made:texture", "--limit", "200", "--json", str(tmp_path / "found.json")]) == 0
     text = capsys.readouterr().out
     kept = json.loads((tmp_path / "found.json").read_text())
-    assert measured == [180] and " 1  conv" in text and "100 %" in text
+    assert measured == [184] and " 1  conv" in text and "100 %" in text
     assert next(iter(kept["operators"])) == "conv" and kept["operators"]["conv"]["first"] == 1
     assert Profile.from_dict(kept) == profile(INPUTS, **{CONV: 0.9})
     assert cli.main(["align", "made:textur"]) == 2

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from nearfold.options import PIXELS, whole
 from nearfold.study.alignment.labels import ITSELF
-from nearfold.study.alignment.positions import BLOCKS, LEAST
 from nearfold.study.alignment.profile import Profile, measure
 from nearfold.study.alignment.recommend import DRAWS, confidence, scores
 from nearfold.study.alignment.words import sentences, tables
@@ -25,7 +24,7 @@ examples:
 
 Nothing is trained: every number is a ridge regression in closed form, on images that it was not fitted to, all of
 them training images. What the measures are: docs/alignment.md."""
-LIMIT = 2000
+LIMIT, FEWEST = 2000, 200
 OPERATORS: dict[str, str] = {
     "conv": "window(3) | box | kernel",
     "dilated": "window(3, dilation=2) | box | kernel",
@@ -53,8 +52,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="digits, made:NAME (a task of known structure), or a folder, as for `nearfold train --data`",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=whole(BLOCKS * LEAST), default=LIMIT, metavar="N",
-        help=f"at most so many training images, drawn once (default: {LIMIT})",
+        "--limit", type=whole(FEWEST), default=LIMIT, metavar="N",
+        help=f"at most so many training images, a tenth of which is put aside (default: {LIMIT})",
     )  # fmt: skip
     parser.add_argument("--image-size", type=whole(1, PIXELS), metavar="S", help="pixels (default: as they are)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers as JSON")

@@ -17,6 +17,8 @@ ROWS = 20_000
 COMPARED = 400
 """Images in which positions are compared with all others of the image."""
 NEAREST = 9
+LEADING, TOGETHER = 8, 1600
+"""Features that have regressions for every place, those of the largest variance; and of all positions together."""
 PENALTIES = (0.03, 0.3, 3.0, 30.0)
 """Of the regressions that every position has of its own, in shares of the images."""
 
@@ -84,9 +86,8 @@ def _by_place(x_NPD: Tensor, at: Positions) -> dict[str, Tensor]:
     one. `table`: each position from all others, all at once by the inverse of the covariance (a ridge regression of
     x_p on the rest is minus the row of the inverse over its diagonal block).
     """
-    most = max(1, int(1600 // x_NPD.shape[1]))
-    leading_D = x_NPD.square().mean((0, 1)).argsort(descending=True)[:most].sort().values
-    x_NPD = x_NPD[..., leading_D[: min(most, 8)]]
+    most = min(LEADING, max(1, TOGETHER // x_NPD.shape[1]))
+    x_NPD = x_NPD[..., x_NPD.square().mean((0, 1)).argsort(descending=True, stable=True)[:most]]
     count, places, size = x_NPD.shape
     zz_table = slots(at.grid, [offset for offset in window(3) if offset != (0, 0)])
     names = ("place", "shared", "own", "table")

@@ -26,6 +26,8 @@ BLOCKS, FOLDS = 20, 5
 kept by the block, so that it can be drawn again."""
 LEAST = 8
 """Images in a block, at the least: with fewer than `BLOCKS` times as many nothing is measured."""
+GRID = (4, 1024)
+"""Positions of an image: from, to. All pairs of them are compared."""
 FLOOR = 0.01
 """Of the mean variance: features that vary less are not blown up to unit variance."""
 
@@ -71,7 +73,7 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
         limit: at most so many images, in an order drawn once.
 
     Raises:
-        ValueError: there are too few training images.
+        ValueError: there are too few training images, positions or classes, too many positions, or all pixels are alike.
 
     >>> from nearfold.train import load_data
     >>> found = positions(load_data("made:texture"), limit=200)
@@ -89,6 +91,13 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
     side = min(stem_stride(data.size), *data.size)  # a row of positions is no patch
     mean, std = (statistic[:, None, None] for statistic in (data.mean, data.std))
     grid = (data.size[0] // side, data.size[1] // side)
+    if not GRID[0] <= grid[0] * grid[1] <= GRID[1]:
+        raise ValueError(
+            f"{data.name}: images of {data.size} pixels make {grid[0]} x {grid[1]} positions, and from {GRID[0]} to "
+            f"{GRID[1]} can be measured; image_size= changes their size"
+        )
+    if len(split.labels[chosen].unique()) < 2:
+        raise ValueError(f"{data.name}: all training images are of one class; at least two are needed")
     x_NPD = F.unfold((images - mean) / std, side, stride=side).mT.contiguous()
     x_NPD = x_NPD - x_NPD.mean((0, 1))
     if side > 1 or x_NPD.shape[2] > FEATURES:
@@ -96,6 +105,8 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
         _, turn = torch.linalg.eigh(flat.T @ flat)
         x_NPD = x_NPD @ turn.flip(1)[:, :FEATURES].float()
     variance = x_NPD.square().mean((0, 1))
+    if float(variance.sum()) < 1e-9:
+        raise ValueError(f"{data.name}: all training images are alike, pixel by pixel: nothing can be measured")
     scale_D = (variance + FLOOR * variance.mean()).sqrt().clamp_min(1e-6)
     return Positions(x_NPD / scale_D, scale_D, grid, split.labels[chosen], len(data.classes))
 
