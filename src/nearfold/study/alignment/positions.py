@@ -73,7 +73,7 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
         limit: at most so many images, in an order drawn once.
 
     Raises:
-        ValueError: there are too few training images, positions or classes, too many positions, or all pixels are alike.
+        ValueError: too few training images, positions or classes, too many positions, or nothing but one value.
 
     >>> from nearfold.train import load_data
     >>> found = positions(load_data("made:texture"), limit=200)
