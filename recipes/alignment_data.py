@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nearfold.study.alignment import Profile
+from nearfold.study.alignment import Profile, points
 from nearfold.study.alignment.command import OPERATORS, pointed
 from nearfold.study.alignment.labels import ITSELF
 from nearfold.study.alignment.words import sentences
@@ -51,13 +51,13 @@ def table(profiles: dict[str, Profile]) -> str:
         base = profile.labels[ITSELF].value
         best = max((n for n in profile.labels if n != ITSELF), key=lambda n: profile.labels[n].value)
         order = list(pointed(profile).items())
-        first, second = order[0], order[1]
-        sure = 100 * float(first[1]["first"])
-        rows.append([Cell(text) for text in (
-            name, f"{base:.2f}", best, f"{profile.labels[best].value:.2f}", first[0], f"{sure:.0f} %", second[0],
-        )])  # fmt: skip
-    head = ("data", "by itself", "what tells most", "above chance", "first", "how often", "second")
-    return Table("data", head, rows, left=(0, 2, 4, 6)).markdown(head)
+        pointed_to = (
+            [f"{key}, {100 * float(one['first']):.0f} %" for key, one in order[:2]] if points(profile) else ["none", ""]
+        )
+        numbers = (f"{profile.images:,}", f"{base:.2f}", best, f"{profile.labels[best].value:.2f}")
+        rows.append([Cell(text) for text in (name, *numbers, *pointed_to)])
+    head = ("data", "images", "by itself", "what tells most", "above chance", "first, how often", "second")
+    return Table("data", head, rows, left=(0, 3, 5, 6)).markdown(head)
 
 
 def in_words(profiles: dict[str, Profile]) -> str:

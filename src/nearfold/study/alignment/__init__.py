@@ -7,6 +7,17 @@ from __future__ import annotations
 
 from nearfold.study.alignment.positions import Positions, positions
 from nearfold.study.alignment.profile import Measure, Profile, measure
-from nearfold.study.alignment.recommend import confidence, features, score, scores
+from nearfold.study.alignment.recommend import confidence, features, points, score, scores
 
-__all__ = ["Measure", "Positions", "Profile", "confidence", "features", "measure", "positions", "score", "scores"]
+__all__ = [
+    "Measure",
+    "Positions",
+    "Profile",
+    "confidence",
+    "features",
+    "measure",
+    "points",
+    "positions",
+    "score",
+    "scores",
+]

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 from nearfold.options import PIXELS, whole
-from nearfold.study.alignment.labels import ITSELF
 from nearfold.study.alignment.profile import Profile, measure
-from nearfold.study.alignment.recommend import DRAWS, confidence, scores
+from nearfold.study.alignment.recommend import DRAWS, confidence, points, scores
 from nearfold.study.alignment.words import sentences, tables
 from nearfold.study.document import Cell, Table
 from nearfold.train import load_data
@@ -97,12 +96,10 @@ def report(profile: Profile) -> list[str]:
         for n, (name, one) in enumerate(found.items(), 1)
     ]
     table = Table("operators", ("", "operator", "score", "comes first"), rows, left=(1,))
-    chance = max(one.value for one in profile.labels.values()) - profile.labels[ITSELF].value
-    weak = ["The labels gain little from any: the order is weak evidence."] if chance < 0.05 else []
+    none = "No probe tells the labels clearly better than positions by themselves: no operator is pointed to."
     return [
-        *lines, "", "Operators it points to:", table.text(table.head), "",
+        *lines, "", "Operators it points to:" if points(profile) else none, table.text(table.head), "",
         f"Comes first: in so many of {DRAWS} draws of the images anew. Whether the rule is right it does not say.",
-        *weak,
     ]  # fmt: skip
 
 

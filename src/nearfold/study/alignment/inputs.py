@@ -14,7 +14,7 @@ from nearfold.study.alignment.ridge import by_block, explained
 
 ROWS = 20_000
 """Positions drawn as targets, the same number from every image."""
-COMPARED = 400
+COMPARED = 200
 """Images in which positions are compared with all others of the image."""
 NEAREST = 9
 LEADING, TOGETHER = 8, 1600

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from nearfold.train import ImageData
 
 
+CLEAR, LEAST = 3.0, 0.02
+"""A difference is told that is so many standard errors large, and at least a fiftieth: of the variance, or of the way
+from chance to everything right."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A mean over blocks of images.
@@ -38,6 +43,12 @@ class Measure:
         """Its standard error, from how the blocks differ."""
         count, mean = len(self.blocks), self.value
         return math.sqrt(math.fsum((block - mean) ** 2 for block in self.blocks) / (count - 1) / count)
+
+    def above(self, other: Measure | None = None) -> bool:
+        """Whether it is clearly above another measure of the same images, by `CLEAR` and `LEAST`; None: above zero."""
+        than = (0.0,) * len(self.blocks) if other is None else other.blocks
+        gain = Measure(tuple(a - b for a, b in zip(self.blocks, than, strict=True)))
+        return gain.value > max(LEAST, CLEAR * gain.error)
 
     def of(self, drawn: Sequence[int] | None) -> float:
         """The mean over drawn blocks; None: over all."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nearfold.grammar import parse
@@ -18,7 +18,7 @@ from nearfold.grammar.complexity import c_d
 from nearfold.grammar.operation import Basic, Branch, Operation
 from nearfold.grammar.word import as_tuple
 from nearfold.study.alignment.labels import ITSELF, PROBES, RINGS
-from nearfold.study.alignment.profile import Profile
+from nearfold.study.alignment.profile import LEAST, Profile
 
 SHARED, READ, SIMPLE = 0.5, 0.1, 0.005
 """What counts beside the gain of the probe most like an operator: the mean gain of its three words, the share of a
@@ -111,7 +111,7 @@ def nearest_probe(op: Basic) -> str:
     >>> nearest_probe(parse("window(7) | box | depthwise"))
     'window(7) | box | kernel'
     >>> nearest_probe(parse("nearest(25, dot) | ranked | softmax(heads=4)"))
-    'nearest(9, euclidean) | ranked | kernel'
+    'nearest(9, euclidean) | ranked | softmax'
     """
     said = describe(op)
     return min(_probes(), key=lambda name: unlike(said, _probes()[name]))
@@ -128,9 +128,10 @@ def features(profile: Profile, notation: str | Operation, drawn: Sequence[int] |
     Returns:
         ``gain``: accuracy above chance of the probe most like it, less that of positions by themselves;
         ``path``, ``shape``, ``weight``: the mean of this over all probes with that word's idea; ``inputs``: the share
-        of a position's variance that its path explains; ``complexity``: of the operation, in GWO's points. Of a sum,
-        each is the largest of its operands; of a branch, halfway from there to their mean, weighed by their channels;
-        the gain is that of a probe that combines the same paths, where that is more.
+        of a position's variance that its path explains, and what content adds, for a weight that looks at it;
+        ``complexity``: of the operation, in GWO's points. Of a sum, each is the largest of its operands; of a branch,
+        halfway from there to their mean, weighed by their channels; the gain is that of a probe that combines the same
+        paths, where that is more.
 
     >>> from nearfold.study.alignment.profile import Measure
     >>> none = {name: Measure((0.0, 0.0)) for name in ("itself", *PROBES)}
@@ -139,10 +140,14 @@ def features(profile: Profile, notation: str | Operation, drawn: Sequence[int] |
     (0.0, 3.0, ['complexity', 'gain', 'inputs', 'path', 'shape', 'weight'])
     """
     op = parse(notation) if isinstance(notation, str) else notation
+    return _evidence(op, *_measured(profile, drawn)) | {"complexity": c_d(op)}
+
+
+def _measured(profile: Profile, drawn: Sequence[int] | None) -> tuple[dict[str, float], dict[str, float]]:
+    """The probes' gains over positions by themselves, and the measures of the images."""
     values = {name: measure.of(drawn) for name, measure in profile.labels.items()}
-    inputs = {name: measure.of(drawn) for name, measure in profile.inputs.items()}
-    gains = {name: value - values[ITSELF] for name, value in values.items()}
-    return _evidence(op, gains, inputs) | {"complexity": c_d(op)}
+    inputs = {name: max(0.0, measure.of(drawn)) for name, measure in profile.inputs.items()}
+    return {name: value - values[ITSELF] for name, value in values.items()}, inputs
 
 
 def _evidence(op: Operation, gains: Mapping[str, float], inputs: Mapping[str, float]) -> dict[str, float]:
@@ -157,18 +162,25 @@ def _evidence(op: Operation, gains: Mapping[str, float], inputs: Mapping[str, fl
         joint = (n for n, both in _joint().items() if {(said.path, said.searches) for said in both} <= paths)
         return found | {"gain": max(found["gain"], *(gains[name] for name in joint), -math.inf)}
     said, probes = describe(op), _probes()
+    by_content = inputs.get("content", 0.0) if said.weight - {"SHARED_KERNEL", "LARGEST"} else 0.0
     return {
         "gain": gains[nearest_probe(op)],
-        "path": _mean(gains[name] for name, other in probes.items() if other.path == said.path),
-        "shape": _mean(gains[name] for name, other in probes.items() if other.shape == said.shape),
-        "weight": _mean(gains[name] for name, other in probes.items() if other.weight == said.weight),
-        "inputs": sum(share * _read(idea, said, inputs) for idea, share in said.path),
+        "path": _mean(gains, {name: _shared(said, other) for name, other in probes.items()}),
+        "shape": _mean(gains, {name: float(other.shape == said.shape) for name, other in probes.items()}),
+        "weight": _mean(gains, {name: float(other.weight == said.weight) for name, other in probes.items()}),
+        "inputs": sum(share * _read(idea, said, inputs) for idea, share in said.path) + by_content,
     }
 
 
-def _mean(values: Iterable[float]) -> float:
-    there = list(values)
-    return math.fsum(there) / len(there) if there else 0.0
+def _shared(a: Description, b: Description) -> float:
+    """The share of ideas that two paths have in common; none where one searches and the other does not."""
+    other = dict(b.path)
+    return sum(min(share, other.get(idea, 0.0)) for idea, share in a.path) if a.searches == b.searches else 0.0
+
+
+def _mean(gains: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    total = math.fsum(weights.values())
+    return math.fsum(weight * gains[name] for name, weight in weights.items()) / total if total else 0.0
 
 
 def _read(idea: str, said: Description, inputs: Mapping[str, float]) -> float:
@@ -204,18 +216,31 @@ def scores(profile: Profile, notations: Sequence[str], drawn: Sequence[int] | No
         notations: the operators.
         drawn: blocks of images to take the measures from; None: all.
     """
-    return {notation: score(features(profile, notation, drawn)) for notation in notations}
+    measured, found = _measured(profile, drawn), {}
+    for notation in notations:
+        op = parse(notation)
+        found[notation] = score(_evidence(op, *measured) | {"complexity": c_d(op)})
+    return found
+
+
+def points(profile: Profile) -> bool:
+    """Whether the data point to any operator: some probe tells the labels clearly better than `ITSELF`."""
+    base = profile.labels[ITSELF]
+    return any(measure.above(base) for measure in profile.labels.values())
 
 
 def confidence(profile: Profile, notations: Sequence[str]) -> dict[str, float]:
     """How often each operator comes first when the blocks of images are drawn again, with replacement, `DRAWS` times.
 
-    It says how much the order owes to which images were seen; whether the rule is right it cannot say.
+    Draws in which the first one's gain is not above `LEAST` count for none. The number says how much the order owes to
+    which images were seen; whether the rule is right it cannot say.
     """
     draws = random.Random(0)
     blocks = len(profile.labels[ITSELF].blocks)
     firsts = dict.fromkeys(notations, 0)
     for _ in range(DRAWS):
-        found = scores(profile, notations, draws.choices(range(blocks), k=blocks))
-        firsts[max(found, key=lambda notation: found[notation])] += 1
+        drawn = draws.choices(range(blocks), k=blocks)
+        found = scores(profile, notations, drawn)
+        first = max(found, key=lambda notation: found[notation])
+        firsts[first] += features(profile, first, drawn)["gain"] > LEAST
     return {notation: count / DRAWS for notation, count in firsts.items()}

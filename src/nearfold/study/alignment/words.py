@@ -8,10 +8,6 @@ from nearfold.study.alignment.labels import BOTH, ITSELF, PROBES, RINGS
 from nearfold.study.alignment.profile import Measure, Profile
 from nearfold.study.document import Cell, Table
 
-CLEAR = 3.0
-"""Standard errors from which a difference is told."""
-LEAST = 0.02
-"""And at least so large: a fiftieth of the variance, or of the way from chance to everything right."""
 INPUTS: dict[str, tuple[str, str]] = {
     "window(3)": ("path", "a position from the other eight of its window of 3"),
     "window(5)": ("path", "from its window of 5"),
@@ -80,53 +76,43 @@ def tables(profile: Profile) -> list[Table]:
     ]
 
 
-def _beyond(a: Measure, b: Measure) -> bool:
-    """Whether one measure is clearly above another of the same images."""
-    gain = Measure(tuple(x - y for x, y in zip(a.blocks, b.blocks, strict=True)))
-    return gain.value > max(LEAST, CLEAR * gain.error)
-
-
-def _above(a: Measure) -> bool:
-    return _beyond(a, Measure((0.0,) * len(a.blocks)))
-
-
 def sentences(profile: Profile) -> list[str]:
-    """What the profile says, a sentence each; only differences beyond `CLEAR` standard errors and `LEAST`."""
+    """What the profile says, a sentence each; only differences that are clear (`Measure.above`)."""
     return [*_of_inputs(profile.inputs), *_of_labels(profile.labels)]
 
 
 def _of_inputs(found: Mapping[str, Measure]) -> Iterator[str]:
     near = found.get("window(3)")
-    if near is not None and _above(near):
-        wide = "; a window of 7 tells more" if _beyond(found["window(7)"], near) else "; a larger window adds little"
+    if near is not None and near.above():
+        wide = "; a window of 7 tells more" if found["window(7)"].above(near) else "; a larger window adds little"
         yield f"path: neighbours explain {100 * near.value:.0f} % of a position{wide}."
     elif near is not None:
         yield "path: neighbours explain nothing of a position by fixed weights."
-    if _above(found["everywhere"]) and near is not None:
+    if found["everywhere"].above() and near is not None:
         yield f"path: the mean of everywhere explains {100 * found['everywhere'].value:.0f} %."
-    if "similar" in found and _above(found["similar"]):
+    if "similar" in found and found["similar"].above():
         share = 100 * found["similar"].value
         yield f"path: positions alike in some features are alike in the others: {share:.0f} % of the variance."
     if "column(7)" in found:
         for one, other in (("row(7)", "column(7)"), ("column(7)", "row(7)")):
-            if _beyond(found[one], found[other]):
+            if found[one].above(found[other]):
                 a, b = (100 * found[name].value for name in (one, other))
                 names = (name.removesuffix("(7)") for name in (one, other))
                 yield "shape: {}s tell more of a position than {}s, {:.0f} % against {:.0f} %.".format(*names, a, b)
-    if _above(found["place"]):
+    if found["place"].above():
         yield f"shape: the place alone explains {100 * found['place'].value:.0f} % of a position."
-    if _above(found["own"]):
+    if found["own"].above():
         yield f"shape: the best weights differ from place to place: {100 * found['own'].value:.1f} % more."
-    if _above(found["content"]):
+    if found["content"].above():
         yield f"weight: weights by content explain {100 * found['content'].value:.0f} % more than fixed ones."
 
 
 def _of_labels(found: Mapping[str, Measure]) -> Iterator[str]:
     base = found[ITSELF]
     best = max((name for name in found if name != ITSELF), key=lambda name: found[name].value)
-    if not _beyond(found[best], base):
+    if not found[best].above(base):
         told = (
-            "they are told from positions by themselves" if _above(base) else "no frozen features tell them from chance"
+            "they are told from positions by themselves" if base.above() else "no frozen features tell them from chance"
         )
         yield f"labels: nothing that is read from other positions helps; {told}."
         return
@@ -136,7 +122,7 @@ def _of_labels(found: Mapping[str, Measure]) -> Iterator[str]:
     )
     for word, pairs in COMPARED.items():
         for one, other, said in pairs:
-            if _beyond(found[one], found[other]) and _beyond(found[one], base):
+            if found[one].above(found[other]) and found[one].above(base):
                 yield f"{word}: {said} ({100 * found[one].value:.0f} % against {100 * found[other].value:.0f} %)."
 
 
