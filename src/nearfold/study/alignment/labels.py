@@ -80,13 +80,6 @@ def of_labels(at: Positions, progress: Progress = silent) -> dict[str, Tensor]:
     Args:
         at: the images.
         progress: is told how many probes are done, of how many, and which one comes next.
-
-    >>> import nearfold.study.alignment.positions as made
-    >>> x = torch.randn(200, 16, 1, generator=torch.Generator().manual_seed(0))
-    >>> at = made.Positions(x, torch.ones(1), (4, 4), (x[:, 5, 0] > 0).long(), 2)
-    >>> found = of_labels(at)
-    >>> list(found)[:2], found["itself"].shape
-    (['itself', 'window(3) | box | kernel'], torch.Size([20]))
     """
     room = frozen.room_of(at)
     task = Task(at.labels, at.classes, at.folds)
