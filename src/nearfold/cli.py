@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, Fill]] = {
         "write a network as ONNX, as a program for torch alone, or compiled ahead of time; and compare",
         "nearfold.export.command",
     ),
+    "align": (
+        "measure what a data set asks of an operator: where to look, in which form, what to value",
+        "nearfold.study.alignment.command",
+    ),
     "study": ("many runs, one table, one report", "nearfold.study.commands"),
     "search": (
         "propose operators from the language, halve them by training, and compare the best with the known ones",
