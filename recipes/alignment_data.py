@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nearfold.study.alignment import Profile, points
-from nearfold.study.alignment.command import OPERATORS, pointed
+from nearfold.study.alignment.command import pointed
 from nearfold.study.alignment.labels import ITSELF
 from nearfold.study.alignment.words import sentences
 from nearfold.study.document import Cell, Table
+from nearfold.study.fourteen import FOURTEEN
 
 ROOT = Path(__file__).parents[1]
 PAGE, KEPT = ROOT / "docs" / "alignment.md", ROOT / "benchmarks" / "results" / "alignment.json"
@@ -92,7 +93,7 @@ def main() -> None:
     content = {name: rounded(profiles[name].to_dict()) for name in sorted(profiles)}
     KEPT.write_text(json.dumps(content, separators=(",", ":")).replace("},", "},\n") + "\n", encoding="utf-8")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), kept()), encoding="utf-8")
-    print(f"{len(profiles)} data sets, {len(OPERATORS)} operators: {PAGE}")
+    print(f"{len(profiles)} data sets, {len(FOURTEEN)} operators: {PAGE}")
 
 
 if __name__ == "__main__":

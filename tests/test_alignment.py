@@ -25,13 +25,13 @@ from nearfold.study.alignment import (
     positions,
     scores,
 )
-from nearfold.study.alignment.command import OPERATORS
 from nearfold.study.alignment.inputs import of_inputs
 from nearfold.study.alignment.labels import ITSELF, PROBES, of_labels
 from nearfold.study.alignment.positions import BLOCKS, FOLDS, slots, window
 from nearfold.study.alignment.recommend import nearest_probe
 from nearfold.study.alignment.ridge import PENALTIES, Task, _fitted, beside, explained, right, screened
 from nearfold.study.alignment.words import sentences
+from nearfold.study.fourteen import FOURTEEN
 from nearfold.train import ImageData, load_data
 from nearfold.train.data import Split
 
@@ -272,8 +272,8 @@ def test_the_operator_with_the_words_that_tell_comes_first():
         ("nearest(9, blend(0.5)) | ranked | kernel", "blend"), ("window(7) | box | kernel", "depthwise"),
         ("window(5) | box | softmax", "neighbourhood attention"),
     ):  # fmt: skip
-        found = scores(profile(**{probe: 0.9}), list(OPERATORS.values()))
-        assert max(found, key=lambda one: found[one]) == OPERATORS[name], probe
+        found = scores(profile(**{probe: 0.9}), list(FOURTEEN.values()))
+        assert max(found, key=lambda one: found[one]) == FOURTEEN[name], probe
 
 
 def test_any_operation_has_its_evidence_and_names_do_not_matter():

@@ -9,12 +9,13 @@ import pytest
 
 from nearfold.study.catalogue import find
 from nearfold.study.catalogue.aligned import level, on_average
-from nearfold.study.catalogue.alignment import ALIGNED, DATA, OPERATORS
+from nearfold.study.catalogue.alignment import ALIGNED, DATA
+from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.predicted import accuracies, baselines, judge, leave_one_out
 from nearfold.study.results import Results, Row, together
 
 STUDY = find("alignment", "cpu")
-TITLES = [str(title) for title in OPERATORS]
+TITLES = [str(title) for title in FOURTEEN]
 
 
 def made(best: dict[str, str], tasks: int = 6) -> Results:

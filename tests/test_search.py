@@ -17,9 +17,10 @@ from nearfold.cli import main
 from nearfold.grammar import parse
 from nearfold.models import SpectrumNet
 from nearfold.study import tasks
+from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.local import Local
 from nearfold.study.measure import count_flops, count_parameters
-from nearfold.study.search import START, Budget, Settings, open_search
+from nearfold.study.search import Budget, Settings, open_search
 from nearfold.study.search import propose as propose_module
 from nearfold.study.search.budget import Networks, OverBudget
 from nearfold.study.search.halving import rungs
@@ -32,7 +33,7 @@ from nearfold.train import load_data
 
 pytest.importorskip("optuna")
 SPACE = Space(16, (8, 8))
-FEW = {name: START[name] for name in ("convolution 3x3", "self-attention", "ConvNN")}
+FEW = {name: FOURTEEN[name] for name in ("convolution 3x3", "self-attention", "ConvNN")}
 
 
 def drawn(count, seed=0, space=SPACE):
@@ -75,8 +76,8 @@ def test_sizes_fit_the_grid_and_heads_the_channels():
 
 
 def test_what_it_starts_from_lies_in_the_space_but_for_acmix():
-    sized = {title: str(parse(n).map(lambda part: part.sized(64))) for title, n in START.items()}
-    assert len(START) == 14
+    sized = {title: str(parse(n).map(lambda part: part.sized(64))) for title, n in FOURTEEN.items()}
+    assert len(FOURTEEN) == 14
     assert [title for title, n in sized.items() if SPACE.parameters(n) is None] == ["ACmix"]
     assert SPACE.parameters("all | row | table(65)") is None
 
@@ -87,7 +88,7 @@ def test_what_it_starts_from_lies_in_the_space_but_for_acmix():
 @pytest.mark.parametrize(("kind", "most"), [("params", 30_000), ("flops", 2_500_000)])
 def test_networks_have_the_budget_by_a_count_of_their_own(digits, kind, most):
     networks = Networks(digits, Budget(kind, most), width=16)
-    notations = [*START.values(), *(n for n in drawn(6) if n)]
+    notations = [*FOURTEEN.values(), *(n for n in drawn(6) if n)]
     seen = 0
     for notation in notations:
         sized = str(parse(notation).map(lambda part: part.sized(64)))
@@ -160,7 +161,7 @@ def test_it_learns_and_what_it_was_told_beforehand_counts():
     seen = answers(Proposer(SPACE), 60, alone)
     assert rate(seen[:10]) < 0.6 < rate(seen[30:])
     told = Proposer(SPACE, first=4)
-    assert told.know(START["selective scan"], {9: 0.9}) and not told.know(START["ACmix"], {9: 0.9})
+    assert told.know(FOURTEEN["selective scan"], {9: 0.9}) and not told.know(FOURTEEN["ACmix"], {9: 0.9})
     assert told.know("branch(0.5, all | row | mean, window(3) | box | kernel, mix)", {9: 0.1})
     assert told.know("a*(all | row | mean) + b*(window(3) | box | kernel)", {9: 0.2})
     assert told.know("branch(0.25, all | row | mean, window(3) | box | kernel, mix)", {9: 0.2})
@@ -324,7 +325,7 @@ def test_settings_say_what_is_wrong():
 
 def test_a_small_search_from_the_first_run_to_the_files(tmp_path, capsys):
     torch.set_num_threads(1)
-    few = {"convolution 3x3": START["convolution 3x3"]}
+    few = {"convolution 3x3": FOURTEEN["convolution 3x3"]}
     asked = settings(tmp_path, trials=3, generation=3, epochs=2, finalists=1, seeds=2, start=few)
     found = open_search(asked).run(Local(1), lambda line: None)
     text, paths = leave(found, "nearfold search", tmp_path)

@@ -13,6 +13,7 @@ from nearfold.study.alignment.profile import Profile, measure
 from nearfold.study.alignment.recommend import DRAWS, confidence, points, scores
 from nearfold.study.alignment.words import sentences, tables
 from nearfold.study.document import Cell, Table
+from nearfold.study.fourteen import FOURTEEN
 from nearfold.train import load_data
 
 EXAMPLES = """\
@@ -24,24 +25,6 @@ examples:
 Nothing is trained: every number is a ridge regression in closed form, on images that it was not fitted to, all of
 them training images. What the measures are: docs/alignment.md."""
 LIMIT, FEWEST = 2000, 200
-OPERATORS: dict[str, str] = {
-    "conv": "window(3) | box | kernel",
-    "dilated": "window(3, dilation=2) | box | kernel",
-    "depthwise": "window(7) | box | depthwise",
-    "deformable": "deformable(3) | box | kernel",
-    "involution": "window(7) | box | generated(groups=4)",
-    "neighbourhood attention": "window(5) | box | softmax(heads=4)",
-    "self-attention": "all | row | softmax(heads=4)",
-    "KVT": "nearest(9, scaled) | ranked | softmax(heads=4)",
-    "ConvNN": "nearest(9, cosine, self) | ranked | kernel",
-    "blend": "nearest(9, blend(0.5), self) | ranked | kernel",
-    "hybrid": "branch(0.5, nearest(9, cosine, self) | ranked | kernel, window(3) | box | kernel, mix)",
-    "ACmix": "a*(window(5, scaled(relative), mode=reflect) | box | softmax(heads=4, project=qkv))"
-    " + b*(window(3) | box | shift(4))",
-    "selective scan": "scan(state=16) | causal | selective",
-    "token mixing": "all | row | table(64)",
-}
-"""The operators that are put in order, by name; of a table, its size does not matter here."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
 def pointed(profile: Profile) -> dict[str, dict[str, float | str]]:
     """The operators, the one that the data point to most first: notation, score, and how often it comes first."""
-    notations = list(OPERATORS.values())
+    notations = list(FOURTEEN.values())
     found, sure = scores(profile, notations), confidence(profile, notations)
-    order = sorted(OPERATORS.items(), key=lambda item: -found[item[1]])
+    order = sorted(FOURTEEN.items(), key=lambda item: -found[item[1]])
     return {name: {"notation": n, "score": found[n], "first": sure[n]} for name, n in order}
 
 

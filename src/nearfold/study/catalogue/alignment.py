@@ -8,36 +8,14 @@ from dataclasses import replace
 from nearfold.structures import PREFIX, STRUCTURES, structure
 from nearfold.study.catalogue.aligned import readers
 from nearfold.study.catalogue.matched import SHAPES, mlps, parameters
-from nearfold.study.catalogue.presets import CONV, NEAREST, Preset, hybrid
+from nearfold.study.catalogue.presets import Preset
+from nearfold.study.fourteen import FAMILIES, FOURTEEN, sized
 from nearfold.study.grid import Data, Label, Study, Trial
 from nearfold.train import Recipe
 
 SIDE, WIDTH, DEPTH = 8, 32, 2
 """Positions a side at most, channels and blocks of the network."""
 
-OPERATORS: Mapping[Label, str] = {
-    "convolution 3x3": CONV,
-    "dilated convolution": "window(3, dilation=2) | box | kernel",
-    "depthwise 5x5": "window(5) | box | depthwise",
-    "deformable convolution": "deformable(3) | box | kernel",
-    "involution": "window(5) | box | generated(groups=4)",
-    "neighbourhood attention": "window(5) | box | softmax(heads=4)",
-    "self-attention": "all | row | softmax(heads=4)",
-    "KVT": "nearest(9, scaled) | ranked | softmax(heads=4)",
-    "ConvNN": NEAREST,
-    "blend 0.5": "nearest(9, blend(0.5), self) | ranked | kernel",
-    "hybrid": hybrid(),
-    "ACmix": "a*(window(5, scaled(relative), mode=reflect) | box | softmax(heads=4, project=qkv))"
-    " + b*(window(3) | box | shift(4))",
-    "selective scan": "scan(state=16) | causal | selective",
-    "token mixing": "all | row | table",
-}
-FAMILIES: Mapping[Label, str] = {
-    **dict.fromkeys(list(OPERATORS)[:6], "space"),
-    **dict.fromkeys(("self-attention", "KVT", "ConvNN"), "features"),
-    **dict.fromkeys(("blend 0.5", "selective scan", "token mixing"), "between"),
-    **dict.fromkeys(("hybrid", "ACmix"), "both"),
-}
 ALIGNED: Mapping[str, str] = {
     "texture": "convolution 3x3",
     "stripes": "depthwise 5x5",
@@ -105,7 +83,7 @@ def alignment(p: Preset) -> Study:
         answer=ANSWER,
         verdict=VERDICT,
         figure="matrix",
-        families=FAMILIES,
+        families={**FAMILIES},
     )
 
 
@@ -113,7 +91,7 @@ def _trials(data: Data, recipe: Recipe) -> list[Trial]:
     height, width = _size(data)
     stride = max(1, height // SIDE)
     positions = (height // stride) * (width // stride)
-    layers = {title: notation.replace("table", f"table({positions})") for title, notation in OPERATORS.items()}
+    layers: dict[Label, str] = {title: sized(notation, positions) for title, notation in FOURTEEN.items()}
     hidden = mlps(layers, WIDTH, DEPTH, "digits", 1, parameters, plain=WIDTH)
     network = {"name": "spectrum", "width": WIDTH, "depth": DEPTH, "stride": stride, "kernel": stride}
     return [

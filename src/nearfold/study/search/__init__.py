@@ -4,6 +4,6 @@ docs/search.md says how, and what to read from it.
 """
 
 from nearfold.study.search.budget import Budget
-from nearfold.study.search.search import START, Settings, open_search
+from nearfold.study.search.search import Settings, open_search
 
-__all__ = ["START", "Budget", "Settings", "open_search"]
+__all__ = ["Budget", "Settings", "open_search"]

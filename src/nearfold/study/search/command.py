@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from nearfold.options import PIXELS, above, folder, whole
+from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.search.budget import UNITS, Budget
-from nearfold.study.search.search import START, Settings, open_search
+from nearfold.study.search.search import Settings, open_search
 
 EXAMPLES = """\
 examples:
@@ -20,7 +21,7 @@ examples:
 
 A finished run is never run again: interrupt it when you like, the same command goes on where it was. The known
 operators it starts from, and has to beat:
-""" + "\n".join(f"  {title:<28} {notation}" for title, notation in START.items())
+""" + "\n".join(f"  {title:<28} {notation}" for title, notation in FOURTEEN.items())
 
 NUMBERS: dict[str, tuple[str, int, int]] = {
     "trials": ("operations to propose and train", 1, 100_000),

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nearfold.grammar import CATALOGUE, parse
 from nearfold.study.catalogue.spectrum import RECIPE
 from nearfold.study.engine import Engine
+from nearfold.study.fourteen import FOURTEEN, sized
 from nearfold.study.grid import Data
 from nearfold.study.search.budget import Budget, Networks, OverBudget
 from nearfold.study.search.halving import Halving, Tried, rungs
@@ -22,24 +22,6 @@ from nearfold.study.statistics import Estimate, paired
 from nearfold.study.tasks import Place, load
 from nearfold.train import ImageData, Recipe
 from nearfold.train.checkpoint import fingerprint
-
-START: Mapping[str, str] = {
-    "convolution 3x3": CATALOGUE["conv"].notation,
-    "dilated convolution": CATALOGUE["conv_dilated"].notation,
-    "depthwise 7x7": CATALOGUE["convnext"].notation,
-    "deformable convolution": CATALOGUE["deformable"].notation,
-    "involution": CATALOGUE["involution"].notation,
-    "neighbourhood attention 5x5": "window(5, mode=inside) | box | softmax(heads=4)",
-    "self-attention": CATALOGUE["attention"].notation,
-    "KVT": CATALOGUE["kvt"].notation,
-    "ConvNN": CATALOGUE["convnn"].notation,
-    "blend 0.5": CATALOGUE["blend"].notation,
-    "hybrid branch": CATALOGUE["branch"].notation,
-    "ACmix": CATALOGUE["acmix"].notation,
-    "selective scan": CATALOGUE["mamba"].notation,
-    "token table": CATALOGUE["mixer"].notation,
-}
-"""What a search starts from and has to beat, where nothing else is said: notation by title."""
 
 VALIDATION = 1 / 3
 """Share of the training images held out: a search chooses by them again and again."""
@@ -82,7 +64,7 @@ class Settings:
     finalists: int = 3
     seeds: int = 5
     minutes: float | None = None
-    start: Mapping[str, str] = field(default_factory=lambda: START)
+    start: Mapping[str, str] = field(default_factory=lambda: FOURTEEN)
     out: Path = Path("runs/search")
     device: str = "cpu"
 
@@ -230,9 +212,8 @@ class Search:
         positions = self.networks.grid[0] * self.networks.grid[1]
         networks, left_out = {}, {}
         for title, notation in s.start.items():
-            sized = str(parse(notation).map(lambda part: part.sized(positions)))
             try:
-                networks[title] = self.networks.around(sized)
+                networks[title] = self.networks.around(sized(notation, positions))
             except (OverBudget, ValueError) as error:
                 left_out[title] = str(error)
         if s.budget.measured:
