@@ -228,7 +228,7 @@ def test_no_image_but_those_of_training_is_read(monkeypatch):
 
 
 def test_of_a_row_of_positions_each_is_one_pixel():
-    assert positions(load_data("made:points"), 160).grid == (1, 64)
+    assert positions(load_data("made:points"), 160).grid == (1, 48)
     at = positions(load_data("digits", limit=200, image_size=20), 160)
     assert at.grid == (10, 10) and at.x_NPD.shape[2] == 4
     gram = torch.corrcoef(at.x_NPD.flatten(0, 1).T)
@@ -265,11 +265,13 @@ def profile(inputs=(), **gains: float) -> Profile:
 
 def test_the_operator_with_the_words_that_tell_comes_first():
     for probe, name in (
-        (CONV, "conv"), ("all | row | table(1)", "token mixing"), ("all | row | softmax", "self-attention"),
-        ("scan(state=4) | causal | selective", "selective scan"), ("deformable(3) | box | kernel", "deformable"),
-        ("window(7) | box | generated(groups=1)", "involution"), ("window(3, dilation=2) | box | kernel", "dilated"),
+        (CONV, "convolution 3x3"), ("all | row | table(1)", "token mixing"), ("all | row | softmax", "self-attention"),
+        ("scan(state=4) | causal | selective", "selective scan"),
+        ("deformable(3) | box | kernel", "deformable convolution"),
+        ("window(7) | box | generated(groups=1)", "involution"),
+        ("window(3, dilation=2) | box | kernel", "dilated convolution"),
         ("nearest(9, euclidean) | ranked | softmax", "KVT"), ("nearest(9, euclidean) | ranked | kernel", "ConvNN"),
-        ("nearest(9, blend(0.5)) | ranked | kernel", "blend"), ("window(7) | box | kernel", "depthwise"),
+        ("nearest(9, blend(0.5)) | ranked | kernel", "blend 0.5"), ("window(5) | box | kernel", "depthwise 5x5"),
         ("window(5) | box | softmax", "neighbourhood attention"),
     ):  # fmt: skip
         found = scores(profile(**{probe: 0.9}), list(FOURTEEN.values()))
@@ -322,7 +324,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     kept = json.loads((tmp_path / "found.json").read_text())
     assert measured == [184] and " 1  conv" in text and "100 %" in text
-    assert next(iter(kept["operators"])) == "conv" and kept["operators"]["conv"]["first"] == 1
+    assert next(iter(kept["operators"])) == "convolution 3x3" and kept["operators"]["convolution 3x3"]["first"] == 1
     assert Profile.from_dict(kept) == profile(INPUTS, **{CONV: 0.9})
     assert cli.main(["align", "made:textur"]) == 2
     assert "did you mean texture?" in capsys.readouterr().err

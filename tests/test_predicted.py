@@ -11,7 +11,7 @@ from nearfold.study.catalogue import find
 from nearfold.study.catalogue.aligned import level, on_average
 from nearfold.study.catalogue.alignment import ALIGNED, DATA
 from nearfold.study.fourteen import FOURTEEN
-from nearfold.study.predicted import accuracies, baselines, judge, leave_one_out
+from nearfold.study.predicted import accuracies, another_seed, apart, baselines, judge, leave_one_out
 from nearfold.study.results import Results, Row, together
 
 STUDY = find("alignment", "cpu")
@@ -59,6 +59,26 @@ def test_only_what_is_not_found_worse_is_level() -> None:
     assert level(rows) == ["convolution 3x3"]
     equal = [replace(row, results={s: {"test_accuracy": 0.9 + 0.001 * s} for s in range(3)}, beside=()) for row in rows]
     assert len(level(together(equal))) == len(rows)
+
+
+def test_tasks_that_tell_nothing_apart_are_known() -> None:
+    results = made(BEST)
+    equal = [
+        replace(row, results={s: {"test_accuracy": 0.9 + 0.001 * s} for s in range(3)}, beside=())
+        if row.trial.panel == "texture" else row
+        for row in results.rows
+    ]  # fmt: skip
+    told = apart(replace(results, rows=together(equal)))
+    assert set(told) == set(BEST) - {"texture"}
+
+
+def test_another_seed_is_judged_by_those_that_it_is_not_one_of() -> None:
+    results = made(BEST)
+    rest, said = another_seed(results)
+    assert all(sorted(row.results) == [1, 2] for row in rest.rows)
+    row = results.panels["stripes"][3]
+    assert said["stripes"][row.title] == row.results[0]["test_accuracy"]
+    assert judge("again", rest, said).correlation > 0.9
 
 
 def test_evidence_that_tells_is_learnt_from_other_tasks_and_the_left_out_one_is_not_looked_at() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nearfold.grammar import CATALOGUE, parse
+from nearfold.study.grid import Label
 
 FOURTEEN: Mapping[str, str] = {
     "convolution 3x3": CATALOGUE["conv"].notation,
@@ -25,7 +26,7 @@ FOURTEEN: Mapping[str, str] = {
 }
 """Notation by title. Windows of 5, so that a map of 8 x 8 is more than one of them."""
 
-FAMILIES: Mapping[str, str] = {
+FAMILIES: Mapping[Label, str] = {
     **dict.fromkeys(list(FOURTEEN)[:6], "space"),
     **dict.fromkeys(("self-attention", "KVT", "ConvNN"), "features"),
     **dict.fromkeys(("blend 0.5", "selective scan", "token mixing"), "between"),

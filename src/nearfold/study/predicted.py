@@ -5,16 +5,17 @@ Legend: T tasks, K operators, E numbers of evidence.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfold.study.catalogue.aligned import CONVOLUTION, level
 from nearfold.study.catalogue.readings import complexity
-from nearfold.study.results import Results, Row
+from nearfold.study.results import Results, Row, together
 
 Table = Mapping[str, Mapping[str, float]]
 """A number for every operator, by task and title of the operator."""
@@ -43,6 +44,10 @@ class Judgement:
         """The mean over the tasks."""
         return statistics.fmean(self.correlations.values())
 
+    def correlation_on(self, tasks: Sequence[str]) -> float:
+        """The mean over some of the tasks; NaN over none."""
+        return statistics.fmean(self.correlations[task] for task in tasks) if tasks else math.nan
+
     @property
     def share(self) -> float:
         """Tasks where the recommendation is within the noise of the best, as a share."""
@@ -59,6 +64,23 @@ def accuracies(results: Results) -> dict[str, dict[str, float]]:
     return {
         name: {row.title: row.estimate("test_accuracy").mean for row in rows} for name, rows in results.panels.items()
     }
+
+
+def apart(results: Results) -> list[str]:
+    """The tasks that tell operators apart: some are found worse than the best. Of the others the order is chance."""
+    return [name for name, rows in results.panels.items() if len(level(rows)) < len(rows)]
+
+
+def another_seed(results: Results) -> tuple[Results, Table]:
+    """The results without their first seed, and that seed's accuracies: what one whole run of each operator predicts."""
+    rest: list[Row] = []
+    said: dict[str, dict[str, float]] = {}
+    for row in results.rows:
+        (_, found), *others = sorted(row.results.items())
+        if others:
+            rest.append(replace(row, results=dict(others), beside=()))
+            said.setdefault(row.trial.panel, {})[row.title] = float(found["test_accuracy"])
+    return replace(results, rows=together(rest)), said
 
 
 def judge(name: str, results: Results, predicted: Table) -> Judgement:

@@ -245,7 +245,7 @@ def deformed(x_NPD: Tensor, room: Room) -> Tensor:
     return F.grid_sample(maps, unit, align_corners=True).permute(0, 2, 3, 1).flatten(2)
 
 
-def fading(x_NPD: Tensor, room: Room) -> Tensor:
+def decaying(x_NPD: Tensor, room: Room) -> Tensor:
     """Sums over all earlier positions that fade with the distance along the raster, one for every decay."""
     back = torch.arange(room.places)[:, None] - torch.arange(room.places) - 1
     return torch.cat([(decay ** back.clamp_min(0).float() * (back >= 0)) @ x_NPD for decay in DECAYS], 2)

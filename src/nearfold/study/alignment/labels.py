@@ -42,7 +42,7 @@ READS: dict[str, Reads] = {
     "nearest(9, euclidean) | ranked | mean": frozen.nearest(ranked=False),
     BOTH: frozen.nearest(around=True),
     "nearest(9, blend(0.5)) | ranked | kernel": frozen.nearest(0.5),
-    "all | causal | s4d(4)": frozen.fading,
+    "all | causal | s4d(4)": frozen.decaying,
 }
 """What is read, by the operator that reads so."""
 

@@ -198,7 +198,7 @@ def _read(idea: str, said: Description, inputs: Mapping[str, float]) -> float:
 
 
 def score(evidence: Mapping[str, float]) -> float:
-    """The rule, fixed before any network was trained: the gain of its probe, and a little of all else.
+    """The rule, which has seen no accuracy of a network: the gain of its probe, and a little of all else.
 
     >>> score({"gain": 0.5, "path": 0.3, "shape": 0.3, "weight": 0.3, "inputs": 0.0, "complexity": 4.0})
     0.63

@@ -90,9 +90,9 @@ def readers(aligned: Mapping[str, str]) -> tuple[Callable[[Results], str], Calla
     def verdict(results: Results) -> str:
         told = []
         for title, choose in choices(results, aligned).items():
-            good, lost, tasks = judged(results, choose)
+            good, lost, _ = judged(results, choose)
             told.append(f"{title} {good} ({lost:.1f} points behind it)")
-        return f"Of {tasks} tasks, so many where an operator is level with the best: {names(told)}."
+        return f"Of {len(results.panels)} tasks, so many where an operator is level with the best: {names(told)}."
 
     def answer(results: Results) -> list[str]:
         tops = {name: (best(rows), level(rows)) for name, rows in results.panels.items()}

@@ -83,7 +83,7 @@ def alignment(p: Preset) -> Study:
         answer=ANSWER,
         verdict=VERDICT,
         figure="matrix",
-        families={**FAMILIES},
+        families=FAMILIES,
     )
 
 
