@@ -72,7 +72,7 @@ def apart(results: Results) -> list[str]:
 
 
 def another_seed(results: Results) -> tuple[Results, Table]:
-    """The results without their first seed, and that seed's accuracies: what one whole run of each operator predicts."""
+    """The results without their first seed, and that seed's accuracies: what one whole run of each predicts."""
     rest: list[Row] = []
     said: dict[str, dict[str, float]] = {}
     for row in results.rows:
