@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.cells import slow_but
 
+from nearfold.structures import PREFIX, structure
 from nearfold.study import catalogue
 from nearfold.study.catalogue import PRESETS, STUDIES, find, gwo, matched, readings
 from nearfold.study.grid import Study
@@ -25,10 +26,12 @@ ALL = slow_but(
 
 def data_like(data):
     """A data set of the right shape and classes, with one image."""
-    channels, *size = SHAPES[data.name]
+    made = data.name.startswith(PREFIX)
+    channels, *size = structure(data.name).size if made else SHAPES[data.name]
     size = size if data.image_size is None else (data.image_size, data.image_size)
     split = Split(torch.zeros(1, channels, *size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    return ImageData(data.name, tuple(map(str, range(CLASSES.get(data.name, 10)))), split, split, split)
+    classes = len(structure(data.name).classes) if made else CLASSES.get(data.name, 10)
+    return ImageData(data.name, tuple(map(str, range(classes))), split, split, split)
 
 
 @functools.cache  # trials often differ in their recipes alone
@@ -53,7 +56,7 @@ def test_every_network_of_every_study_runs_on_its_images(study):
 
 def test_every_claim_of_the_seeds_has_a_study():
     wanted = """spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared
-    budget operators surgery"""
+    budget operators surgery alignment"""
     assert set(STUDIES) == set(wanted.split())
 
 

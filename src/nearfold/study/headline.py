@@ -145,16 +145,28 @@ def limits(results: Results, facts: Sequence[str]) -> list[str]:
             "cannot be seen. The intervals are over seeds; that other test images would give other numbers is not in "
             "them."
         )
-    for name, rows in results.panels.items():
-        if n := results.tested.get(name):
-            p = max(row.estimate(MEASURE).mean for row in rows)
-            texts.append(
-                f"One of the {n:,} test images of {name} is {100 / n:.2f} points, and another test set of that size "
-                f"would move an accuracy of {100 * p:.1f} % by about {100 * sampling(p, n):.1f} points."
-            )
+    texts += _tested(results)
     if study.preset == "cpu":
         texts.append(
             "The preset is cpu: a small network, few images, minutes of training. A result that was published at "
             "another size is neither confirmed nor refuted by it."
+        )
+    return texts
+
+
+def _tested(results: Results) -> list[str]:
+    """What one test image, and the choice of them, are worth: data sets with as many test images share a sentence."""
+    by_number: dict[int, list[tuple[str, float]]] = {}
+    for name, rows in results.panels.items():
+        if n := results.tested.get(name):
+            by_number.setdefault(n, []).append((name, max(row.estimate(MEASURE).mean for row in rows)))
+    texts = []
+    for n, found in by_number.items():
+        name, p = max(found, key=lambda one: sampling(one[1], n))  # where it matters most
+        where = names([name for name, _ in found]) if len(found) <= 3 else f"each of {len(found)} data sets"
+        which = "" if len(found) == 1 else f" (of {name})"
+        texts.append(
+            f"One of the {n:,} test images of {where} is {100 / n:.2f} points, and another test set of that size would "
+            f"move an accuracy of {100 * p:.1f} %{which} by about {100 * sampling(p, n):.1f} points."
         )
     return texts

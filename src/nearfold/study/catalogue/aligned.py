@@ -110,7 +110,13 @@ def readers(aligned: Mapping[str, str]) -> tuple[Callable[[Results], str], Calla
             accuracy = 100 * top.estimate("test_accuracy").mean
             paragraphs.append(
                 f"{name}: {top.title} is the best, {accuracy:.1f} % ({seeds(len(top.results))}); "
-                + (f"not found worse: {names(others)}." if others else "every other one is found worse.")
+                + (
+                    "no other one is found worse."
+                    if len(others) == len(results.panels[name]) - 1
+                    else f"not found worse: {names(others)}."
+                    if others
+                    else "every other one is found worse."
+                )
             )
         return paragraphs
 
