@@ -348,13 +348,17 @@ def looks(results: Results, seen: Looks) -> Chart:
     return Chart(svg(lambda: picture(seen, colours), label), label, caption)
 
 
+NOTHING = 10.0
+"""Points between the lowest and the highest of a row below which its colours fade: not to paint chance."""
+
+
 def _matrix(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """Accuracy of every setting on every data set, as a map of colours."""
     label = f"Test accuracy by {results.study.axis} and data"
     caption = (
-        f"{label}, in percent: means over seeds. Every row is coloured between its lowest and its highest accuracy, so "
-        "that colours compare operators on a task, not tasks. Bold: not found worse than the best of the row "
-        "(paired by seed, Holm's adjusted p below 0.05)."
+        f"{label}, in percent: means over seeds. Every row is coloured from its lowest to its highest accuracy, less "
+        "where these are close, so that colours compare operators on a task, not tasks. Bold: not found worse than the "
+        "best of the row (paired by seed, Holm's adjusted p below 0.05)."
     )
     return [_chart(partial(_colours, results), label, caption)]
 
@@ -370,7 +374,7 @@ def _colours(results: Results, tips: Tips) -> Figure:
         means = [100 * row.estimate("test_accuracy").mean for row in rows]
         low, high, good = min(means), max(means), level(rows)
         for row, mean in zip(rows, means, strict=True):
-            share = (mean - low) / (high - low) if high > low else 1.0
+            share = (mean - low) / max(high - low, NOTHING)
             x = titles.index(row.title)
             cell = axes.barh(y, 0.96, left=x - 0.48, height=0.92, color=OURS, alpha=0.06 + 0.6 * share, lw=0)
             tips.add(cell, f"{row.trial.panel}, {row.title}: {accuracy(row.estimate('test_accuracy'))}")

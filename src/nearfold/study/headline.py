@@ -137,7 +137,7 @@ def limits(results: Results, facts: Sequence[str]) -> list[str]:
     texts = [] if study.limits is None else study.limits(results)
     texts.append(
         f"What is said holds for what was run: one kind of network ({study.trials[0].network['name']}), {many}, and "
-        f"these images. {' '.join(facts)}"
+        + (f"these images. {' '.join(facts)}" if len(facts) <= 4 else f"{len(facts)} sets of images, listed under How.")
     )
     if widest := unseen(panels(results)):
         texts.append(

@@ -31,6 +31,9 @@ def html(record: Record) -> str:
     results, seen = record.results, record.looks
     study = results.study
     charts = draw(results, record.authors)
+    if seen is not None and seen.found:
+        charts = [*charts, looks(results, seen)]
+    lead, charts = (charts, []) if study.figure in LEADING else ([], charts)
     return render(
         "study.html.jinja",
         title=study.title,
@@ -42,7 +45,8 @@ def html(record: Record) -> str:
         limits=limits(results, record.facts),
         asked=[study.question, f"What was published: {study.claim}"],
         answer=answer(results),
-        charts=[*charts, looks(results, seen)] if seen is not None and seen.found else charts,
+        lead=lead,
+        charts=charts,
         unseen=[f"{title}: {why}" for title, why in seen.missing] if seen is not None else [],
         tables=tables(results),
         protocol=_protocol(results, record.facts),
@@ -54,6 +58,9 @@ def html(record: Record) -> str:
         environment=record.environment,
     )
 
+
+LEADING = ("matrix",)
+"""Figures that show all data sets at once, and so stand first."""
 
 SHORT = ("setting", "test acc. %", "difference, points", "gap, points", "seeds", "FLOPs/image", "images/s")
 """Columns for a terminal."""

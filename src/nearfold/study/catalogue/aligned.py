@@ -91,8 +91,8 @@ def readers(aligned: Mapping[str, str]) -> tuple[Callable[[Results], str], Calla
         told = []
         for title, choose in choices(results, aligned).items():
             good, lost, _ = judged(results, choose)
-            told.append(f"{title} {good} ({lost:.1f} points behind it)")
-        return f"Of {len(results.panels)} tasks, so many where an operator is level with the best: {names(told)}."
+            told.append(f"{title} on {good} ({lost:.1f} points behind in the mean)")
+        return f"Which choice is level with the best operator, of {len(results.panels)} tasks: {names(told)}."
 
     def answer(results: Results) -> list[str]:
         tops = {name: (best(rows), level(rows)) for name, rows in results.panels.items()}
