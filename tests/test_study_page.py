@@ -125,7 +125,7 @@ def test_the_page_is_whole_and_asks_for_nothing(figure):
     assert "A title &lt;&amp;&gt;" in text and "<1>" not in text and "RuntimeError: &lt;bad&gt;" in text
     for words in ("Which?", "That one.", "The answer in full", "Every run", "Facts &amp; figures."):
         assert words in text
-    assert text.count("<title>") > 10  # every point says its numbers
+    assert text.count("<title>") > (3 if figure == "matrix" else 10)  # every point says its numbers
 
 
 def test_the_authors_runs_are_read_by_their_arguments(tmp_path):

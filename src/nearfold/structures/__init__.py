@@ -49,7 +49,7 @@ def made(source: str) -> dict[str, tuple[Tensor, Tensor]]:
 
     >>> images, labels = made("made:pairs")["train"]
     >>> images.shape, images.dtype, labels.unique().tolist()
-    (torch.Size([6000, 4, 10, 10]), torch.uint8, [0, 1])
+    (torch.Size([6000, 4, 8, 8]), torch.uint8, [0, 1])
     """
     task = structure(source)
     splits = {}

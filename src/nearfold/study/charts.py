@@ -388,7 +388,7 @@ def _colours(results: Results, tips: Tips) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.grid(visible=False)
-    axes.set_xlabel(axis)
+    axes.set_xlabel(plain(axis))
     return figure
 
 

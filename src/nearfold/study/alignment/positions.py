@@ -78,7 +78,7 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
     >>> from nearfold.train import load_data
     >>> found = positions(load_data("made:texture"), limit=200)
     >>> found.x_NPD.shape, found.grid, found.classes
-    (torch.Size([200, 100, 1]), (10, 10), 8)
+    (torch.Size([200, 64, 1]), (8, 8), 8)
     """
     split = data.train
     count = min(limit, len(split))

@@ -91,8 +91,11 @@ def readers(aligned: Mapping[str, str]) -> tuple[Callable[[Results], str], Calla
         told = []
         for title, choose in choices(results, aligned).items():
             good, lost, _ = judged(results, choose)
-            told.append(f"{title} on {good} ({lost:.1f} points behind in the mean)")
-        return f"Which choice is level with the best operator, of {len(results.panels)} tasks: {names(told)}."
+            told.append(f"{title} {good} times ({lost:.1f})")
+        return (
+            f"Level with the best operator of {len(results.panels)} tasks, and in brackets the mean points behind it: "
+            f"{names(told)}."
+        )
 
     def answer(results: Results) -> list[str]:
         tops = {name: (best(rows), level(rows)) for name, rows in results.panels.items()}

@@ -102,5 +102,5 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("nearfold search needs Optuna: pip install 'nearfold[search]'") from error
+        raise ImportError("nearfold search needs Optuna: pip install optuna") from error
     return optuna
