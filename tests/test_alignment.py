@@ -194,15 +194,17 @@ def test_each_structure_is_seen_by_its_word(name, seeing, blind, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "seeing", "blind"),
     [
-        ("offset", "window(9) | box | kernel", "window(7) | box | kernel"),
+        ("offset", "window(7) | box | kernel", "window(5) | box | kernel"),
         ("retrieval", "all | row | softmax", "window(7) | box | kernel"),
-        ("pairs", "all | row | softmax", "window(7) | box | kernel"),
+        ("alike", "all | row | softmax", "window(7) | box | kernel"),
+        ("induction", labels.BOTH, "nearest(9, euclidean) | ranked | kernel"),
+        ("selective", "scan(state=4) | causal | selective", "window(7) | box | kernel"),
         ("tracking", "scan(state=4) | causal | selective", "window(7) | box | kernel"),
     ],
 )
 def test_each_structure_is_seen_by_its_word_at_length(name, seeing, blind, monkeypatch):
     alone, sees, other = told(name, 2000, seeing, blind, monkeypatch=monkeypatch)
-    assert sees > alone + 0.06 and sees > other + 0.06
+    assert sees > alone + 0.15 and sees > other + 0.15
 
 
 def test_no_image_but_those_of_training_is_read(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from helpers.cells import leave_a_sample
+from helpers.cells import OF_ONE_PART, leave_a_sample
 
 
 @dataclass
@@ -54,3 +54,10 @@ def test_what_is_quick_alone_or_of_another_test_is_not_counted() -> None:
 
 def test_files_of_cells_that_differ_are_whole() -> None:
     assert len(slow([Item(f"a::test_page[{n}]", path=Path("tests/test_docs.py")) for n in range(40)])) == 40
+
+
+@pytest.mark.parametrize("name", OF_ONE_PART)
+def test_what_only_the_kernels_break_is_thorough_and_there(name: str) -> None:
+    assert slow([Item(f"tests/{name}"), Item("tests/test_some.py::test_other")]) == ["tests/test_some.py::test_other"]
+    file, _, test = name.partition("::")
+    assert f"def {test.partition('[')[0]}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")

@@ -11,9 +11,20 @@ CELLS = 12
 EACH_ITS_OWN = ("test_docs.py", "test_howto.py", "test_study_claims.py")
 """Files whose cells run different code, each of them: all are slow."""
 
+OF_ONE_PART = (
+    "test_engine_sanitized.py::test_the_engine_runs_clean_under_sanitizers",
+    "test_gpu_model.py::test_the_whole_table_is_of_these_kernels",
+    "test_triton_compile.py::test_what_is_launched_compiles_and_fits[aggregate]",
+    "test_triton_compile.py::test_what_is_launched_compiles_and_fits[others]",
+)
+"""Minutes each, and nothing but a change to the kernels breaks them: CONTRIBUTING.md says when to run them."""
+
 
 def leave_a_sample(items: Sequence[pytest.Item]) -> None:
-    """Mark the slow cells that are not of the sample thorough: `make thorough` runs them."""
+    """Mark the slow cells that are not of the sample, and `OF_ONE_PART`, thorough: `make thorough` runs them."""
+    for item in items:
+        if item.nodeid.endswith(OF_ONE_PART):
+            item.add_marker(pytest.mark.thorough)
     cells: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("slow") and item.path.name not in EACH_ITS_OWN:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
 Outputs = list[Tensor]
 Shapes = tuple[tuple[int, ...], ...]
@@ -285,3 +286,39 @@ def in_place(path: Path | str, ending: str) -> Iterator[Path]:
         yield made
         for file in sorted(Path(folder).iterdir()):
             file.replace(path.parent / file.name)
+
+
+def shorten(program: ExportedProgram) -> None:
+    """Ask every topk for no more than is read of it, in place: the oracle sorts all scores and keeps the first few.
+
+    >>> class Best(nn.Module):
+    ...     def forward(self, x: Tensor) -> Tensor:
+    ...         return x.topk(20).indices[..., :3]
+    >>> program = torch.export.export(Best(), (torch.randn(2, 20),)).run_decompositions()
+    >>> shorten(program)
+    >>> [node.args[1] for node in program.graph.nodes if node.target is torch.ops.aten.topk.default]
+    [3]
+    """
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.topk.default or type(node.args[1]) is not int:
+            continue
+        parts = list(node.users)
+        axes = node.meta["val"][0].dim()
+        ends = [_first(use, axes, node.args[2] if len(node.args) > 2 else -1) for part in parts for use in part.users]
+        if ends and None not in ends and 0 < (most := max(ends)) < node.args[1]:
+            axis = (node.args[2] if len(node.args) > 2 else -1) % axes
+            node.args = (node.args[0], most, *node.args[2:])
+            node.meta["val"] = tuple(value.narrow(axis, 0, most) for value in node.meta["val"])
+            for part in parts:
+                part.meta["val"] = node.meta["val"][part.args[1]]
+    program.graph_module.recompile()
+
+
+def _first(node: Node, axes: int, axis: int) -> int | None:
+    """Of a slice from the start of this axis, how many it keeps; None: it is something else."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return None
+    along, start, end, step = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
+    if along % axes != axis % axes or start not in (0, None) or step != 1 or type(end) is not int or end < 0:
+        return None
+    return end

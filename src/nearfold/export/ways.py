@@ -17,6 +17,7 @@ from nearfold.export.program import (
     compare,
     in_place,
     opened,
+    shorten,
     symbols,
     tensors,
     traced,
@@ -80,6 +81,7 @@ def to_onnx(
         program = traced(model, given, dynamic)
         with _quiet(), torch.no_grad():
             lowered = program.run_decompositions(decompositions(stable_topk=True))
+            shorten(lowered)
             torch.onnx.export(
                 lowered, (), file, dynamo=True, opset_version=opset, verbose=False, external_data=_bytes(lowered) > MOST
             )

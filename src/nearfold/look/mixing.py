@@ -212,12 +212,15 @@ def _raster(at: tuple[Tensor, ...], grid: tuple[int, ...]) -> Tensor:
 def _scattered(alpha_BHMS: Tensor, chosen: Selection) -> Tensor:
     """Numbers of slots -> numbers of positions (B, H, M, N). A row with NaN is NaN: its output would be."""
     B, H, M, S = alpha_BHMS.shape
+    gone = alpha_BHMS.isnan().any(-1, keepdim=True)
+    if chosen.in_order:  # slots that are not valid have no weight
+        return alpha_BHMS.masked_fill(gone, float("nan"))
     index = chosen.index
     if index.shape[1] not in (1, H):  # channels of one head read alike
         index = index.repeat_interleave(H // index.shape[1], 1)
     matrix = alpha_BHMS.new_zeros(B, H, M, chosen.positions)
     matrix.scatter_add_(3, index.expand(B, H, M, S), alpha_BHMS)
-    return matrix.masked_fill_(alpha_BHMS.isnan().any(-1, keepdim=True), float("nan"))
+    return matrix.masked_fill_(gone, float("nan"))
 
 
 def _with_kernel(

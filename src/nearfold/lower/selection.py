@@ -23,6 +23,7 @@ class Selection:
     A slot that is not valid reads nothing; its index is 0 and its score -inf. A NaN score marks a query that
     was NaN: its output is NaN. A slot at a fractional position, or one that is a mean, reads ``entries`` positions next
     to one another in S, each by its ``coefficient`` (B|1, H|1, M, S); `score` still has one number for each slot.
+    With `in_order` slot n reads position n wherever it is valid.
     """
 
     index: Tensor
@@ -31,6 +32,7 @@ class Selection:
     positions: int
     coefficient: Tensor | None = None
     entries: int = 1
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         assert self.index.dtype == torch.long and self.valid.dtype == torch.bool

@@ -61,4 +61,4 @@ def every(call: Call) -> Selection:
         score = score if bias is None else score + bias
         plus = added(call, query_M, key_N)
         score = (score if plus is None else score + plus).masked_fill(~valid_MN, float("-inf"))
-    return Selection(index, valid, score, key_N.shape[0])
+    return Selection(index, valid, score, key_N.shape[0], in_order=True)
