@@ -1,8 +1,9 @@
 """Look at the built site in Chromium: every page fits a phone, and pictures of some pages.
 
-python -m docsite.screenshots FOLDER writes pages at 1280 and 390 pixels, light and dark; with --table FILE also the
-page of `nearfold ops --html` that docs/commands.md shows. Needs Playwright (pip install playwright) and a Chromium of
-the system.
+python -m docsite.screenshots FOLDER writes pages at 1280 and 390 pixels, light and dark. With --pictures FOLDER, which
+is docs/pictures, it writes the pages of commands that the documentation shows, too; that of the explorer needs ONNX
+Runtime Web in build/onnxruntime-web (make explorer). Needs Playwright (pip install playwright) and a Chromium of the
+system.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-SITE = Path(__file__).resolve().parents[1] / "site"
+from nearfold.explorer.command import server
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE, RUNTIME = ROOT / "site", ROOT / "build" / "onnxruntime-web"
 SHOWN = (
     "index.html", "idea.html", "operators/index.html", "operators/swin.html", "api/nn.html", "studies/index.html",
     "benchmarks.html", "decisions/index.html", "words.html",
@@ -55,28 +60,51 @@ def shots(browser: Browser, folder: Path) -> None:
             tab.close()
 
 
-def table(browser: Browser, file: Path) -> None:
-    """The upper end of the page that `nearfold ops --html` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "ops.html"
-        subprocess.run([sys.executable, "-m", "nearfold", "ops", "--html", str(page)], check=True)
-        tab = browser.new_page(viewport={"width": 1280, "height": 640}, color_scheme="light")
-        tab.goto(page.as_uri(), wait_until="load")
-        tab.screenshot(path=file)
-        tab.close()
+COMMANDS = {
+    "table": (640, "ops --html {page}"),
+    "xray": (1370, "xray resnet8s_attention --pretrained --images 4 --out {page}"),
+}
+"""Pictures of the upper ends of pages: how many pixels of it, and the command that writes it."""
+
+
+def pictures(browser: Browser, folder: Path) -> None:
+    """What docs/pictures has of pages."""
+    with tempfile.TemporaryDirectory() as made:
+        for name, (height, command) in COMMANDS.items():
+            page = Path(made) / f"{name}.html"
+            words = [word.format(page=page) for word in command.split()]
+            subprocess.run([sys.executable, "-m", "nearfold", *words], check=True)
+            taken(browser, page.as_uri(), folder / f"{name}.png", height)
+        where = Path(made) / "explorer"
+        there = ["--out", str(where), "--runtime", str(RUNTIME)]
+        subprocess.run([sys.executable, "-m", "nearfold", "explore", *there], check=True)
+        with server(where, 0) as serving:
+            threading.Thread(target=serving.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{serving.server_port}/"
+            taken(browser, address, folder / "explorer.png", 1045, "globalThis.explorer?.settled()")
+            serving.shutdown()
+
+
+def taken(browser: Browser, address: str, file: Path, height: int, ready: str = "true") -> None:
+    """The upper end of a page, once it is ready."""
+    tab = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme="light")
+    tab.goto(address, wait_until="load")
+    tab.wait_for_function(ready)
+    tab.screenshot(path=file)
+    tab.close()
 
 
 def main() -> int:
     """Look: the exit code."""
     parser = argparse.ArgumentParser(prog="python -m docsite.screenshots", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--table", type=Path, metavar="FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         shots(browser, args.folder)
-        if args.table:
-            table(browser, args.table)
+        if args.pictures:
+            pictures(browser, args.pictures)
         wrong = wide(browser)
         browser.close()
     for line in wrong:
