@@ -70,9 +70,13 @@ def test_a_budget_is_answered_without_a_run_and_it_is_said_from_what(tmp_path, m
 
 def test_a_page_is_drawn_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (tmp_path / "results.json").write_bytes((ROOT / "docs/studies/aggregation/results.json").read_bytes())
+    ours = (ROOT / "docs/studies/aggregation/results.json").read_text()
+    old = json.dumps(json.loads(ours) | {"verdict": "what was said once", "answer": []}, indent=1)
+    (tmp_path / "results.json").write_text(old)
     assert cli.main(["study", "page", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "summary.md"), str(tmp_path / "report.html")]
+    files = ("results.json", "summary.md", "report.html")
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in files]
+    assert (tmp_path / "results.json").read_text() == ours
     assert (tmp_path / "summary.md").read_text() == (ROOT / "docs/studies/aggregation/summary.md").read_text()
     assert "the authors" in (tmp_path / "report.html").read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -151,6 +152,8 @@ def draw(args: argparse.Namespace) -> int:
     """`nearfold study page`."""
     from nearfold.study import record
     from nearfold.study.files import views
+    from nearfold.study.headline import verdict
+    from nearfold.study.page import answer
 
     path = args.folder / "results.json"
     content = record.load(path)
@@ -158,7 +161,9 @@ def draw(args: argparse.Namespace) -> int:
     if args.study is None and name not in STUDIES:  # a file that the results name is not run
         raise ValueError(f"{path} is of {name!r}, none of nearfold's studies: say its file, --study path/to/study.py")
     found = record.read(path, find(args.study or name, preset))
-    print("\n".join(map(str, write_each(views(found, args.folder)))))
+    said = {"verdict": verdict(found.results), "answer": list(answer(found.results))}
+    again = json.dumps(content | said, indent=1) + "\n"
+    print("\n".join(map(str, write_each({path: lambda: again, **views(found, args.folder)}))))
     return 0
 
 
