@@ -15,7 +15,8 @@ from helpers.cells import slow_but
 from torch import nn
 
 from nearfold.cli import main
-from nearfold.export import to_aoti, to_onnx, to_pt2
+from nearfold.export import decompositions, to_aoti, to_onnx, to_pt2
+from nearfold.export.program import shorten
 from nearfold.export.table import slots
 from nearfold.grammar import CATALOGUE
 from nearfold.models import create
@@ -227,3 +228,33 @@ def test_the_page_has_every_row(export_matrix):
     assert all(result["difference"] <= export_matrix.NEAR for result in found if result["open"])
     assert sum(result["open"] == "batch and sizes" for result in found) >= 0.95 * len(CATALOGUE)
     assert all(kept[name]["onnx"] for name in export_matrix.kinds())
+
+
+@pytest.mark.parametrize(
+    ("read", "wanted"),
+    [
+        (lambda x: x.topk(12).indices[..., :3], 3),
+        (lambda x: x.topk(12, 1).values[:, :4], 4),
+        (lambda x: x.topk(12, largest=False).values[..., :2], 2),
+        (lambda x: [part[..., : 3 + i] for i, part in enumerate(x.topk(12))], 4),
+        (lambda x: x.sort(stable=True, descending=True).indices[..., :5], 5),
+        (lambda x: [x.topk(12).values, x.topk(12).values[..., :2]], 12),
+        (lambda x: x.topk(12).values[..., 1:3], 12),
+        (lambda x: x.topk(12).values[..., :6:2], 12),
+        (lambda x: x.topk(12).values[..., :-2], 12),
+        (lambda x: x.topk(12).values[:1], 12),
+        (lambda x: x.topk(12).values.sum(-1), 12),
+        (lambda x: x.topk(12, sorted=False).values[..., :2].sum(-1), 12),
+    ],
+)
+def test_a_topk_is_asked_for_no_more_than_is_read(read, wanted):
+    class Model(nn.Module):
+        def forward(self, x):
+            return read(x)
+
+    x = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Model(), (x,)).run_decompositions(decompositions(stable_topk=True))
+    shorten(program)
+    found = [node.args[1] for node in program.graph.nodes if node.target is torch.ops.aten.topk.default]
+    assert max(found) == wanted
+    torch.testing.assert_close(program.module()(x), Model()(x), rtol=0, atol=0)

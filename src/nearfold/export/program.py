@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -300,25 +300,26 @@ def shorten(program: ExportedProgram) -> None:
     [3]
     """
     for node in program.graph.nodes:
-        if node.target is not torch.ops.aten.topk.default or type(node.args[1]) is not int:
+        if node.target is not torch.ops.aten.topk.default or node.kwargs:
             continue
-        parts = list(node.users)
-        axes = node.meta["val"][0].dim()
-        ends = [_first(use, axes, node.args[2] if len(node.args) > 2 else -1) for part in parts for use in part.users]
-        if ends and None not in ends and 0 < (most := max(ends)) < node.args[1]:
-            axis = (node.args[2] if len(node.args) > 2 else -1) % axes
-            node.args = (node.args[0], most, *node.args[2:])
+        given: tuple[Any, ...] = (*node.args, *(-1, True, True)[len(node.args) - 2 :])
+        x, k, axis, largest, ordered = given
+        parts, axes = list(node.users), node.meta["val"][0].dim()
+        ends = [_first(use, axes, axis) for part in parts for use in part.users]
+        if type(k) is int and ordered and ends and min(ends) > 0 and (most := max(ends)) < k:
+            node.args = (x, most, axis, largest)
             node.meta["val"] = tuple(value.narrow(axis, 0, most) for value in node.meta["val"])
             for part in parts:
-                part.meta["val"] = node.meta["val"][part.args[1]]
+                part.meta["val"] = node.meta["val"][cast(int, part.args[1])]
     program.graph_module.recompile()
 
 
-def _first(node: Node, axes: int, axis: int) -> int | None:
-    """Of a slice from the start of this axis, how many it keeps; None: it is something else."""
-    if node.target is not torch.ops.aten.slice.Tensor:
-        return None
-    along, start, end, step = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
-    if along % axes != axis % axes or start not in (0, None) or step != 1 or type(end) is not int or end < 0:
-        return None
-    return end
+def _first(node: Node, axes: int, axis: int) -> int:
+    """Of a slice from the start of this axis, how many it keeps; 0: it is something else."""
+    if node.target is not torch.ops.aten.slice.Tensor or node.kwargs:
+        return 0
+    given: tuple[Any, ...] = (*node.args[1:], *(0, 0, None, 1)[len(node.args) - 1 :])
+    along, start, end, step = given
+    if along % axes != axis % axes or start not in (0, None) or step != 1 or type(end) is not int:
+        return 0
+    return max(0, end)
