@@ -95,7 +95,7 @@ def _middle(y: Tensor, last: bool, image: tuple[int, ...]) -> Tensor:
         number += n // 2 * math.prod(grid[i + 1 :])
     ask = torch.zeros(1, rows.shape[1], math.prod(sides), dtype=y.dtype, device=y.device)
     ask[0, :, number] = (torch.randint(2, ask.shape[1:2], generator=torch.Generator().manual_seed(0)) * 2 - 1).to(y)
-    ask = ask.unflatten(2, sides)
+    ask = ask.view(1, -1, *sides)  # a vector has no sides: it is asked whole
     return ask.movedim(1, -1) if last else ask
 
 

@@ -6,11 +6,18 @@ killed is asked and told again from the runs that have finished.
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nearfold.study.search.space import Space, Value
+
+STEP = 0.15
+"""Share of the choices that are drawn anew for every time in a row that what was proposed is not new."""
+STEPS = 30
+"""Times in a row, at most."""
 
 
 @dataclass
@@ -24,6 +31,9 @@ class Proposal:
 
 class Proposer:
     """Proposes operations of a space, and learns from what they come to.
+
+    The estimator proposes what it holds best, and that again and again. An operation that was proposed before is
+    changed, a few choices at random and more of them every time, until it is a new one.
 
     Args:
         space: of the operations.
@@ -43,7 +53,8 @@ class Proposer:
             self._study: Any = optuna.create_study(direction="maximize", sampler=sampler)
         finally:
             optuna.logging.set_verbosity(before)
-        self._space = space
+        self._space, self._random = space, random.Random(seed)
+        self._known: set[str] = set()
         self._states = optuna.trial.TrialState
 
     def know(self, notation: str, values: Mapping[int, float]) -> bool:
@@ -70,15 +81,41 @@ class Proposer:
             intermediate_values=dict(values),
         )  # fmt: skip
         self._study.add_trial(trial)
+        self._known.add(notation)
         return True
 
     def ask(self) -> Proposal:
-        """The next operation."""
+        """The next operation: a new one, unless there is none near by."""
+        proposal = self._asked()
+        for step in range(1, STEPS + 1):
+            if proposal.notation not in self._known:
+                break
+            self.tell(proposal, {}, whole=False)
+            self._study.enqueue_trial(self._changed(proposal.trial.params, min(1.0, step * STEP)))
+            proposal = self._asked()
+        if proposal.notation:
+            self._known.add(proposal.notation)
+        return proposal
+
+    def _asked(self) -> Proposal:
         trial = self._study.ask()
         try:
             return Proposal(self._space.draw(trial.suggest_categorical), "", trial)
         except ValueError as error:
             return Proposal("", str(error), trial)
+
+    def _changed(self, choices: Mapping[str, Value], share: float) -> dict[str, Value]:
+        """The choices, such a share of them drawn anew, and what then has to be chosen besides."""
+        found: dict[str, Value] = {}
+
+        def follow(name: str, among: Sequence[Value]) -> Value:
+            keeps = choices.get(name) in among and self._random.random() >= share
+            found[name] = choices[name] if keeps else self._random.choice(list(among))
+            return found[name]
+
+        with contextlib.suppress(ValueError):  # the grammar refuses it: so it will when it is asked
+            self._space.draw(follow)
+        return found
 
     def tell(self, proposal: Proposal, values: Mapping[int, float], whole: bool) -> None:
         """Say what a proposal came to: one that came further is better than one that was left behind.
