@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from nearfold import Rule, convert, xray
 from nearfold.cli import main
 from nearfold.examine.images import images_of, normalised
 from nearfold.examine.layout import Layout, placed
+from nearfold.examine.network import receptive_fields
 from nearfold.examine.reading import probed
 from nearfold.examine.suggest import suggest
 from nearfold.look import mixing_matrix
@@ -21,6 +24,7 @@ from nearfold.look.measures import measure
 from nearfold.models import create
 from nearfold.nn import ConvNN2d, Mixer
 
+ROOT = Path(__file__).parents[1]
 SIDE = 6
 N = SIDE * SIDE
 
@@ -194,6 +198,20 @@ def test_layers_maps_are_compared():
     few = xray(net, torch.randn(3, 3, 8, 8))
     assert few.alike.isnan().all()
     assert [field.name for field in few.fields] == ["0", "1"]
+
+
+def test_a_vector_is_asked_whole():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    first, vector = receptive_fields(net, torch.randn(2, 3, 9, 9), {"conv": net[0], "vector": net[2]})
+    assert first.side <= 3 and vector.side > 7  # every pixel counts, those at the border less
+
+
+def test_the_page_has_the_networks_that_were_counted():
+    """docs/xray.md is what recipes/xray_networks.py makes of its results."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "xray_networks.py"))
+    kept = json.loads(recipe["KEPT"].read_text())
+    assert len(kept) >= 40 and list(kept) == [f"{name}:{n}" for name, all_ in recipe["NETWORKS"].items() for n in all_]
+    assert recipe["table"](kept) in recipe["PAGE"].read_text()
 
 
 def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
