@@ -28,7 +28,7 @@ USUAL = (14, 14)  # the grid on which they are measured, unless the network has 
 HEADS = 8  # of which one row is drawn
 LARGEST = 112  # side of a picture; larger maps are pooled
 WIDTH, HEIGHT = 720, 460  # of the chart
-LEFT, TOP, RIGHT, BOTTOM = 52, 14, 20, 46
+LEFT, TOP, RIGHT, BOTTOM = 70, 28, 20, 56
 FAR = 1.15  # reach at the right end of the chart
 
 
