@@ -258,3 +258,35 @@ def test_a_topk_is_asked_for_no_more_than_is_read(read, wanted):
     found = [node.args[1] for node in program.graph.nodes if node.target is torch.ops.aten.topk.default]
     assert max(found) == wanted
     torch.testing.assert_close(program.module()(x), Model()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", [to_onnx, to_pt2])
+def test_a_model_that_cannot_run_or_is_half_in_training_is_told(way, tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 3, 6, 6)
+    path = tmp_path / ("a.onnx" if way is to_onnx else "a.pt2")
+    with pytest.raises(ValueError, match=r"args: the model does not run on \(2, 1, 6, 6\) torch.float32"):
+        way(net, x[:, :1], path)
+    net[1].train()
+    with pytest.raises(ValueError, match=r"its part '1' is in training mode"):
+        way(net, x, path)
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got function"):
+        way(lambda x: x, x, path)
+    assert not net[1].num_batches_tracked and not list(tmp_path.iterdir())
+
+
+def test_what_onnx_cannot_say_is_told_in_a_line(tmp_path):
+    class Third(nn.Module):
+        def forward(self, x):
+            return x.kthvalue(3, -1).values
+
+    conv, x, path = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 6, 6), tmp_path / "a.onnx"
+    cases = {
+        "no ONNX for the model: .*kthvalue": (Third().eval(), x, {}),
+        r"onnxruntime does not take the file \(torch.float64\)": (conv.double(), x.double(), {}),
+        "opset must be from 20 to": (conv, x, {"opset": 99}),
+    }
+    for said, (model, given, options) in cases.items():
+        with pytest.raises(ValueError, match=said) as told:
+            to_onnx(model, given, path, **options)
+        assert "\n" not in str(told.value) and "\x1b" not in str(told.value)
+    assert not list(tmp_path.iterdir())

@@ -302,3 +302,96 @@ def test_every_suggestion_is_tried_alone():
         assert one.change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4)
         assert one.same == float((after.argmax(1) == before.argmax(1)).double().mean())
     assert torch.equal(net(x), before)
+
+
+class Attends(nn.Module):
+    """Self-attention as torch is called by most."""
+
+    def __init__(self, dropout=0.0, **options):
+        super().__init__()
+        self.first, self.options = nn.Conv2d(3, 8, 1), options
+        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.first(x).flatten(2).mT
+        return self.attention(y, y, y, **self.options)[0]
+
+
+def attended(net, x):
+    (one,) = xray(net, x).layers
+    return one
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"need_weights": True}, {"need_weights": False}, {"dropout": 0.3}], ids=str)
+def test_torchs_attention_is_read_in_the_words_however_it_is_called(options, training):
+    torch.manual_seed(0)
+    net, x = Attends(**options).train(training), torch.randn(2, 3, SIDE, SIDE)
+    before = torch.get_rng_state()
+    one = attended(net, x)
+    assert one.way == "words" and one.measures["spread"] > 30
+    assert torch.equal(before, torch.get_rng_state()) and not net.calls and net.training == training
+
+
+def test_what_is_query_key_and_value_at_once_is_differentiated_as_one():
+    torch.manual_seed(0)
+    causal, x = torch.ones(N, N, dtype=torch.bool).triu(1), torch.randn(2, 3, SIDE, SIDE)
+    net = Attends(attn_mask=causal).eval()
+    one = attended(net, x)
+    y = net.first(x[:1]).flatten(2).mT.detach()
+    J_MOND = torch.autograd.functional.jacobian(lambda t: net.attention(t, t, t, attn_mask=causal)[0], y)[0, :, :, 0]
+    known = measure(J_MOND.square().sum((1, 3)).sqrt()[None, None], (SIDE, SIDE)).mean()
+    assert one.way == "derivative" and one.measures["before"] == 1
+    assert one.measures["spread"] == pytest.approx(known["spread"], rel=0.15)
+    hooked = Attends().eval()
+    plain = attended(hooked, x).measures["spread"]
+    hooked.attention.register_forward_hook(lambda *call: None)
+    assert attended(hooked, x).measures["spread"] == pytest.approx(plain, rel=0.2)
+
+
+def test_several_maps_are_not_taken_for_one():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+        def forward(self, x):
+            y = x.flatten(2).mT
+            return self.attention(y + 1, y, y)[0]
+
+    seen = xray(Two().eval(), torch.randn(2, 3, SIDE, SIDE))
+    assert not seen.layers and "a second input" in seen.left[0].reason
+
+
+def test_a_model_may_write_into_what_it_is_given():
+    class Writes(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    x = torch.randn(2, 3, SIDE, SIDE)
+    before = x.clone()
+    seen = xray(nn.Sequential(Writes(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)), x)
+    assert torch.equal(x, before) and seen.fields
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: {"images": x.double()}, r"images are torch.float64.*images.to\(torch.float32\)"),
+        (lambda x: {"images": x.where(x < 1, torch.inf)}, "must be finite"),
+        (lambda x: {"batch": 2.5}, "batch must be 2 or more.*2.5"),
+    ],
+)
+def test_images_that_cannot_be_measured_are_told(change, said):
+    given = {"images": torch.randn(2, 3, SIDE, SIDE)}
+    with pytest.raises(ValueError, match=said):
+        xray(nn.Conv2d(3, 4, 3), **given | change(torch.ones(2, 3, SIDE, SIDE).cumsum(0)))
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for options in (["--out", str(tmp_path / "file" / "x.html")], ["--json", str(tmp_path)]):
+        assert main(["xray", "resnet8s_conv", "--images", "2", *options]) == 2
+        assert options[0] in capsys.readouterr().err

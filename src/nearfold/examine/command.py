@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     """Examine, print the table, write the page: the exit code."""
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out {args.out}: the page is HTML: name it .html")
+    _require_place("--out", args.out)
+    if args.json is not None:
+        _require_place("--json", args.json)
     shown: list[tuple[str, XRay, Tensor]] = []
     for spec in filter(None, (args.model, args.against)):
         model, size = named(spec, args.pretrained)
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--input must say the size of an image for {spec}, such as --input 3,224,224")
         pixels = images_of(args.data, args.images, (size[0], size[1], size[2]))
         images, note = normalised(model, pixels)
+        images = images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype))
         seen = xray(model, images, progress=_Clock(spec))
         shown.append((spec, seen, pixels[0]))
         print(seen)
@@ -83,9 +87,20 @@ def run(args: argparse.Namespace) -> int:
     print(args.out)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({spec: seen.to_dict() for spec, seen, _ in shown}, indent=1), encoding="utf-8")
+        names = [f"{spec} (2)" if i and spec == shown[0][0] else spec for i, (spec, _, _) in enumerate(shown)]
+        content = {name: seen.to_dict() for name, (_, seen, _) in zip(names, shown, strict=True)}
+        args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         print(args.json)
     return 0
+
+
+def _require_place(option: str, path: Path) -> None:
+    """ValueError where a file cannot be written, before anything is measured."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: a folder has this name; name a file")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} {path}: {there} is a file, and no folder")
 
 
 class _Clock:

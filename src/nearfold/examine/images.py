@@ -42,9 +42,15 @@ def images_of(source: str | None, count: int, size: tuple[int, int, int]) -> Ten
     else:
         found = load_data(source, limit=max(count, 50), test_limit=max(count, 50)).test.images[:count]
         pixels = list(found.float() / 255 if not found.is_floating_point() else found)
+    if pixels[0].shape[0] != channels and channels != 1:
+        has = f"--data {source} has images" if source else "the two photographs are images"
+        raise ValueError(
+            f"{has} of {pixels[0].shape[0]} channels, and the model takes {channels}: name others by --data, or call "
+            "nearfold.xray(model, images)"
+        )
+    if len(pixels) < 2:
+        raise ValueError(f"--data {source} has {len(pixels)} image: two at least are compared")
     if pixels[0].shape[0] != channels:
-        if channels != 1:
-            raise ValueError(f"{source} has images of {pixels[0].shape[0]} channels, and the model takes {channels}")
         pixels = [one.mean(0, keepdim=True) for one in pixels]
     return torch.stack([_fitted(one, (grid[0], grid[1])) for one in pixels])
 

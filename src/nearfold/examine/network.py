@@ -67,7 +67,7 @@ def receptive_fields(
     for image in images[:IMAGES]:
         with evaluating(model), torch.enable_grad(), _outputs({n: layers[n] for n in asked}) as made:
             x = image[None].detach().clone().requires_grad_()
-            model(x)
+            model(x.clone())  # which it may write into
             for name in asked:
                 y = made.get(name)
                 if y is None or not y.requires_grad or len(y) != 1:

@@ -5,6 +5,7 @@ Shape legend: B images of a batch, G groups (heads), R rows (outputs asked), N i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -33,6 +34,7 @@ IMAGES = 4  # of which a layer is differentiated
 ROWS = 32  # outputs by which it is
 PROBES = 2  # random signs over the channels of each
 CHUNK = 1 << 23  # numbers of a matrix that are measured at once
+NEED_WEIGHTS = list(inspect.signature(nn.MultiheadAttention.forward).parameters).index("need_weights") - 1
 NEAR = 1e-3  # how far what one image makes alone may be from what it makes among others, by the largest number
 
 
@@ -96,6 +98,7 @@ def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
         images: (B, C, *grid), the model's input, whose grid says how tokens lie on a map.
     """
     batch, image = len(images), tuple(images.shape[2:])
+    args, kwargs = _without_scores(layer.source.place, args, kwargs)
     try:
         if not layer.measures:
             _require_order(layer, next((t for t in tree_leaves((args, kwargs)) if holds_positions(t)), images))
@@ -108,6 +111,17 @@ def read(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
             _by_derivative(layer, args, kwargs, output, batch, image)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         layer.reason = first_line(error)
+
+
+def _without_scores(
+    place: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call of torch's attention that does not ask for its weights beside the output: in the words there are none."""
+    if not isinstance(place, nn.MultiheadAttention):
+        return args, kwargs
+    if len(args) > NEED_WEIGHTS:
+        return (*args[:NEED_WEIGHTS], False, *args[NEED_WEIGHTS + 1 :]), kwargs
+    return args, kwargs | {"need_weights": False}
 
 
 # --- in the words
@@ -159,6 +173,8 @@ def _by_words(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], batch
             twin(*args, **kwargs)
         finally:
             hook.remove()
+        if not given:
+            raise ValueError("called like this it does not do what its words say")
     x, layout = given[0].detach(), layer.source.layout
     _require_parts(layer, x, batch)
     if isinstance(mixer, TokenMixer):
@@ -231,12 +247,15 @@ def _by_derivative(
         _require_beside(layer, out_beside)
         _choose_rows(layer, ROWS)
         asked = layer.rows + layer.beside
+    same = {i for i, t in enumerate(leaves) if t is x or _is_again(t, x)}
+    if any(_is_map(t, x) for i, t in enumerate(leaves) if i not in same):
+        raise ValueError("it is given several maps, and nothing says how one depends on the other")
     images, parts = [], layout.parts
     for b in range(min(batch, IMAGES - layer.images)):
         mine = slice(b * parts, (b + 1) * parts)
 
         def call(many: Tensor, mine: slice = mine) -> Tensor:
-            given = [many if i == which else _again(t[mine], many) if _batched(t, x) else t
+            given = [many if i in same else _again(t[mine], many) if _batched(t, x) else t
                      for i, t in enumerate(leaves)]  # fmt: skip
             args, kwargs = tree_unflatten(given, spec)
             return first_tensor(place(*args, **kwargs))
@@ -314,6 +333,16 @@ def holds_positions(t: Any) -> bool:
 def _again(t: Tensor, many: Tensor) -> Tensor:
     """A part of a batch as often as it fills a batch."""
     return t.repeat(len(many) // len(t), *[1] * (t.dim() - 1))
+
+
+def _is_again(t: Any, x: Tensor) -> bool:
+    """Whether it is the same tensor, as key and value of self-attention are the query."""
+    same = isinstance(t, Tensor) and t.shape == x.shape and t.stride() == x.stride() and t.dtype == x.dtype
+    return same and t.data_ptr() == x.data_ptr()
+
+
+def _is_map(t: Any, x: Tensor) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2 and t.shape == x.shape
 
 
 def _batched(t: Any, x: Tensor) -> bool:

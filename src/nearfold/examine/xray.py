@@ -20,7 +20,7 @@ from nearfold.examine.network import ReceptiveField, gram, receptive_fields
 from nearfold.examine.reading import Layer, first_tensor, holds_positions, read
 from nearfold.examine.report import XRay, finished
 from nearfold.examine.sources import sources
-from nearfold.look.derivative import evaluating
+from nearfold.surgery.runs import unchanged
 
 BATCH = 8
 
@@ -60,31 +60,33 @@ def xray(
     """
     _require(model, images, batch)
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    with unchanged(model), torch.no_grad():
         found, left = sources(model, tuple(images.shape[1:]))
-    layers = [Layer(source) for source in found]
-    batches = list(images.split(batch))
-    if len(batches) > 1 and len(batches[-1]) < 2:  # content is compared within a batch
-        batches[-2:] = [torch.cat(batches[-2:])]
-    told = _Told(progress, len(layers) * len(batches))
-    with evaluating(model), torch.no_grad():
-        _alone(model, images[:1], [layer for layer in layers if layer.source.layout.parts > 1])
+        layers = [Layer(source) for source in found]
+        batches = list(images.split(batch))
+        if len(batches) > 1 and len(batches[-1]) < 2:  # content is compared within a batch
+            batches[-2:] = [torch.cat(batches[-2:])]
+        told = _Told(progress, len(layers) * len(batches))
+        _alone(model, images[:1].clone(), [layer for layer in layers if layer.source.layout.parts > 1])
         for part in batches:
             with _watched(layers, part, network, told):
-                model(part)
+                model(part.clone())  # which it may write into
             for layer in layers:
                 if layer.grams and not layer.calls:  # as one that was called, and said nothing
                     layer.grams.append(torch.full((len(part), len(part)), torch.nan, dtype=torch.double))
-    fields: list[ReceptiveField] = []
-    why = ""
-    if network:
-        measured = {one.source.name: one.source.place for one in layers if one.measures}
-        last = frozenset(one.source.name for one in layers if one.source.layout.axis != 1)
-        try:
-            fields = receptive_fields(model, images, measured, last)
-        except (RuntimeError, ValueError, TypeError) as error:  # it runs, but cannot be differentiated as a whole
-            why = f"receptive fields: {first_line(error)}"
+        fields, why = _fields(model, images, layers) if network else ([], "")
     return finished(model, images, layers, left, fields, why, time.perf_counter() - began)
+
+
+def _fields(model: nn.Module, images: Tensor, layers: list[Layer]) -> tuple[list[ReceptiveField], str]:
+    """The receptive fields behind the layers that are measured, or why there are none."""
+    measured = {one.source.name: one.source.place for one in layers if one.measures}
+    last = frozenset(one.source.name for one in layers if one.source.layout.axis != 1)
+    try:
+        fields = receptive_fields(model, images, measured, last)
+    except (RuntimeError, ValueError, TypeError) as error:  # it runs, but cannot be differentiated as a whole
+        return [], f"receptive fields: {first_line(error)}"
+    return fields, "receptive fields: no gradient reaches the images" if measured and not fields else ""
 
 
 class _Told:
@@ -159,5 +161,13 @@ def _require(model: nn.Module, images: Tensor, batch: int) -> None:
         raise ValueError(
             f"images must be two or more, since what changes from one to the next is measured; got {len(images)}"
         )
-    if batch < 2:
-        raise ValueError(f"batch must be 2 or more, since images are compared within a batch; got {batch}")
+    if type(batch) is not int or batch < 2:
+        raise ValueError(f"batch must be 2 or more, since images are compared within a batch; got {batch!r}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images must be finite: they have numbers that are infinite or none")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("layers are differentiated: call xray outside torch.inference_mode()")
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if types and images.dtype not in types:
+        (wanted, *_) = sorted(types, key=str)
+        raise ValueError(f"images are {images.dtype}, and the model is {wanted}: give images.to({wanted})")

@@ -83,7 +83,13 @@ def network(spec: str) -> bytes:
         return path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
-        layers_to_onnx(named(spec)[0], file)
+        model, size = named(spec)
+        if size is None and not getattr(model, "pretrained_cfg", None):
+            raise ValueError(
+                f"--model {brief(spec)} does not say how large its images are: write the file by "
+                'nearfold.explorer.layers_to_onnx(network, "file.onnx", size=(H, W)), and name that'
+            )
+        layers_to_onnx(model, file, size=None if size is None else (size[1], size[2]))
         return file.read_bytes()
 
 

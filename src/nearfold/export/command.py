@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--input must say the size of an input of {args.model}, such as --input 1,3,224,224")
     shape = args.input or (1, *size)  # type: ignore[misc]
     out = args.out or Path(_name(args.model) + ending)
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
     print(write(model.eval(), x, out, dynamic=args.dynamic, tolerance=args.tolerance))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+
+from nearfold._images import first_line
 
 Outputs = list[Tensor]
 Shapes = tuple[tuple[int, ...], ...]
@@ -110,10 +113,10 @@ def traced(model: nn.Module, args: Sequence[Tensor], dynamic: Any) -> ExportedPr
     """The program of a model, with the library's operators.
 
     Raises:
-        ValueError: the model is in training mode, or a batch that was to be open is not.
+        ValueError: the model, or a part of it, is in training mode, it does not run on the inputs, or a batch that was
+            to be open is not.
     """
-    if model.training:
-        raise ValueError("the model is in training mode, in which it may drop and draw: call model.eval() first")
+    _require_ready(model, args)
     shapes = _asked(model, args, dynamic)
     example = tuple(args)
     if dynamic in ("batch", "sizes"):  # torch takes a size of one for a fixed one
@@ -131,6 +134,32 @@ def traced(model: nn.Module, args: Sequence[Tensor], dynamic: Any) -> ExportedPr
             "cannot be left open; use dynamic=None"
         )
     return program
+
+
+def _require_ready(model: nn.Module, args: Sequence[Tensor]) -> None:
+    """ValueError where there is nothing that could be exported."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        which = f"its part {training[0]!r}" if training[0] else "the model"
+        raise ValueError(f"{which} is in training mode, in which it may drop and draw: call model.eval() first")
+    try:
+        with torch.no_grad():
+            model(*(x.clone() for x in args))
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in args)
+        raise ValueError(f"args: the model does not run on {shapes}: {first_line(error)}") from error
+
+
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what an error came of, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return ESCAPES.sub("", first_line(error))
 
 
 @contextlib.contextmanager

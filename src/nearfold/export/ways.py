@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from nearfold.export.program import (
     Exported,
     _quiet,
+    cause,
     compare,
     in_place,
     opened,
@@ -74,24 +75,31 @@ def to_onnx(
     import onnx
     import onnxruntime
 
-    if type(opset) is not int or opset < OPSET:
-        raise ValueError(f"opset must be {OPSET} at least, got {opset!r}")
+    newest = onnx.defs.onnx_opset_version()
+    if type(opset) is not int or not OPSET <= opset <= newest:
+        raise ValueError(f"opset must be from {OPSET} to {newest}, got {opset!r}")
     given = tensors(args)
     with in_place(path, ".onnx") as file:
         program = traced(model, given, dynamic)
         with _quiet(), torch.no_grad():
             lowered = program.run_decompositions(decompositions(stable_topk=True))
             shorten(lowered)
-            torch.onnx.export(
-                lowered, (), file, dynamo=True, opset_version=opset, verbose=False, external_data=_bytes(lowered) > MOST
-            )
+            _write(lowered, file, opset)
         graph = onnx.load(file, load_external_data=False)
+        made = {imported.domain: imported.version for imported in graph.opset_import}
+        if made.get("") != opset:
+            raise ValueError(f"opset={opset} is more than torch {torch.__version__} writes: it wrote {made.get('')}")
         if words := symbols(program):
             _rename(graph, words)
             onnx.save(graph, file)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no base of their own
+            types = ", ".join(sorted({str(p.dtype) for p in model.parameters()} | {str(x.dtype) for x in given}))
+            said = cause(error).replace(str(file), str(path))
+            raise ValueError(f"onnxruntime does not take the file ({types}): {said}") from error
 
         def run(*inputs: Tensor) -> list[Tensor]:
             named = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
@@ -102,6 +110,19 @@ def to_onnx(
     return Exported(
         Path(path), "onnx", **vars(found), open=opened(program), nodes=operators.total(), operators=operators
     )
+
+
+def _write(program: ExportedProgram, file: Path, opset: int) -> None:
+    """Write a program as ONNX.
+
+    Raises:
+        ValueError: torch has no way to say one of its operators.
+    """
+    large = _bytes(program) > MOST
+    try:
+        torch.onnx.export(program, (), file, dynamo=True, opset_version=opset, verbose=False, external_data=large)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ValueError(f"torch has no ONNX for the model: {cause(error)}") from error
 
 
 def _bytes(program: ExportedProgram) -> int:
