@@ -25,6 +25,7 @@ from nearfold.study.alignment import (
     positions,
     scores,
 )
+from nearfold.study.alignment.command import report
 from nearfold.study.alignment.inputs import of_inputs
 from nearfold.study.alignment.labels import ITSELF, PROBES, of_labels
 from nearfold.study.alignment.positions import BLOCKS, FOLDS, slots, window
@@ -343,3 +344,27 @@ def test_the_page_is_what_the_kept_profiles_say():
     recipe = SimpleNamespace(**runpy.run_path(str(ROOT / "recipes/alignment_data.py")))
     page = (ROOT / "docs/alignment.md").read_text(encoding="utf-8")
     assert recipe.filled(page, recipe.kept()) == page
+
+
+def test_where_nothing_is_told_no_operator_is_pointed_to():
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(count):
+        images = torch.randint(256, (count, 1, 6, 6), dtype=torch.uint8, generator=draw)
+        return Split(images, torch.randint(2, (count,), generator=draw))
+
+    said = report(measure(ImageData("noise", ("a", "b"), noise(300), noise(2), noise(2))))
+    assert said[-1].endswith("no operator is pointed to.") and not any("comes first" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["digits", "--json", "."], "argument --json: '.' is a folder: name a file"),
+        (["nosuch"], "'made:NAME'"),
+        ([""], "the name of the data is empty"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(given, said, capsys):
+    assert cli.main(["align", *given]) == 2
+    assert said in capsys.readouterr().err

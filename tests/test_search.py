@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -341,6 +342,9 @@ def test_a_small_search_from_the_first_run_to_the_files(tmp_path, capsys):
     text, paths = leave(found, "nearfold search", tmp_path)
     content = json.loads((tmp_path / "result.json").read_text())
     assert [path.name for path in paths] == ["summary.md", "result.json"]
+    with pytest.raises(ValueError, match=r"has the results of another search \(budget: .*name another folder"):
+        open_search(replace(asked, budget=Budget("params", 9e4)))
+    open_search(replace(asked, trials=9))  # goes on
     assert content["trials"] == 3 and content["proposed"] == 3 + sum(content["refused"].values())
     assert content["verdict"] == verdict(found) and content["verdict"] in text
     assert content["winner"] in text and content["xray"]["layers"]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import statistics
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers.cells import slow_but
 from nearfold.structures import PREFIX, structure
 from nearfold.study import catalogue
 from nearfold.study.catalogue import PRESETS, STUDIES, find, gwo, matched, readings
+from nearfold.study.catalogue.alignment import SECONDS
 from nearfold.study.grid import Study
 from nearfold.study.measure import count_flops, count_parameters
 from nearfold.study.tasks import build
@@ -56,7 +58,7 @@ def test_every_network_of_every_study_runs_on_its_images(study):
 
 def test_every_claim_of_the_seeds_has_a_study():
     wanted = """spectrum k candidates ratio blend similarity aggregation augmentation memorise benchmark shared
-    budget operators surgery alignment"""
+    budget operators surgery alignment alignment_time"""
     assert set(STUDIES) == set(wanted.split())
 
 
@@ -162,3 +164,17 @@ def test_labels_must_differ_and_have_the_axis():
         replace(study, families={9.0: "near"})
     with pytest.raises(ValueError, match="looks=True wants networks called 'spectrum', got 'plain'"):
         replace(study, looks=True)
+
+
+def test_networks_of_equal_time_train_about_equally_long():
+    long, usual = find("alignment_time", "cpu"), find("alignment", "cpu")
+    seconds = json.loads(SECONDS.read_text())["seconds"]
+    took: dict[str, list[float]] = {}
+    for trial, before in zip(long.trials, usual.trials, strict=True):
+        assert (trial.labels, trial.network, trial.data) == (before.labels, before.network, before.data)
+        one, epochs = seconds[trial.panel][trial.title], trial.recipe.epochs
+        took.setdefault(trial.panel, []).append(one * epochs)
+        budget = statistics.median(seconds[trial.panel].values()) * before.recipe.epochs
+        assert abs(one * epochs - budget) <= one / 2 or epochs == 1
+        assert trial.recipe.warmup_epochs * before.recipe.epochs == pytest.approx(before.recipe.warmup_epochs * epochs)
+    assert set(took) == set(seconds)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a study some of whose runs failed, 2 what was asked cannot
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["explain", "window(3) | box | kernel", "--shape", "nonsense"])
     2
     """
+    args = argparse.Namespace()
     try:
         args = _parser().parse_args(argv)
         return int(args.command(args))
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return _say(error)
+        return _say(error, args)
 
 
 def _parser() -> Parser:
@@ -111,8 +113,14 @@ def _parser() -> Parser:
     return parser
 
 
-def _say(error: BaseException) -> int:
+def _say(error: BaseException, args: argparse.Namespace) -> int:
     """Tell in one line why the command ends, and return the exit code."""
+
+    def option(name: re.Match[str]) -> str:
+        """An argument of a function as the option that the user has for it."""
+        known = name[1] in vars(args)
+        return f"--{name[1].replace('_', '-')}{' ' * bool(name[2])}{name[2]}" if known else name[0]
+
     if os.environ.get("NEARFOLD_DEBUG"):
         traceback.print_exception(error)
     if any(isinstance(cause, KeyboardInterrupt) for cause in _and_before(error)):
@@ -128,7 +136,8 @@ def _say(error: BaseException) -> int:
         print(f"nearfold: error: not enough memory for this: {line(error)}", file=sys.stderr)
         return 2
     if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError, FloatingPointError)):
-        print(f"nearfold: error: {line(error)}", file=sys.stderr)  # the library's errors for users
+        said = re.sub(r"\b([a-z_]+)=(\S*)", option, line(error))
+        print(f"nearfold: error: {said}", file=sys.stderr)  # the library's errors for users
         return 2
     print(
         f"nearfold: error: this is a fault of nearfold, please report it: {type(error).__name__}: {line(error)} "

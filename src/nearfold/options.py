@@ -158,9 +158,32 @@ def folder(text: str) -> Path:
     there = Path(text)
     while not os.path.lexists(there):
         there = there.parent
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is no folder: name another one")
+    _require_open(there)
     return Path(text)
+
+
+def file(text: str) -> Path:
+    """A type of files that can be written: said before anything is done for them.
+
+    >>> file("runs/new.json").name
+    'new.json'
+    """
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"wanted the name of a file, got {brief(text)}")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{brief(text)} is a folder: name a file")
+    there = Path(text).absolute().parent
+    while not os.path.lexists(there):
+        there = there.parent
+    _require_open(there)
+    return Path(text)
+
+
+def _require_open(folder: Path) -> None:
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{folder} is no folder: name another one")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{folder} cannot be written: name another folder")
 
 
 def brief(text: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from pathlib import Path
 
 from nearfold.grammar import CATALOGUE, Basic, Branch, Entry, Operation, Sum
 from nearfold.grammar.complexity import c_d, primitives
 from nearfold.grammar.presets import FAMILIES, entry_of
 from nearfold.lower import Explanation, explain
+from nearfold.options import file
 
 WIDTHS = (23, 43, 12, 29, 4)  # name, path, shape, weight, C_D; the backend follows
 HEAD = ("", "PATH: where to look", "SHAPE: form", "WEIGHT: what to value", "C_D", "runs on")
@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", metavar="WORDS", help="only families with these words in their name")
     parser.add_argument("--since", type=int, metavar="YEAR", help="only operators whose paper is of this year or later")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE",
+        "--html", type=file, metavar="FILE",
         help="write the table as one page that can be searched and sorted, with a picture of what each operator mixes",
     )  # fmt: skip
 

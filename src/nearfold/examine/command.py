@@ -16,7 +16,7 @@ from nearfold.examine.report import XRay
 from nearfold.examine.suggest import suggest
 from nearfold.examine.xray import xray
 from nearfold.models.named import WHAT, named
-from nearfold.options import sizes, whole
+from nearfold.options import file, sizes, whole
 
 EXAMPLES = """\
 examples:
@@ -42,8 +42,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="with the weights that come along")
     parser.add_argument("--against", metavar="MODEL", help="a second network, beside the first on the page")
     parser.add_argument("--suggest", action="store_true", help="rules for nearfold.convert, each tried on the images")
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("xray.html"), help="default: xray.html")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers as JSON")
+    parser.add_argument("--out", type=file, metavar="FILE", default=Path("xray.html"), help="default: xray.html")
+    parser.add_argument("--json", type=file, metavar="FILE", help="all numbers as JSON")
 
 
 def _size(written: str) -> tuple[int, ...]:
@@ -54,9 +54,6 @@ def run(args: argparse.Namespace) -> int:
     """Examine, print the table, write the page: the exit code."""
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out {args.out}: the page is HTML: name it .html")
-    _require_place("--out", args.out)
-    if args.json is not None:
-        _require_place("--json", args.json)
     shown: list[tuple[str, XRay, Tensor]] = []
     for spec in filter(None, (args.model, args.against)):
         model, size = named(spec, args.pretrained)
@@ -92,15 +89,6 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
         print(args.json)
     return 0
-
-
-def _require_place(option: str, path: Path) -> None:
-    """ValueError where a file cannot be written, before anything is measured."""
-    if path.is_dir():
-        raise ValueError(f"{option} {path}: a folder has this name; name a file")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"{option} {path}: {there} is a file, and no folder")
 
 
 class _Clock:

@@ -11,7 +11,7 @@ import torch
 from nearfold.export.program import Exported
 from nearfold.export.ways import to_aoti, to_onnx, to_pt2
 from nearfold.models.named import WHAT, named
-from nearfold.options import above, sizes
+from nearfold.options import above, file, sizes
 
 WAYS: dict[str, tuple[Callable[..., Exported], str]] = {
     "onnx": (to_onnx, ".onnx"),
@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=_size, metavar="B,C,H,W", help="size of the input (default: one of the size the network is for)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the file (default: the network's name, here)")
+    parser.add_argument("--out", type=file, metavar="FILE", help="the file (default: the network's name, here)")
     parser.add_argument(
         "--dynamic", choices=("batch", "sizes"), help="leave the batch, or all sizes open (default: none)"
     )

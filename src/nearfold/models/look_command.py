@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nearfold.look.picture import DEFAULT, look
 from nearfold.models.look import look_into
-from nearfold.options import brief, whole
+from nearfold.options import brief, file, whole
 
 SIZE = 28
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=whole(2, 1000), metavar="N", help=f"the image is seen as N x N patches (default: {SIZE})"
     )
-    parser.add_argument("--out", type=Path, default=Path("look.png"), metavar="FILE", help="default: look.png")
+    parser.add_argument("--out", type=file, default=Path("look.png"), metavar="FILE", help="default: look.png")
 
 
 def run(args: argparse.Namespace) -> int:

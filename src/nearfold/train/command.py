@@ -178,8 +178,8 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which images."""
     parser.add_argument(
         "--data", default="digits", metavar="SOURCE",
-        help="digits (8x8 handwriting, comes along; default), or a folder of Hugging Face parquet files, of WebDataset "
-        "tar files, or of images, train/CLASS/*.png",
+        help="digits (8x8 handwriting, comes along; default), made:NAME (a task of known structure), or a folder of "
+        "Hugging Face parquet files, of WebDataset tar files, or of images, train/CLASS/*.png",
     )  # fmt: skip
     parser.add_argument("--limit", type=whole(), metavar="N", help="at most N training and N test images")
 

@@ -179,6 +179,8 @@ def load_data(
             chosen = {n: Split(resize(split.images, image_size), split.labels) for n, split in chosen.items()}
         return ImageData(str(source), classes, **chosen)
 
+    if not str(source):
+        raise ValueError("the name of the data is empty: name a data set or a folder")
     folder = Path(source)
     found = open_source(folder, label_column)
     labels = {name: records.labels for name, records in found.splits.items()}

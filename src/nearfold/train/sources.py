@@ -31,8 +31,8 @@ def open_source(folder: Path, label_column: str | None = None) -> Source:
     if not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ValueError(
-            f"{folder} {problem}: pass 'digits' (held in memory: load_data), or a folder with train-*.parquet, "
-            "train-*.tar or train/CLASS/*.jpg"
+            f"{folder} {problem}: pass 'digits', 'made:NAME' (docs/alignment.md), or a folder with "
+            "train-*.parquet, train-*.tar or train/CLASS/*.jpg"
         )
     tree = Tree(folder)
     for kind in SHARDS:

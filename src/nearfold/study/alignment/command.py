@@ -6,9 +6,8 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
-from nearfold.options import PIXELS, whole
+from nearfold.options import PIXELS, file, whole
 from nearfold.study.alignment.profile import Profile, measure
 from nearfold.study.alignment.recommend import DRAWS, confidence, points, scores
 from nearfold.study.alignment.words import sentences, tables
@@ -38,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"at most so many training images, a tenth of which is put aside (default: {LIMIT})",
     )  # fmt: skip
     parser.add_argument("--image-size", type=whole(1, PIXELS), metavar="S", help="pixels (default: as they are)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers as JSON")
+    parser.add_argument("--json", type=file, metavar="FILE", help="all numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,10 +77,12 @@ def report(profile: Profile) -> list[str]:
         [Cell(str(n)), Cell(name), Cell(f"{one['score']:.3f}"), Cell(f"{100 * float(one['first']):.0f} %")]
         for n, (name, one) in enumerate(found.items(), 1)
     ]
+    if not points(profile):
+        none = "No probe tells the labels clearly better than positions by themselves: no operator is pointed to."
+        return [*lines, "", none]
     table = Table("operators", ("", "operator", "score", "comes first"), rows, left=(1,))
-    none = "No probe tells the labels clearly better than positions by themselves: no operator is pointed to."
     return [
-        *lines, "", "Operators it points to:" if points(profile) else none, table.text(table.head), "",
+        *lines, "", "Operators it points to:", table.text(table.head), "",
         f"Comes first: in so many of {DRAWS} draws of the images anew. Whether the rule is right it does not say.",
     ]  # fmt: skip
 

@@ -84,7 +84,8 @@ def positions(data: ImageData, limit: int = 2000) -> Positions:
     count = min(limit, len(split))
     if count < BLOCKS * LEAST:
         raise ValueError(
-            f"{data.name} has {len(split)} training images and limit={limit}: at least {BLOCKS * LEAST} are needed"
+            f"{data.name} has {len(split)} training images, without those put aside, and limit={limit}: at least "
+            f"{BLOCKS * LEAST} are needed, so take more images"
         )
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
     images = split.images[chosen].float() / 255

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from nearfold.structures import PREFIX, STRUCTURES, structure
 from nearfold.study.catalogue.aligned import readers
@@ -87,6 +90,51 @@ def alignment(p: Preset) -> Study:
     )
 
 
+SECONDS = Path(__file__).parent / "alignment.json"
+"""What an epoch of every network of the study takes, by task and operator; recipes/alignment_seconds.py measures it."""
+
+
+def alignment_time(p: Preset) -> Study:
+    """The same, trained equally long: as many epochs as fit into the time of the operator in the middle."""
+    study = alignment(p)
+    measured = json.loads(SECONDS.read_text(encoding="utf-8"))
+    return replace(
+        study,
+        name="alignment_time",
+        title="From data to operator, at equal time",
+        question="Which operator for which data, if all are trained equally long? The networks of the study of data "
+        "and operators; cheap operators see the images more often.",
+        trials=[_as_long(trial, measured["seconds"][trial.panel]) for trial in study.trials],
+        protocol=(
+            *study.protocol,
+            "Every operator has as many epochs, whole ones and at least one, as fit into the time that the one in the "
+            "middle takes for the epochs of the other study, the warm-up in proportion. What an epoch takes was "
+            f"measured on {measured['processor']}, one thread, before the runs.",
+        ),
+    )
+
+
+def _as_long(trial: Trial, seconds: Mapping[str, float]) -> Trial:
+    """The trial with as many epochs as fit into the budget of its task.
+
+    Args:
+        trial: of the study at equal epochs.
+        seconds: what an epoch takes, by operator.
+    """
+    epochs = epochs_within(trial.recipe.epochs * statistics.median(seconds.values()), seconds[trial.title])
+    warmup = trial.recipe.warmup_epochs * epochs / trial.recipe.epochs
+    return replace(trial, recipe=replace(trial.recipe, epochs=epochs, warmup_epochs=warmup))
+
+
+def epochs_within(budget: float, one: float) -> int:
+    """Whole epochs nearest to a budget of seconds, at least one, of which each takes so many.
+
+    >>> epochs_within(10, 2.1), epochs_within(10, 30)
+    (5, 1)
+    """
+    return max(1, round(budget / one))
+
+
 def _trials(data: Data, recipe: Recipe) -> list[Trial]:
     height, width = _size(data)
     stride = max(1, height // SIDE)
@@ -112,4 +160,4 @@ def _size(data: Data) -> tuple[int, int]:
     return (data.image_size, data.image_size) if data.image_size else (SHAPES[data.name][1], SHAPES[data.name][2])
 
 
-STUDIES = (alignment,)
+STUDIES = (alignment, alignment_time)

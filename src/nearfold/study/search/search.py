@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -229,6 +230,10 @@ class Search:
                 found[title] = Tried(network["operation"], network, {s.epochs: result[SEED]["val_accuracy"]})
             else:
                 left_out[title] = "its training failed"
+        if not found and networks:
+            raise ValueError(
+                f"every training of the {len(networks)} known operators within {s.budget} failed: see {s.out}/failed"
+            )
         if not found:
             why = "; ".join(f"{title}: {reason}" for title, reason in list(left_out.items())[:3])
             raise ValueError(f"no known operator can be trained within {s.budget}: {why}")
@@ -281,12 +286,25 @@ class Search:
         return sorted(found, key=lambda one: (one.side, -one.chosen_by))
 
 
+def _require_own(settings: Settings) -> None:
+    """ValueError where the results would take the place of those of another search."""
+    path = settings.out / "result.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        now = {name: value for name, value in asdict(settings).items() if name in ("data", "budget", "width", "depth")}
+        other = {name: before.get(name) for name, value in now.items() if before.get(name) != value}
+        if other:
+            whose = ", ".join(f"{name}: {value}" for name, value in other.items())
+            raise ValueError(f"out={settings.out} has the results of another search ({whose}): name another folder")
+
+
 def open_search(settings: Settings) -> Search:
     """Load the data and look for what is missing before any training; nothing is trained.
 
     Raises:
-        ValueError: the data cannot be read.
+        ValueError: the data cannot be read, or the folder has the results of another search.
     """
+    _require_own(settings)
     name = os.path.basename(os.path.realpath(settings.data))
     data = load(settings.data, Data(name, settings.limit, validation=VALIDATION))
     assert isinstance(data, ImageData)
