@@ -248,6 +248,15 @@ def test_random_candidates_are_not_drawn_and_layers_prepare():
     assert not matrix.requires_grad
 
 
+@pytest.mark.parametrize("notation", ["all | row | sigmoid", "window(3) | box | sigmoid"])
+def test_rows_are_nan_where_outputs_are(notation):
+    layer, x = Mixer(notation, 4).eval(), torch.randn(1, 4, 4, 4)
+    x[0, :, 1, 1] = float("nan")
+    matrix, y = mixing_matrix(layer, x), layer(x)
+    assert torch.equal(matrix.isnan().all(-1)[0, 0], y.isnan().any(1).flatten(1)[0])
+    assert torch.equal(matrix.isnan().all(-1), matrix.isnan().any(-1))
+
+
 def test_a_query_that_is_nan_is_a_row_of_nan():
     layer, x = make("nearest(2, cosine) | ranked | mean", GRID)
     x[0, :, 1, 1] = float("nan")
