@@ -62,7 +62,7 @@ class Judgement:
 def accuracies(results: Results) -> dict[str, dict[str, float]]:
     """Mean test accuracy by task and operator."""
     return {
-        name: {row.title: row.estimate("test_accuracy").mean for row in rows} for name, rows in results.panels.items()
+        name: {row.title: row.mean("test_accuracy") for row in rows} for name, rows in results.panels.items()
     }
 
 

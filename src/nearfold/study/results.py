@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +49,10 @@ class Row:
             train, test = (name.replace("gap", f"{part}_accuracy") for part in ("train", "test"))
             return {seed: r[train] - r[test] for seed, r in self.results.items()}
         return {seed: float(result[name]) for seed, result in self.results.items()}
+
+    def mean(self, name: str) -> float:
+        """Its mean over the seeds."""
+        return statistics.fmean(self.values(name).values())
 
     def estimate(self, name: str) -> Estimate:
         """Its mean and interval over the seeds, by the spread of all rows of the data set, ended where values end."""

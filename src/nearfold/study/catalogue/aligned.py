@@ -20,12 +20,12 @@ def skill(row: Row, classes: int) -> float:
         row: of the study.
         classes: of its task, guessed alike often.
     """
-    return (row.estimate("test_accuracy").mean - 1 / classes) / (1 - 1 / classes)
+    return (row.mean("test_accuracy") - 1 / classes) / (1 - 1 / classes)
 
 
 def best(rows: Sequence[Row]) -> Row:
     """The row of the highest mean test accuracy; of equal ones the first."""
-    return max(rows, key=lambda row: row.estimate("test_accuracy").mean)
+    return max(rows, key=lambda row: row.mean("test_accuracy"))
 
 
 def level(rows: Sequence[Row]) -> list[str]:
@@ -37,8 +37,8 @@ def level(rows: Sequence[Row]) -> list[str]:
 
 def behind(rows: Sequence[Row], title: str) -> float | None:
     """How far an operator's mean accuracy is behind the best of the task, 0..1; None: it was not run."""
-    found = [row.estimate("test_accuracy").mean for row in rows if row.title == title]
-    return best(rows).estimate("test_accuracy").mean - found[0] if found else None
+    found = [row.mean("test_accuracy") for row in rows if row.title == title]
+    return best(rows).mean("test_accuracy") - found[0] if found else None
 
 
 def choices(results: Results, aligned: Mapping[str, str]) -> dict[str, Callable[[str], str]]:
@@ -63,7 +63,7 @@ def on_average(results: Results, left_out: str = "") -> str:
     titles = [row.title for row in next(iter(results.panels.values()))]
 
     def mean(title: str) -> float:
-        found = [row.estimate("test_accuracy").mean for rows in tasks for row in rows if row.title == title]
+        found = [row.mean("test_accuracy") for rows in tasks for row in rows if row.title == title]
         return statistics.fmean(found) if found else 0.0
 
     return max(titles, key=mean)
@@ -110,7 +110,7 @@ def readers(aligned: Mapping[str, str]) -> tuple[Callable[[Results], str], Calla
         ]
         for name, (top, there) in tops.items():
             others = [title for title in there if title != top.title]
-            accuracy = 100 * top.estimate("test_accuracy").mean
+            accuracy = 100 * top.mean("test_accuracy")
             paragraphs.append(
                 f"{name}: {top.title} is the best, {accuracy:.1f} % ({seeds(len(top.results))}); "
                 + (
@@ -143,7 +143,7 @@ def _omega(results: Results) -> str:
     found = []
     for rows in results.panels.values():
         if len(rows) > 2:
-            accuracies = [row.estimate("test_accuracy").mean for row in rows]
+            accuracies = [row.mean("test_accuracy") for row in rows]
             rho = stats.spearmanr([complexity(row)["Omega"] for row in rows], accuracies).statistic
             found.append(float(rho))
     if not found:
