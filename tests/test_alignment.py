@@ -363,6 +363,7 @@ def test_where_nothing_is_told_no_operator_is_pointed_to():
         (["digits", "--json", "."], "argument --json: '.' is a folder: name a file"),
         (["nosuch"], "'made:NAME'"),
         ([""], "the name of the data is empty"),
+        (["made:texture", "--image-size", "1"], "--image-size"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_measured(given, said, capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from nearfold import Rule, convert, xray
@@ -363,6 +365,30 @@ def test_several_maps_are_not_taken_for_one():
 
     seen = xray(Two().eval(), torch.randn(2, 3, SIDE, SIDE))
     assert not seen.layers and "a second input" in seen.left[0].reason
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_given_two_maps_is_not_differentiated_by_one(channels):
+    class Product(nn.Module):
+        def forward(self, a, b):
+            return F.avg_pool2d(a, 3, 1, 1) * F.max_pool2d(b, 3, 1, 1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.product = Product()
+
+        def forward(self, x):
+            return self.product(x[:, :channels] + 1, x)
+
+    seen = xray(Net(), torch.randn(2, 3, SIDE, SIDE))
+    assert not seen.layers and any("several maps" in left.reason for left in seen.left), seen.left
+
+
+def test_one_image_is_told_with_its_folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match=f"--data {tmp_path} has 1 image: two at least"):
+        images_of(str(tmp_path), 4, (3, 8, 8))
 
 
 def test_a_model_may_write_into_what_it_is_given():

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from torch import Tensor
 
@@ -42,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="with the weights that come along")
     parser.add_argument("--against", metavar="MODEL", help="a second network, beside the first on the page")
     parser.add_argument("--suggest", action="store_true", help="rules for nearfold.convert, each tried on the images")
-    parser.add_argument("--out", type=file, metavar="FILE", default=Path("xray.html"), help="default: xray.html")
+    parser.add_argument("--out", type=file, metavar="FILE", default="xray.html", help="default: xray.html")
     parser.add_argument("--json", type=file, metavar="FILE", help="all numbers as JSON")
 
 

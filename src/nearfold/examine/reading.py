@@ -248,7 +248,7 @@ def _by_derivative(
         _choose_rows(layer, ROWS)
         asked = layer.rows + layer.beside
     same = {i for i, t in enumerate(leaves) if t is x or _is_again(t, x)}
-    if any(_is_map(t, x) for i, t in enumerate(leaves) if i not in same):
+    if any(_is_map(t, x, layout) for i, t in enumerate(leaves) if i not in same):
         raise ValueError("it is given several maps, and nothing says how one depends on the other")
     images, parts = [], layout.parts
     for b in range(min(batch, IMAGES - layer.images)):
@@ -341,8 +341,10 @@ def _is_again(t: Any, x: Tensor) -> bool:
     return same and t.data_ptr() == x.data_ptr()
 
 
-def _is_map(t: Any, x: Tensor) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2 and t.shape == x.shape
+def _is_map(t: Any, x: Tensor, layout: Layout) -> bool:
+    """Whether it is a map of the same positions, whatever its channels."""
+    found = isinstance(t, Tensor) and t.is_floating_point() and 2 < t.dim() == x.dim() and t.shape[0] == x.shape[0]
+    return found and _sides(t, layout.axis) == _sides(x, layout.axis)
 
 
 def _batched(t: Any, x: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from nearfold.look.picture import DEFAULT, look
 from nearfold.models.look import look_into
@@ -46,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=whole(2, 1000), metavar="N", help=f"the image is seen as N x N patches (default: {SIZE})"
     )
-    parser.add_argument("--out", type=file, default=Path("look.png"), metavar="FILE", help="default: look.png")
+    parser.add_argument("--out", type=file, default="look.png", metavar="FILE", help="default: look.png")
 
 
 def run(args: argparse.Namespace) -> int:

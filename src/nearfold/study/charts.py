@@ -155,7 +155,7 @@ def _gaps(results: Results, authors: Sequence[Points]) -> list[Chart]:
     """The gap of every operator, and the gap against complexity."""
     charts = []
     for name, rows in results.panels.items():
-        ranked = sorted(rows, key=lambda row: row.estimate("gap_last").mean)
+        ranked = sorted(rows, key=lambda row: row.mean("gap_last"))
         label = "train minus test accuracy of the last weights, points (less is better)"
         charts.append(
             _chart(
@@ -281,7 +281,7 @@ def _against_cost(
         spot = axes.errorbar(x, 100 * e.mean, yerr=_arms(e), fmt="D" if row in best else "o", ms=6, color=own, lw=1)
         tips.add(spot, f"{row.title}: {accuracy(e)}, {x:.4g} {AXES[cost]}")
         named.append(_point(row, x, e, own))
-    line = [(row.cost[cost], 100 * row.estimate("test_accuracy").mean) for row in best]
+    line = [(row.cost[cost], 100 * row.mean("test_accuracy")) for row in best]
     if line:
         axes.plot(*zip(*line, strict=True), color=FRONT, lw=1)
     axes.set(xlabel=f"{AXES[cost]} (log scale)", ylabel="test accuracy, %")
@@ -371,7 +371,7 @@ def _colours(results: Results, tips: Tips) -> Figure:
     figure = new_figure(9.2, 1.9 + 0.29 * len(panels))
     axes = figure.subplots()
     for y, rows in enumerate(panels.values()):
-        means = [100 * row.estimate("test_accuracy").mean for row in rows]
+        means = [100 * row.mean("test_accuracy") for row in rows]
         low, high, good = min(means), max(means), level(rows)
         for row, mean in zip(rows, means, strict=True):
             share = (mean - low) / max(high - low, NOTHING)

@@ -64,7 +64,7 @@ def against_reference(results: Results) -> list[str]:
 
 
 def _panel(name: str, rows: Sequence[Row], reference: Row | None) -> str:
-    best = max(rows, key=lambda row: row.estimate("val_accuracy").mean)
+    best = max(rows, key=lambda row: row.mean("val_accuracy"))
     text = (
         f"{name}: the held-out images choose {best.title}, which has {accuracy(best.estimate(MEASURE))} on the test "
         f"images ({seeds(len(best.results))})"

@@ -159,7 +159,7 @@ def _tested(results: Results) -> list[str]:
     by_number: dict[int, list[tuple[str, float]]] = {}
     for name, rows in results.panels.items():
         if n := results.tested.get(name):
-            by_number.setdefault(n, []).append((name, max(row.estimate(MEASURE).mean for row in rows)))
+            by_number.setdefault(n, []).append((name, max(row.mean(MEASURE) for row in rows)))
     texts = []
     for n, found in by_number.items():
         name, p = max(found, key=lambda one: sampling(one[1], n))  # where it matters most

@@ -182,7 +182,7 @@ def _table(name: str, rows: Sequence[Row], results: Results) -> Table:
         return lambda row: Cell(show(row.cost[measure]), row.cost[measure]) if row.cost else Cell("", math.inf)
 
     def number(measure: str, digits: int) -> Callable[[Row], Cell]:
-        return lambda row: Cell(f"{(mean := row.estimate(measure).mean):.{digits}f}", mean)
+        return lambda row: Cell(f"{(mean := row.mean(measure)):.{digits}f}", mean)
 
     columns: dict[str, Callable[[Row], Cell]] = {
         "setting": lambda row: Cell(row.title, dot=family(results, row)),

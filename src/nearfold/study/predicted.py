@@ -61,9 +61,7 @@ class Judgement:
 
 def accuracies(results: Results) -> dict[str, dict[str, float]]:
     """Mean test accuracy by task and operator."""
-    return {
-        name: {row.title: row.mean("test_accuracy") for row in rows} for name, rows in results.panels.items()
-    }
+    return {name: {row.title: row.mean("test_accuracy") for row in rows} for name, rows in results.panels.items()}
 
 
 def apart(results: Results) -> list[str]:

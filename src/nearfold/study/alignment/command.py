@@ -72,14 +72,14 @@ def report(profile: Profile) -> list[str]:
     for table in tables(profile):
         lines += ["", f"{table.caption}:", table.text(table.head)]
     lines += ["", "What it means:", *(f"  {sentence}" for sentence in sentences(profile))]
+    if not points(profile):
+        none = "No probe tells the labels clearly better than positions by themselves: no operator is pointed to."
+        return [*lines, "", none]
     found = pointed(profile)
     rows = [
         [Cell(str(n)), Cell(name), Cell(f"{one['score']:.3f}"), Cell(f"{100 * float(one['first']):.0f} %")]
         for n, (name, one) in enumerate(found.items(), 1)
     ]
-    if not points(profile):
-        none = "No probe tells the labels clearly better than positions by themselves: no operator is pointed to."
-        return [*lines, "", none]
     table = Table("operators", ("", "operator", "score", "comes first"), rows, left=(1,))
     return [
         *lines, "", "Operators it points to:", table.text(table.head), "",

@@ -32,7 +32,7 @@ def memorise_answer(results: Results) -> list[str]:
         missed = [row for row in rows if not row.memorised]
         text = f"{name}: "
         if there:
-            low, high = (pick(there, key=lambda row: row.estimate("gap_last").mean) for pick in (min, max))
+            low, high = (pick(there, key=lambda row: row.mean("gap_last")) for pick in (min, max))
             text += (
                 f"among the {len(there)} of {len(rows)} operators that memorised with every seed, the gap is smallest "
                 f"for {low.title}, {gap(low)}, and largest for {high.title}, "
@@ -46,7 +46,7 @@ def memorise_answer(results: Results) -> list[str]:
             text += _ranks(there) + " "
         if missed:
             text += "Did not memorise with every seed, so no gap is compared: " + names(
-                [f"{row.title} ({100 * row.estimate('train_accuracy_last').mean:.1f} %)" for row in missed]
+                [f"{row.title} ({100 * row.mean('train_accuracy_last'):.1f} %)" for row in missed]
             )
             text += "."
         paragraphs.append(text.strip())
@@ -62,7 +62,7 @@ def _ranks(rows: Sequence[Row]) -> str:
     """Rank correlation of the gap with complexity."""
     from scipy import stats
 
-    gaps = [row.estimate("gap_last").mean for row in rows]
+    gaps = [row.mean("gap_last") for row in rows]
     parts = []
     for name in ("C_D", "C_P", "Omega"):
         values = [complexity(row)[name] for row in rows]
@@ -110,7 +110,7 @@ def scores(rows: Sequence[Row]) -> list[Score]:
     """GWO's table, best score first."""
     found = []
     for row in rows:
-        percent, omega = 100 * row.estimate("test_accuracy").mean, complexity(row)["Omega"]
+        percent, omega = 100 * row.mean("test_accuracy"), complexity(row)["Omega"]
         score = 100 * percent / (1 + omega)
         found.append(Score(row, percent, omega, score, next((t for t, least in TIERS.items() if score >= least), "D")))
     return sorted(found, key=lambda s: -s.score)
@@ -180,7 +180,7 @@ def budget_verdict(results: Results) -> str:
 def front(rows: Sequence[Row], cost: str) -> list[Row]:
     """The settings that no other one beats in held-out accuracy at that cost or less, cheapest first."""
     there = [row for row in rows if row.cost]
-    return [there[i] for i in pareto([(float(row.cost[cost]), row.estimate("val_accuracy").mean) for row in there])]
+    return [there[i] for i in pareto([(float(row.cost[cost]), row.mean("val_accuracy")) for row in there])]
 
 
 def budget_answer(results: Results) -> list[str]:
@@ -233,7 +233,7 @@ def recommend(results: Results, budget: Mapping[str, float]) -> list[str]:
             )
             sentences.append(f"{name}: no setting fits; the least there is: {cheapest}.")
             continue
-        best = max(fitting, key=lambda row: row.estimate("val_accuracy").mean)
+        best = max(fitting, key=lambda row: row.mean("val_accuracy"))
         worse = {d.row.title for d in differences(fitting, best, "val_accuracy") if d.found}
         price = next(iter(budget))
         choice = min((row for row in fitting if row.title not in worse), key=lambda row: row.cost[price])

@@ -188,7 +188,7 @@ def _between(rows: Sequence[Row], results: Results) -> str:
     if len(way) < 2:
         return ""
     start, end = way[0], way[-1]
-    top = max(way, key=lambda row: row.estimate("test_accuracy").mean)
+    top = max(way, key=lambda row: row.mean("test_accuracy"))
     text = (
         f"on the way from space to features with one and the same kernel, accuracy goes from {_test(start)} "
         f"({start.title}) to {_test(end)} ({end.title}), and is highest "
@@ -200,9 +200,9 @@ def _between(rows: Sequence[Row], results: Results) -> str:
 
 def _gap(rows: Sequence[Row]) -> str:
     def train(row: Row) -> float:
-        return row.estimate("train_accuracy").mean
+        return row.mean("train_accuracy")
 
-    ranked = sorted(rows, key=lambda row: row.estimate("gap").mean)
+    ranked = sorted(rows, key=lambda row: row.mean("gap"))
     low, high = ranked[0], ranked[-1]
     if low is high:
         return f"the gap between train and test accuracy is {gap(low, 'gap')}."
