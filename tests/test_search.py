@@ -17,7 +17,7 @@ import torch
 from nearfold.cli import main
 from nearfold.grammar import parse
 from nearfold.models import SpectrumNet
-from nearfold.study import tasks
+from nearfold.study import given, tasks
 from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.local import Local
 from nearfold.study.measure import count_flops, count_parameters
@@ -25,12 +25,13 @@ from nearfold.study.search import Budget, Settings, open_search
 from nearfold.study.search import propose as propose_module
 from nearfold.study.search.budget import Networks, OverBudget
 from nearfold.study.search.halving import rungs
+from nearfold.study.search.layers import AS_IT_IS, LayerSpace, read, text_of, written
 from nearfold.study.search.propose import Proposer
 from nearfold.study.search.report import leave, verdict
 from nearfold.study.search.space import Space
 from nearfold.study.store import run_key
 from nearfold.study.tasks import build
-from nearfold.train import load_data
+from nearfold.train import load_data, prepare
 
 pytest.importorskip("optuna")
 SPACE = Space(16, (8, 8))
@@ -202,7 +203,7 @@ class Made:
         if self.stop is not None and len(self.keys) >= self.stop:
             raise KeyboardInterrupt
         self.keys.append(run_key(config))
-        operation, recipe = config["network"]["operation"], config["recipe"]
+        operation, recipe = text_of(config["network"]), config["recipe"]
         seed, epochs = recipe["seed"], recipe.get("epochs", 20)
         if "| max" in operation:
             raise RuntimeError("no memory left")
@@ -329,6 +330,133 @@ def test_settings_say_what_is_wrong():
         Settings("digits", Budget("params", 1e4), seeds=1)
     with pytest.raises(ValueError, match=r"Settings\.start must name an operator"):
         Settings("digits", Budget("params", 1e4), start={})
+
+
+# --- layer by layer, in a network that is given
+
+NET = """
+import torch
+from torch import nn
+
+def trained():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )
+
+def other():
+    return trained()[:2]
+
+def never_the_same():
+    net = trained()
+    nn.init.normal_(net[7].weight, generator=torch.Generator().manual_seed(torch.seed() % 2**31))
+    return net
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    return f"{tmp_path}/net.py:trained"
+
+
+def of_layers(out, net, **changed):
+    usual = {"budget": Budget("flops", 30_000), "model": net, "trials": 6, "generation": 3, "width": 32, "depth": 2}
+    start = FEW | {"plus ConvNN": "({self}) + near*(nearest(3, cosine, self) | ranked | kernel)"}
+    return settings(out, **(usual | {"start": start} | changed))
+
+
+def test_layers_that_may_be_exchanged_and_what_by(tmp_path, net):
+    search = open_search(of_layers(tmp_path, net))
+    assert isinstance(search.space, LayerSpace)
+    strided, inner = search.space.layers
+    assert (strided.name, inner.name) == ("0", "2")  # the pointwise one is kept
+    assert strided.known["self-attention"] == "all(stride=2) | row | softmax(heads=4)" and inner.site.grid == (4, 4)
+    assert "convolution 3x3" not in inner.known and "stride=2" in strided.known["plus ConvNN"]
+    assert search.start[AS_IT_IS] == AS_IT_IS and read(search.start["ConvNN"]).keys() == {"0", "2"}
+    for text in search.start.values():
+        assert written(read(text)) == text
+        choices = search.space.parameters(text)
+        assert search.space.draw(lambda name, among, choices=choices: choices[name]) == text
+    assert search.space.parameters("2: window(7) | box | depthwise") is None
+    only = open_search(of_layers(tmp_path, net, layers="2"))
+    assert [layer.name for layer in only.space.layers] == ["2"]
+
+
+def test_a_plan_starts_with_the_weights_of_the_network(tmp_path, net, digits):
+    search = open_search(of_layers(tmp_path, net, budget=Budget("flops", 1e9)))
+    x = torch.randn(4, 1, 8, 8)
+    model = given.load(net)
+    for title, same in (("plus ConvNN", True), ("ConvNN", False)):
+        plan = search.networks.around(search.start[title])
+        changed = build(plan, digits)
+        assert changed[7].weight.equal(model[7].weight) and type(changed[2]) is not type(model[2])
+        assert torch.allclose(changed.eval()(x), model.eval()(x), atol=1e-5) is same
+    broken = search.networks.given | {"convert": {"2": "all | row | table(9)"}}
+    with pytest.raises(ValueError, match=r"layer 2 does not become all \| row \| table"):
+        build(broken, digits)
+    with pytest.raises(ValueError, match=r"layer 9 does not become .*there is no such layer"):
+        build(search.networks.given | {"convert": {"2": FEW["ConvNN"], "9": FEW["ConvNN"]}}, digits)
+    with pytest.raises(ValueError, match="has other weights than this run was planned with"):
+        build(search.networks.given | {"sha256": "0"}, digits)
+
+
+def test_a_search_of_layers_has_what_is_over_the_budget_left_out_and_goes_on(tmp_path, monkeypatch, net):
+    found, _, train = made(monkeypatch, of_layers(tmp_path, net))
+    most = found.settings.budget.most
+    assert found.networks.costs[AS_IT_IS][1] < most and AS_IT_IS in found.known
+    assert found.left_out == {
+        "self-attention": "takes 56,480 of 30,000 FLOPs of an image",
+        "plus ConvNN": "takes 36,000 of 30,000 FLOPs of an image",
+    }
+    assert all(found.networks.costs[one.notation][1] <= most for one in [*found.tried, *found.known.values()])
+    assert len(found.tried) == 6 and all(read(one.notation).keys() <= {"0", "2"} for one in found.tried)
+    again, _, more = made(monkeypatch, of_layers(tmp_path, net))
+    assert same(again) == same(found) and train.keys and not more.keys
+
+
+def test_a_search_of_layers_from_the_first_run_to_the_files(tmp_path, net):
+    torch.set_num_threads(1)
+    start = {"plus ConvNN": "({self}) + near*(nearest(3, cosine, self) | ranked | kernel)"}
+    few = {"trials": 1, "generation": 1, "epochs": 1, "finalists": 1, "seeds": 2, "start": start}
+    asked = of_layers(tmp_path, net, budget=Budget("params", 5000), **few)
+    found = open_search(asked).run(Local(1), lambda line: None)
+    text, _ = leave(found, "nearfold search", tmp_path)
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert "| parameters | FLOPs |" in text and content["verdict"] in text and content["settings"]["model"] == net
+    assert content["tried"][0]["convert"] == read(content["tried"][0]["notation"])
+    with pytest.raises(ValueError, match="has the results of another search"):
+        open_search(replace(asked, layers="2"))
+
+
+def test_a_network_that_cannot_be_searched_is_told(tmp_path, net):
+    for model, told in (
+        ("nowhere", "MODEL must be timm:NAME"),
+        (net.replace("trained", "other"), r"must make \(2, 10\) of two images of digits, got \(2, 8, 4, 4\)"),
+        ("resnet8s_conv", "does not take images of digits"),
+        (net.replace("trained", "never_the_same"), "a factory must return the same ones every time"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            open_search(of_layers(tmp_path, model))
+    with pytest.raises(ValueError, match="no layer matches"):
+        open_search(of_layers(tmp_path, net, layers="blocks.*"))
+    with pytest.raises(ValueError, match="are of a model: give model, too"):
+        settings(tmp_path, layers="blocks.*")
+
+
+def test_images_are_normalised_as_a_timm_model_says(digits):
+    class Seen(torch.nn.Module):
+        default_cfg = {"mean": (0.25,), "std": (0.125,)}  # noqa: RUF012
+
+        def forward(self, x):
+            return x
+
+    model = Seen()
+    given.take_images_of(model, digits)
+    x = prepare(digits.train.images[:3], digits)
+    raw = digits.train.images[:3].float() / 255
+    assert torch.allclose(model(x), (raw - 0.25) / 0.125, atol=1e-5)
 
 
 # --- for real

@@ -8,7 +8,7 @@ from torch import nn
 
 from nearfold import cli
 from nearfold.models import create
-from nearfold.study import budget_command
+from nearfold.study import budget_command, given
 from nearfold.study import sweep as sweeping
 from nearfold.study.statistics import changed_share
 from nearfold.study.sweep import Images, Measured, Setting, Sweep, attention, sweep
@@ -199,7 +199,7 @@ def test_the_command_line_takes_a_saved_network(trained, tmp_path, quick, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "MODEL nowhere is no folder"),
+        (["nowhere"], "MODEL must be timm:NAME"),
         (["timm:resnet18"], "alone has fresh weights"),
         (["x.py:f", "--k", "0"], "wanted numbers of positions"),
         (["x.py:f", "--k", "4,,2"], "wanted numbers of positions"),
@@ -221,9 +221,9 @@ def test_weights_that_are_none_are_one_line_and_run_nothing(tmp_path, content, t
     for name in ("w.pth", "w.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"--weights .* (cannot be read|is no file of tensors)"):
-            budget_command.load(str(tmp_path / "saved"), tmp_path / name)
+            given.load(str(tmp_path / "saved"), tmp_path / name)
     torch.save({"model": vit().state_dict()}, tmp_path / "good.pth")
-    budget_command.load(str(tmp_path / "saved"), tmp_path / "good.pth")
+    given.load(str(tmp_path / "saved"), tmp_path / "good.pth")
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="do not fit"):
-        budget_command.load(str(tmp_path / "saved"), tmp_path / "other.pth")
+        given.load(str(tmp_path / "saved"), tmp_path / "other.pth")

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """`nearfold budget`."""
     import torch
 
+    from nearfold.study.given import load
     from nearfold.study.measure import machine
     from nearfold.study.sweep import sweep
     from nearfold.train.distributed import join
@@ -70,40 +71,6 @@ def run(args: argparse.Namespace) -> int:
     threads = "" if device.type != "cpu" else f", {torch.get_num_threads()} threads"
     print("\n".join(report(found, args.keep / 100, f"{machine(str(device))}{threads}")))
     return 0
-
-
-def load(spec: str, weights: Path | None = None) -> nn.Module:
-    """A model by its name, with weights.
-
-    Args:
-        spec: as `nearfold.recognise.command.load_model` takes it, or a folder that `save_pretrained` left.
-        weights: a state dict.
-
-    Raises:
-        ValueError: there is no such model, or the weights do not fit it.
-    """
-    from nearfold.compat.checkpoints import tensors_of
-    from nearfold.models import from_pretrained
-    from nearfold.recognise.command import load_model
-
-    if ":" not in spec and not Path(spec).is_dir():
-        raise ValueError(
-            f"MODEL {spec} is no folder, and not timm:NAME, torchvision:NAME or path/to/file.py:factory either"
-        )
-    model = from_pretrained(Path(spec)) if Path(spec).is_dir() else load_model(spec)
-    if weights is not None:
-        try:
-            state = tensors_of(weights)
-        except ValueError as error:
-            raise ValueError(f"--weights {weights}: {error}") from error
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise ValueError(f"--weights {weights} do not fit {spec}: {' '.join(lines[1:3])[:300]}") from error
-    elif spec.partition(":")[0] in ("timm", "torchvision"):
-        raise ValueError(f"{spec} alone has fresh weights, of which nothing can be kept: name its own, --weights FILE")
-    return model
 
 
 def _require_fit(model: nn.Module, images: Images, device: torch.device, fault: str) -> None:
@@ -123,17 +90,15 @@ def held_out(model: nn.Module, args: argparse.Namespace) -> Images:
     """The test images as the model takes them, in an order drawn once."""
     import torch
 
-    from nearfold.models import Network
+    from nearfold.study.given import ways_of
     from nearfold.study.sweep import Images
     from nearfold.train import load_data
     from nearfold.train.evaluation import normalise
 
-    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    own = ways_of(model)
     data = load_data(
         args.data, test_limit=args.limit, image_size=args.image_size or (own.get("input_size") or [None])[-1]
     )
-    if isinstance(model, Network):  # our own are trained on images normalised by their data set
-        own = {}
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     mean, std = (_channels(args, name, own, data) for name in ("mean", "std"))
     return Images(normalise(data.test.images[order], mean, std), data.test.labels[order])

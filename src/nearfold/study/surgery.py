@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +16,9 @@ from nearfold.surgery import Rule, SpectrumSchedule, convert
 Config = Mapping[str, Any]
 
 TRAINED, CONVERT, LAYERS, ALONG = "pretrained", "convert", "layers", "along"
-"""In a trial's network: start from the weights that come along; exchange layers by this notation; these, by a shell
-pattern for their names; and move them along the spectrum, as `SpectrumSchedule` takes it."""
+"""In a trial's network: start from the weights that come along; exchange layers by this notation, or each by its own
+(notation by name); these, by a shell pattern for their names; and move them along the spectrum, as `SpectrumSchedule`
+takes it."""
 WALK = 2 / 3
 """Share of the steps in which layers move; in the rest they stay where they have arrived."""
 
@@ -48,11 +51,23 @@ def operate(model: nn.Module, network: Config, size: Sequence[int]) -> None:
         size: channels, height and width of an image.
 
     Raises:
-        ValueError: no layer is exchanged.
+        ValueError: no layer is exchanged, or not every one that is named.
     """
-    if CONVERT not in network or torch.get_default_device().type == "meta":
+    if not network.get(CONVERT) or torch.get_default_device().type == "meta":
         return
-    convert(model, Rule(network[CONVERT], name=network.get(LAYERS, "*")), input_size=tuple(size))
+    to = network[CONVERT]
+    if isinstance(to, str):
+        convert(model, Rule(to, name=network.get(LAYERS, "*")), input_size=tuple(size))
+        return
+    rules = [Rule(notation, name=glob.escape(name)) for name, notation in to.items()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is refused is an error here
+        rows = {row.name: row for row in convert(model, rules, input_size=tuple(size)).rows}
+    for name, notation in to.items():
+        row = rows.get(name)
+        if row is None or row.status != "replaced":
+            why = "there is no such layer" if row is None else row.reason
+            raise ValueError(f"layer {name} does not become {notation}: {why}")
 
 
 def walk(model: nn.Module, network: Config, steps: int) -> SpectrumSchedule | None:

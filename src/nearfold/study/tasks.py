@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nearfold.models import PlainNet, SpectrumNet, create, stem_stride
-from nearfold.study import surgery
+from nearfold.study import given, surgery
 from nearfold.study.grid import Data
 from nearfold.study.measure import measure
 from nearfold.train import ImageData, Recipe, StreamData, begin, fit, load_data, open_data, prepare, save_weights
@@ -95,6 +95,12 @@ def source_of(name: str, sources: Sources) -> str:
 
 def build(network: Config, data: ImageData | StreamData) -> nn.Module:
     """The network of a run: freshly initialised from torch's generator, or as trained, layers exchanged."""
+    if network["name"] == given.GIVEN:
+        assert isinstance(data, ImageData), "a network of the user's is trained on data that are held in memory"
+        model = given.build(network)
+        given.take_images_of(model, data)
+        surgery.operate(model, network, (data.channels, *data.size))
+        return model
     arguments = surgery.arguments(network)
     name = arguments.pop("name")
     if name in SMALL:
@@ -111,7 +117,7 @@ def train(config: Config, place: Place, weights: Path | None, work: Path | None)
     recipe = Recipe.from_dict(config["recipe"])
     torch.manual_seed(recipe.seed)
     model = build(config["network"], data)
-    if not config["network"].get(surgery.TRAINED):
+    if not config["network"].get(surgery.TRAINED) and config["network"]["name"] != given.GIVEN:
         begin(model, data)
     images = len(data.splits["train"] if isinstance(data, StreamData) else data.train)
     steps = recipe.epochs * max(1, images // recipe.batch_size)

@@ -6,12 +6,15 @@ As in `nearfold.study.catalogue.matched`, but the budget is given, is never exce
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from nearfold.grammar import parse
+from nearfold.grammar.complexity import c_d
 from nearfold.models import stem_stride
 from nearfold.study.measure import count_flops, count_parameters
 from nearfold.study.tasks import build
@@ -78,6 +81,13 @@ class Networks:
     budget: Budget
     width: int = 32
     depth: int = 2
+
+    heads = ("C_D", "MLP")
+    """Of the columns that say what a network is."""
+
+    def cells(self, network: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the columns say of a network."""
+        return f"{c_d(parse(network['operation'])):g}", str(network["hidden"])
 
     @property
     def stride(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 from nearfold.options import PIXELS, above, folder, whole
 from nearfold.study.fourteen import FOURTEEN
-from nearfold.study.search.budget import UNITS, Budget
+from nearfold.study.given import WHAT
+from nearfold.study.search.budget import UNITS, Budget, Networks
+from nearfold.study.search.layers import AS_IT_IS, LayerNetworks, LayerSpace
 from nearfold.study.search.search import Settings, open_search
 
 EXAMPLES = """\
@@ -18,6 +21,7 @@ examples:
   nearfold search --data made:pairs --flops 4200000
   nearfold search --data path/to/images --params 40000 --trials 90 --jobs 8
   nearfold search --data made:stripes --latency-ms 2 --minutes 30
+  nearfold search --data path/to/cifar10 --model resnet8s_conv --layers "groups.*.layer" --flops 60000000
 
 A finished run is never run again: interrupt it when you like, the same command goes on where it was. The known
 operators it starts from, and has to beat:
@@ -47,6 +51,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="budget: at most so long for one image, forward, on this machine",
     )
+    parser.add_argument(
+        "--model", metavar="MODEL", help=f"exchange the layers of this network, its weights kept: {WHAT}"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict: .safetensors, or one of torch.save")
+    parser.add_argument(
+        "--layers", default=Settings.layers, metavar="PATTERN", help="of MODEL, such as 'blocks.*' (default: all)"
+    )
+    parser.add_argument("--lr", type=above(0), metavar="R", help="largest learning rate (default: docs/search.md)")
     for name, (text, least, most) in NUMBERS.items():
         usual = getattr(Settings, name)
         parser.add_argument(
@@ -55,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=above(0), metavar="M", help="propose no more when all of it would take longer than this"
     )
-    parser.add_argument("--out", type=folder, metavar="DIR", help="default: runs/search-DATA")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="default: runs/search-DATA, with -MODEL")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="who runs (default: local)")
     parser.add_argument("--address", default="auto", metavar="A", help="of the Ray cluster (default: auto)")
     parser.add_argument("--jobs", type=whole(1, 1000), metavar="N", help="runs side by side (default: one a core)")
@@ -73,14 +85,18 @@ def run(args: argparse.Namespace) -> int:
     kind = next(kind for kind in UNITS if getattr(args, kind) is not None)
     settings = Settings(
         args.data, Budget(kind, getattr(args, kind)), args.limit, minutes=args.minutes, device=args.device,
-        out=args.out or Path("runs") / f"search-{os.path.basename(os.path.realpath(args.data)).replace(':', '-')}",
+        model=args.model, weights=args.weights, layers=args.layers, lr=args.lr, out=args.out or _folder(args),
         **{name: getattr(args, name) for name in NUMBERS},
     )  # fmt: skip
+    if args.model is not None:
+        print(f"trying which of the known operators fit each layer of {args.model}", flush=True)
     search = open_search(settings)
     if args.engine == "ray":
         connect(args.address)
     engine = Ray(args.address) if args.engine == "ray" else Local(args.jobs or default_jobs(device))
     print(f"every network: {settings.budget}; results in {settings.out}", flush=True)
+    if isinstance(search.space, LayerSpace):
+        print("\n".join(found_layers(search.space, search.networks)), flush=True)
     found = search.run(engine, lambda text: print(text, flush=True))
     text, paths = leave(found, command_line(args), settings.out)
     print("\n" + text.partition("\n## The known operators")[0] + "\n" + "\n".join(map(str, paths)))
@@ -90,10 +106,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _folder(args: argparse.Namespace) -> Path:
+    """Where results go by default."""
+    parts = [os.path.basename(os.path.realpath(args.data)), *([Path(args.model).name] if args.model else [])]
+    return Path("runs") / "-".join(["search", *parts]).replace(":", "-")
+
+
+def found_layers(space: LayerSpace, networks: Networks | LayerNetworks) -> list[str]:
+    """What may be exchanged, as lines; and what the network costs as it is."""
+    lines = [f"{layer.name}: {layer.site.operation}   ({len(layer.known)} known operators)" for layer in space.layers]
+    with contextlib.suppress(ValueError):  # over the budget: it is counted all the same
+        networks.around(AS_IT_IS)
+    if isinstance(networks, LayerNetworks) and AS_IT_IS in networks.costs:
+        parameters, flops = networks.costs[AS_IT_IS]
+        lines.append(f"as it is: {parameters:,} parameters, {flops:,} FLOPs of an image")
+    return lines
+
+
 def command_line(args: argparse.Namespace) -> str:
     """The command that asks for the same search."""
     words = ["nearfold", "search", "--data", str(args.data)]
-    for name in (*UNITS, "limit", *NUMBERS, "minutes"):
+    for name in ("model", "weights", "layers"):
+        if (value := getattr(args, name)) not in (None, getattr(Settings, name)):
+            words += [f"--{name}", str(value)]
+    for name in (*UNITS, "limit", *NUMBERS, "lr", "minutes"):
         value = getattr(args, name)
         if value is not None and value != getattr(Settings, name, None):
             words += [f"--{name.replace('_', '-')}", f"{value:.15g}"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nearfold.study.search.budget import Networks, OverBudget
+from nearfold.study.search.layers import LayerNetworks
 from nearfold.study.search.propose import Proposal, Proposer
 from nearfold.study.search.runs import Config, Runs
 
@@ -56,7 +57,7 @@ class Halving:
     """
 
     proposer: Proposer
-    networks: Networks
+    networks: Networks | LayerNetworks
     runs: Runs
     epochs: tuple[int, ...]
     seed: int = 0

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearfold.study.search.layers import LayerSpace
 from nearfold.study.search.space import Space, Value
 
 STEP = 0.15
@@ -44,7 +45,7 @@ class Proposer:
         ImportError: Optuna is not installed.
     """
 
-    def __init__(self, space: Space, seed: int = 0, first: int = 10) -> None:
+    def __init__(self, space: Space | LayerSpace, seed: int = 0, first: int = 10) -> None:
         optuna = _optuna()
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ import torch
 
 import nearfold
 from nearfold.examine import XRay, xray
-from nearfold.grammar import parse
-from nearfold.grammar.complexity import c_d
 from nearfold.study.compare import points
 from nearfold.study.engine import duration
 from nearfold.study.search.search import Finalist, Found
@@ -58,14 +56,15 @@ def examined(found: Found) -> XRay:
 def summary(found: Found, command: str, seen: XRay) -> str:
     """The summary, in Markdown."""
     s = found.settings
+    heads = " | ".join(found.networks.heads)
     lines = [
         f"# Search on {s.data}",
         "",
         verdict(found),
         "",
-        f"The winner by validation, {'a known operator' if found.winner.side == 'known' else 'found by the search'}:",
+        f"The winner by validation, {'a known one' if found.winner.side == 'known' else 'found by the search'}:",
         "",
-        f"    {found.winner.tried.notation}",
+        *(f"    {line}" for line in found.winner.tried.notation.split("; ")),
         "",
         f"Budget of every network: {s.budget}. Images: {len(found.data.train):,} to train on, {len(found.data.val):,} "
         f"to choose by, {len(found.data.test):,} to test once. Made with nearfold {nearfold.__version__} by "
@@ -75,7 +74,7 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         "",
         f"Trained anew with {s.seeds} seeds; validation chooses, and of each side the first alone is tested.",
         "",
-        "| side | operator | C_D | MLP | in the search, % | validation, % | test, % |",
+        f"| side | operator | {heads} | in the search, % | validation, % | test, % |",
         "|---|---|--:|--:|--:|--:|--:|",
         *(_row(found, one) for one in found.finalists),
         "",
@@ -103,10 +102,10 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         "",
         f"One seed, {s.epochs} epochs, validation accuracy in %.",
         "",
-        "| operator | notation | MLP | validation |",
-        "|---|---|--:|--:|",
+        f"| operator | notation | {heads} | validation |",
+        "|---|---|--:|--:|--:|",
         *(
-            f"| {title} | {_cell(one.notation)} | {one.network['hidden']} | {100 * one.values[s.epochs]:.1f} |"
+            f"| {title} | {_cell(one.notation)} | {_cost(found, one.network)} | {100 * one.values[s.epochs]:.1f} |"
             for title, one in sorted(found.known.items(), key=lambda entry: -entry[1].values[s.epochs])
         ),
         "",
@@ -114,10 +113,10 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         "",
         "In the order of how far they came, with validation accuracy in % by epochs.",
         "",
-        "| operator | MLP | validation |",
-        "|---|--:|---|",
+        f"| operator | {heads} | validation |",
+        "|---|--:|--:|---|",
         *(
-            f"| {_cell(one.notation)} | {one.network['hidden']} | "
+            f"| {_cell(one.notation)} | {_cost(found, one.network)} | "
             + ", ".join(f"{epochs}: {100 * value:.1f}" for epochs, value in one.values.items())
             + " |"
             for one in sorted(found.tried, key=lambda one: one.rank, reverse=True)
@@ -136,9 +135,13 @@ def _row(found: Found, one: Finalist) -> str:
     network = one.tried.network
     first = 100 * one.tried.values[found.settings.epochs]
     return (
-        f"| {one.side} | {f'{one.title} {_cell(one.tried.notation)}'.strip()} | {c_d(parse(one.tried.notation)):g} | "
-        f"{network['hidden']} | {first:.1f} | {_accuracy(values)} | {test} |"
+        f"| {one.side} | {f'{one.title} {_cell(one.tried.notation)}'.strip()} | {_cost(found, network)} | "
+        f"{first:.1f} | {_accuracy(values)} | {test} |"
     )
+
+
+def _cost(found: Found, network: Mapping[str, Any]) -> str:
+    return " | ".join(found.networks.cells(network))
 
 
 def _accuracy(values: Sequence[float]) -> str:
@@ -173,7 +176,7 @@ def _notes(found: Found) -> list[str]:
 def record(found: Found, command: str, seen: XRay) -> dict[str, Any]:
     """The search as JSON."""
     s, difference = found.settings, found.difference
-    settings = asdict(s) | {"out": str(s.out), "start": dict(s.start)}
+    settings = asdict(s) | {"out": str(s.out), "weights": s.weights and str(s.weights), "start": dict(s.start or {})}
     return {
         "nearfold": nearfold.__version__, "torch": torch.__version__, "command": command, "settings": settings,
         "images": {part: len(getattr(found.data, part)) for part in ("train", "val", "test")},
@@ -194,7 +197,9 @@ def record(found: Found, command: str, seen: XRay) -> dict[str, Any]:
 
 
 def _tried(one: Any) -> dict[str, Any]:
-    return {"notation": one.notation, "hidden": one.network["hidden"], "validation": dict(one.values)}
+    kept = ("hidden", "convert")
+    network = {name: value for name, value in one.network.items() if name in kept}
+    return {"notation": one.notation, **network, "validation": dict(one.values)}
 
 
 def leave(found: Found, command: str, folder: Path) -> tuple[str, list[Path]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nearfold.study.engine import Engine, duration, work_through
 from nearfold.study.grid import Data, Label, Run, Trial, costing, training
+from nearfold.study.search.layers import text_of
 from nearfold.study.store import Store
 from nearfold.study.tasks import Place
 from nearfold.train import Recipe
@@ -127,7 +128,7 @@ class Runs:
         recipe = replace(self.recipe, epochs=epochs, warmup_epochs=share * self.recipe.warmup_epochs)
         labels: dict[str, Label] = {
             "data": self.data.name,
-            "operator": str(network["operation"]),
+            "operator": text_of(network),
             "epochs": float(epochs),
         }
         return Trial(labels, network, self.data, recipe)

@@ -10,22 +10,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nearfold.study import given
 from nearfold.study.catalogue.spectrum import RECIPE
 from nearfold.study.engine import Engine
 from nearfold.study.fourteen import FOURTEEN, sized
 from nearfold.study.grid import Data
 from nearfold.study.search.budget import Budget, Networks, OverBudget
 from nearfold.study.search.halving import Halving, Tried, rungs
+from nearfold.study.search.layers import START, LayerNetworks, LayerSpace, layers_of, text_of
 from nearfold.study.search.propose import Proposer
 from nearfold.study.search.runs import Clock, Runs, Spent
 from nearfold.study.search.space import Space
 from nearfold.study.statistics import Estimate, paired
-from nearfold.study.tasks import Place, load
+from nearfold.study.tasks import Place, build, load
 from nearfold.train import ImageData, Recipe
 from nearfold.train.checkpoint import fingerprint
 
 VALIDATION = 1 / 3
 """Share of the training images held out: a search chooses by them again and again."""
+UNSEEN = 0.1
+"""The same where a trained network is given: the share, and so the images, that `nearfold train` holds out."""
+GENTLY = 0.1
+"""Learning rate of a trained network, as a share of that of a fresh one."""
 SEED = 0
 """Of the runs that choose; finalists are trained with the seeds after it."""
 
@@ -41,12 +47,17 @@ class Settings:
         trials: operations that are proposed and trained, besides those of `start`.
         generation: so many at a time.
         epochs: of a run at full length.
-        width: channels of the networks.
+        width: channels of the small networks.
         depth: their blocks.
+        model: a trained network whose layers are exchanged instead, as `nearfold.study.given.load` takes it.
+        weights: of `model`.
+        layers: a shell pattern for the names of the layers that may be exchanged.
+        lr: largest learning rate; None: that of the spectrum study, a tenth of it where `model` is given.
         finalists: of each side, trained anew.
         seeds: of every finalist.
         minutes: no generation begins when what has been trained, and the finalists, take longer; None: no limit.
-        start: notation by title: the known operators.
+        start: notation by title: the known operators; None: `nearfold.study.fourteen.FOURTEEN`, and for the layers of
+            `model` some more (`nearfold.study.search.layers.START`).
         out: folder of results.
         device: as in `Recipe`.
 
@@ -65,7 +76,11 @@ class Settings:
     finalists: int = 3
     seeds: int = 5
     minutes: float | None = None
-    start: Mapping[str, str] = field(default_factory=lambda: FOURTEEN)
+    model: str | None = None
+    weights: Path | None = None
+    layers: str = "*"
+    lr: float | None = None
+    start: Mapping[str, str] | None = None
     out: Path = Path("runs/search")
     device: str = "cpu"
 
@@ -74,13 +89,22 @@ class Settings:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"Settings.{name} must be at least {number}, got {getattr(self, name)}")
-        if not self.start:
+        if self.model is None and (self.weights is not None or self.layers != "*"):
+            raise ValueError("Settings.weights and layers are of a model: give model, too")
+        if self.start is not None and not self.start:
             raise ValueError("Settings.start must name an operator: the search is compared with the best of them")
 
     @property
     def recipe(self) -> Recipe:
         """Of a run at full length: that of the spectrum study."""
-        return replace(RECIPE, epochs=self.epochs, warmup_epochs=min(1.0, self.epochs / 6), device=self.device)
+        lr = self.lr or RECIPE.lr * (1.0 if self.model is None else GENTLY)
+        warmup = min(1.0, self.epochs / 6)
+        return replace(RECIPE, epochs=self.epochs, warmup_epochs=warmup, lr=lr, device=self.device)
+
+    @property
+    def validation(self) -> float:
+        """Share of the training images that is held out."""
+        return VALIDATION if self.model is None else UNSEEN
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,7 @@ class Found:
     Attributes:
         settings: what was asked.
         data: what it was trained on.
+        networks: around its operations.
         known: the operators of the start, trained at full length; those over the budget are in `left_out`.
         left_out: titles of known operators that were not trained, and why.
         outside: titles of known operators that the space does not hold: trained and compared, they guide nothing.
@@ -129,6 +154,7 @@ class Found:
 
     settings: Settings
     data: ImageData
+    networks: Networks | LayerNetworks
     known: Mapping[str, Tried]
     left_out: Mapping[str, str]
     outside: Sequence[str]
@@ -155,12 +181,25 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """A search with its data found."""
+    """A search with its data, and its network, found.
+
+    Attributes:
+        settings: what is asked.
+        data: what is trained on.
+        name: of the data.
+        networks: around the operations.
+        space: of what is proposed.
+        start: what is trained first, by title: an operation, or a plan for layers.
+        left_out: why, by title, of known operators that no layer can be.
+    """
 
     settings: Settings
     data: ImageData
     name: str
-    networks: Networks
+    networks: Networks | LayerNetworks
+    space: Space | LayerSpace
+    start: Mapping[str, str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, engine: Engine, say: Callable[[str], None] = print) -> Found:
         """Do what is left of the search. What has finished stays, however this ends, and is never done again.
@@ -175,8 +214,8 @@ class Search:
         """
         s = self.settings
         lengths = rungs(s.epochs)
-        space = Space(s.width, self.networks.grid)
-        described = Data(self.name, limit=s.limit, validation=VALIDATION)
+        space = self.space
+        described = Data(self.name, limit=s.limit, validation=s.validation)
         place = Place(s.out, {self.name: s.data})
         runs = Runs(described, fingerprint(self.data), s.recipe, place, engine, Clock(self._planned(lengths), say))
         known, left_out = self._known(runs)
@@ -193,28 +232,28 @@ class Search:
                 "give more, or fewer finalists and seeds; what has finished stays"
             )
         if not whole:
-            raise ValueError(f"no operation was proposed that fits {s.budget} and trains: see {s.out}/failed")
+            raise ValueError(f"nothing was proposed that fits {s.budget} and trains: see {s.out}/failed")
         titled = {one.notation: title for title, one in known.items()}
         sides = {"known": sorted(known.values(), key=lambda one: -one.rank[1]), "search": whole}
         finalists = self._finals(runs, sides, titled)
         return Found(
-            s, self.data, known, left_out, outside, tried, dict(halving.refused), finalists, runs.spent, runs
+            s, self.data, self.networks, known, left_out, outside, tried, dict(halving.refused), finalists,
+            runs.spent, runs,
         )  # fmt: skip
 
     def _planned(self, lengths: Sequence[int]) -> int:
         """Epochs of everything, where nothing is left out."""
         s = self.settings
         halved = sum(epochs * s.trials / 3**rung for rung, epochs in enumerate(lengths))
-        return round(halved + s.epochs * (len(s.start) + 2 * s.finalists * s.seeds))
+        return round(halved + s.epochs * (len(self.start) + 2 * s.finalists * s.seeds))
 
     def _known(self, runs: Runs) -> tuple[dict[str, Tried], dict[str, str]]:
         """Train the operators of the start at full length."""
         s = self.settings
-        positions = self.networks.grid[0] * self.networks.grid[1]
-        networks, left_out = {}, {}
-        for title, notation in s.start.items():
+        networks, left_out = {}, dict(self.left_out)
+        for title, text in self.start.items():
             try:
-                networks[title] = self.networks.around(sized(notation, positions))
+                networks[title] = self.networks.around(text)
             except (OverBudget, ValueError) as error:
                 left_out[title] = str(error)
         if s.budget.measured:
@@ -227,7 +266,7 @@ class Search:
             networks.items(), runs.train("known", list(networks.values()), s.epochs, [SEED]), strict=True
         ):
             if SEED in result:
-                found[title] = Tried(network["operation"], network, {s.epochs: result[SEED]["val_accuracy"]})
+                found[title] = Tried(text_of(network), network, {s.epochs: result[SEED]["val_accuracy"]})
             else:
                 left_out[title] = "its training failed"
         if not found and networks:
@@ -286,12 +325,16 @@ class Search:
         return sorted(found, key=lambda one: (one.side, -one.chosen_by))
 
 
+OWN = ("data", "budget", "width", "depth", "model", "layers")
+"""Settings that make two searches different ones."""
+
+
 def _require_own(settings: Settings) -> None:
     """ValueError where the results would take the place of those of another search."""
     path = settings.out / "result.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-        now = {name: value for name, value in asdict(settings).items() if name in ("data", "budget", "width", "depth")}
+        now = {name: value for name, value in asdict(settings).items() if name in OWN}
         other = {name: before.get(name) for name, value in now.items() if before.get(name) != value}
         if other:
             whose = ", ".join(f"{name}: {value}" for name, value in other.items())
@@ -299,13 +342,26 @@ def _require_own(settings: Settings) -> None:
 
 
 def open_search(settings: Settings) -> Search:
-    """Load the data and look for what is missing before any training; nothing is trained.
+    """Load the data and the network, and look for what is missing before any training; nothing is trained.
 
     Raises:
-        ValueError: the data cannot be read, or the folder has the results of another search.
+        ValueError: the data or the model cannot be read or do not fit, or the folder has the results of another search.
     """
-    _require_own(settings)
-    name = os.path.basename(os.path.realpath(settings.data))
-    data = load(settings.data, Data(name, settings.limit, validation=VALIDATION))
+    s = settings
+    _require_own(s)
+    name = os.path.basename(os.path.realpath(s.data))
+    data = load(s.data, Data(name, s.limit, validation=s.validation))
     assert isinstance(data, ImageData)
-    return Search(settings, data, name, Networks(data, settings.budget, settings.width, settings.depth))
+    if s.model is None:
+        small = Networks(data, s.budget, s.width, s.depth)
+        positions = small.grid[0] * small.grid[1]
+        start = {title: sized(notation, positions) for title, notation in (s.start or FOURTEEN).items()}
+        return Search(s, data, name, small, Space(s.width, small.grid), start)
+    network = given.given(s.model, s.weights)
+    model = build(network, data)
+    given.require_classifier(model, data, s.model)
+    layers, left_out = layers_of(model, (data.channels, *data.size), s.start or START, s.layers)
+    space = LayerSpace(layers)
+    return Search(
+        s, data, name, LayerNetworks(data, s.budget, network), space, space.everywhere(s.start or START), left_out
+    )
