@@ -339,6 +339,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_kept_profiles_say():
     """After a change to what is measured: python recipes/alignment_data.py FILE.json ..."""
     recipe = SimpleNamespace(**runpy.run_path(str(ROOT / "recipes/alignment_data.py")))
@@ -346,6 +347,7 @@ def test_the_page_is_what_the_kept_profiles_say():
     assert recipe.filled(page, recipe.kept()) == page
 
 
+@pytest.mark.slow
 def test_where_nothing_is_told_no_operator_is_pointed_to():
     draw = torch.Generator().manual_seed(0)
 

@@ -65,6 +65,7 @@ def test_the_gate_sees_a_parameter_whose_gradient_is_lost():
     assert not agrees(changed, off) and where == "gradient of out_bias"
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_prints(tmp_path, capsys):
     assert __main__.main(["convnn", "--small", "--repeats", "1", "--out", str(tmp_path)]) == 0
     results = json.loads(written(tmp_path).read_text())

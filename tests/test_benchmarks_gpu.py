@@ -32,6 +32,7 @@ def in_process(out: Path, *arguments: str) -> int:
     return __main__.main(["--device", "cpu", "--tiny", "--out", str(out), *arguments])
 
 
+@pytest.mark.slow
 def test_every_row_is_written(tmp_path, capsys):
     assert in_process(tmp_path) == 0
     printed = capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_a_row_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
     assert "ended with code 11" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_stopped():
     told = []
 
@@ -151,6 +153,7 @@ def test_a_process_that_hangs_is_stopped():
     assert told == ["so far"]
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch):
     """As one is that waits for its device. Python does not wait for it either when it ends."""
     monkeypatch.setattr(run, "PATIENCE", 0.2)
@@ -170,6 +173,7 @@ def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch):
     assert told[0] not in [child.pid for child in waited_for]
 
 
+@pytest.mark.slow
 def test_a_process_that_ignores_signals_is_killed():
     told = []
 

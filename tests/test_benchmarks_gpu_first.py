@@ -31,6 +31,7 @@ def python(name: str, code: str, seconds: float = 60) -> Step:
     return Step(name, [sys.executable, "-c", code], seconds)
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_and_one_that_dies_cost_themselves_alone(tmp_path, capsys):
     found = [
         python("good", "print('early'); print('all is well')"),
@@ -108,6 +109,7 @@ def test_the_end_of_the_part_limits_a_step(tmp_path, monkeypatch):
     assert found.code is None and time.monotonic() - start < 20
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
     """As one is that waits for its device."""
     monkeypatch.setattr(steps, "PATIENCE", 0.2)
@@ -123,6 +125,7 @@ def test_a_step_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
     assert "could not be killed" in found[0].said and found[1].said == "goes on"
 
 
+@pytest.mark.slow
 def test_several_steps_at_a_time(tmp_path):
     wait = "import time; time.sleep(2); print('done')"
     start = time.monotonic()

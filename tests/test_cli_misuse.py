@@ -296,6 +296,7 @@ def test_operators_with_a_stride_train(op, capsys, tmp_path):
     assert "test accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_operator_that_has_a_name_trains_or_says_why_not(capsys):
     """On torch's meta device, as `train` tries it before it begins."""
     from nearfold.grammar import CATALOGUE

@@ -108,14 +108,14 @@ def check_generated(op, grid, seed):
     conform(op, grid, seed=seed)
 
 
-@settings(QUIETLY, max_examples=40)
+@settings(QUIETLY, max_examples=15)
 @OPERATIONS
 def test_generated(op, grid, seed):
     check_generated(op, grid, seed)
 
 
 @pytest.mark.slow
-@settings(QUIETLY, max_examples=110)
+@settings(QUIETLY, max_examples=135)
 @OPERATIONS
 def test_generated_in_number(op, grid, seed):
     """Others than above: what is drawn follows from the name of the test."""

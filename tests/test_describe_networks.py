@@ -98,6 +98,7 @@ def test_rows_of_all_networks_are_what_gradients_show(source):
     assert total.tight >= 0.8 * total.fields
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_by_its_name():
     code = "from nearfold.recognise.command import text; print(text('transformers:vit'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.cells import slow_but
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
@@ -117,7 +118,9 @@ def test_the_result_can_be_changed_in_place():
     assert args[0].grad is not None and args[3].grad is not None
 
 
-@pytest.mark.parametrize("layer", ["ConvNN2d(8, 8)", "ACmix2d(8, 8)", "DeformConv2d(8, 8)"])
+@pytest.mark.parametrize(
+    "layer", slow_but(("ConvNN2d(8, 8)",), ("ConvNN2d(8, 8)", "ACmix2d(8, 8)", "DeformConv2d(8, 8)"))
+)
 def test_a_plain_call_does_not_bring_in_the_compiler(layer):
     """torch._dynamo takes more than a second and 77 MiB."""
     code = f"""

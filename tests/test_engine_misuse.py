@@ -22,6 +22,7 @@ import warnings
 import numpy
 import pytest
 import torch
+from helpers.cells import slow_but
 from helpers.misuse_calls import (
     aggregated,
     cornered,
@@ -468,7 +469,7 @@ def main(log, what):
 
 @pytest.mark.skipif(engine.get() is None, reason="needs the compiled engine")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and mprotect")
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("chunk", slow_but(("making",), CHUNKS))
 def test_bad_calls_never_crash(chunk, tmp_path):
     log = tmp_path / "last_call"
     done = subprocess.run([sys.executable, __file__, log, chunk], capture_output=True, text=True, timeout=200)

@@ -218,6 +218,7 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert all(f'<option value="{name}">' in text for name in (*pretrained(), "mine"))
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(monkeypatch, capsys):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)

@@ -52,6 +52,7 @@ def test_onnx_with_open_sizes(name, tmp_path):
     assert names[0] == "batch" and names[1] == "" and set(names[2:]) <= {"height", "width", "length"}
 
 
+@pytest.mark.slow
 def test_a_window_is_no_node_for_every_slot(tmp_path):
     few, many = (
         to_onnx(Mixer(f"window({k}) | box | softmax(heads=2)", 8).eval(), torch.randn(1, 8, 9, 9), tmp_path / "w.onnx")
@@ -60,11 +61,13 @@ def test_a_window_is_no_node_for_every_slot(tmp_path):
     assert few.nodes == many.nodes < 60
 
 
+@pytest.mark.slow
 def test_a_scan_is_one_node_however_long(tmp_path):
     made = to_onnx(SelectiveScan2d(8, 4).eval(), torch.randn(1, 8, 8, 9), tmp_path / "s.onnx", dynamic="sizes")
     assert made.operators["Scan"] == 4
 
 
+@pytest.mark.slow
 def test_tokens_have_a_length(tmp_path):
     made = to_onnx(KVTAttention(8, 2, k=3).eval(), torch.randn(2, 12, 8), tmp_path / "t.onnx", dynamic="sizes")
     assert made.open == ((0, 1),)
@@ -72,6 +75,7 @@ def test_tokens_have_a_length(tmp_path):
     assert [dim.dim_param or dim.dim_value for dim in shape] == ["batch", "length", 8]
 
 
+@pytest.mark.slow
 def test_more_neighbours_than_positions(tmp_path):
     layer = ConvNN2d(4, 4, k=60).eval()
     made = to_onnx(layer, torch.randn(1, 4, 9, 9), tmp_path / "k.onnx", dynamic="sizes")
@@ -95,7 +99,8 @@ def test_equal_neighbours_and_nan_in_onnx(tmp_path):
             torch.testing.assert_close(found, layer(given), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("write", [to_pt2, pytest.param(to_aoti, marks=[pytest.mark.slow, pytest.mark.inductor])])
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [to_pt2, pytest.param(to_aoti, marks=pytest.mark.inductor)])
 def test_it_runs_where_nearfold_is_not(write, tmp_path):
     layer, x = ConvNN2d(4, 4, k=3).eval(), torch.randn(2, 4, 6, 5)
     made = write(layer, x, tmp_path / "layer.pt2", dynamic="batch")
@@ -120,6 +125,7 @@ def test_our_operators_can_stay(tmp_path):
     assert made.operators["nearfold.select.default"] == 1
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_can_be_left_open(tmp_path):
     net = create("resnet8s_hybrid", pretrained=True).eval()
     made = to_onnx(net, torch.randn(1, 3, 32, 32), tmp_path / "net.onnx", dynamic="batch")

@@ -82,6 +82,7 @@ def arguments(data, out, *more):
     return [*said.split(), "--data", str(data), "--out", str(out), *more]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_a_row_trains_and_goes_on_where_it_was_stopped(small, tmp_path, monkeypatch, capsys):
     whole = imagenet.main(arguments(small, tmp_path / "whole", "--workers", "1"))

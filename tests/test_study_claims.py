@@ -21,7 +21,8 @@ SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), 
 CLASSES = {"cifar100": 100, "imagenet": 1000}
 # of the networks at their published size, two studies' are quick
 ALL = slow_but(
-    [f"{name}-{preset}" for name in STUDIES for preset in PRESETS if preset == "cpu" or name in ("benchmark", "ratio")],
+    [f"{name}-cpu" for name in STUDIES if not name.startswith(("alignment", "benchmark"))]
+    + ["ratio-strong", "ratio-paper"],
     [f"{name}-{preset}" for name in STUDIES for preset in PRESETS],
 )
 

@@ -119,6 +119,7 @@ def wrapped_in_ddp():
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_it_is_wrapped_in_ddp_afterwards():
     process = multiprocessing.get_context("spawn").Process(target=wrapped_in_ddp)
     process.start()

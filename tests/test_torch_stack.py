@@ -148,6 +148,7 @@ def test_checkpointing_changes_nothing(candidates, reentrant):
     check_checkpointing(candidates, reentrant)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_with_checkpoints():
     net, x = network()
     net.eval()  # compiled dropout draws other numbers
@@ -335,6 +336,7 @@ def check_two_processes(folder: Path, device: str = "cpu") -> None:
     assert net.first[0].sampler[1] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     check_two_processes(tmp_path)

@@ -53,7 +53,8 @@ def toy(request, loaded):
 
 
 every_case = pytest.mark.parametrize("toy", ALL, indirect=True, ids=str)
-every_word = pytest.mark.parametrize("toy", [(kind, names[0]) for kind, names in EXAMPLES.items()], indirect=True)
+WORDS = [(kind, names[0]) for kind, names in EXAMPLES.items()]
+every_word = pytest.mark.parametrize("toy", WORDS, indirect=True)
 
 
 @pytest.mark.parametrize("kind", TOYS)
@@ -121,7 +122,9 @@ def test_all_else_answers(toy):
     assert torch.equal(again(x), layer(x))
 
 
-@every_word
+@pytest.mark.parametrize(
+    "toy", [pytest.param(word, marks=[pytest.mark.slow] * (i > 0)) for i, word in enumerate(WORDS)], indirect=True
+)
 def test_its_examples_make_cases_misuse_and_the_page(toy):
     (word,) = (type(word).word for word in vocabulary.words_in(parse(toy)) if type(word).__module__.startswith("toy"))
     assert f"{word}x" in {w for said in vocabulary.misuse() for w in re.findall(r"\w+", said)}

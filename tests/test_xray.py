@@ -216,6 +216,7 @@ def test_the_page_has_the_networks_that_were_counted():
     assert recipe["table"](kept) in recipe["PAGE"].read_text()
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
     page, numbers = tmp_path / "x.html", tmp_path / "x.json"
     given = ["xray", "resnet8s_attention", "--pretrained", "--images", "4", "--suggest"]

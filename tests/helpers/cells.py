@@ -14,6 +14,8 @@ EACH_ITS_OWN = ("test_docs.py", "test_howto.py", "test_study_claims.py")
 OF_ONE_PART = (
     "test_engine_sanitized.py::test_the_engine_runs_clean_under_sanitizers",
     "test_gpu_model.py::test_the_whole_table_is_of_these_kernels",
+    "test_triton.py::test_kernels_in_the_interpreter[test_aggregate]",
+    "test_triton.py::test_kernels_in_the_interpreter[test_two_pass]",
     "test_triton_compile.py::test_every_kernel_compiles_and_fits[80-largest]",
     "test_triton_compile.py::test_every_kernel_compiles_and_fits[90-extremes]",
     "test_triton_compile.py::test_what_is_launched_compiles_and_fits[aggregate]",
