@@ -24,10 +24,11 @@ from nearfold.study.measure import count_flops, count_parameters
 from nearfold.study.search import Budget, Settings, open_search
 from nearfold.study.search import propose as propose_module
 from nearfold.study.search.budget import Networks, OverBudget
+from nearfold.study.search.command import found_layers
 from nearfold.study.search.halving import rungs
 from nearfold.study.search.layers import AS_IT_IS, LayerSpace, read, text_of, written
 from nearfold.study.search.propose import Proposer
-from nearfold.study.search.report import leave, verdict
+from nearfold.study.search.report import leave, summary, verdict
 from nearfold.study.search.space import Space
 from nearfold.study.store import run_key
 from nearfold.study.tasks import build
@@ -306,6 +307,8 @@ def test_a_budget_of_latency_is_measured_and_what_is_over_it_is_not_trained(tmp_
     assert found.left_out == {"ConvNN": "takes 3.00 ms"} and found.refused["over the budget"] > 0
     assert not any("nearest" in one.notation for one in found.tried)
     assert {one.network["hidden"] for one in found.tried} == {16}
+    assert {one.latency_ms for one in [*found.tried, *found.known.values()]} == {1.0}
+    assert "| MLP | ms |" in summary(found, "nearfold search", "")
 
 
 def test_no_generation_begins_when_time_is_up(tmp_path, monkeypatch):
@@ -335,8 +338,12 @@ def test_settings_say_what_is_wrong():
 # --- layer by layer, in a network that is given
 
 NET = """
+from collections import OrderedDict
+
 import torch
 from torch import nn
+
+torch.set_default_dtype(torch.float32)
 
 def trained():
     torch.manual_seed(3)
@@ -347,6 +354,35 @@ def trained():
 
 def other():
     return trained()[:2]
+
+def frozen():
+    return trained().requires_grad_(False)
+
+def hooked():
+    net = trained()
+    net[2].register_forward_hook(lambda *_: None)
+    return net
+
+def named():
+    net = trained()
+    return nn.Sequential(OrderedDict((f"a; b: {i}", layer) for i, layer in enumerate(net)))
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(8, 3), *trained()[3:])
+
+def double():
+    return trained().double()
+
+def lost():
+    net = trained()
+    net[0].weight.data[0, 0, 0, 0] = float("nan")
+    return net
+
+def a_tuple():
+    class Pair(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+    return Pair(*trained())
 
 def never_the_same():
     net = trained()
@@ -398,7 +434,7 @@ def test_a_plan_starts_with_the_weights_of_the_network(tmp_path, net, digits):
         build(broken, digits)
     with pytest.raises(ValueError, match=r"layer 9 does not become .*there is no such layer"):
         build(search.networks.given | {"convert": {"2": FEW["ConvNN"], "9": FEW["ConvNN"]}}, digits)
-    with pytest.raises(ValueError, match="has other weights than this run was planned with"):
+    with pytest.raises(ValueError, match="is not the model that this run was planned with"):
         build(search.networks.given | {"sha256": "0"}, digits)
 
 
@@ -433,27 +469,88 @@ def test_a_search_of_layers_from_the_first_run_to_the_files(tmp_path, net):
 def test_a_network_that_cannot_be_searched_is_told(tmp_path, net):
     for model, told in (
         ("nowhere", "MODEL must be timm:NAME"),
-        (net.replace("trained", "other"), r"must make \(2, 10\) of two images of digits, got \(2, 8, 4, 4\)"),
+        (net.replace("trained", "other"), r"for each of the 10 classes of digits, \(2, 10\) .*got \(2, 8, 4, 4\)"),
+        (net.replace("trained", "a_tuple"), "must return the logits alone, a tensor; got tuple"),
         ("resnet8s_conv", "does not take images of digits"),
-        (net.replace("trained", "never_the_same"), "a factory must return the same ones every time"),
+        (net.replace("trained", "never_the_same"), "has other weights every time"),
+        (net.replace("trained", "named"), "a layer is called 'a; b: 0'"),
+        (net.replace("trained", "lazy"), "lazy layers.* run it once"),
+        (net.replace("trained", "double"), r"has weights of torch\.float64.*return model\.float"),
+        (net.replace("trained", "lost"), "not finite"),
+        ("", "MODEL must be timm:NAME"),
+        ("transformers:vit", "alone has fresh weights of transformers"),
     ):
         with pytest.raises(ValueError, match=told):
             open_search(of_layers(tmp_path, model))
-    with pytest.raises(ValueError, match="no layer matches"):
+    with pytest.raises(ValueError, match=r"layers='blocks\.\*' matches no layer .*; there is 0, 2"):
         open_search(of_layers(tmp_path, net, layers="blocks.*"))
-    with pytest.raises(ValueError, match="are of a model: give model, too"):
+    with pytest.raises(ValueError, match=r"layers=, .* are of a trained network: give model="):
         settings(tmp_path, layers="blocks.*")
+    with pytest.raises(ValueError, match="width= and depth= are of the small networks"):
+        of_layers(tmp_path, net, width=8)
+    with pytest.raises(ValueError, match="mean= and std= go together"):
+        open_search(of_layers(tmp_path, net, mean=(0.1,)))
+    with pytest.raises(ValueError, match="must have a number for each of 1 channels"):
+        open_search(of_layers(tmp_path, net, mean=(0.1, 0.2), std=(1, 1)))
 
 
-def test_images_are_normalised_as_a_timm_model_says(digits):
-    class Seen(torch.nn.Module):
-        default_cfg = {"mean": (0.25,), "std": (0.125,)}  # noqa: RUF012
+def test_what_was_frozen_is_trained_too_and_counted(tmp_path, net, digits):
+    search = open_search(of_layers(tmp_path, net.replace("trained", "frozen")))
+    search.networks.around(AS_IT_IS)
+    assert search.networks.costs[AS_IT_IS][0] == sum(p.numel() for p in given.load(net).parameters())
+    built = build(search.networks.around(search.start["ConvNN"]), digits)
+    assert all(p.requires_grad for p in built.parameters())
 
-        def forward(self, x):
-            return x
 
-    model = Seen()
-    given.take_images_of(model, digits)
+def test_layers_that_cannot_be_exchanged_are_told(tmp_path, net):
+    search = open_search(of_layers(tmp_path, net.replace("trained", "hooked")))
+    assert [layer.name for layer in search.space.layers] == ["0"] and "hook" in search.kept["2"]
+    assert any(line.startswith("2: kept: ") and "hook" in line for line in found_layers(search))
+
+
+def test_another_forward_or_another_stride_is_another_model(tmp_path, net):
+    path = tmp_path / "net.py"
+    before = given.given(net, None)["sha256"]
+    path.write_text(NET.replace("nn.ReLU()", "nn.GELU()"))
+    after = given.given(net, None)["sha256"]
+    path.write_text(NET + "# a word\n")
+    assert len({before, after, given.given(net, None)["sha256"]}) == 3
+
+
+def test_seeds_decide_new_weights_whatever_seed_the_function_sets(tmp_path, net, digits):
+    search = open_search(of_layers(tmp_path, net))
+    plan = search.networks.around(search.start["ConvNN"]) | {"convert": {"2": "all | row | softmax(heads=2)"}}
+
+    def drawn_by(seed, cold):
+        if cold:
+            given._checked.cache_clear()
+        torch.manual_seed(seed)
+        return build(plan, digits)[2].state_dict()
+
+    one, again, other = drawn_by(1, cold=False), drawn_by(1, cold=True), drawn_by(2, cold=True)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_network_is_looked_at_before_it_is_trained_on_with_images_as_it_was_trained(tmp_path, net):
+    usual = open_search(of_layers(tmp_path, net))
+    same = open_search(of_layers(tmp_path, net, mean=usual.data.mean.tolist(), std=usual.data.std.tolist()))
+    x = prepare(usual.data.val.images, usual.data)
+    with torch.no_grad():
+        right = (given.load(net).eval()(x).argmax(1) == usual.data.val.labels).float().mean().item()
+    assert usual.before == same.before == pytest.approx(right)
+    assert f"{100 * usual.before:.1f} % of the validation images" in found_layers(usual)[-1]
+    raw = build(open_search(of_layers(tmp_path, net, mean=(0.0,), std=(1.0,))).networks.given, usual.data)
+    assert torch.allclose(raw(x), given.load(net)(usual.data.val.images.float() / 255), atol=1e-5)
+
+
+def test_images_are_normalised_as_a_timm_model_says(tmp_path, digits):
+    (tmp_path / "seen.py").write_text(
+        "from torch import nn\n\ndef seen():\n    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))\n"
+        "    nn.init.ones_(model[0].weight)\n    model.default_cfg = {'mean': (0.25,), 'std': (0.125,)}\n"
+        "    return model\n"
+    )
+    model = given.build(given.given(f"{tmp_path}/seen.py:seen", None), digits)
     x = prepare(digits.train.images[:3], digits)
     raw = digits.train.images[:3].float() / 255
     assert torch.allclose(model(x), (raw - 0.25) / 0.125, atol=1e-5)

@@ -46,9 +46,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=whole(), metavar="N", help="pixels (default: a timm model's, or as they are)"
     )
     parser.add_argument(
-        "--mean", type=_numbers, metavar="A,B", help="to normalise by, in 0..1 (default: a timm model's,"
+        "--mean", type=numbers, metavar="A,B", help="to normalise by, in 0..1 (default: a timm model's,"
     )
-    parser.add_argument("--std", type=_numbers, metavar="A,B", help="or the training images')")
+    parser.add_argument("--std", type=numbers, metavar="A,B", help="or the training images')")
     parser.add_argument("--device", default="cpu", metavar="D", help="where it runs (default: cpu)")
 
 
@@ -202,4 +202,4 @@ def _points(text: str) -> float:
 
 
 _counts = _list_of(whole(), "numbers of positions, such as 32,16,8")
-_numbers = _list_of(above(-math.inf), "a number for each channel, such as 0.485,0.456,0.406")
+numbers = _list_of(above(-math.inf), "a number for each channel, such as 0.485,0.456,0.406")

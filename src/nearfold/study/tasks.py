@@ -97,8 +97,7 @@ def build(network: Config, data: ImageData | StreamData) -> nn.Module:
     """The network of a run: freshly initialised from torch's generator, or as trained, layers exchanged."""
     if network["name"] == given.GIVEN:
         assert isinstance(data, ImageData), "a network of the user's is trained on data that are held in memory"
-        model = given.build(network)
-        given.take_images_of(model, data)
+        model = given.build(network, data)
         surgery.operate(model, network, (data.channels, *data.size))
         return model
     arguments = surgery.arguments(network)

@@ -84,6 +84,8 @@ class Networks:
 
     heads = ("C_D", "MLP")
     """Of the columns that say what a network is."""
+    unfit = "not for this width and grid"
+    """Why what is refused in `around` is not trained."""
 
     def cells(self, network: Mapping[str, Any]) -> tuple[str, ...]:
         """What the columns say of a network."""

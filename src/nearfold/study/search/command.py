@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 from nearfold.options import PIXELS, above, folder, whole
+from nearfold.study.budget_command import numbers
 from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.given import WHAT
-from nearfold.study.search.budget import UNITS, Budget, Networks
+from nearfold.study.search.budget import UNITS, Budget
 from nearfold.study.search.layers import AS_IT_IS, LayerNetworks, LayerSpace
-from nearfold.study.search.search import Settings, open_search
+from nearfold.study.search.search import Search, Settings, open_search
 
 EXAMPLES = """\
 examples:
@@ -58,6 +59,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", default=Settings.layers, metavar="PATTERN", help="of MODEL, such as 'blocks.*' (default: all)"
     )
+    parser.add_argument("--mean", type=numbers, metavar="A,B", help="that MODEL was trained with, in 0..1 (default: a")
+    parser.add_argument("--std", type=numbers, metavar="A,B", help="timm model's, or the training images')")
     parser.add_argument("--lr", type=above(0), metavar="R", help="largest learning rate (default: docs/search.md)")
     for name, (text, least, most) in NUMBERS.items():
         usual = getattr(Settings, name)
@@ -85,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     kind = next(kind for kind in UNITS if getattr(args, kind) is not None)
     settings = Settings(
         args.data, Budget(kind, getattr(args, kind)), args.limit, minutes=args.minutes, device=args.device,
-        model=args.model, weights=args.weights, layers=args.layers, lr=args.lr, out=args.out or _folder(args),
+        model=args.model, weights=args.weights, layers=args.layers, mean=args.mean, std=args.std, lr=args.lr,
+        out=args.out or _folder(args),
         **{name: getattr(args, name) for name in NUMBERS},
     )  # fmt: skip
     if args.model is not None:
@@ -94,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     if args.engine == "ray":
         connect(args.address)
     engine = Ray(args.address) if args.engine == "ray" else Local(args.jobs or default_jobs(device))
-    print(f"every network: {settings.budget}; results in {settings.out}", flush=True)
+    bound = "at most " if args.model is not None or settings.budget.measured else ""
+    print(f"every network: {bound}{settings.budget}; results in {settings.out}", flush=True)
     if isinstance(search.space, LayerSpace):
-        print("\n".join(found_layers(search.space, search.networks)), flush=True)
+        print("\n".join(found_layers(search)), flush=True)
     found = search.run(engine, lambda text: print(text, flush=True))
     text, paths = leave(found, command_line(args), settings.out)
     print("\n" + text.partition("\n## The known operators")[0] + "\n" + "\n".join(map(str, paths)))
@@ -112,20 +117,28 @@ def _folder(args: argparse.Namespace) -> Path:
     return Path("runs") / "-".join(["search", *parts]).replace(":", "-")
 
 
-def found_layers(space: LayerSpace, networks: Networks | LayerNetworks) -> list[str]:
-    """What may be exchanged, as lines; and what the network costs as it is."""
+def found_layers(search: Search) -> list[str]:
+    """What may be exchanged, as lines; and what the network costs, and how good it is, as it is."""
+    space, networks = search.space, search.networks
+    assert isinstance(space, LayerSpace) and isinstance(networks, LayerNetworks) and search.before is not None
     lines = [f"{layer.name}: {layer.site.operation}   ({len(layer.known)} known operators)" for layer in space.layers]
+    lines += [f"{name}: kept: {why}" for name, why in search.kept.items()]
     with contextlib.suppress(ValueError):  # over the budget: it is counted all the same
         networks.around(AS_IT_IS)
-    if isinstance(networks, LayerNetworks) and AS_IT_IS in networks.costs:
-        parameters, flops = networks.costs[AS_IT_IS]
-        lines.append(f"as it is: {parameters:,} parameters, {flops:,} FLOPs of an image")
-    return lines
+    parameters, flops = networks.costs[AS_IT_IS]
+    return [
+        *lines,
+        f"as it is: {parameters:,} parameters, {flops:,} FLOPs of an image, {100 * search.before:.1f} % of the "
+        "validation images before it is trained on",
+    ]
 
 
 def command_line(args: argparse.Namespace) -> str:
     """The command that asks for the same search."""
     words = ["nearfold", "search", "--data", str(args.data)]
+    for name in ("mean", "std"):
+        if (values := getattr(args, name)) is not None:
+            words += [f"--{name}", ",".join(f"{value:.15g}" for value in values)]
     for name in ("model", "weights", "layers"):
         if (value := getattr(args, name)) not in (None, getattr(Settings, name)):
             words += [f"--{name}", str(value)]

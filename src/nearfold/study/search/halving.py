@@ -29,11 +29,12 @@ def rungs(epochs: int, count: int = 3) -> tuple[int, ...]:
 
 @dataclass
 class Tried:
-    """An operation that was trained: its network, and validation accuracy by epochs of its runs."""
+    """An operation that was trained: its network, validation accuracy by epochs of its runs, latency if measured."""
 
     notation: str
     network: Config
     values: dict[int, float] = field(default_factory=dict)
+    latency_ms: float | None = None
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -101,30 +102,31 @@ class Halving:
             if len(found) == count:
                 break
             proposal = self.proposer.ask()
-            why, network = self._look(proposal)
+            why, network, latency = self._look(proposal)
             if network is None:
                 self.refused[why] += 1
                 self.proposer.tell(proposal, {}, whole=False)
                 continue
-            tried = self.tried[proposal.notation] = Tried(proposal.notation, network)
+            tried = self.tried[proposal.notation] = Tried(proposal.notation, network, latency_ms=latency)
             found.append((proposal, tried))
         return found
 
-    def _look(self, proposal: Proposal) -> tuple[str, Config | None]:
-        """Why a proposal is not trained, or its network."""
+    def _look(self, proposal: Proposal) -> tuple[str, Config | None, float | None]:
+        """Why a proposal is not trained, or its network, and its latency where that is measured."""
         if proposal.refused:
-            return "refused by the grammar", None
+            return "refused by the grammar", None, None
         if proposal.notation in self.tried:
-            return "tried before", None
+            return "tried before", None, None
         try:
             network = self.networks.around(proposal.notation)
         except OverBudget:
-            return "over the budget", None
+            return "over the budget", None, None
         except ValueError:
-            return "not for this width and grid", None
+            return self.networks.unfit, None, None
         budget = self.networks.budget
-        if budget.measured:
-            cost = self.runs.costs([network])[0]
-            if cost is None or cost["latency_ms"] > budget.most:
-                return "over the budget", None
-        return "", network
+        if not budget.measured:
+            return "", network, None
+        cost = self.runs.costs([network])[0]
+        if cost is None or cost["latency_ms"] > budget.most:
+            return "over the budget", None, None
+        return "", network, cost["latency_ms"]

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,11 +18,12 @@ from nearfold.grammar.unions import Union
 from nearfold.grammar.words import Path
 from nearfold.study import given, surgery
 from nearfold.study.fourteen import FOURTEEN
-from nearfold.study.measure import count_flops, count_parameters
+from nearfold.study.measure import count_flops
 from nearfold.study.search.budget import Budget, OverBudget
 from nearfold.study.search.space import Space, Suggest, Value
 from nearfold.study.tasks import build
 from nearfold.surgery import Rule, Site, convert
+from nearfold.surgery.report import few
 from nearfold.train import ImageData
 
 START: Mapping[str, str] = {
@@ -124,7 +126,7 @@ def mixes(site: Site) -> bool:
 
 def layers_of(
     model: nn.Module, size: Sequence[int], start: Mapping[str, str], pattern: str = "*"
-) -> tuple[list[Layer], dict[str, str]]:
+) -> tuple[list[Layer], dict[str, str], dict[str, str]]:
     """The layers of a model that may be exchanged, and by what.
 
     Args:
@@ -134,18 +136,35 @@ def layers_of(
         pattern: a shell pattern for the names of layers.
 
     Returns:
-        The layers; and why, by title, of the operators that can take no layer's place.
+        The layers; why, by name, others that match and may mix positions are kept; and why, by title, of the operators
+        that can take no layer's place.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there is no such layer, or its name cannot be written in a plan.
     """
-    found: dict[str, Site] = {}
+    seen: dict[str, Site] = {}
 
     def see(site: Site) -> None:
-        found[site.name] = site
+        seen[site.name] = site
 
+    kept: dict[str, str] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is told here
+            rows = convert(copy.deepcopy(model), Rule(see), input_size=tuple(size)).rows
+        kept = {row.name: row.reason for row in rows if row.name not in seen and fnmatchcase(row.name, pattern)}
+    except ValueError:
+        if seen:  # no layer at all is told below
+            raise
+    found = {name: site for name, site in seen.items() if mixes(site) and fnmatchcase(name, pattern)}
+    if not found:
+        there = few([name for name, site in seen.items() if mixes(site)]) or "none"
+        raise ValueError(
+            f"layers={pattern!r} matches no layer that mixes positions and can be exchanged; there is {there}"
+        )
+    if odd := [name for name in found if "; " in name or ": " in name]:
+        raise ValueError(f"a layer is called {odd[0]!r}: a name with '; ' or ': ' cannot be written in a plan")
     asked = Rule(see, name=pattern, where=mixes)
-    convert(copy.deepcopy(model), asked, input_size=tuple(size))
     known: dict[str, dict[str, str]] = {name: {} for name in found}
     left_out = {}
     for title, notation in start.items():
@@ -163,7 +182,7 @@ def layers_of(
         for name, to in takes.items():
             if to != str(found[name].operation):
                 known[name][title] = to
-    return [Layer(name, site, known[name]) for name, site in found.items()], left_out
+    return [Layer(name, site, known[name]) for name, site in found.items()], kept, left_out
 
 
 def _of(suggest: Suggest, layer: str, name: str, among: Sequence[Value]) -> Value:
@@ -244,6 +263,8 @@ class LayerNetworks:
 
     heads = ("parameters", "FLOPs")
     """Of the columns that say what a network is."""
+    unfit = "not an exchange of these layers"
+    """Why what is refused in `around` is not trained."""
 
     def around(self, text: str) -> dict[str, Any]:
         """The network with a plan, as `nearfold.study.grid.Trial` takes it.
@@ -259,7 +280,7 @@ class LayerNetworks:
                 flops = count_flops(model, (self.data.channels, *self.data.size))
             except (RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{text}: its FLOPs cannot be counted: {error}") from error
-            self.costs[text] = (count_parameters(model), flops)
+            self.costs[text] = (sum(p.numel() for p in model.parameters()), flops)
         spent = dict(zip(("params", "flops"), self.costs[text], strict=True)).get(self.budget.kind, 0)
         if spent > self.budget.most:
             raise OverBudget(f"takes {spent:,} of {self.budget}")

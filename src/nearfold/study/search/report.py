@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import nearfold
 from nearfold.examine import XRay, xray
 from nearfold.study.compare import points
 from nearfold.study.engine import duration
-from nearfold.study.search.search import Finalist, Found
+from nearfold.study.search.halving import Tried
+from nearfold.study.search.search import Finalist, Found, written
 from nearfold.study.statistics import Estimate, estimate
 from nearfold.study.store import write_each
 from nearfold.study.tasks import build
@@ -56,7 +57,9 @@ def examined(found: Found) -> XRay:
 def summary(found: Found, command: str, seen: XRay) -> str:
     """The summary, in Markdown."""
     s = found.settings
-    heads = " | ".join(found.networks.heads)
+    heads = " | ".join((*found.networks.heads, *(["ms"] if s.budget.measured else [])))
+    bound = "" if s.model is None and not s.budget.measured else "at most "
+    columns = "--:|" * (heads.count("|") + 1)
     lines = [
         f"# Search on {s.data}",
         "",
@@ -66,16 +69,16 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         "",
         *(f"    {line}" for line in found.winner.tried.notation.split("; ")),
         "",
-        f"Budget of every network: {s.budget}. Images: {len(found.data.train):,} to train on, {len(found.data.val):,} "
-        f"to choose by, {len(found.data.test):,} to test once. Made with nearfold {nearfold.__version__} by "
-        f"`{command}`.",
+        f"Budget of every network: {bound}{s.budget}. Images: {len(found.data.train):,} to train on, "
+        f"{len(found.data.val):,} to choose by, {len(found.data.test):,} to test once. "
+        f"Made with nearfold {nearfold.__version__} by `{command}`.",
         "",
         "## The finalists",
         "",
         f"Trained anew with {s.seeds} seeds; validation chooses, and of each side the first alone is tested.",
         "",
         f"| side | operator | {heads} | in the search, % | validation, % | test, % |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        f"|---|---|{columns}--:|--:|--:|",
         *(_row(found, one) for one in found.finalists),
         "",
         "## What it took",
@@ -103,9 +106,9 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         f"One seed, {s.epochs} epochs, validation accuracy in %.",
         "",
         f"| operator | notation | {heads} | validation |",
-        "|---|---|--:|--:|--:|",
+        f"|---|---|{columns}--:|",
         *(
-            f"| {title} | {_cell(one.notation)} | {_cost(found, one.network)} | {100 * one.values[s.epochs]:.1f} |"
+            f"| {title} | {_cell(one.notation)} | {_cost(found, one)} | {100 * one.values[s.epochs]:.1f} |"
             for title, one in sorted(found.known.items(), key=lambda entry: -entry[1].values[s.epochs])
         ),
         "",
@@ -114,9 +117,9 @@ def summary(found: Found, command: str, seen: XRay) -> str:
         "In the order of how far they came, with validation accuracy in % by epochs.",
         "",
         f"| operator | {heads} | validation |",
-        "|---|--:|--:|---|",
+        f"|---|{columns}---|",
         *(
-            f"| {_cell(one.notation)} | {_cost(found, one.network)} | "
+            f"| {_cell(one.notation)} | {_cost(found, one)} | "
             + ", ".join(f"{epochs}: {100 * value:.1f}" for epochs, value in one.values.items())
             + " |"
             for one in sorted(found.tried, key=lambda one: one.rank, reverse=True)
@@ -132,16 +135,16 @@ def _row(found: Found, one: Finalist) -> str:
     tested = one in (found.best("search"), found.best("known"))
     test = _accuracy(list(one.test.values())) if tested else "not tested"
     values = [result["val_accuracy"] for result in one.results.values()]
-    network = one.tried.network
     first = 100 * one.tried.values[found.settings.epochs]
     return (
-        f"| {one.side} | {f'{one.title} {_cell(one.tried.notation)}'.strip()} | {_cost(found, network)} | "
+        f"| {one.side} | {f'{one.title} {_cell(one.tried.notation)}'.strip()} | {_cost(found, one.tried)} | "
         f"{first:.1f} | {_accuracy(values)} | {test} |"
     )
 
 
-def _cost(found: Found, network: Mapping[str, Any]) -> str:
-    return " | ".join(found.networks.cells(network))
+def _cost(found: Found, one: Tried) -> str:
+    latency = [] if one.latency_ms is None else [f"{one.latency_ms:.2f}"]
+    return " | ".join([*found.networks.cells(one.network), *latency])
 
 
 def _accuracy(values: Sequence[float]) -> str:
@@ -170,15 +173,22 @@ def _notes(found: Found) -> list[str]:
     lines = [f"- {title} was left out: {why}." for title, why in found.left_out.items()]
     if found.outside:
         lines.append(f"- Outside the space, so that they guide no proposal: {', '.join(found.outside)}.")
+    lines += [f"- Layer {name} is kept: {why}." for name, why in found.kept.items()]
+    if found.before is not None:
+        lines.append(
+            f"- As it is, before it was trained on, the network gets {100 * found.before:.1f} % of the validation "
+            "images right. Where that is far below what it was trained to, it wants images normalised otherwise: "
+            "--mean and --std say how."
+        )
     return [*lines, ""] if lines else []
 
 
 def record(found: Found, command: str, seen: XRay) -> dict[str, Any]:
     """The search as JSON."""
     s, difference = found.settings, found.difference
-    settings = asdict(s) | {"out": str(s.out), "weights": s.weights and str(s.weights), "start": dict(s.start or {})}
     return {
-        "nearfold": nearfold.__version__, "torch": torch.__version__, "command": command, "settings": settings,
+        "nearfold": nearfold.__version__, "torch": torch.__version__, "command": command,
+        "settings": written(s), "before": found.before, "kept": dict(found.kept),
         "images": {part: len(getattr(found.data, part)) for part in ("train", "val", "test")},
         "proposed": len(found.tried) + sum(found.refused.values()), "trials": len(found.tried),
         "refused": dict(found.refused), "left_out": dict(found.left_out), "outside": list(found.outside),
@@ -199,7 +209,8 @@ def record(found: Found, command: str, seen: XRay) -> dict[str, Any]:
 def _tried(one: Any) -> dict[str, Any]:
     kept = ("hidden", "convert")
     network = {name: value for name, value in one.network.items() if name in kept}
-    return {"notation": one.notation, **network, "validation": dict(one.values)}
+    latency = {} if one.latency_ms is None else {"latency_ms": one.latency_ms}
+    return {"notation": one.notation, **network, **latency, "validation": dict(one.values)}
 
 
 def leave(found: Found, command: str, folder: Path) -> tuple[str, list[Path]]:

@@ -25,6 +25,7 @@ from nearfold.study.statistics import Estimate, paired
 from nearfold.study.tasks import Place, build, load
 from nearfold.train import ImageData, Recipe
 from nearfold.train.checkpoint import fingerprint
+from nearfold.train.evaluation import evaluate
 
 VALIDATION = 1 / 3
 """Share of the training images held out: a search chooses by them again and again."""
@@ -52,6 +53,8 @@ class Settings:
         model: a trained network whose layers are exchanged instead, as `nearfold.study.given.load` takes it.
         weights: of `model`.
         layers: a shell pattern for the names of the layers that may be exchanged.
+        mean: of each channel, 0..1, that `model` was trained with; None: as `nearfold.study.given.given` says.
+        std: the same, of the spread.
         lr: largest learning rate; None: that of the spectrum study, a tenth of it where `model` is given.
         finalists: of each side, trained anew.
         seeds: of every finalist.
@@ -79,6 +82,8 @@ class Settings:
     model: str | None = None
     weights: Path | None = None
     layers: str = "*"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     lr: float | None = None
     start: Mapping[str, str] | None = None
     out: Path = Path("runs/search")
@@ -89,8 +94,11 @@ class Settings:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"Settings.{name} must be at least {number}, got {getattr(self, name)}")
-        if self.model is None and (self.weights is not None or self.layers != "*"):
-            raise ValueError("Settings.weights and layers are of a model: give model, too")
+        of_model = (self.weights, self.mean, self.std) != (None, None, None) or self.layers != "*"
+        if self.model is None and of_model:
+            raise ValueError("weights=, layers=, mean= and std= are of a trained network: give model=, too")
+        if self.model is not None and (self.width, self.depth) != (Settings.width, Settings.depth):
+            raise ValueError("width= and depth= are of the small networks, and model= has its own: leave them out")
         if self.start is not None and not self.start:
             raise ValueError("Settings.start must name an operator: the search is compared with the best of them")
 
@@ -150,6 +158,8 @@ class Found:
         finalists: of both sides, each in the order of validation.
         spent: by ``"known"``, ``"search"`` and ``"finalists"``.
         runs: the runs, which know where weights are.
+        kept: as in `Search`.
+        before: as in `Search`.
     """
 
     settings: Settings
@@ -163,6 +173,8 @@ class Found:
     finalists: Sequence[Finalist]
     spent: Mapping[str, Spent]
     runs: Runs
+    kept: Mapping[str, str] = field(default_factory=dict)
+    before: float | None = None
 
     def best(self, side: str) -> Finalist:
         """The finalist of a side with the highest validation accuracy."""
@@ -191,6 +203,8 @@ class Search:
         space: of what is proposed.
         start: what is trained first, by title: an operation, or a plan for layers.
         left_out: why, by title, of known operators that no layer can be.
+        kept: why, by name, of layers of a network that is given, that can have no other operator.
+        before: share of the validation images that this network gets right as it is, before it is trained on.
     """
 
     settings: Settings
@@ -200,6 +214,8 @@ class Search:
     space: Space | LayerSpace
     start: Mapping[str, str]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
+    before: float | None = None
 
     def run(self, engine: Engine, say: Callable[[str], None] = print) -> Found:
         """Do what is left of the search. What has finished stays, however this ends, and is never done again.
@@ -238,7 +254,7 @@ class Search:
         finalists = self._finals(runs, sides, titled)
         return Found(
             s, self.data, self.networks, known, left_out, outside, tried, dict(halving.refused), finalists,
-            runs.spent, runs,
+            runs.spent, runs, self.kept, self.before,
         )  # fmt: skip
 
     def _planned(self, lengths: Sequence[int]) -> int:
@@ -250,7 +266,7 @@ class Search:
     def _known(self, runs: Runs) -> tuple[dict[str, Tried], dict[str, str]]:
         """Train the operators of the start at full length."""
         s = self.settings
-        networks, left_out = {}, dict(self.left_out)
+        networks, left_out, latencies = {}, dict(self.left_out), {}
         for title, text in self.start.items():
             try:
                 networks[title] = self.networks.around(text)
@@ -261,12 +277,16 @@ class Search:
                 if cost is None or cost["latency_ms"] > s.budget.most:
                     left_out[title] = "could not be measured" if cost is None else f"takes {cost['latency_ms']:.2f} ms"
                     del networks[title]
+                else:
+                    latencies[title] = cost["latency_ms"]
         found = {}
         for (title, network), result in zip(
             networks.items(), runs.train("known", list(networks.values()), s.epochs, [SEED]), strict=True
         ):
             if SEED in result:
-                found[title] = Tried(text_of(network), network, {s.epochs: result[SEED]["val_accuracy"]})
+                found[title] = Tried(
+                    text_of(network), network, {s.epochs: result[SEED]["val_accuracy"]}, latencies.get(title)
+                )
             else:
                 left_out[title] = "its training failed"
         if not found and networks:
@@ -325,8 +345,19 @@ class Search:
         return sorted(found, key=lambda one: (one.side, -one.chosen_by))
 
 
-OWN = ("data", "budget", "width", "depth", "model", "layers")
+OWN = (
+    "data", "limit", "budget", "epochs", "width", "depth", "model", "weights", "layers", "mean", "std", "lr",
+)  # fmt: skip
 """Settings that make two searches different ones."""
+
+
+def written(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON has them."""
+    told = asdict(settings) | {"out": str(settings.out), "start": dict(settings.start or {})}
+    told["weights"] = None if settings.weights is None else str(settings.weights)
+    for name in ("mean", "std"):
+        told[name] = None if told[name] is None else list(told[name])
+    return told
 
 
 def _require_own(settings: Settings) -> None:
@@ -334,7 +365,7 @@ def _require_own(settings: Settings) -> None:
     path = settings.out / "result.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-        now = {name: value for name, value in asdict(settings).items() if name in OWN}
+        now = {name: value for name, value in written(settings).items() if name in OWN}
         other = {name: before.get(name) for name, value in now.items() if before.get(name) != value}
         if other:
             whose = ", ".join(f"{name}: {value}" for name, value in other.items())
@@ -357,11 +388,13 @@ def open_search(settings: Settings) -> Search:
         positions = small.grid[0] * small.grid[1]
         start = {title: sized(notation, positions) for title, notation in (s.start or FOURTEEN).items()}
         return Search(s, data, name, small, Space(s.width, small.grid), start)
-    network = given.given(s.model, s.weights)
+    network = given.given(s.model, s.weights, s.mean, s.std)
     model = build(network, data)
     given.require_classifier(model, data, s.model)
-    layers, left_out = layers_of(model, (data.channels, *data.size), s.start or START, s.layers)
+    before = evaluate(model, data.val, data)[1]
+    layers, kept, left_out = layers_of(model, (data.channels, *data.size), s.start or START, s.layers)
     space = LayerSpace(layers)
     return Search(
-        s, data, name, LayerNetworks(data, s.budget, network), space, space.everywhere(s.start or START), left_out
-    )
+        s, data, name, LayerNetworks(data, s.budget, network), space, space.everywhere(s.start or START), left_out,
+        kept, before,
+    )  # fmt: skip
