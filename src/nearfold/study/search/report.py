@@ -43,6 +43,8 @@ def verdict(found: Found) -> str:
 def name(finalist: Finalist) -> str:
     """Title and notation, or the notation alone."""
     notation = f"`{finalist.tried.notation}`"
+    if finalist.title == finalist.tried.notation:  # nothing is exchanged
+        return finalist.title
     return f"{finalist.title} ({notation})" if finalist.title else notation
 
 
