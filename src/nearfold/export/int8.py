@@ -1,7 +1,8 @@
-"""int8 by the quantisers of others: weights of projections and kernels are found, arithmetic of positions is left alone."""
+"""int8 by the quantisers of others: weights of projections and kernels are found, positions are left alone."""
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from nearfold._images import first_line
 from nearfold.export.program import _difference, _outputs, _quiet, tensors, traced
 from nearfold.export.table import decompositions
 
@@ -82,8 +84,8 @@ def to_int8(
     """Quantise a model after training by torchao's PT2E, and say what became int8 and how far it is from the model.
 
     The quantiser is given the model in core ATen. What it annotates of integers, masks and infinite numbers is undone,
-    and so is what decides where a search or a place reads, back to the last weight: scores are those of int8 weights,
-    and are not themselves rounded to 256 numbers.
+    and so is what decides where a search or a place reads, back to the last product with a weight: scores and offsets
+    are computed in float32, from what these products give, which some quantisers (XNNPACK's) round to 256 numbers.
 
     Args:
         model: in evaluation mode, on the CPU.
@@ -127,20 +129,32 @@ def to_int8(
         prepared = prepare_pt2e(_readable(program.module()), _kept(quantizer, given))
         seen = 0
         for batch in batches:
-            prepared(*tensors(batch))
+            _calibrate(prepared, tensors(batch), given, dynamic)
             seen += 1
         if not seen:
             raise ValueError("batches holds nothing: give some inputs by which the ranges of numbers are set")
         found = _quantised(prepared)
         if not found:
             raise ValueError(f"{type(quantizer).__name__} finds no weights: was its configuration set (set_global)?")
-        made = convert_pt2e(prepared)
+        with _norms_hidden(prepared) as shown:
+            made = shown(convert_pt2e(prepared))
         apart = _difference(_outputs(made(*given)), _outputs(model(*given)))
         moved = _moved(_positions(plain, given), _positions(made, given))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     weights = tuple(name for name in sizes if name in found)
     left = tuple(name for name, p in model.named_parameters() if p.dim() > 1 and name not in found)
     return Int8(made, weights, left, sum(sizes[n] for n in weights) / sum(sizes.values()), apart, moved)
+
+
+def _calibrate(prepared: GraphModule, batch: tuple[Tensor, ...], given: tuple[Tensor, ...], dynamic: Any) -> None:
+    try:
+        prepared(*batch)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        shapes, made = ([tuple(x.shape) for x in each] for each in (batch, given))
+        raise ValueError(
+            f"batches: the model as it is made from args of {made} does not take {shapes}: {first_line(error)}. "
+            f"dynamic={dynamic!r}; 'batch' leaves the number of samples open"
+        ) from error
 
 
 def _quantised(prepared: GraphModule) -> set[str]:
@@ -150,6 +164,27 @@ def _quantised(prepared: GraphModule) -> set[str]:
         if _weighs(node, moving) and node.args[1].op == "call_module":  # an observer of torchao
             found |= set(_parameters(node.args[1].args[0]))
     return found
+
+
+NORM = aten._native_batch_norm_legit_no_training.default
+
+
+def _norm(*args: Any) -> Any:
+    return NORM(*args)
+
+
+@contextlib.contextmanager
+def _norms_hidden(graph: GraphModule) -> Iterator[Callable[[GraphModule], GraphModule]]:
+    """Norms under another name: torchao has folded those behind convolutions, and for others traces 96 patterns."""
+
+    def renamed(of: GraphModule, old: Any, new: Any) -> GraphModule:
+        for node in of.graph.nodes:
+            node.target = new if node.target is old else node.target
+        of.recompile()
+        return of
+
+    renamed(graph, NORM, _norm)
+    yield lambda made: renamed(made, _norm, NORM)
 
 
 def _readable(graph: GraphModule) -> GraphModule:
@@ -224,7 +259,7 @@ def _kept(quantizer: Any, args: tuple[Tensor, ...]) -> Any:
     """The quantiser, of whose annotations some are undone."""
     from torchao.quantization.pt2e.quantizer import Quantizer
 
-    class Kept(Quantizer):  # type: ignore[misc]
+    class Kept(Quantizer):
         def transform_for_annotation(self, model: GraphModule) -> GraphModule:
             return quantizer.transform_for_annotation(model)
 
@@ -246,8 +281,6 @@ def _undo(graph: GraphModule, odd: set[Node], deciding: set[Node]) -> None:
         given = [each for each, spec in note.input_qspec_map.items() if spec is not None]
         if node in deciding or any(each in odd for each in (node, *given)):
             del noted[node]
-        elif any(user in deciding for user in node.users):
-            note.output_qspec = None
 
     def stands(place: Any) -> bool:
         if isinstance(place, tuple):
