@@ -15,7 +15,7 @@ from nearfold import _torchvision, cli
 
 PAGES = {page.stem: page for page in sorted((Path(__file__).resolve().parents[1] / "docs" / "howto").glob("*.md"))}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDS = ("timm", "yaml", "ultralytics", "peft")
+NEEDS = ("timm", "yaml", "ultralytics", "peft", "torchao")
 
 
 @pytest.mark.parametrize("name", slow_but(["acmix-in-yolo"], PAGES))
@@ -27,8 +27,8 @@ def test_page(name, capsys, own_words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))  # ultralytics writes its settings when it is imported
     for module in NEEDS:
-        if f"import {module}" in text:
-            if module != "yaml":  # they import torchvision
+        if re.search(rf"^(import|from) {module}\b", text, re.MULTILINE):
+            if module not in ("yaml", "torchao"):  # they import torchvision
                 try:
                     _torchvision.load("torchvision")
                 except ImportError as error:

@@ -104,6 +104,7 @@ def test_without_a_compiler_a_wheel_of_pure_python_is_built(unpacked, tmp_path):
         "onnx",
         "openvino",
         "executorch",
+        "int8",
         "stacks",
         "ocr",
         "docs",

@@ -5,8 +5,9 @@ where nearfold is not installed. Each function compares what it has written with
 its place, at more sizes than one where sizes are open.
 """
 
+from nearfold.export.int8 import Int8, to_int8
 from nearfold.export.program import Exported
 from nearfold.export.table import decompositions
 from nearfold.export.ways import to_aoti, to_onnx, to_pt2
 
-__all__ = ["Exported", "decompositions", "to_aoti", "to_onnx", "to_pt2"]
+__all__ = ["Exported", "Int8", "decompositions", "to_aoti", "to_int8", "to_onnx", "to_pt2"]

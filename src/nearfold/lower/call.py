@@ -140,6 +140,7 @@ class Call:
         return query, query if self.key is self.query else split_heads(self.key, self.heads).to(dtype), place
 
 
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 Run = Callable[[Call], Tensor]
 """What a backend does with a call: (B, O, *out_grid)."""
 
@@ -217,6 +218,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def pointwise(x: Tensor, weight_oc: Tensor, bias_o: Tensor | None, planes: bool = False) -> Tensor:
     """A pointwise map of the channels: (B, C, *grid) -> (B, O, *grid). ``planes``: into maps, not rows of channels."""
     if planes and x.is_contiguous():
+        if x.dim() in _CONV and torch.compiler.is_exporting():  # where quantisers look for weights
+            return _CONV[x.dim()](x, weight_oc[(..., *(None,) * (x.dim() - 2))], bias_o)
         x_BCN, weight_BOC = x.flatten(2), weight_oc.expand(x.shape[0], -1, -1)
         if bias_o is None:
             return torch.bmm(weight_BOC, x_BCN).view(x.shape[0], weight_oc.shape[0], *x.shape[2:])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nearfold.grammar import Basic, Branch, Operation, Sum
 from nearfold.grammar.operation import GATE
+from nearfold.kernels.select import wide
 from nearfold.lower.call import Call, Run, pointwise, project
 from nearfold.lower.extent import narrowed
 from nearfold.lower.frame import Frame, Source, frame
@@ -22,8 +23,8 @@ from nearfold.lower.meaning import meaning
 from nearfold.lower.parameters import LETTERS, operand
 
 Choose = Callable[[Basic, Frame], Run]
-Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""What a call brings beside x: (draw, context, mask, keep), each as in `execute`."""
+Given = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]
+"""What a call brings beside x: (draw, context, mask, keep, and whether searches compare float32), as in `execute`."""
 Body = Callable[[dict[str, Tensor], Tensor, Given, dict[str, Tensor]], Tensor]
 
 
@@ -66,7 +67,7 @@ def execute(
     C = x.shape[1]
     source = () if context is None else tuple(context.shape[2:])
     sizes = Sizes(C, C if out_channels is None else out_channels, tuple(x.shape[2:]), source, draw is not None)
-    return step(op, sizes, choose).run(params, x, (draw, context, mask, keep), {})
+    return step(op, sizes, choose).run(params, x, (draw, context, mask, keep, False), {})
 
 
 def step(op: Operation, sizes: Sizes, choose: Choose) -> Step:
@@ -112,12 +113,16 @@ def _sum(op: Operation, sizes: Sizes, choose: Choose) -> Step:
     bordered = any(pads_input(part, sizes.grid) for part in op.parts)
     hoisted = [] if bordered else ["q"] if op.needs_context else ["q", "k", "v"]
     planes = all(meaning(part.path).planes for part in op.parts)
+    searching = [i for i, (_, term) in enumerate(op.terms) if any(part.path.searches for part in term.parts)]
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
-        made = _hoisted([c for c in hoisted if f"{LETTERS[c]}_weight" in params], params, x, planes)
+        there = [c for c in hoisted if f"{LETTERS[c]}_weight" in params]
+        made = _hoisted(there, params, x, planes)
+        precise = {c: compared(params, c, x) for c in there if c != "v"} if given[4] and searching else {}
         total: Tensor | None = None
         for i, (factor, part) in enumerate(zip(factors(op, params, x), parts, strict=True)):
-            mine = {c: t for c, t in made.items() if f"{i}.{LETTERS[c]}_weight" not in params}
+            shared = made | precise if i in searching else made
+            mine = {c: t for c, t in shared.items() if f"{i}.{LETTERS[c]}_weight" not in params}
             y = part.run(operand(params, i), x, given, mine)
             if factor is not None:
                 y = y * (factor.to(y.dtype) if isinstance(factor, Tensor) else factor)
@@ -148,6 +153,15 @@ def _hoisted(letters: list[str], params: dict[str, Tensor], x: Tensor, planes: b
         return dict(zip(letters, y.split([len(w) for w in weights], 1), strict=True))
     each = (pointwise(x, w, b, planes) for w, b in zip(weights, biases, strict=True))
     return dict(zip(letters, each, strict=True))
+
+
+def compared(params: dict[str, Tensor], letter: str, x: Tensor) -> Tensor:
+    """A projection of queries or keys in float32 at least, whatever autocast says: rounded, near ones change places."""
+    names = f"{LETTERS[letter]}_weight", f"{LETTERS[letter]}_bias"
+    weight, bias = (None if (t := params.get(name)) is None else wide(t) for name in names)
+    assert weight is not None
+    with torch.autocast(x.device.type, enabled=False):
+        return pointwise(wide(x), weight, bias)
 
 
 def _one_grid(op: Operation, parts: list[Step]) -> tuple[int, ...]:
@@ -190,7 +204,7 @@ def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
         return backend(Call(at, params, x, None, None, x, given[0], given[2], given[3]))
 
     def run(params: dict[str, Tensor], x: Tensor, given: Given, shared: dict[str, Tensor]) -> Tensor:
-        draw, context, mask, keep = given
+        draw, context, mask, keep, precise = given
         if cross and context is None:
             raise ValueError(f"{op}: keys and values come from a second input; call it with context=(B, C, *grid)")
         read = context if cross and context is not None else x
@@ -198,10 +212,13 @@ def _basic(op: Operation, sizes: Sizes, choose: Choose) -> Step:
             x = read = F.pad(x, at.added)
 
         def projected(letter: str) -> Tensor:
+            source = x if letter == "q" else read
             if letter in projections and letter in shared:
                 y = shared[letter]
+            elif precise and letter in projections and letter != "v" and op.path.searches:
+                y = compared(params, letter, source)
             else:
-                y = project(op, letter, params, x if letter == "q" else read)
+                y = project(op, letter, params, source)
             return y if letter == "q" or at.kv is None else _shared_heads(y, at.kv, heads)
 
         query = projected("q") if at.features else None

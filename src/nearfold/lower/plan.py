@@ -272,8 +272,9 @@ def run(
     draw: Tensor | None = None,
     context: Context | None = None,
     mask: Tensor | None = None,
+    precise: bool = False,
 ) -> Tensor:
-    """As `apply`, of an `Operation` on a tensor."""
+    """As `apply`, of an `Operation` on a tensor; ``precise``: queries and keys of a search are float32 at least."""
     if torch.compiler.is_dynamo_compiling():
         from nearfold.lower.inductor import repaired  # it brings torch's compiler in, which takes a second
 
@@ -316,7 +317,7 @@ def run(
         draw is not None,
         "pairs" if mask is not None else "keys" if keep is not None else "",
     )
-    return found.run(params, x, (draw, context, mask, keep), {})
+    return found.run(params, x, (draw, context, mask, keep, precise), {})
 
 
 def _require_context(op: Operation, maps: list[Tensor], x: Tensor) -> None:

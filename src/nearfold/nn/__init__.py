@@ -45,7 +45,7 @@ from nearfold.nn.layers import (
     KVTAttention,
 )
 from nearfold.nn.long import S4D, GlobalFilter2d, Hyena, SpectralConv2d
-from nearfold.nn.mixer import Mixer, TokenMixer, no_weight_decay
+from nearfold.nn.mixer import Mixer, TokenMixer, no_weight_decay, select_in_float32
 from nearfold.nn.scans import SelectiveScan, SelectiveScan2d
 from nearfold.nn.windows import DeformConv2d, DynamicConv2d, Involution2d, LargeKernelConv2d, Pool2d
 
@@ -106,4 +106,5 @@ __all__ = [
     "deform_conv",
     "knn_attention",
     "no_weight_decay",
+    "select_in_float32",
 ]

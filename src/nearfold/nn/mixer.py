@@ -77,6 +77,11 @@ def _searches(op: Operation) -> bool:
     return any(part.path.searches for part in op.parts)
 
 
+def _projects(op: Operation) -> bool:
+    """Whether some part searches by projected queries or keys."""
+    return any(part.path.searches and set("qk") & set(part.weight.projections) for part in op.parts)
+
+
 def _draws(op: Operation) -> bool:
     """Whether an operation draws candidates in training."""
     return any(part.path.draws for part in op.parts)
@@ -129,6 +134,7 @@ class Mixer(nn.Module):
     _told = False  # whether it was said already that not all slots can be filled
     _seen: tuple[Any, ...] = ()  # the shape and dtype that `_require` has found to be right
     elsewhere: ClassVar[Mapping[str, str]] = {}  # what a layer has no argument for: the operation that says it
+    precise = False  # whether its searches compare float32 under low precision: `select_in_float32`
     takes_one = False  # whether inputs without a batch axis are taken: where it stands for a layer that takes them
 
     def __new__(cls, *args: Any, **named: Any) -> Self:
@@ -341,7 +347,7 @@ class Mixer(nn.Module):
             draw = self._draws.next(self.sampler)
         params = self.tensors()
         self._require_dtype(x, params)
-        return run(self.operation, params, x, self.made_channels, self.backend, draw, context, mask)
+        return run(self.operation, params, x, self.made_channels, self.backend, draw, context, mask, self.precise)
 
     def _require(self, x: Tensor) -> None:
         """ValueError where x is no input of this layer."""
@@ -373,6 +379,38 @@ class Mixer(nn.Module):
         """The notation and the channels."""
         backend = "" if self.backend == "auto" else f", backend={self.backend}"
         return f"{self.operation}, {self.in_channels}, {self.out_channels}, ndim={self.ndim}{backend}"
+
+
+def select_in_float32(model: nn.Module, on: bool = True) -> int:
+    """Have searches compare float32 queries and keys where the rest of a layer is bfloat16 or float16.
+
+    Scores are sums in float32 always. What low precision rounds before them is the input, and, where an operation has
+    projections, queries and keys, so that near neighbours change places; this leaves queries and keys unrounded, under
+    autocast and in a model of low precision. A layer that searches by its input itself (`ConvNN2d`) has none, and
+    nothing changes there; an indexer has its own. docs/export.md has the effect, measured.
+
+    Args:
+        model: any network with layers of this library.
+        on: False goes back.
+
+    Returns:
+        How many layers have such a search.
+
+    Raises:
+        ValueError: none has.
+
+    >>> net = nn.Sequential(TokenMixer("nearest(3, scaled) | ranked | softmax(heads=2)", 8, ndim=1)).bfloat16()
+    >>> select_in_float32(net)
+    1
+    >>> net(torch.zeros(1, 5, 8, dtype=torch.bfloat16)).dtype
+    torch.bfloat16
+    """
+    found = [m for m in model.modules() if isinstance(m, Mixer) and _projects(m.operation)]
+    if not found:
+        raise ValueError("model: no layer searches by projected queries and keys, so that none would be another")
+    for layer in found:
+        layer.precise = flag("on", on)
+    return len(found)
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:

@@ -9,6 +9,7 @@ G groups, c channels of a group.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nearfold.kernels.names import INVALID, LOST
@@ -47,6 +48,8 @@ def aggregate(
     if c == 1 and groups == C == O:
         return (near * weight[:, 0].t()).sum(2).to(dtype)
     B, M = near.shape[:2]
+    if groups == 1:  # where quantisers look for weights
+        return F.linear(near.flatten(2), weight.permute(0, 2, 1).flatten(1)).to(dtype)
     rows = near.unflatten(3, (groups, c)).permute(3, 0, 1, 2, 4).reshape(groups, B * M, S * c)
     kernel = weight.unflatten(0, (groups, O // groups)).permute(0, 3, 2, 1).reshape(groups, S * c, O // groups)
     return (rows @ kernel).unflatten(1, (B, M)).permute(1, 2, 0, 3).flatten(2).to(dtype)
