@@ -3,8 +3,8 @@
     pip install ziglang nanobind
     python packaging/cross.py [TARGET ...]
 
-The bindings see this Python's headers, and nothing is linked: the first is near enough for a check, the second would need
-the other platform's Python. What MSVC's own headers do is not seen: Windows is compiled with those of MinGW.
+The bindings see this Python's headers, which is near enough for a check; nothing is linked, which would need the other
+platform's Python. Windows is compiled with MinGW's headers: what MSVC's own would say is not seen.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def commands(target: str) -> dict[str, list[str]]:
     start = [sys.executable, "-m", "ziglang", "c++", "-target", target, *said["strict"], *STRICT.split()]
     found = {}
     for isa in TARGETS[target]:
-        flags = [*said.get(f"{isa}_flags", []), f"-DNEARFOLD_ISA={isa}", *(["-DNEARFOLD_BASE=avx512"] if isa == "amx" else [])]
+        flags = [
+            *said.get(f"{isa}_flags", []),
+            f"-DNEARFOLD_ISA={isa}",
+            *(["-DNEARFOLD_BASE=avx512"] if isa == "amx" else []),
+        ]
         for name in said["added" if isa == "amx" else "all"]:
             found[f"{isa}/{name}"] = [*start, *flags, "-c", str(CPP / f"{name}.cpp")]
     sets = [f"-DNEARFOLD_{isa.upper()}" for isa in TARGETS[target] if isa != "generic"]

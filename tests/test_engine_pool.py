@@ -23,7 +23,19 @@ def build(folder, *flags):
     """tests/helpers/own_threads.cpp, compiled; or the compiler's refusal of these flags."""
     cpp = ROOT / "src/nearfold/kernels/cpp"
     sources = [cpp / "threads.cpp", cpp / "pool.cpp", ROOT / "tests/helpers/own_threads.cpp"]
-    command = [COMPILER, "-std=c++17", "-O1", "-g", *flags, f"-I{cpp}", *sources, "-o", folder / "own", "-ldl", "-pthread"]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        *flags,
+        f"-I{cpp}",
+        *sources,
+        "-o",
+        folder / "own",
+        "-ldl",
+        "-pthread",
+    ]
     return folder / "own", subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
