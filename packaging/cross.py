@@ -3,8 +3,9 @@
     pip install ziglang nanobind
     python packaging/cross.py [TARGET ...]
 
-The bindings see this Python's headers, which is near enough for a check; nothing is linked, which would need the other
-platform's Python. Windows is compiled with MinGW's headers: what MSVC's own would say is not seen.
+The bindings see this Python's headers, which is near enough for a check except on Windows: there they are left out.
+Nothing is linked, which would need the other platform's Python. Windows is compiled with MinGW's headers: what MSVC's own
+would say is not seen.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def commands(target: str) -> dict[str, list[str]]:
             found[f"{isa}/{name}"] = [*start, *flags, "-c", str(CPP / f"{name}.cpp")]
     sets = [f"-DNEARFOLD_{isa.upper()}" for isa in TARGETS[target] if isa != "generic"]
     headers = ["-isystem", nanobind.include_dir(), "-isystem", sysconfig.get_path("include")]
-    for path in sorted([*CPP.glob("module*.cpp"), CPP / "threads.cpp", CPP / "pool.cpp"]):
+    bindings = [] if "windows" in target else CPP.glob("module*.cpp")
+    for path in sorted([*bindings, CPP / "threads.cpp", CPP / "pool.cpp"]):
         found[path.stem] = [*start, "-include", "stdio.h", *sets, *headers, "-c", str(path)]
     return found
 
