@@ -4,8 +4,8 @@
     python packaging/cross.py [TARGET ...]
 
 The bindings see this Python's headers, which is near enough for a check except on Windows: there they are left out.
-Nothing is linked, which would need the other platform's Python. Windows is compiled with MinGW's headers: what MSVC's own
-would say is not seen.
+Nothing is linked, which would need the other platform's Python. Windows is compiled with MinGW's headers: what MSVC's
+own would say is not seen.
 """
 
 from __future__ import annotations

@@ -158,11 +158,11 @@ def test_every_source_is_compiled_for_platforms_that_are_not_here():
     """packaging/cross.py, which reads CMakeLists.txt; continuous integration runs what it lists."""
     pytest.importorskip("nanobind")
     cross = runpy.run_path(str(ROOT / "packaging/cross.py"))
+    every = set((ROOT / "src/nearfold/kernels/cpp").glob("*.cpp"))
     for target, sets in cross["TARGETS"].items():
         found = cross["commands"](target)
-        assert {Path(command[-1]) for command in found.values()} == set(
-            (ROOT / "src/nearfold/kernels/cpp").glob("*.cpp")
-        )
+        left_out = {path for path in every if "windows" in target and path.stem.startswith("module")}
+        assert {Path(command[-1]) for command in found.values()} == every - left_out
         assert ("-mavx512f" in found.get("avx512/select", [])) == ("avx512" in sets), target
 
 
