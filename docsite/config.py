@@ -24,7 +24,7 @@ def navigation(staged: Staged) -> Nav:
     families = [{family.capitalize(): pages} for family, pages in lists["operators"].items()]
     explorer = [{"Explorer": page} for page in ("explorer/index.md", "explorer/index.html") if staged.has(page)][:1]
     sections: dict[str, Nav] = {
-        "Start": ["index.md"],
+        "Start": ["index.md", "install.md"],
         "The idea": ["idea.md", "words.md", "complexity.md", "xray.md", "alignment.md", "explorer.md", *explorer],
         "How to": [*listed("howto"), "library.md", "commands.md", "convert.md", "training.md", "export.md", "gpu.md"],
         "Operators": ["operators/index.md", *families],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -133,6 +135,50 @@ def test_what_is_generated_is_marked_as_generated():
     pages = {path for suffix in ("html", "svg") for path in ROOT.glob(f"docs/**/*.{suffix}")}
     assert pages and pages <= found and len(found) > len(pages)
     assert all(list(ROOT.glob(pattern)) for pattern in marked)
+
+
+def test_the_version_is_the_same_everywhere():
+    """The changelog has notes for it, which the release takes; the conda recipe names it."""
+    assert f"\n## [{nearfold.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+    assert f'  version: "{nearfold.__version__}"\n' in (ROOT / "packaging/conda/recipe.yaml").read_text()
+
+
+def test_the_conda_recipe_asks_for_what_the_package_asks_for():
+    yaml = pytest.importorskip("yaml")
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    recipe = yaml.safe_load((ROOT / "packaging/conda/recipe.yaml").read_text())["requirements"]
+    called = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    for here, there in (("run", project["project"]["dependencies"]), ("host", project["build-system"]["requires"])):
+        wanted = {tuple(each.split(">=")) for each in there}
+        found = {tuple(each.split(" >=")) for each in recipe[here] if " >=" in each}
+        assert found == {(called.get(name, name), version) for name, version in wanted}
+
+
+def test_every_source_is_compiled_for_platforms_that_are_not_here():
+    """packaging/cross.py, which reads CMakeLists.txt; continuous integration runs what it lists."""
+    pytest.importorskip("nanobind")
+    cross = runpy.run_path(str(ROOT / "packaging/cross.py"))
+    every = set((ROOT / "src/nearfold/kernels/cpp").glob("*.cpp"))
+    for target, sets in cross["TARGETS"].items():
+        found = cross["commands"](target)
+        left_out = {path for path in every if "windows" in target and path.stem.startswith("module")}
+        assert {Path(command[-1]) for command in found.values()} == every - left_out
+        assert ("-mavx512f" in found.get("avx512/select", [])) == ("avx512" in sets), target
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="Linux on x86-64")
+def test_instruction_sets_are_those_of_the_processor():
+    """The engine's own reading of the processor, against the kernel's."""
+    from nearfold.kernels import engine
+
+    if engine.get() is None:
+        pytest.skip("needs the compiled engine")
+    said = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].splitlines()[0].split()
+    avx2 = {"avx2", "fma", "bmi2"} <= set(said)
+    avx512 = avx2 and {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(said)
+    assert ("avx2" in engine.names(), "avx512" in engine.names()) == (avx2, avx512)
+    assert "amx" not in engine.names() or {"amx_tile", "amx_bf16"} <= set(said)
 
 
 def test_building_needs_no_torch():

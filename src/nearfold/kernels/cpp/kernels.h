@@ -4,7 +4,7 @@
 
 namespace nearfold {
 
-// NEARFOLD_BASE: a set that adds to another one has what select.cpp and neighbors.cpp do; all else is the other one's.
+// NEARFOLD_BASE: a set that adds to another one searches otherwise in float32; all else is the other one's.
 #if defined(NEARFOLD_BASE)
 namespace NEARFOLD_BASE {
 #include "kernels.inc"
@@ -16,13 +16,7 @@ namespace NEARFOLD_ISA {
 #if defined(NEARFOLD_BASE)
 using namespace NEARFOLD_BASE;  // hidden by what is declared here
 int select_float(const SelectArgs<float> &);
-int select_double(const SelectArgs<double> &);
-int select_backward_float(const SelectBackwardArgs<float> &);
-int select_backward_double(const SelectBackwardArgs<double> &);
 int neighbors_float(const NeighborsArgs<float> &);
-int neighbors_double(const NeighborsArgs<double> &);
-int neighbors_backward_float(const NeighborsBackwardArgs<float> &);
-int neighbors_backward_double(const NeighborsBackwardArgs<double> &);
 #else
 #include "kernels.inc"
 #endif

@@ -19,6 +19,14 @@ namespace {
 
 enum Kind { product, squared_distance, distance };
 
+// body(Count<kind>): what depends on the kind of score is compiled for each, and all around it once.
+template <class T, class F>
+inline void with_kind(const LocalArgs<T> &a, const F &body) {
+    if (a.metric == dot) return body(Count<product>{});
+    if (a.squared) return body(Count<squared_distance>{});
+    body(Count<distance>{});
+}
+
 // The larger; `b` where `a` is NaN.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
@@ -224,6 +232,9 @@ struct Tile {
     }
 
     // to[slot] = own . what the slot reads, from feature `first` on, or the squared distance.
+    void score(bool apart, int64_t first, int64_t count, T *to) const {
+        return apart ? score<true>(first, count, to) : score<false>(first, count, to);
+    }
     template <bool apart>
     void score(int64_t first, int64_t count, T *to) const {
         for (int64_t j = 0; j < mets; ++j) {
@@ -253,8 +264,11 @@ struct Tile {
     }
     // result[to..] = sum over slots of by[slot] * what the slot reads, from feature `first` on. Without `by` the weights
     // are those kept, from `skip` on.
+    void sum(bool apart, T *by, int64_t first, int64_t count, int64_t to, int64_t skip = 0) const {
+        return apart ? sum<true>(by, first, count, to, skip) : sum<false>(by, first, count, to, skip);
+    }
     template <bool apart>
-    void sum(T *by, int64_t first, int64_t count, int64_t to, int64_t skip = 0) const {
+    void sum(T *by, int64_t first, int64_t count, int64_t to, int64_t skip) const {
         for (int64_t r = 0; r < rows; ++r) memset(result_of(r) + to * L, 0, count * L * sizeof(T));
         const int64_t *weight_column = by == nullptr ? kept_column : tile_column;
         for (int64_t j = 0, end; j < mets; j = end) {  // met rows that the same rows meet, together
@@ -290,10 +304,9 @@ struct Tile {
     }
 };
 
-template <class T, int kind>
+template <class T>
 struct Problem {
     static constexpr int L = lanes<T>;
-    static constexpr bool apart = kind != product;
     const LocalArgs<T> &a;
     const Layout<T> &l;
     const Meetings &by_query;
@@ -302,6 +315,7 @@ struct Problem {
     T *keys, *queries;
 
     const Window &w() const { return a.window; }
+    bool apart() const { return a.metric != dot; }
     int64_t key_row() const { return (a.E + a.D + 1) * l.pitch; }
     int64_t query_row() const { return (a.E + a.D + 3) * l.query_pitch; }
     const T *inside() const { return keys + (a.E + a.D) * l.pitch; }  // the same in every row
@@ -355,13 +369,14 @@ struct Problem {
                         a.query.stride[5], a.E, n, own, L);
             t.own[r] = own;
         }
-        t.template score<apart>(0, a.E, t.weight);
+        t.score(apart(), 0, a.E, t.weight);
         T *stats[rows_at_once];
-        for (int64_t r = 0; r < t.rows; ++r) {
-            stats[r] = t.of_row(t.grad, r);
-            softmax(t, t.of_row(t.weight, r), t.slots[r], at_border(x0, n), stats[r]);
-        }
-        t.template sum<false>(t.weight, a.E, a.D, 0);
+        for (int64_t r = 0; r < t.rows; ++r) stats[r] = t.of_row(t.grad, r);
+        with_kind(a, [&](auto kind) {
+            for (int64_t r = 0; r < t.rows; ++r)
+                softmax<kind.n>(t, t.of_row(t.weight, r), t.slots[r], at_border(x0, n), stats[r]);
+        });
+        t.sum(false, t.weight, a.E, a.D, 0);
         for (int64_t r = 0; r < t.rows; ++r) {
             T *y = t.result_of(r);
             const Vec<T> inverse = load<T>(stats[r] + L);
@@ -374,6 +389,7 @@ struct Problem {
     }
 
     // Products -> exponentials; and the largest score, and one over their sum.
+    template <int kind>
     void softmax(const Tile<T> &t, T *slot, int64_t slots, bool border, T *stats) const {
         const Vec<T> lowest = splat<T>(-std::numeric_limits<T>::infinity());
         Vec<T> most = lowest, total{};
@@ -394,12 +410,11 @@ struct Problem {
     }
 };
 
-template <class T, int kind>
-struct Backward : Problem<T, kind> {
-    using P = Problem<T, kind>;
-    using P::a, P::l, P::b, P::h, P::keys, P::queries, P::w, P::at;
+template <class T>
+struct Backward : Problem<T> {
+    using P = Problem<T>;
+    using P::a, P::l, P::b, P::h, P::keys, P::queries, P::w, P::at, P::apart;
     static constexpr int L = P::L;
-    static constexpr bool apart = P::apart;
     const LocalBackwardArgs<T> &all;
     const Meetings &by_key;
     const Readers &planes;  // of the first axis
@@ -425,8 +440,19 @@ struct Backward : Problem<T, kind> {
         P::list(o0, group, x0, n, t);
         t.own_pitch = l.query_pitch;
         for (int64_t r = 0; r < t.rows; ++r) t.own[r] = queries + (r0 + r) * P::query_row() + l.left + x0;
-        t.template score<apart>(0, a.E, t.weight);
-        t.template score<false>(a.E, a.D, t.grad);
+        t.score(apart(), 0, a.E, t.weight);
+        t.score(false, a.E, a.D, t.grad);
+        with_kind(a, [&](auto kind) { factors<kind.n>(r0, x0, n, t); });
+        if (kept != nullptr) keep(o0, group, x0, n, t);
+        t.sum(apart(), t.grad, 0, a.E, 0);
+        for (int64_t r = 0; r < t.rows; ++r)
+            scatter_rows(t.result_of(r), L, a.E, n,
+                         row_of(all.d_query, b, h, r0 + r, w().out[1]) + x0 * all.d_query.stride[5],
+                         all.d_query.stride[2], all.d_query.stride[5]);
+    }
+    // Scores -> weights, and products with the gradient -> the factors of d_query.
+    template <int kind>
+    void factors(int64_t r0, int64_t x0, int64_t n, Tile<T> &t) const {
         const bool border = P::at_border(x0, n);
         for (int64_t r = 0; r < t.rows; ++r) {
             T *own = queries + (r0 + r) * P::query_row() + l.left + x0 + stat();
@@ -447,12 +473,6 @@ struct Backward : Problem<T, kind> {
             }
             store_some<T>(own + 2 * l.query_pitch, delta, n);
         }
-        if (kept != nullptr) keep(o0, group, x0, n, t);
-        t.template sum<apart>(t.grad, 0, a.E, 0);
-        for (int64_t r = 0; r < t.rows; ++r)
-            scatter_rows(t.result_of(r), L, a.E, n,
-                         row_of(all.d_query, b, h, r0 + r, w().out[1]) + x0 * all.d_query.stride[5],
-                         all.d_query.stride[2], all.d_query.stride[5]);
     }
 
     void keep(int64_t o0, int64_t group, int64_t x0, int64_t n, const Tile<T> &t) const {
@@ -495,9 +515,9 @@ struct Backward : Problem<T, kind> {
                     met.kept[q] = kept + r * kept_row() +
                                   (planes.slot(p) * w().size[1] + rows.slot[q]) * w().size[2] * 2 * l.length;
             }
-        if (kept == nullptr) again(t);
-        t.template sum<apart>(kept == nullptr ? t.grad : nullptr, 0, a.E, 0, l.length);
-        t.template sum<false>(kept == nullptr ? t.weight : nullptr, a.E, a.D, a.E);
+        if (kept == nullptr) with_kind(a, [&](auto kind) { again<kind.n>(t); });
+        t.sum(apart(), kept == nullptr ? t.grad : nullptr, 0, a.E, 0, l.length);
+        t.sum(false, kept == nullptr ? t.weight : nullptr, a.E, a.D, a.E);
         const Vec<T> here = load<T>(P::inside() + phase * l.length + i);
         for (int64_t r = 0; r < t.rows; ++r)
             for (int64_t f = 0; f < a.E + a.D; ++f)
@@ -505,10 +525,11 @@ struct Backward : Problem<T, kind> {
                          here > Vec<T>{} ? load<T>(t.result_of(r) + f * L) : Vec<T>{});
     }
     // The weights and factors of a tile of keys, computed again.
+    template <int kind>
     void again(const Tile<T> &t) const {
         const int64_t pitch = t.pitch;
-        t.template score<apart>(0, a.E, t.grad);
-        t.template score<false>(a.E, a.D, t.slope);
+        t.score(kind != product, 0, a.E, t.grad);
+        t.score(false, a.E, a.D, t.slope);
         for (int64_t j = 0; j < t.mets; ++j) {
             const Met<T> &m = t.met[j];
             for (int64_t c = 0; c < t.columns; ++c) {
@@ -549,8 +570,8 @@ void clear_keys(const Window &w, const Layout<T> &l, int64_t features, T *keys) 
         each_column(w, l, 0, l.columns, [&](int64_t at, int64_t) { keys[r * row + features * l.pitch + at] = 1; });
 }
 
-template <class T, int kind>
-int local_with(const LocalArgs<T> &a) {
+template <class T>
+int local(const LocalArgs<T> &a) {
     const Window &w = a.window;
     const Layout<T> l(w);
     const Work work(a.B, a.H, a.threads);
@@ -566,7 +587,7 @@ int local_with(const LocalArgs<T> &a) {
     for (int64_t i = 0; i < work.at_once(); ++i) clear_keys(w, l, features, packed.at<T>(i * key_bytes));
     const int64_t groups = ceil_div(w.out[1], rows_at_once);
     work.each_problem([&](int64_t b, int64_t h, int of) {
-        const Problem<T, kind> problem{a, l, by_query, slots.at<int64_t>(), b, h, packed.at<T>(of * key_bytes), nullptr};
+        const Problem<T> problem{a, l, by_query, slots.at<int64_t>(), b, h, packed.at<T>(of * key_bytes), nullptr};
         work.each(l.rows, of, [&](int64_t r, int) { problem.pack_keys(r); });
         work.each(w.out[0] * groups * l.tiles, of, [&](int64_t item, int worker) {
             Tile<T> tile(tiles, worker * tile_bytes, mets, w.size[2], larger<int64_t>(l.slots, 2), width);
@@ -580,8 +601,8 @@ int local_with(const LocalArgs<T> &a) {
 // caches do not hold them, and computing them again is faster.
 constexpr int64_t most_kept = int64_t(1) << 20;
 
-template <class T, int kind>
-int local_backward_with(const LocalBackwardArgs<T> &all) {
+template <class T>
+int local_backward(const LocalBackwardArgs<T> &all) {
     const LocalArgs<T> &a = all.of;
     const Window &w = a.window;
     const Layout<T> l(w);
@@ -609,7 +630,7 @@ int local_backward_with(const LocalBackwardArgs<T> &all) {
     }
     const int64_t out_groups = ceil_div(w.out[1], rows_at_once), groups = ceil_div(w.grid[1], rows_at_once);
     work.each_problem([&](int64_t b, int64_t h, int of) {
-        const Backward<T, kind> problem{
+        const Backward<T> problem{
             {a, l, by_query, slots.at<int64_t>(), b, h, packed.at<T>(of * packed_bytes),
              packed.at<T>(of * packed_bytes + key_bytes)},
             all, by_key, planes,
@@ -630,17 +651,6 @@ int local_backward_with(const LocalBackwardArgs<T> &all) {
         work.each(l.rows, of, [&](int64_t r, int) { problem.unpack_keys(r); });
     });
     return ok;
-}
-
-template <class T>
-int local(const LocalArgs<T> &a) {
-    if (a.metric == dot) return local_with<T, product>(a);
-    return a.squared ? local_with<T, squared_distance>(a) : local_with<T, distance>(a);
-}
-template <class T>
-int local_backward(const LocalBackwardArgs<T> &a) {
-    if (a.of.metric == dot) return local_backward_with<T, product>(a);
-    return a.of.squared ? local_backward_with<T, squared_distance>(a) : local_backward_with<T, distance>(a);
 }
 
 }  // namespace

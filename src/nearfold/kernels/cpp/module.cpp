@@ -16,12 +16,14 @@
 #include "module.h"
 #include "threads.h"
 
-#if defined(NEARFOLD_AMX)
-#include <cpuid.h>
+#if defined(NEARFOLD_AVX2) || defined(NEARFOLD_AVX512) || defined(NEARFOLD_AMX)
+#include "processor.h"
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
 #endif
 
 namespace nb = nanobind;
@@ -33,34 +35,21 @@ namespace {
 template <class T, int axes>
 using Array = nb::ndarray<T, nb::ndim<axes>, nb::device::cpu>;
 
-#if defined(NEARFOLD_AMX)
-// Whether the processor has the matrix unit and the system lets this process use it.
-bool has_amx() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, request_permission = 0x1023, tile_data = 18;
-    return (d & bfloat16) && (d & tile) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-#endif
-
 // Those this machine can run, best first.
 const std::vector<const Engine *> &engines() {
     static const std::vector<const Engine *> found = [] {
         std::vector<const Engine *> all;
 #if defined(NEARFOLD_AVX2) || defined(NEARFOLD_AVX512) || defined(NEARFOLD_AMX)
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-        [[maybe_unused]] const bool avx512 =
-            avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+        const Processor has;
+#endif
 #if defined(NEARFOLD_AMX)
-        if (avx512 && has_amx()) all.push_back(&engine_amx);
+        if (has.amx) all.push_back(&engine_amx);
 #endif
 #if defined(NEARFOLD_AVX512)
-        if (avx512) all.push_back(&engine_avx512);
+        if (has.avx512) all.push_back(&engine_avx512);
 #endif
 #if defined(NEARFOLD_AVX2)
-        if (avx2) all.push_back(&engine_avx2);
-#endif
+        if (has.avx2) all.push_back(&engine_avx2);
 #endif
         all.push_back(&engine_generic);
         return all;
@@ -73,6 +62,8 @@ const std::vector<const Engine *> &engines() {
 bool signalled() {
 #if defined(__linux__)
     if (syscall(SYS_gettid) != getpid()) return false;
+#elif defined(__APPLE__)
+    if (!pthread_main_np()) return false;
 #endif
     nb::gil_scoped_acquire lock;
     return PyErr_CheckSignals() != 0;

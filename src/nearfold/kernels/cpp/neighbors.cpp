@@ -217,9 +217,11 @@ int neighbors_backward(const NeighborsBackwardArgs<T> &args) {
 }  // namespace
 
 int neighbors_float(const NeighborsArgs<float> &a) { return neighbors(a); }
+#if !defined(NEARFOLD_BASE)
 int neighbors_double(const NeighborsArgs<double> &a) { return neighbors(a); }
 int neighbors_backward_float(const NeighborsBackwardArgs<float> &a) { return neighbors_backward(a); }
 int neighbors_backward_double(const NeighborsBackwardArgs<double> &a) { return neighbors_backward(a); }
+#endif
 
 }  // namespace NEARFOLD_ISA
 }  // namespace nearfold

@@ -3,6 +3,7 @@
 //
 // Cost: M R E multiply-adds, and per query k ln(R / k) insertions.
 #include "keep.h"
+#include "kernels.h"
 
 namespace nearfold {
 namespace NEARFOLD_ISA {
@@ -38,7 +39,7 @@ inline void score_tile(const T *const *rows, const T *key, int64_t E, Vec<T> (&a
                     Vec<T> apart = q - b[v];
                     apart = apart < Vec<T>{} ? -apart : apart;
                     // a NaN enters, and stays: nothing compares with it
-                    a[r][v] = (apart > a[r][v]) | (apart != apart) ? apart : a[r][v];
+                    a[r][v] = ((apart > a[r][v]) | (apart != apart)) ? apart : a[r][v];
                 } else {
                     a[r][v] = fused<T>(q, b[v], a[r][v]);
                 }
@@ -64,7 +65,7 @@ inline T score_pair(const T *query, const T *key, int64_t E) {
         else if constexpr (metric == chebyshev) {
             Vec<T> apart = q - k;
             apart = apart < Vec<T>{} ? -apart : apart;
-            acc = (apart > acc) | (apart != apart) ? apart : acc;
+            acc = ((apart > acc) | (apart != apart)) ? apart : acc;
         } else
             acc = fused<T>(q, k, acc);
     }
@@ -413,17 +414,12 @@ int select_with(const SelectArgs<T> &a) {
     return ok;
 }
 
-#if defined(__AMX_BF16__)
+#if defined(NEARFOLD_BASE)
 #include "select_amx.inc"
 #endif
 
 template <class T>
 int select(const SelectArgs<T> &a) {
-#if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == sizeof(float)) {
-        if (amx_serves(a)) return a.metric == dot ? select_amx<dot>(a) : select_amx<cosine>(a);
-    }
-#endif
     switch (a.metric) {
         case dot: return select_with<T, dot>(a);
         case cosine: return select_with<T, cosine>(a);
@@ -517,10 +513,17 @@ int select_backward(const SelectBackwardArgs<T> &a) {
 
 }  // namespace
 
+#if defined(NEARFOLD_BASE)
+int select_float(const SelectArgs<float> &a) {
+    if (!amx_serves(a)) return NEARFOLD_BASE::select_float(a);
+    return a.metric == dot ? select_amx<dot>(a) : select_amx<cosine>(a);
+}
+#else
 int select_float(const SelectArgs<float> &a) { return select(a); }
 int select_double(const SelectArgs<double> &a) { return select(a); }
 int select_backward_float(const SelectBackwardArgs<float> &a) { return select_backward(a); }
 int select_backward_double(const SelectBackwardArgs<double> &a) { return select_backward(a); }
+#endif
 
 }  // namespace NEARFOLD_ISA
 }  // namespace nearfold

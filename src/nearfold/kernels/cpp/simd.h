@@ -4,14 +4,19 @@
 // choose one set's copy of a function for another.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "threads.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
+#endif
+
+// Clang says nothing of how fast a fused product is on x86.
+#if (defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)) || defined(__FMA__)
+#define NEARFOLD_FUSES
 #endif
 
 namespace nearfold {
@@ -96,7 +101,7 @@ inline Vec<double> splat<double>(double x) {
 // a * b + c, rounded once where the machine can.
 template <class T>
 inline Vec<T> fused(Vec<T> a, Vec<T> b, Vec<T> c) {
-#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+#if defined(NEARFOLD_FUSES)
     for (int i = 0; i < lanes<T>; ++i) c[i] = sizeof(T) == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
     return c;
 #else
@@ -126,7 +131,7 @@ inline Vec<double> fused<double>(Vec<double> a, Vec<double> b, Vec<double> c) {
 // The same of one number, with the same bits.
 template <class T>
 inline T fused_one(T a, T b, T c) {
-#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+#if defined(NEARFOLD_FUSES)
     return sizeof(T) == 4 ? __builtin_fmaf(a, b, c) : __builtin_fma(a, b, c);
 #else
     return a * b + c;
@@ -424,8 +429,8 @@ inline int64_t panel_width(int64_t n, int64_t first) {
 // Memory of one call: aligned, freed at the end of its scope, `ok()` false when there was none.
 class Scratch {
    public:
-    explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, static_cast<size_t>(round_up(bytes + 1, 64)))) {}
-    ~Scratch() { free(data_); }
+    explicit Scratch(int64_t bytes) : data_(::operator new(static_cast<size_t>(round_up(bytes + 1, 64)), line, std::nothrow)) {}
+    ~Scratch() { ::operator delete(data_, line); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
     bool ok() const { return data_ != nullptr; }
@@ -435,6 +440,7 @@ class Scratch {
     }
 
    private:
+    static constexpr std::align_val_t line{64};
     void *data_;
 };
 

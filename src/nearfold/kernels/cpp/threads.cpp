@@ -3,9 +3,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <system_error>
 #include <thread>
-#include <vector>
+
+#include "pool.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -50,7 +50,10 @@ GompParallel find_gomp() {
 GompParallel gomp() {
     static const GompParallel entry = [] {
 #if defined(__unix__) || defined(__APPLE__)
-        pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+        pthread_atfork(nullptr, nullptr, [] {
+            forked.store(true);
+            forget_own_threads();
+        });
 #endif
         return find_gomp();
     }();
@@ -88,15 +91,7 @@ void work_through(Loop &loop, int threads) {
     if (threads <= 1) return loop.work();
     const GompParallel parallel = gomp();
     if (parallel != nullptr && !forked.load()) return parallel(enter, &loop, static_cast<unsigned>(threads), 0);
-    std::vector<std::thread> others;
-    others.reserve(threads - 1);
-    try {
-        for (int i = 1; i < threads; ++i) others.emplace_back(enter, &loop);
-    } catch (const std::system_error &) {
-        // the system gives no more threads: those there are do the work
-    }
-    loop.work();
-    for (std::thread &other : others) other.join();
+    call_on_own_threads(enter, &loop, threads);
 }
 
 }  // namespace

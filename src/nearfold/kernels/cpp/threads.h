@@ -1,4 +1,4 @@
-// Parallel loops on the thread pool that torch itself uses.
+// Parallel loops on the threads that torch itself uses, or on some of our own.
 #pragma once
 #include <cstdint>
 
