@@ -121,6 +121,23 @@ def test_the_scores_of_a_search_are_not_quantised():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", QUANTISERS)
+@pytest.mark.parametrize("name", ["conv", "hybrid", "acmix"])
+def test_a_norm_behind_the_layer(name, which):
+    """torchao folds it into the convolution before it, whose weight it reads; the model stays what it was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Mixer(LAYERS[name], 8, bias=False), nn.BatchNorm2d(8))
+    x = torch.randn(4, 8, 8, 8)
+    net(x)
+    net.eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    made = to_int8(net, x, [x], QUANTISERS[which]())
+    assert {f"0.{weight}" for weight in IN_LAYERS[name]} <= set(made.weights)
+    assert made.difference < 0.1
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.slow
 def test_float_positions_are_not_quantised():
     torch.manual_seed(0)
     layer = DeformConv2d(8, 8, 3).eval()

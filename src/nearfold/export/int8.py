@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
 from nearfold._images import first_line
 from nearfold.export.program import _difference, _outputs, _quiet, tensors, traced
@@ -125,15 +126,16 @@ def to_int8(
         raise ValueError("batches must be several inputs, a list or a loader: images.split(32), not images")
     with _quiet(), torch.no_grad():
         program = traced(model, given, dynamic).run_decompositions(decompositions(stable_topk))
-        plain = _readable(program.module())
-        prepared = prepare_pt2e(_readable(program.module()), _kept(quantizer, given))
+        plain, graph = _readable(program.module()), _readable(program.module())
+        names = _held(graph)
+        prepared = prepare_pt2e(graph, _kept(quantizer, given))
         seen = 0
         for batch in batches:
             _calibrate(prepared, tensors(batch), given, dynamic)
             seen += 1
         if not seen:
             raise ValueError("batches holds nothing: give some inputs by which the ranges of numbers are set")
-        found = _quantised(prepared)
+        found = _quantised(prepared, names)
         if not found:
             raise ValueError(f"{type(quantizer).__name__} finds no weights: was its configuration set (set_global)?")
         with _norms_hidden(prepared) as shown:
@@ -157,12 +159,13 @@ def _calibrate(prepared: GraphModule, batch: tuple[Tensor, ...], given: tuple[Te
         ) from error
 
 
-def _quantised(prepared: GraphModule) -> set[str]:
-    """Names of the parameters that multiply behind an observer."""
+def _quantised(prepared: GraphModule, names: dict[str, set[str]]) -> set[str]:
+    """Names of the parameters that multiply behind an observer; ``names``: of those that `_held` has made weights of."""
     moving, found = _moving(prepared), set()
     for node in prepared.graph.nodes:
         if _weighs(node, moving) and node.args[1].op == "call_module":  # an observer of torchao
-            found |= set(_parameters(node.args[1].args[0]))
+            for name in _parameters(node.args[1].args[0]):
+                found |= names.get(name, {name})
     return found
 
 
@@ -199,6 +202,34 @@ def _readable(graph: GraphModule) -> GraphModule:
             node.target = WHOLE[node.target]
     graph.recompile()
     return graph
+
+
+def _held(graph: GraphModule) -> dict[str, set[str]]:
+    """Hold what is computed of parameters and multiplies as a weight of its own: of which parameters, by its name.
+
+    torchao folds norms into the convolutions before them, and takes their weights for parameters.
+    """
+
+    def value(node: Node) -> Any:
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(graph)
+        assert callable(node.target)
+        return node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+
+    made: dict[str, set[str]] = {}
+    moving = _moving(graph)
+    for node in list(graph.graph.nodes):
+        if _weighs(node, moving) and (weight := node.args[1]).op != "get_attr":
+            name = f"weight_of_{node.name}"
+            graph.register_parameter(name, nn.Parameter(value(weight).contiguous(), requires_grad=False))
+            made[name] = set(_parameters(weight))
+            with graph.graph.inserting_before(node):
+                held = graph.graph.get_attr(name)
+            held.meta = dict(weight.meta)
+            node.replace_input_with(weight, held)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return made
 
 
 def _moving(graph: GraphModule) -> set[Node]:
