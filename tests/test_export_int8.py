@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nearfold.export import to_int8, to_onnx
+from nearfold.export.int8 import WEIGHTED
 from nearfold.grammar import CATALOGUE
 from nearfold.models.small import SpectrumNet
 from nearfold.nn import ConvNN2d, DeformConv2d, Mixer, TokenMixer, select_in_float32
@@ -90,34 +91,36 @@ def test_rows_of_the_catalogue(name, which):
     assert all(bool(y.isfinite().all()) for y in (made.model(*args),))
 
 
-def _quantised_ints(graph):
-    """Integers that came to be quantised: none may."""
-    return [
-        node
-        for node in graph.graph.nodes
-        if "quantize_per" in str(node.target) and "dequantize" not in str(node.target)
-        and isinstance(value := node.args[0].meta.get("val"), torch.Tensor)
-        and not value.is_floating_point()
-    ]  # fmt: skip
+def rounded_before(graph, target):
+    """What is rounded to int8 on the way to operators of this kind, but for what products with weights give."""
+    waiting = [node for node in graph.graph.nodes if node.target is target]
+    assert waiting
+    seen, found = set(), []
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node.target in WEIGHTED:
+            continue
+        seen.add(node)
+        if ".quantize_per" in str(node.target) and node.args[0].target not in WEIGHTED:
+            found.append(node.args[0])
+        waiting += node.all_input_nodes
+    return found
 
 
 @pytest.mark.slow
-def test_the_scores_of_a_search_are_not_quantised():
-    """What a search ranks comes from weights in int8, and is not itself rounded to 256 numbers."""
-    net, x = network("kvt"), images()
-    made = to_int8(net, x, [x], x86()).model
-    assert not _quantised_ints(made)
-    (ranked,) = [node for node in made.graph.nodes if node.target is torch.ops.aten.topk.default]
-    behind, seen, waiting = [], set(), [ranked]
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node.target in (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default):
-            continue
-        seen.add(node)
-        behind.append(str(node.target))
-        waiting += node.all_input_nodes
-    assert any("matmul" in target for target in behind)
-    assert not any("quantize" in target for target in behind)
+@pytest.mark.parametrize("which", QUANTISERS)
+@pytest.mark.parametrize("case", ["scores", "places"])
+def test_what_decides_is_not_rounded(case, which):
+    """Scores of a search and places between positions come of weights in int8, and are float32 from there on."""
+    torch.manual_seed(0)
+    if case == "scores":
+        net, x, target = network("kvt"), images(), torch.ops.aten.topk.default
+    else:
+        net, x, target = DeformConv2d(8, 8, 3).eval(), torch.randn(2, 8, 9, 9), torch.ops.aten.floor.default
+        torch.nn.init.normal_(next(p for name, p in net.named_parameters() if "offset" in name), std=0.1)
+    made = to_int8(net, x, [x], QUANTISERS[which]())
+    assert rounded_before(made.model, target) == []
+    assert made.weights and made.moved is not None and 0 < made.moved < 0.5
 
 
 @pytest.mark.slow
@@ -135,15 +138,6 @@ def test_a_norm_behind_the_layer(name, which):
     assert {f"0.{weight}" for weight in IN_LAYERS[name]} <= set(made.weights)
     assert made.difference < 0.1
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-@pytest.mark.slow
-def test_float_positions_are_not_quantised():
-    torch.manual_seed(0)
-    layer = DeformConv2d(8, 8, 3).eval()
-    x = torch.randn(2, 8, 9, 9)
-    made = to_int8(layer, x, [x], x86())
-    assert made.moved is not None and made.moved < 0.2 and made.weights
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def _calibrate(prepared: GraphModule, batch: tuple[Tensor, ...], given: tuple[Te
 
 
 def _quantised(prepared: GraphModule, names: dict[str, set[str]]) -> set[str]:
-    """Names of the parameters that multiply behind an observer; ``names``: of those that `_held` has made weights of."""
+    """Names of the parameters that multiply behind an observer; ``names`` are those of `_held`."""
     moving, found = _moving(prepared), set()
     for node in prepared.graph.nodes:
         if _weighs(node, moving) and node.args[1].op == "call_module":  # an observer of torchao
