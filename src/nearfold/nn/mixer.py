@@ -399,7 +399,7 @@ def select_in_float32(model: nn.Module, on: bool = True) -> int:
     Raises:
         ValueError: none has.
 
-    >>> net = nn.Sequential(TokenMixer("nearest(3, scaled) | ranked | softmax(heads=2)", 8, ndim=1)).bfloat16()
+    >>> net = nn.Sequential(TokenMixer("nearest(3, scaled) | ranked | softmax(heads=2)", 8)).bfloat16()
     >>> select_in_float32(net)
     1
     >>> net(torch.zeros(1, 5, 8, dtype=torch.bfloat16)).dtype
