@@ -87,8 +87,10 @@ def test_rows_of_the_catalogue(name, which):
     context = context_for(layer.eval(), x)
     args = (x,) if context is None else (x, context.detach())
     made = to_int8(layer, args, [args, args], QUANTISERS[which]())
-    assert made.weights and made.difference < 0.5
-    assert all(bool(y.isfinite().all()) for y in (made.model(*args),))
+    found, wanted = made.model(*args), layer(*args)
+    # not the largest difference: of noise, one position that is another one gives any number
+    assert made.weights and 0 < (found - wanted).norm() < 0.3 * wanted.norm()
+    assert not found.requires_grad and all(p.requires_grad for p in layer.parameters())
 
 
 def rounded_before(graph, target):

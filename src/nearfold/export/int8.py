@@ -139,7 +139,7 @@ def to_int8(
         if not found:
             raise ValueError(f"{type(quantizer).__name__} finds no weights: was its configuration set (set_global)?")
         with _norms_hidden(prepared) as shown:
-            made = shown(convert_pt2e(prepared))
+            made = _settled(shown(convert_pt2e(prepared)))
         apart = _difference(_outputs(made(*given)), _outputs(model(*given)))
         moved = _moved(_positions(plain, given), _positions(made, given))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -167,6 +167,15 @@ def _quantised(prepared: GraphModule, names: dict[str, set[str]]) -> set[str]:
             for name in _parameters(node.args[1].args[0]):
                 found |= names.get(name, {name})
     return found
+
+
+def _settled(graph: GraphModule) -> GraphModule:
+    """With parameters of its own, for which there are no gradients: a graph of no_grad may not run where there are."""
+    for module in graph.modules():
+        for name, given in module._parameters.items():
+            if given is not None:
+                module._parameters[name] = nn.Parameter(given.detach().clone(), requires_grad=False)
+    return graph
 
 
 NORM = aten._native_batch_norm_legit_no_training.default
