@@ -88,6 +88,7 @@ truth = knn_attention(q, q, q, 9)
 if os.fork():  # OpenMP's threads do not survive it
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) and 1)
 torch.set_num_threads(3)
+there = len(os.listdir("/proc/self/task"))  # torch makes some of its own for that
 same = []
 def call():
     for _ in range(20):
@@ -98,9 +99,9 @@ for _ in range(2):
     for each in callers: each.join()
 assert len(same) == 160 and all(same)
 until = time.monotonic() + 20
-while len(os.listdir("/proc/self/task")) > 9 and time.monotonic() < until:
+while len(os.listdir("/proc/self/task")) > there + 8 and time.monotonic() < until:
     time.sleep(0.1)  # callers that are joined, and on their way out
-print("equal, by", engine.get().thread_source(), "threads:", len(os.listdir("/proc/self/task")))
+print("equal, by", engine.get().thread_source(), "threads:", len(os.listdir("/proc/self/task")) - there)
 """  # ends while they wait for work
 
 
@@ -109,4 +110,4 @@ def test_callers_of_several_python_threads():
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "equal, by own threads" in done.stdout
-    assert int(done.stdout.split()[-1]) <= 1 + 4 * 2, done.stdout  # what four callers at a time want, and are kept
+    assert int(done.stdout.split()[-1]) <= 4 * 2, done.stdout  # what four callers at a time want, and are kept
