@@ -490,6 +490,8 @@ def test_a_network_that_cannot_be_searched_is_told(tmp_path, net):
         of_layers(tmp_path, net, width=8)
     with pytest.raises(ValueError, match="mean= and std= go together"):
         open_search(of_layers(tmp_path, net, mean=(0.1,)))
+    with pytest.raises(ValueError, match="std= must be above 0"):
+        open_search(of_layers(tmp_path, net, mean=(0.1,), std=(0.0,)))
     with pytest.raises(ValueError, match="must have a number for each of 1 channels"):
         open_search(of_layers(tmp_path, net, mean=(0.1, 0.2), std=(1, 1)))
 
@@ -540,7 +542,10 @@ def test_the_network_is_looked_at_before_it_is_trained_on_with_images_as_it_was_
         right = (given.load(net).eval()(x).argmax(1) == usual.data.val.labels).float().mean().item()
     assert usual.before == same.before == pytest.approx(right)
     assert f"{100 * usual.before:.1f} % of the validation images" in found_layers(usual)[-1]
-    raw = build(open_search(of_layers(tmp_path, net, mean=(0.0,), std=(1.0,))).networks.given, usual.data)
+    otherwise = open_search(of_layers(tmp_path, net, mean=(0.0,), std=(1.0,))).networks
+    otherwise.around(AS_IT_IS)
+    assert otherwise.costs[AS_IT_IS][0] == sum(p.numel() for p in given.load(net).parameters())
+    raw = build(otherwise.given, usual.data)
     assert torch.allclose(raw(x), given.load(net)(usual.data.val.images.float() / 255), atol=1e-5)
 
 

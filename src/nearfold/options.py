@@ -204,3 +204,19 @@ def line(error: BaseException | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
     return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+
+
+def several(kind: Callable[[str], Any], what: str) -> Callable[[str], Sequence[Any]]:
+    """A type for several values with commas between, each of a kind; ``what`` is wanted, for the message."""
+
+    def parse(text: str) -> Sequence[Any]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"wanted {what}; got {text!r}") from error
+
+    return parse
+
+
+numbers = several(above(-math.inf), "a number for each channel, such as 0.485,0.456,0.406")
+"""A type for numbers of channels."""

@@ -6,11 +6,10 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearfold.options import above, whole
+from nearfold.options import above, numbers, several, whole
 from nearfold.study.compare import signed
 
 if TYPE_CHECKING:
@@ -184,16 +183,6 @@ def _recommendation(found: Sweep, keep: float) -> str:
     )
 
 
-def _list_of(kind: Callable[[str], Any], what: str) -> Callable[[str], Sequence[Any]]:
-    def parse(text: str) -> Sequence[Any]:
-        try:
-            return tuple(kind(part.strip()) for part in text.split(","))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"wanted {what}; got {text!r}") from error
-
-    return parse
-
-
 def _points(text: str) -> float:
     value = above(0, allow=True)(text)
     if value > 100:
@@ -201,5 +190,4 @@ def _points(text: str) -> float:
     return value
 
 
-_counts = _list_of(whole(), "numbers of positions, such as 32,16,8")
-numbers = _list_of(above(-math.inf), "a number for each channel, such as 0.485,0.456,0.406")
+_counts = several(whole(), "numbers of positions, such as 32,16,8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfold.models import Network, create, from_pretrained
+from nearfold.models.hub import CONFIG
 from nearfold.models.pretrained import pretrained
 from nearfold.options import brief
 
@@ -24,10 +25,6 @@ Config = Mapping[str, Any]
 
 GIVEN = "given"
 """Name, in a trial's network, of one that the user gives: ``model``, ``weights`` (a path, or None) and ``sha256``."""
-SOURCES = ("timm", "torchvision", "transformers")
-"""Libraries whose models come with fresh weights."""
-CONFIG = "config.json"
-"""What a folder of `save_pretrained` has."""
 WHAT = (
     "timm:NAME or torchvision:NAME with --weights, path/to/file.py:factory, a function that returns a trained model, a "
     "folder that save_pretrained left, or a network of `nearfold models --pretrained`"
@@ -46,7 +43,7 @@ def load(spec: str, weights: Path | None = None) -> nn.Module:
         ValueError: there is no such model, it has no weights, or these do not fit it.
     """
     from nearfold.compat.checkpoints import tensors_of
-    from nearfold.recognise.load import load_model
+    from nearfold.recognise.load import SOURCES, load_model
 
     ours, folder = pretrained(), bool(spec) and (Path(spec) / CONFIG).is_file()
     if not (":" in spec or folder or spec in ours):
@@ -95,6 +92,8 @@ def given(
     found = {"name": GIVEN, "model": spec, "weights": None if weights is None else str(weights), "sha256": sha256}
     if (mean is None) != (std is None):
         raise ValueError("mean= and std= go together: give both, or none")
+    if std is not None and min(std, default=0) <= 0:
+        raise ValueError(f"std= must be above 0 for every channel, got {tuple(std)}")
     return found if mean is None or std is None else found | {"mean": list(mean), "std": list(std)}
 
 

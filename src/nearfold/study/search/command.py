@@ -9,8 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from nearfold.options import PIXELS, above, folder, whole
-from nearfold.study.budget_command import numbers
+from nearfold.options import PIXELS, above, folder, numbers, whole
 from nearfold.study.fourteen import FOURTEEN
 from nearfold.study.given import WHAT
 from nearfold.study.search.budget import UNITS, Budget

@@ -102,31 +102,32 @@ class Halving:
             if len(found) == count:
                 break
             proposal = self.proposer.ask()
-            why, network, latency = self._look(proposal)
-            if network is None:
+            why, tried = self._look(proposal)
+            if tried is None:
                 self.refused[why] += 1
                 self.proposer.tell(proposal, {}, whole=False)
                 continue
-            tried = self.tried[proposal.notation] = Tried(proposal.notation, network, latency_ms=latency)
+            self.tried[proposal.notation] = tried
             found.append((proposal, tried))
         return found
 
-    def _look(self, proposal: Proposal) -> tuple[str, Config | None, float | None]:
-        """Why a proposal is not trained, or its network, and its latency where that is measured."""
+    def _look(self, proposal: Proposal) -> tuple[str, Tried | None]:
+        """Why a proposal is not trained, or what is to be trained."""
         if proposal.refused:
-            return "refused by the grammar", None, None
+            return "refused by the grammar", None
         if proposal.notation in self.tried:
-            return "tried before", None, None
+            return "tried before", None
         try:
             network = self.networks.around(proposal.notation)
         except OverBudget:
-            return "over the budget", None, None
+            return "over the budget", None
         except ValueError:
-            return self.networks.unfit, None, None
+            return self.networks.unfit, None
         budget = self.networks.budget
-        if not budget.measured:
-            return "", network, None
-        cost = self.runs.costs([network])[0]
-        if cost is None or cost["latency_ms"] > budget.most:
-            return "over the budget", None, None
-        return "", network, cost["latency_ms"]
+        tried = Tried(proposal.notation, network)
+        if budget.measured:
+            cost = self.runs.costs([network])[0]
+            if cost is None or cost["latency_ms"] > budget.most:
+                return "over the budget", None
+            tried.latency_ms = cost["latency_ms"]
+        return "", tried
